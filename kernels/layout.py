@@ -1,0 +1,87 @@
+"""Bytes of a page and of a recurrent-state block: the one place that knows offsets (docs/design.md, 5 and 6)."""
+
+from dataclasses import dataclass
+
+STAMP_WORDS = 4  # int32: salt_lo, salt_hi, counter, page id
+STATE_MAGIC = 0x53504C41  # "SPLA"
+STATE_HEADER_WORDS = 8  # int32: magic, covered pages, stamp[4], block ordinal, 0
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Geometry of one page of one kv head: `[page_size + statistics_rows, 2 * head_size]`.
+
+    Attributes:
+        page_size: Tokens a page, vLLM's block size.
+        head_size: Size of a key and of a value.
+        itemsize: Bytes of one element of the cache dtype.
+        selection_block: Tokens a selection block; divides `page_size`.
+        statistics_width: Elements a selection block's statistics take (`Selector.width`).
+    """
+
+    page_size: int
+    head_size: int
+    itemsize: int
+    selection_block: int
+    statistics_width: int
+
+    @property
+    def blocks_per_page(self) -> int:
+        return self.page_size // self.selection_block
+
+    @property
+    def statistics_elements(self) -> int:
+        """Elements of the statistics area in use, stamp excluded."""
+        return self.blocks_per_page * self.statistics_width
+
+    @property
+    def statistics_rows(self) -> int:
+        """Rows of `2 * head_size` elements behind a page's tokens (`r` in docs/design.md)."""
+        used = self.statistics_elements * self.itemsize + STAMP_WORDS * 4
+        return _ceil_div(used, 2 * self.head_size * self.itemsize)
+
+    @property
+    def rows(self) -> int:
+        return self.page_size + self.statistics_rows
+
+    @property
+    def stamp_offset(self) -> int:
+        """First element of the stamp within the flat statistics area."""
+        return self.statistics_rows * 2 * self.head_size - STAMP_WORDS * 4 // self.itemsize
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Geometry of a request's recurrent state of one kv head over `num_blocks` blocks.
+
+    Attributes:
+        page: Geometry of the pages whose pool the blocks come from.
+        s_rows: Rows of `S`, each `[head_size]` float32 (`F_S`).
+        z_size: Elements of `z` (`F_z`); 0 where no normaliser is kept.
+    """
+
+    page: PageLayout
+    s_rows: int
+    z_size: int
+
+    @property
+    def rows_per_block(self) -> int:
+        """Rows of `head_size` float32 in one block of one kv head, header row included (`R`)."""
+        return self.page.rows * self.page.itemsize // 2
+
+    @property
+    def z_rows(self) -> int:
+        return _ceil_div(self.z_size, self.page.head_size)
+
+    @property
+    def body_rows(self) -> int:
+        return self.s_rows + self.z_rows
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks a request holds (`K`)."""
+        return _ceil_div(self.body_rows, self.rows_per_block - 1)

@@ -1,0 +1,48 @@
+"""What SPLA computes, as one immutable value (docs/design.md, 1 to 4)."""
+
+from dataclasses import dataclass
+
+RESIDUALS = ("regression", "linear", "none")
+COMBINES = ("shared_normalizer", "double_rmsnorm")
+
+
+@dataclass(frozen=True)
+class SplaParameters:
+    """Parameters of the algorithm, in selection blocks; `spla_backend.options` makes them from a user's options.
+
+    Attributes:
+        page_size: Tokens a page (`B`).
+        selection_block: Tokens a selection block (`b`), divides `page_size`.
+        budget_blocks: Selection blocks a token attends to exactly, forced ones included (`n`).
+        first_blocks: Leading blocks always selected (attention sink).
+        last_blocks: Trailing blocks always selected, the current one included.
+        selector: Name of a selector in `spla_backend.algorithm.selectors`.
+        top_p: Stop selecting once this share of the estimated mass is covered; None keeps the whole budget.
+        residual: `regression`, `linear` (the paper's) or `none`.
+        feature_map: Name of a feature map, used by the `linear` residual.
+        residual_scale: Factor on the covariance term of the `regression` residual.
+        combine: `shared_normalizer` or `double_rmsnorm`.
+        rms_norm_eps: Epsilon of the `double_rmsnorm` combination.
+    """
+
+    page_size: int
+    selection_block: int
+    budget_blocks: int
+    first_blocks: int = 1
+    last_blocks: int = 2
+    selector: str = "rem"
+    top_p: float | None = None
+    residual: str = "regression"
+    feature_map: str = "softmax"
+    residual_scale: float = 0.5
+    combine: str = "shared_normalizer"
+    rms_norm_eps: float = 1e-6
+
+    @property
+    def blocks_per_page(self) -> int:
+        return self.page_size // self.selection_block
+
+    @property
+    def max_forced_blocks(self) -> int:
+        """The most blocks that rule 3 of docs/design.md, 1 can force: the smallest budget that works."""
+        return self.first_blocks + max(self.last_blocks, self.last_blocks - 1 + self.blocks_per_page)
