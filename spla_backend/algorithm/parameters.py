@@ -45,4 +45,4 @@ class SplaParameters:
     @property
     def max_forced_blocks(self) -> int:
         """The most blocks that rule 3 of docs/design.md, 1 can force: the smallest budget that works."""
-        return self.first_blocks + max(self.last_blocks, self.last_blocks - 1 + self.blocks_per_page)
+        return self.first_blocks + max(self.last_blocks, self.blocks_per_page)
