@@ -1,0 +1,47 @@
+"""Feature maps of the linear residual: `phi` turns `[..., head_size]` into `[..., features]`, all positive.
+
+To add one, write a function and decorate it; queries arrive already multiplied by the softmax scale.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+FeatureMap = Callable[[torch.Tensor], torch.Tensor]
+
+_FEATURE_MAPS: dict[str, FeatureMap] = {}
+
+
+def register_feature_map(name: str) -> Callable[[FeatureMap], FeatureMap]:
+    def decorate(phi: FeatureMap) -> FeatureMap:
+        _FEATURE_MAPS[name] = phi
+        return phi
+
+    return decorate
+
+
+def feature_map_names() -> list[str]:
+    return sorted(_FEATURE_MAPS)
+
+
+def get_feature_map(name: str) -> FeatureMap:
+    """The feature map called `name`.
+
+    Raises:
+        ValueError: No such feature map; the message names those that exist.
+    """
+    if name not in _FEATURE_MAPS:
+        raise ValueError(f"unknown feature map {name!r}: choose one of {', '.join(feature_map_names())}")
+    return _FEATURE_MAPS[name]
+
+
+@register_feature_map("softmax")
+def softmax_features(x: torch.Tensor) -> torch.Tensor:
+    """Softmax over the feature dimension (RAttention, the paper's choice)."""
+    return x.softmax(-1)
+
+
+@register_feature_map("elu1")
+def elu_plus_one(x: torch.Tensor) -> torch.Tensor:
+    """`elu(x) + 1` (Katharopoulos et al., arXiv 2006.16236)."""
+    return torch.nn.functional.elu(x) + 1

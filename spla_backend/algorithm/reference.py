@@ -1,0 +1,584 @@
+"""The float64 definition of SPLA: one token at a time, in plain loops (docs/design.md, 1 to 4).
+
+Every other implementation in this project is tested against this file. It is written to be read beside the papers,
+not to be fast, and it knows nothing of pages in memory, of cache dtypes or of vLLM.
+
+Sources:
+    SPLA, arXiv 2601.22379: block selection by a second-order Taylor score, exact attention over the selected blocks,
+        residual linear attention over the others by subtraction from the recurrent state.
+    COBS, arXiv 2607.09052: the second-cumulant score (`cumulant2`).
+    Quest, arXiv 2406.10774: the per-coordinate bound (`quest`).
+    RAttention, arXiv 2506.15545: the sum of two RMS-normalised branches (`double_rmsnorm`).
+    `rem` and `km2-rem` take a block's keys for Gaussian samples: the log-mean-exp of a random energy model, which
+        freezes where the best of `n` samples is all that counts.
+
+Shapes: `H` query heads, `G` kv heads, `d` head size, `L` tokens, `B` tokens a page, `b` tokens a selection block.
+Query heads `g * H // G` to `(g + 1) * H // G - 1` share kv head `g`. Tensors are float64. Queries are already
+multiplied by the softmax scale, so that `q . k` is a logit; scores, masses and LSEs are natural logarithms in the units
+of `log sum exp(q . k)`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spla_backend.algorithm.parameters import COMBINES, RESIDUALS, SplaParameters
+
+SELECTORS = ("mean", "taylor2", "cumulant2", "rem", "quest", "km2-rem")
+FEATURE_MAPS = ("softmax", "elu1")
+LLOYD_ITERATIONS = 4
+
+
+@dataclass(frozen=True)
+class TokenResult:
+    """What SPLA computes for one token.
+
+    Attributes:
+        output: The attention output `[H, d]`.
+        selected: Sorted ids of the selected blocks, forced ones included, for each kv head.
+        exact: Softmax attention over the selected blocks `[H, d]`.
+        lse: Natural-log sum of `exp(q . k)` over the tokens of the selected blocks `[H]`.
+        tail: Direction of the residual `[H, d]`; zero where every complete block is selected or the residual is `none`.
+        log_tail_mass: Log of the residual's mass in units of `exp(q . k)`, before the gain `[H]`; -inf where every
+            complete block is selected, where the residual is `none` and under `double_rmsnorm`, which uses no mass.
+        group_scores: The log-domain score by which a group ranks the complete blocks `[G, num_complete_blocks]`.
+    """
+
+    output: Tensor
+    selected: list[list[int]]
+    exact: Tensor
+    lse: Tensor
+    tail: Tensor
+    log_tail_mass: Tensor
+    group_scores: Tensor
+
+
+# Statistics of a block (docs/design.md, 5)
+
+
+def statistics_width(selector: str, head_size: int) -> int:
+    """Numbers stored for a block and kv head.
+
+    Raises:
+        ValueError: Unknown selector.
+    """
+    widths = {
+        "mean": head_size,
+        "taylor2": 2 * head_size,
+        "cumulant2": 2 * head_size,
+        "rem": 2 * head_size,
+        "quest": 2 * head_size,
+        "km2-rem": 4 * head_size + 2,
+    }
+    if selector not in widths:
+        raise ValueError(f"unknown selector {selector!r}, expected one of {', '.join(SELECTORS)}")
+    return widths[selector]
+
+
+def block_statistics(selector: str, keys: Tensor) -> Tensor:
+    """Statistics of the keys of one selection block and kv head, as the page stores them.
+
+    Args:
+        selector: One of `SELECTORS`.
+        keys: `[b, d]` float64.
+
+    Returns:
+        `[width]` float64. Variances are population variances.
+
+    Raises:
+        ValueError: Unknown selector.
+    """
+    if selector == "mean":
+        return keys.mean(dim=0)
+    if selector in ("taylor2", "cumulant2", "rem"):
+        return torch.cat([keys.mean(dim=0), population_variance(keys)])
+    if selector == "quest":
+        return torch.cat([keys.amin(dim=0), keys.amax(dim=0)])
+    if selector == "km2-rem":
+        assignment = two_means(keys)  # [b]
+        parts, counts = [], []
+        for cluster in (0, 1):
+            members = keys[assignment == cluster]  # [count, d]
+            if len(members) == 0:
+                parts += [torch.zeros_like(keys[0]), torch.zeros_like(keys[0])]
+            else:
+                parts += [members.mean(dim=0), population_variance(members)]
+            counts.append(float(len(members)))
+        return torch.cat([*parts, torch.tensor(counts, dtype=keys.dtype)])
+    raise ValueError(f"unknown selector {selector!r}, expected one of {', '.join(SELECTORS)}")
+
+
+def population_variance(keys: Tensor) -> Tensor:
+    """Per-coordinate `E[(k - mean)^2]` of `[n, d]`, as `[d]`."""
+    return ((keys - keys.mean(dim=0)) ** 2).mean(dim=0)
+
+
+def two_means(keys: Tensor) -> Tensor:
+    """Deterministic 2-means: for each key `[b, d]` its cluster, 0 or 1, `[b]` int64.
+
+    Farthest-point seeds and a fixed number of Lloyd iterations, every tie to the lower index, so that the clusters of a
+    page depend on its keys only and are the same whenever and wherever they are computed.
+    """
+    seed0 = first_argmax(squared_distances(keys, keys.mean(dim=0)))
+    seed1 = first_argmax(squared_distances(keys, keys[seed0]))
+    centroids = [keys[seed0], keys[seed1]]
+    for _ in range(LLOYD_ITERATIONS):
+        assignment = nearest(keys, centroids)
+        for cluster in (0, 1):
+            members = keys[assignment == cluster]
+            if len(members) > 0:  # an empty cluster keeps its centroid
+                centroids[cluster] = members.mean(dim=0)
+    return nearest(keys, centroids)
+
+
+def squared_distances(keys: Tensor, point: Tensor) -> Tensor:
+    """Squared Euclidean distances of keys `[b, d]` from a point `[d]`, as `[b]`."""
+    return ((keys - point) ** 2).sum(dim=-1)
+
+
+def first_argmax(values: Tensor) -> int:
+    """Index of the largest of `[n]` values, the first of them at a tie (which `torch.argmax` does not promise)."""
+    return int((values == values.max()).nonzero()[0])
+
+
+def nearest(keys: Tensor, centroids: Sequence[Tensor]) -> Tensor:
+    """Which of two centroids each key is nearest to, 0 at a tie, `[b]` int64."""
+    return (squared_distances(keys, centroids[1]) < squared_distances(keys, centroids[0])).long()
+
+
+# Scores: estimates of `log sum exp(q . k)` over a block
+
+
+def selection_score(selector: str, q: Tensor, statistics: Tensor, block_size: int) -> float:
+    """Score by which a head ranks a block.
+
+    Args:
+        selector: One of `SELECTORS`.
+        q: `[d]` float64, scaled.
+        statistics: `[width]` float64, of one block.
+        block_size: Tokens a block (`b`).
+
+    Raises:
+        ValueError: Unknown selector.
+    """
+    d = len(q)
+    if selector == "mean":
+        return math.log(block_size) + float(q @ statistics)
+    if selector == "quest":  # Quest, algorithm 1: the largest logit that any key within the bounds could have
+        return float(torch.maximum(q * statistics[:d], q * statistics[d:]).sum())
+    if selector == "km2-rem":
+        return logsumexp(
+            [
+                math.log(count) + float(q @ mean) + rem_term(float(q**2 @ variance), math.log(count))
+                for count, mean, variance in clusters(statistics, d)
+                if count > 0
+            ]
+        )
+    first_order = math.log(block_size) + float(q @ statistics[:d])
+    s2 = float(q**2 @ statistics[d:])  # variance of q . k, the covariance taken for diagonal
+    if selector == "taylor2":  # SPLA: E[exp(x)] to second order about the mean
+        return first_order + math.log1p(s2 / 2)
+    if selector == "cumulant2":  # COBS: log E[exp(x)] to second order
+        return first_order + s2 / 2
+    if selector == "rem":
+        return first_order + rem_term(s2, math.log(block_size))
+    raise ValueError(f"unknown selector {selector!r}, expected one of {', '.join(SELECTORS)}")
+
+
+def mass_score(selector: str, q: Tensor, statistics: Tensor, block_size: int) -> float:
+    """Score from which the residual takes the mass of an unselected block: the conservative second-order Taylor one.
+
+    `rem` and `cumulant2` overestimate the mass of the blocks that were not selected, which costs more than it gains.
+
+    Args: as `selection_score`.
+
+    Raises:
+        ValueError: The selector stores no mean (`quest`), or is unknown.
+    """
+    d = len(q)
+    if selector == "quest":
+        raise ValueError("selector 'quest' stores no mean key: it has no tail mass, use residual 'none' or another one")
+    if selector == "mean":
+        return selection_score("mean", q, statistics, block_size)
+    if selector == "km2-rem":
+        return logsumexp(
+            [
+                math.log(count) + float(q @ mean) + math.log1p(float(q**2 @ variance) / 2)
+                for count, mean, variance in clusters(statistics, d)
+                if count > 0
+            ]
+        )
+    if selector in ("taylor2", "cumulant2", "rem"):
+        return selection_score("taylor2", q, statistics, block_size)
+    raise ValueError(f"unknown selector {selector!r}, expected one of {', '.join(SELECTORS)}")
+
+
+def rem_term(s2: float, log_count: float) -> float:
+    """Log-mean-exp of `exp(log_count)` Gaussian samples of variance `s2` about their mean.
+
+    Below the freezing point it is the second cumulant; above, the largest sample alone. Both are `log_count` at
+    `s2 = 2 log_count`, with the same slope. A single sample has no spread.
+    """
+    if s2 < 2 * log_count:
+        return s2 / 2
+    return math.sqrt(2 * s2 * log_count) - log_count
+
+
+def clusters(statistics: Tensor, head_size: int) -> list[tuple[float, Tensor, Tensor]]:
+    """(count, mean, variance) of the two clusters that `km2-rem` stores `[4 * d + 2]`."""
+    mean0, variance0, mean1, variance1 = statistics[: 4 * head_size].split(head_size)
+    return [(float(statistics[-2]), mean0, variance0), (float(statistics[-1]), mean1, variance1)]
+
+
+def logsumexp(values: Sequence[float]) -> float:
+    """`log sum exp`, -inf for no values."""
+    if len(values) == 0 or max(values) == -math.inf:
+        return -math.inf
+    top = max(values)
+    return top + math.log(sum(math.exp(value - top) for value in values))
+
+
+# Selection (docs/design.md, 1)
+
+
+def share_in_group(scores: Tensor) -> Tensor:
+    """Log of the sum over a group's heads of each head's softmax over the complete blocks.
+
+    In the log domain, because probabilities of far blocks underflow to equal zeros, and their order would be lost.
+
+    Args:
+        scores: `[group, num_complete_blocks]` float64, one row for each query head of the group.
+
+    Returns:
+        `[num_complete_blocks]` float64.
+    """
+    log_probabilities = scores - torch.logsumexp(scores, dim=1, keepdim=True)
+    return torch.logsumexp(log_probabilities, dim=0)
+
+
+def forced_blocks(position: int, params: SplaParameters) -> list[int]:
+    """Sorted ids of the blocks that the token at `position` always attends to: sink, trailing blocks, current page."""
+    current = position // params.selection_block
+    page_start = position // params.page_size * params.blocks_per_page
+    return [
+        block
+        for block in range(current + 1)
+        if block < params.first_blocks or block > current - params.last_blocks or block >= page_start
+    ]
+
+
+def select_blocks(group_scores: Tensor, position: int, params: SplaParameters) -> list[int]:
+    """Blocks that a group attends to exactly, for one token.
+
+    Top-p shortens a selection that the budget has cut; where everything fits into the budget, all of it is selected.
+
+    Args:
+        group_scores: `[num_complete_blocks]` float64, from `share_in_group`.
+        position: Position of the token in its sequence.
+        params: Parameters.
+
+    Returns:
+        Sorted block ids, forced ones included.
+    """
+    num_complete = len(group_scores)
+    num_blocks = position // params.selection_block + 1
+    if params.budget_blocks >= num_blocks:
+        return list(range(num_blocks))
+
+    forced = forced_blocks(position, params)
+    candidates = [block for block in range(num_complete) if block not in forced]
+    candidates.sort(key=lambda block: (-float(group_scores[block]), block))
+    chosen = candidates[: params.budget_blocks - len(forced)]
+
+    if params.top_p is not None and params.top_p < 1:  # all of the mass takes all of the budget, whatever the rounding
+        mass = [math.exp(float(score)) for score in group_scores]
+        wanted = params.top_p * sum(mass)
+        covered = sum(mass[block] for block in forced if block < num_complete)
+        kept = []
+        for block in chosen:
+            if covered >= wanted:
+                break
+            kept.append(block)
+            covered += mass[block]
+        chosen = kept
+    return sorted(forced + chosen)
+
+
+def tokens_of(blocks: Sequence[int], length: int, block_size: int) -> list[int]:
+    """Positions below `length` of the tokens of some blocks."""
+    return [t for block in blocks for t in range(block * block_size, min((block + 1) * block_size, length))]
+
+
+# Exact part (docs/design.md, 2)
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, float]:
+    """Softmax attention of one head: q `[d]`, k and v `[n, d]`, n > 0. Returns the output `[d]` and the LSE."""
+    logits = k @ q  # [n]
+    lse = torch.logsumexp(logits, dim=0)
+    return torch.exp(logits - lse) @ v, float(lse)
+
+
+# Residual (docs/design.md, 3)
+
+
+def apply_feature_map(name: str, x: Tensor) -> Tensor:
+    """`phi`, over the last dimension, which it keeps.
+
+    Raises:
+        ValueError: Unknown feature map.
+    """
+    if name == "softmax":  # RAttention, SPLA
+        return torch.softmax(x, dim=-1)
+    if name == "elu1":
+        return torch.nn.functional.elu(x) + 1
+    raise ValueError(f"unknown feature map {name!r}, expected one of {', '.join(FEATURE_MAPS)}")
+
+
+def recurrent_state(features: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """State of linear attention over tokens with features `[n, F]` and values `[n, d]`: `S` `[F, d]` and `z` `[F]`.
+
+    Nothing decays, so that taking the selected tokens away again is exact.
+    """
+    return features.T @ v, features.sum(dim=0)
+
+
+def key_features(k: Tensor, params: SplaParameters) -> Tensor:
+    """Features `[n, F]` of keys `[n, d]`: `[k, 1]` for `regression`, `phi(k)` for `linear`."""
+    if params.residual == "regression":
+        return torch.cat([k, torch.ones(len(k), 1, dtype=k.dtype)], dim=1)
+    return apply_feature_map(params.feature_map, k)
+
+
+def residual_direction(q: Tensor, s_rest: Tensor, z_rest: Tensor, params: SplaParameters) -> Tensor:
+    """Direction of the residual of one head.
+
+    Args:
+        q: `[d]` float64, scaled.
+        s_rest: `S` of the rest, `[F, d]`; `F = d + 1` for `regression`.
+        z_rest: `z` of the rest, `[F]`.
+        params: Parameters.
+
+    Returns:
+        `[d]` float64.
+    """
+    if params.residual == "regression":
+        sum_kv, sum_v = s_rest[:-1], s_rest[-1]  # [d, d], [d]
+        sum_k, count = z_rest[:-1], z_rest[-1]  # [d], []
+        covariance = sum_kv / count - torch.outer(sum_k / count, sum_v / count)  # [key, value]
+        return sum_v / count + params.residual_scale * (q @ covariance)
+    features = apply_feature_map(params.feature_map, q)  # [F]
+    if params.combine == "double_rmsnorm":  # the norm that follows makes a normaliser superfluous
+        return features @ s_rest
+    return (features @ s_rest) / (features @ z_rest)
+
+
+# Combination (docs/design.md, 4)
+
+
+def combine_shared_normalizer(exact: Tensor, lse: float, tail: Tensor, log_mass: float, gain: float) -> Tensor:
+    """Both branches `[d]` under one softmax normaliser: `(e^lse exact + gain e^log_mass tail) / (e^lse + gain e^...)`.
+
+    Args:
+        exact: `[d]` float64.
+        lse: LSE of the exact part.
+        tail: `[d]` float64.
+        log_mass: Log mass of the tail, -inf for none.
+        gain: Factor on the mass of the tail, not negative.
+    """
+    top = max(lse, log_mass)  # taken out of both, so that neither overflows
+    exact_weight = math.exp(lse - top)
+    tail_weight = gain * math.exp(log_mass - top)
+    return (exact_weight * exact + tail_weight * tail) / (exact_weight + tail_weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` of `[d]`; zero stays zero."""
+    return x / torch.sqrt((x**2).mean() + eps) * weight
+
+
+# The whole
+
+
+def spla_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    params: SplaParameters,
+    *,
+    statistics: Tensor | None = None,
+    gain: Tensor | None = None,
+    norm_weights: tuple[Tensor, Tensor] | None = None,
+) -> TokenResult:
+    """SPLA for the last token of a sequence (arXiv 2601.22379).
+
+    Args:
+        q: Query of the token, scaled, `[H, d]` float64.
+        k: Keys of the sequence, the token's own among them, `[L, G, d]` float64. The token is at position `L - 1`.
+        v: Values, as `k`.
+        params: Parameters.
+        statistics: Statistics of the blocks of complete pages `[num_complete_blocks, G, width]` float64, to be used
+            instead of those computed from `k`: a cache may hold them in a narrower dtype.
+        gain: Factor on the mass of the tail, not negative, `[H]`; 1 if None. Used by `shared_normalizer`.
+        norm_weights: RMSNorm weights of the exact part and of the residual, `[H, d]` each; 1 if None. Used by
+            `double_rmsnorm`.
+
+    Raises:
+        ValueError: Shapes, dtypes or parameters that do not fit together, or a tail mass asked of `quest`.
+    """
+    _check(q, k, v, params, statistics, gain, norm_weights)
+    (num_heads, d), (length, num_kv_heads, _) = q.shape, k.shape
+    group = num_heads // num_kv_heads
+    position = length - 1
+    b = params.selection_block
+    num_complete = position // params.page_size * params.blocks_per_page
+    if statistics is None:
+        statistics = complete_statistics(k, params)
+
+    output = torch.zeros_like(q)
+    exact = torch.zeros_like(q)
+    lse = torch.zeros(num_heads, dtype=q.dtype)
+    tail = torch.zeros_like(q)
+    log_tail_mass = torch.full((num_heads,), -math.inf, dtype=q.dtype)
+    group_scores = torch.zeros(num_kv_heads, num_complete, dtype=q.dtype)
+    selected: list[list[int]] = []
+
+    for g in range(num_kv_heads):
+        heads = range(g * group, (g + 1) * group)
+        scores = torch.tensor(
+            [[selection_score(params.selector, q[h], statistics[i, g], b) for i in range(num_complete)] for h in heads],
+            dtype=q.dtype,
+        ).reshape(group, num_complete)
+        group_scores[g] = share_in_group(scores)
+        blocks = select_blocks(group_scores[g], position, params)
+        selected.append(blocks)
+
+        tokens = tokens_of(blocks, length, b)
+        for h in heads:
+            exact[h], lse[h] = exact_attention(q[h], k[tokens, g], v[tokens, g])
+
+        # The rest: blocks of complete pages that were not selected. The current page is always selected, so what is to
+        # be subtracted from the state over the complete pages are the selected blocks among these.
+        rest = [block for block in range(num_complete) if block not in blocks]
+        if len(rest) > 0 and params.residual != "none":  # the count decides, never a difference of large sums
+            everything = list(range(num_complete * b))
+            taken = tokens_of([block for block in blocks if block < num_complete], length, b)
+            s_all, z_all = recurrent_state(key_features(k[everything, g], params), v[everything, g])
+            s_selected, z_selected = recurrent_state(key_features(k[taken, g], params), v[taken, g])
+            for h in heads:
+                tail[h] = residual_direction(q[h], s_all - s_selected, z_all - z_selected, params)
+                if params.combine == "shared_normalizer":
+                    log_tail_mass[h] = logsumexp([mass_score(params.selector, q[h], statistics[i, g], b) for i in rest])
+
+    for h in range(num_heads):
+        if params.combine == "shared_normalizer":
+            weight = 1.0 if gain is None else float(gain[h])
+            output[h] = combine_shared_normalizer(exact[h], float(lse[h]), tail[h], float(log_tail_mass[h]), weight)
+        else:
+            exact_weight, tail_weight = norm_weights if norm_weights is not None else (torch.ones_like(q),) * 2
+            output[h] = rms_norm(exact[h], exact_weight[h], params.rms_norm_eps)
+            output[h] += rms_norm(tail[h], tail_weight[h], params.rms_norm_eps)
+    return TokenResult(output, selected, exact, lse, tail, log_tail_mass, group_scores)
+
+
+def spla_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    params: SplaParameters,
+    *,
+    start: int = 0,
+    statistics: Tensor | None = None,
+    gain: Tensor | None = None,
+    norm_weights: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """SPLA for every token of a sequence from position `start` on.
+
+    Args:
+        q: Queries, scaled, `[L, H, d]` float64.
+        k: Keys `[L, G, d]` float64.
+        v: Values, as `k`.
+        params: Parameters.
+        start: First position to compute.
+        statistics: As in `spla_token`, for the last token: of all blocks of pages below position `L - 1`.
+        gain: As in `spla_token`.
+        norm_weights: As in `spla_token`.
+
+    Returns:
+        `[L, H, d]` float64; rows below `start` are NaN.
+
+    Raises:
+        ValueError: As `spla_token`.
+    """
+    if statistics is None:
+        statistics = complete_statistics(k, params)
+    output = torch.full_like(q, math.nan)
+    for position in range(start, len(q)):
+        num_complete = position // params.page_size * params.blocks_per_page
+        output[position] = spla_token(
+            q[position],
+            k[: position + 1],
+            v[: position + 1],
+            params,
+            statistics=statistics[:num_complete],
+            gain=gain,
+            norm_weights=norm_weights,
+        ).output
+    return output
+
+
+def complete_statistics(k: Tensor, params: SplaParameters) -> Tensor:
+    """Statistics of the blocks of the pages below the last token's, `[num_complete_blocks, G, width]`, of `[L, G, d]`.
+
+    Raises:
+        ValueError: Unknown selector.
+    """
+    length, num_kv_heads, d = k.shape
+    b = params.selection_block
+    num_complete = (length - 1) // params.page_size * params.blocks_per_page
+    statistics = torch.zeros(num_complete, num_kv_heads, statistics_width(params.selector, d), dtype=k.dtype)
+    for i in range(num_complete):
+        for g in range(num_kv_heads):
+            statistics[i, g] = block_statistics(params.selector, k[i * b : (i + 1) * b, g])
+    return statistics
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    params: SplaParameters,
+    statistics: Tensor | None,
+    gain: Tensor | None,
+    norm_weights: tuple[Tensor, Tensor] | None,
+) -> None:
+    """One place for every case that `spla_token` refuses."""
+    if q.dim() != 2 or k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[1] or len(k) == 0:
+        raise ValueError(f"q [H, d], k and v [L, G, d] expected, got {[list(x.shape) for x in (q, k, v)]}")
+    if q.shape[0] % k.shape[1] != 0:
+        raise ValueError(f"{q.shape[0]} query heads are no multiple of {k.shape[1]} kv heads")
+    if any(x.dtype != torch.float64 for x in (q, k, v)):
+        raise ValueError("the reference computes in float64, convert q, k and v first")
+    if params.page_size % params.selection_block != 0:
+        raise ValueError(f"selection_block {params.selection_block} does not divide page_size {params.page_size}")
+    if params.budget_blocks < params.max_forced_blocks:
+        raise ValueError(f"budget_blocks {params.budget_blocks} is below {params.max_forced_blocks} forced blocks")
+    if params.residual not in RESIDUALS:
+        raise ValueError(f"unknown residual {params.residual!r}, expected one of {', '.join(RESIDUALS)}")
+    if params.combine not in COMBINES:
+        raise ValueError(f"unknown combine {params.combine!r}, expected one of {', '.join(COMBINES)}")
+    if params.feature_map not in FEATURE_MAPS:
+        raise ValueError(f"unknown feature map {params.feature_map!r}, expected one of {', '.join(FEATURE_MAPS)}")
+    if params.selector == "quest" and params.residual != "none" and params.combine == "shared_normalizer":
+        raise ValueError("selector 'quest' stores no mean key and gives no tail mass: use residual 'none'")
+    num_complete = (len(k) - 1) // params.page_size * params.blocks_per_page
+    expected = (num_complete, k.shape[1], statistics_width(params.selector, q.shape[1]))
+    if statistics is not None and tuple(statistics.shape) != expected:
+        raise ValueError(f"statistics {list(expected)} expected, got {list(statistics.shape)}")
+    if gain is not None and (tuple(gain.shape) != (q.shape[0],) or bool((gain < 0).any())):
+        raise ValueError(f"gain [{q.shape[0]}] without negative elements expected")
+    if norm_weights is not None and any(weight.shape != q.shape for weight in norm_weights):
+        raise ValueError(f"norm_weights of shape {list(q.shape)} expected")

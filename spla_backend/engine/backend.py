@@ -1,0 +1,116 @@
+"""The attention backend as vLLM sees it: names, supported sizes, the cache spec with its statistics rows."""
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+
+from ..algorithm.residual import make_residual
+from ..algorithm.selectors import get_selector
+from ..kernels.layout import PageLayout, StateLayout
+from ..options import SplaOptions
+from ..plugin import BACKEND_NAME
+from .checks import SUPPORTED_HEAD_SIZES, SUPPORTED_KV_CACHE_DTYPES
+
+if TYPE_CHECKING:
+    from .impl import SplaImpl
+    from .metadata import SplaMetadataBuilder
+
+PREFERRED_PAGE_SIZE = 64
+
+_options: SplaOptions | None = None
+
+
+def set_options(options: SplaOptions) -> None:
+    """Make `options` those of the engine in this process; `customize_spec` gets no configuration to read them from."""
+    global _options
+    _options = options
+
+
+def get_options() -> SplaOptions:
+    """The options of the engine in this process.
+
+    Raises:
+        RuntimeError: No SPLA layer was constructed yet.
+    """
+    if _options is None:
+        raise RuntimeError("SPLA options are read before any SPLA layer was constructed")
+    return _options
+
+
+def page_layout(spec: AttentionSpec) -> PageLayout:
+    """Bytes of the pages of an attention layer."""
+    params = get_options().parameters(spec.block_size)
+    width = get_selector(params.selector).width(spec.head_size)
+    return PageLayout(spec.block_size, spec.head_size, spec.dtype.itemsize, params.selection_block, width)
+
+
+def state_layout(spec: AttentionSpec) -> StateLayout:
+    """Bytes of the recurrent state of an attention layer."""
+    residual = make_residual(get_options().parameters(spec.block_size), spec.head_size)
+    assert residual is not None, "a companion layer exists only with a residual"
+    return StateLayout(page_layout(spec), residual.s_rows, residual.z_size)
+
+
+class SplaBackend(AttentionBackend):
+    """SPLA, block Sparse Plus Linear Attention (arXiv 2601.22379)."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list] = list(SUPPORTED_KV_CACHE_DTYPES)
+    # Statistics are made where keys are written, and need the page's other keys in place.
+    forward_includes_kv_cache_update: bool = False
+
+    @staticmethod
+    def get_name() -> str:
+        """See `AttentionBackend.get_name`; vLLM looks the enum member up by it."""
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type["SplaImpl"]:
+        """See `AttentionBackend.get_impl_cls`."""
+        from .impl import SplaImpl
+
+        return SplaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["SplaMetadataBuilder"]:
+        """See `AttentionBackend.get_builder_cls`."""
+        from .metadata import SplaMetadataBuilder
+
+        return SplaMetadataBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """See `AttentionBackend.get_supported_head_sizes`."""
+        return list(SUPPORTED_HEAD_SIZES)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        """Any multiple of 16 tokens, never split: a page's statistics stand behind its last token."""
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """64 tokens, where vLLM is free to choose."""
+        return PREFERRED_PAGE_SIZE
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Not yet."""
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Give every page `r` rows more than it has tokens, for its statistics and stamp.
+
+        The rows are the page's own, so that the engine accounts for, caches, offloads and copies them with it.
+        Specs of layers that SPLA does not compute come back unchanged, and so do those of fewer than 16 tokens,
+        with which vLLM only asks for the bytes of a token.
+        """
+        if type(spec) is not FullAttentionSpec or spec.block_size < 16:
+            return spec
+        layout = page_layout(spec)
+        return replace(spec, tokens_per_state=Fraction(layout.page_size, layout.rows))

@@ -1,0 +1,169 @@
+"""What SPLA refuses, each with one sentence: what, why, what to do. Imports neither torch kernels nor Triton."""
+
+from typing import TYPE_CHECKING, Any
+
+from ..options import SplaOptions
+from ..plugin import backend_member
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+SUPPORTED_VLLM = ("0.32", "0.33")
+SUPPORTED_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 256)
+SUPPORTED_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+SUPPORTED_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def is_chosen(vllm_config: "VllmConfig") -> bool:
+    """Whether the user asked for SPLA, for the whole model or for some kind of layer."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    return any(backend is backend_member() for backend in chosen)
+
+
+def resolve_options(vllm_config: "VllmConfig") -> SplaOptions:
+    """The options of a configuration.
+
+    Raises:
+        ValueError: As `SplaOptions.from_sources`.
+    """
+    additional = vllm_config.additional_config
+    command_line = additional.get("spla") if isinstance(additional, dict) else None
+    model = getattr(vllm_config.model_config, "hf_text_config", None)
+    return SplaOptions.from_sources(command_line, getattr(model, "spla_config", None))
+
+
+def check_vllm_version(version: str) -> None:
+    """Raises:
+    ValueError: A version of vLLM that was never tested with SPLA.
+    """
+    if not any(version == tested or version.startswith(tested + ".") for tested in SUPPORTED_VLLM):
+        raise ValueError(
+            f"SPLA was not tested with vLLM {version}, whose internal interfaces change between releases: "
+            f"install vLLM {' or '.join(v + '.x' for v in SUPPORTED_VLLM)}, or a newer vllm-spla"
+        )
+
+
+def check_interfaces() -> None:
+    """Probe the young interfaces of vLLM that SPLA stands on.
+
+    Raises:
+        ValueError: One of them is missing.
+    """
+    from vllm.v1 import kv_cache_interface, kv_cache_spec_registry
+    from vllm.v1.attention.backend import AttentionBackend
+    from vllm.v1.core import single_type_kv_cache_manager as managers
+
+    probes = {
+        "AttentionBackend.customize_spec": hasattr(AttentionBackend, "customize_spec"),
+        "AttentionSpec.tokens_per_state": "tokens_per_state"
+        in kv_cache_interface.AttentionSpec.__dataclass_fields__,
+        "CircularBufferSpec": hasattr(kv_cache_interface, "CircularBufferSpec"),
+        "CircularBufferManager._claim_ring_block": hasattr(
+            getattr(managers, "CircularBufferManager", None), "_claim_ring_block"
+        ),
+        "register_kv_cache_spec": hasattr(kv_cache_spec_registry, "register_kv_cache_spec"),
+    }
+    missing = [name for name, found in probes.items() if not found]
+    if missing:
+        raise ValueError(
+            f"SPLA stands on vLLM's {', '.join(missing)}, which this vLLM does not have: install vLLM "
+            f"{' or '.join(v + '.x' for v in SUPPORTED_VLLM)}"
+        )
+
+
+def check_config(vllm_config: "VllmConfig") -> None:
+    """Check a whole configuration, before any engine process is started.
+
+    Raises:
+        ValueError: Something is not supported.
+    """
+    import vllm
+
+    check_vllm_version(vllm.__version__)
+    check_interfaces()
+    options = resolve_options(vllm_config)
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    if model is not None and model.use_mla:
+        raise ValueError(
+            "SPLA does not support MLA models, whose cache holds latent vectors instead of keys: remove "
+            "--attention-backend spla"
+        )
+    if cache.user_specified_block_size:
+        options.parameters(cache.block_size)
+    if str(cache.cache_dtype) not in SUPPORTED_KV_CACHE_DTYPES:
+        raise ValueError(
+            f"SPLA does not support --kv-cache-dtype {cache.cache_dtype}, its page statistics are made from "
+            f"unquantised keys: choose one of {', '.join(SUPPORTED_KV_CACHE_DTYPES)}"
+        )
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise ValueError(
+            "SPLA does not support context parallelism, which shards the pages of a sequence over ranks: set "
+            "--decode-context-parallel-size and --prefill-context-parallel-size to 1"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        raise ValueError(
+            f"SPLA does not support KV connectors yet ({vllm_config.kv_transfer_config.kv_connector}), which would "
+            "have to carry page statistics: remove --kv-transfer-config"
+        )
+    check_hybrid_manager(vllm_config, options)
+
+
+def check_hybrid_manager(vllm_config: "VllmConfig", options: SplaOptions) -> None:
+    """Raises:
+    ValueError: The residual needs state blocks, which only the hybrid KV cache manager hands out.
+    """
+    if options.residual != "none" and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ValueError(
+            "SPLA keeps its recurrent state in blocks of their own group, which needs the hybrid KV cache manager: "
+            "remove --disable-hybrid-kv-cache-manager or set the SPLA option residual to 'none'"
+        )
+
+
+def covers_layer(config: "AttentionSelectorConfig") -> bool:
+    """Whether a layer is SPLA's business; sliding windows, encoders and cross attention of mixed models are not."""
+    return not config.has_sliding_window and config.attn_type == "decoder"
+
+
+def refuse_layer(config: "AttentionSelectorConfig") -> None:
+    """Raises:
+    ValueError: A full-attention decoder layer that SPLA cannot compute.
+    """
+    reasons = []
+    if config.use_mla:
+        reasons.append("MLA layers (their cache holds latent vectors instead of keys)")
+    if config.use_sparse:
+        reasons.append("layers with sparse attention of their own")
+    if config.has_sink:
+        reasons.append("learned attention sinks")
+    if config.use_mm_prefix or config.use_non_causal:
+        reasons.append("attention that is not causal")
+    if config.use_rswa:
+        reasons.append("reference sliding windows")
+    if config.use_per_head_quant_scales:
+        reasons.append("quantised caches with scales per head")
+    if config.use_adaptive_verification:
+        reasons.append("adaptive verification")
+    if config.head_size not in SUPPORTED_HEAD_SIZES:
+        reasons.append(f"head size {config.head_size} (supported: {', '.join(map(str, SUPPORTED_HEAD_SIZES))})")
+    if config.kv_cache_dtype not in (None, *SUPPORTED_KV_CACHE_DTYPES):
+        reasons.append(f"kv-cache dtype {config.kv_cache_dtype} (supported: {', '.join(SUPPORTED_KV_CACHE_DTYPES)})")
+    dtype = str(config.dtype).removeprefix("torch.")
+    if dtype not in SUPPORTED_DTYPES:
+        reasons.append(f"dtype {dtype} (supported: {', '.join(SUPPORTED_DTYPES)})")
+    if reasons:
+        raise ValueError(f"SPLA does not support {'; nor '.join(reasons)}: remove --attention-backend spla")
+
+
+def refuse_arguments(**arguments: Any) -> None:
+    """Arguments of a layer that SPLA does not implement, by name; a value of None means absent.
+
+    Raises:
+        ValueError: One is present.
+    """
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"SPLA does not support layers with {', '.join(given)}: remove --attention-backend spla for this model"
+        )

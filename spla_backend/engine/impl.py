@@ -1,0 +1,150 @@
+"""SPLA attention of one layer inside vLLM."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from .. import kernels
+from .backend import get_options, set_options
+from .checks import check_hybrid_manager, refuse_arguments, resolve_options
+from .logger import logger
+from .state import RecurrentStateLayer, companion_name
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from .metadata import SplaMetadata
+
+
+class SplaImpl(AttentionImpl["SplaMetadata"]):
+    """Writes keys, values and page statistics; selects, attends and combines."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        refuse_arguments(
+            alibi_slopes=alibi_slopes,
+            logits_soft_cap=logits_soft_cap or None,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            sliding_window=sliding_window,
+            sinks=sinks,
+        )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.attn_type = attn_type
+        self.vllm_config = get_current_vllm_config()
+        options = resolve_options(self.vllm_config)
+        check_hybrid_manager(self.vllm_config, options)
+        set_options(options)
+        self.op: Any = None
+        logger.info_once("SPLA options: %s", options)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Register the companion layer that makes the engine allocate the recurrent state; idempotent."""
+        if get_options().residual == "none":
+            return
+        context = self.vllm_config.compilation_config.static_forward_context
+        name, layer = next((n, item) for n, item in context.items() if getattr(item, "impl", None) is self)
+        context.setdefault(companion_name(name), RecurrentStateLayer(layer, self.vllm_config))
+
+    def bind(self, kv_cache_spec: AttentionSpec, vllm_config: "VllmConfig", device: torch.device) -> None:
+        """Make the kernels for the final page geometry; called by the metadata builder."""
+        self.op = kernels.make(
+            device.type,
+            get_options().parameters(kv_cache_spec.block_size),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            cache_dtype=kv_cache_spec.dtype,
+            scale=self.scale,
+        )
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store this step's keys and values, and statistics of the pages they complete.
+
+        Args:
+            layer: The attention layer.
+            key: `[num_tokens, num_kv_heads, head_size]`.
+            value: `[num_tokens, num_kv_heads, head_size]`.
+            kv_cache: `[num_pages, num_kv_heads, page_size + statistics_rows, 2 * head_size]`.
+            slot_mapping: `[num_tokens]` int64, -1 for padding.
+        """
+        num_tokens = slot_mapping.shape[0]
+        self.op.update_cache(key[:num_tokens], value[:num_tokens], kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: "SplaMetadata",
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one step.
+
+        Args:
+            layer: The attention layer.
+            query: `[num_tokens, num_heads, head_size]`.
+            key: `[num_tokens, num_kv_heads, head_size]`, already in the cache.
+            value: `[num_tokens, num_kv_heads, head_size]`, already in the cache.
+            kv_cache: `[num_pages, num_kv_heads, page_size + statistics_rows, 2 * head_size]`.
+            attn_metadata: The step's metadata; None while the engine profiles its memory.
+            output: `[num_tokens, num_heads, head_size]`, uninitialised.
+            output_scale: Not supported.
+            output_block_scale: Not supported.
+
+        Returns:
+            `output`.
+
+        Raises:
+            NotImplementedError: Fused output quantisation was asked for.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("SPLA does not support fused output quantisation")
+        if attn_metadata is None:
+            return output.zero_()
+        state_cache, state_table = self._state(layer)
+        self.op.run(attn_metadata.plan, query, kv_cache, state_cache, state_table, output)
+        return output
+
+    @staticmethod
+    def _state(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The companion's cache `[num_pages, ...]` and block table `[num_reqs, >= K]`; None without a residual."""
+        context = get_forward_context()
+        name = companion_name(layer.layer_name)
+        companion = context.no_compile_layers.get(name)
+        if companion is None:
+            return None, None
+        metadata = context.attn_metadata
+        if isinstance(metadata, list):  # speculative decoding: the first is the model's own
+            metadata = metadata[0]
+        return companion.kv_cache, metadata[name].block_table

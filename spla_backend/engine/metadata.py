@@ -1,0 +1,59 @@
+"""Metadata of a step: what block selection and attention need, made once for all layers."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from .impl import SplaImpl
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@dataclass
+class SplaMetadata(AttentionMetadata):
+    """One step of one group of layers."""
+
+    num_actual_tokens: int
+    plan: Any
+    """What the kernels planned for this step; see `spla_backend.kernels`."""
+
+
+class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
+    """Plans block selection, page tables and recurrent states of a step."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        impls = [layer.impl for layer in layers.values() if isinstance(layer.impl, SplaImpl)]
+        # Only now are page size, cache dtype and memory limits final.
+        for impl in impls:
+            impl.bind(kv_cache_spec, vllm_config, device)
+        self.op = impls[0].op
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> SplaMetadata:
+        """See `AttentionMetadataBuilder.build`."""
+        common = common_attn_metadata
+        plan = self.op.plan(
+            common.query_start_loc,
+            common.seq_lens,
+            common.block_table_tensor,
+        )
+        return SplaMetadata(common.num_actual_tokens, plan)

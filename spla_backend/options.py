@@ -1,0 +1,155 @@
+"""Options of the backend: where they come from, what they default to, what is refused.
+
+`--additional-config '{"spla": {...}}'` goes before `spla_config` in the model's config.json, that before the
+defaults. `docs/options.md` lists them for users.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .algorithm.parameters import COMBINES, RESIDUALS, SplaParameters
+
+
+@dataclass(frozen=True)
+class SplaOptions:
+    """What a user may set. Sizes are in tokens.
+
+    Attributes:
+        budget: Tokens that a query attends to exactly, forced blocks included.
+        selector: How blocks are scored; see `spla_backend.algorithm.selectors`.
+        top_p: Stop selecting once this share of the estimated attention mass is covered; None spends the budget.
+        selection_block_size: Tokens a selection block; None means 64, or the page where that is smaller.
+        first_blocks: Leading blocks always selected (attention sink).
+        last_blocks: Trailing blocks always selected, the current one included.
+        residual: What stands for the pages that are not selected: `regression`, `linear` (the paper's) or `none`.
+        feature_map: Feature map of the `linear` residual.
+        residual_scale: Factor on the covariance term of the `regression` residual.
+        combine: `shared_normalizer`, or `double_rmsnorm` for models trained with it.
+        rms_norm_eps: Epsilon of `double_rmsnorm`.
+    """
+
+    budget: int = 2048
+    selector: str = "rem"
+    top_p: float | None = None
+    selection_block_size: int | None = None
+    first_blocks: int = 1
+    last_blocks: int = 2
+    residual: str = "regression"
+    feature_map: str = "softmax"
+    residual_scale: float = 0.5
+    combine: str = "shared_normalizer"
+    rms_norm_eps: float = 1e-6
+
+    @classmethod
+    def from_sources(cls, *sources: Mapping[str, Any] | None) -> "SplaOptions":
+        """Merge option mappings, the first that names a key winning.
+
+        Raises:
+            ValueError: Unknown key, wrong type or value out of range; one sentence naming what is valid.
+        """
+        merged: dict[str, Any] = {}
+        for source in reversed(sources):
+            if source is None:
+                continue
+            if not isinstance(source, Mapping):
+                raise ValueError(f"SPLA options must be a mapping of names to values, not {source!r}")
+            merged.update(source)
+        known = {f.name for f in fields(cls)}
+        for key in merged:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ValueError(f"unknown SPLA option {key!r}{hint}: valid options are {', '.join(sorted(known))}")
+        options = cls(**merged)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        from .algorithm.feature_maps import feature_map_names
+        from .algorithm.selectors import get_selector, selector_names
+
+        self._check_integer("budget", 1)
+        self._check_integer("first_blocks", 0)
+        self._check_integer("last_blocks", 1)
+        if self.selection_block_size is not None:
+            self._check_integer("selection_block_size", 16)
+            if self.selection_block_size % 16:
+                raise ValueError(
+                    f"SPLA option selection_block_size must be a multiple of 16, not {self.selection_block_size}"
+                )
+        self._check_choice("selector", selector_names())
+        self._check_choice("residual", RESIDUALS)
+        self._check_choice("feature_map", feature_map_names())
+        self._check_choice("combine", COMBINES)
+        if self.top_p is not None:
+            self._check_number("top_p", above=0, at_most=1)
+        self._check_number("residual_scale", above=-1e-30)
+        self._check_number("rms_norm_eps", above=0)
+        needs_mass = self.residual != "none" and self.combine == "shared_normalizer"
+        if needs_mass and not get_selector(self.selector).has_mass:
+            raise ValueError(
+                f"SPLA selector {self.selector!r} ranks blocks without estimating their mass, which the residual "
+                f"{self.residual!r} needs: set residual to 'none' or choose another selector"
+            )
+        if self.combine == "double_rmsnorm" and self.residual == "regression":
+            raise ValueError(
+                "SPLA option combine 'double_rmsnorm' joins the paper's linear attention: set residual to 'linear'"
+            )
+
+    def _check_integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"SPLA option {name} must be an integer of at least {least}, not {value!r}")
+
+    def _check_number(self, name: str, above: float, at_most: float = float("inf")) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not above < value <= at_most:
+            upper = "" if at_most == float("inf") else f" and at most {at_most}"
+            raise ValueError(f"SPLA option {name} must be a number above {max(above, 0):g}{upper}, not {value!r}")
+
+    def _check_choice(self, name: str, choices: Any) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"unknown SPLA {name} {value!r}: choose one of {', '.join(choices)}")
+
+    def block_size(self, page_size: int) -> int:
+        """Tokens a selection block for pages of `page_size` tokens."""
+        return min(64, page_size) if self.selection_block_size is None else self.selection_block_size
+
+    def parameters(self, page_size: int) -> SplaParameters:
+        """What the algorithm computes, for pages of `page_size` tokens.
+
+        Raises:
+            ValueError: Page, selection block and budget do not fit each other.
+        """
+        block = self.block_size(page_size)
+        if page_size % 16:
+            raise ValueError(f"SPLA needs pages of a multiple of 16 tokens, not {page_size}: set --block-size 64")
+        if page_size % block:
+            raise ValueError(
+                f"SPLA selection blocks of {block} tokens do not divide pages of {page_size}: set --block-size to a "
+                f"multiple of {block} or the option selection_block_size to a divisor of {page_size}"
+            )
+        params = SplaParameters(
+            page_size=page_size,
+            selection_block=block,
+            budget_blocks=self.budget // block,
+            first_blocks=self.first_blocks,
+            last_blocks=self.last_blocks,
+            selector=self.selector,
+            top_p=self.top_p,
+            residual=self.residual,
+            feature_map=self.feature_map,
+            residual_scale=self.residual_scale,
+            combine=self.combine,
+            rms_norm_eps=self.rms_norm_eps,
+        )
+        if params.budget_blocks < params.max_forced_blocks:
+            raise ValueError(
+                f"a SPLA budget of {self.budget} tokens is less than the blocks that are always selected: with pages "
+                f"of {page_size} and selection blocks of {block} tokens it must be at least "
+                f"{params.max_forced_blocks * block}"
+            )
+        return params
