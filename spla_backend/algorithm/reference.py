@@ -430,7 +430,8 @@ def spla_token(
         ValueError: Shapes, dtypes or parameters that do not fit together, or a tail mass asked of `quest`.
     """
     _check(q, k, v, params, statistics, gain, norm_weights)
-    (num_heads, d), (length, num_kv_heads, _) = q.shape, k.shape
+    num_heads = len(q)
+    length, num_kv_heads, _ = k.shape
     group = num_heads // num_kv_heads
     position = length - 1
     b = params.selection_block

@@ -8,7 +8,7 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from .. import kernels
+from ..kernels import dispatch
 from .backend import get_options, set_options
 from .checks import check_hybrid_manager, refuse_arguments, resolve_options
 from .logger import logger
@@ -67,7 +67,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
 
     def bind(self, kv_cache_spec: AttentionSpec, vllm_config: "VllmConfig", device: torch.device) -> None:
         """Make the kernels for the final page geometry; called by the metadata builder."""
-        self.op = kernels.make(
+        self.op = dispatch.make(
             device.type,
             get_options().parameters(kv_cache_spec.block_size),
             num_heads=self.num_heads,

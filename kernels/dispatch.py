@@ -1,4 +1,4 @@
-"""What runs over the engine's paged memory, by device. All implementations share one interface: `plan`, `run`,
+"""Kernels by device. All implementations share one interface: `plan`, `run`,
 `update_cache`, `page_layout`, `state_layout` (see `torch_paged.TorchPagedSpla`)."""
 
 from typing import Any
