@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from ..algorithm.attention import masked_attention
 from ..algorithm.combine import double_rmsnorm, shared_normalizer
-from ..algorithm.page_table import SparsePageTable, build_page_table
+from ..algorithm.page_table import PaddedSlots, PageTablePlan, fill_page_table, pad_slots, plan_page_table
 from ..algorithm.parameters import SplaParameters
-from ..algorithm.residual import make_residual
+from ..algorithm.residual import Reading, make_residual
 from ..algorithm.selection import group_scores, select_blocks
 from ..algorithm.selectors import get_selector
 from .layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, PageLayout, StateLayout
@@ -41,9 +41,19 @@ class Plan:
     """One step's geometry, shared by all layers."""
 
     block_table: torch.Tensor  # [rows, max_pages] int64
-    decode: Tile | None
+    decode: "DecodeRows | None"
     prefill: list["PrefillRow"]
     num_targets: list[tuple[int, int]]  # (row, complete pages before this step) of rows that need their state
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """All rows of one query token."""
+
+    tile: Tile
+    table: PageTablePlan
+    num_current: torch.Tensor  # [rows * kv_heads] int64, blocks of the current page
+    slots: PaddedSlots | None  # None where top-p lets the lists' lengths depend on the layer
 
 
 @dataclass(frozen=True)
@@ -175,8 +185,23 @@ class TorchPagedSpla:
         if decode_rows:
             rows = torch.tensor(decode_rows)
             positions = seq_lens[rows].long()[:, None] - 1
-            decode = self._tile(rows, query_start_loc[rows].long()[:, None], positions, table)
+            decode = self._plan_decode(rows, query_start_loc[rows].long()[:, None], positions, table)
         return Plan(table, decode, prefill, targets)
+
+    def _plan_decode(
+        self, rows: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, table: torch.Tensor
+    ) -> DecodeRows:
+        params, heads = self.params, self.num_kv_heads
+        tile = self._tile(rows, tokens, positions, table)
+        page_table = plan_page_table(table[rows], positions[:, 0], heads, params)
+        blocks = positions[:, 0] // params.selection_block + 1
+        num_current = (blocks - tile.num_pages * params.blocks_per_page).repeat_interleave(heads)
+        slots = None
+        if params.top_p is None:
+            counts = blocks.clamp(max=params.budget_blocks).repeat_interleave(heads)
+            indptr = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+            slots = pad_slots(indptr, page_table.last_page_len, num_current, params.selection_block)
+        return DecodeRows(tile, page_table, num_current, slots)
 
     def _plan_prefill(self, row: int, first_token: int, start: int, end: int, table: torch.Tensor) -> PrefillRow:
         params = self.params
@@ -249,7 +274,7 @@ class TorchPagedSpla:
             assert state_cache is not None and state_table is not None
             states = self._fold(plan, kv_cache, state_cache, state_table.long())
         if plan.decode is not None:
-            self._decode(plan.decode, plan.block_table, query, kv_cache, states, output)
+            self._decode(plan.decode, query, kv_cache, states, output)
         for row in plan.prefill:
             self._prefill(row, query, kv_cache, states, output)
 
@@ -291,39 +316,34 @@ class TorchPagedSpla:
 
     def _decode(
         self,
-        tile: Tile,
-        block_table: torch.Tensor,
+        rows: DecodeRows,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         states: tuple[torch.Tensor, torch.Tensor] | None,
         output: torch.Tensor,
     ) -> None:
-        params = self.params
+        tile = rows.tile
         q = self._grouped(query, tile.tokens)  # [rows, kv_heads, group, head_size]
         selected, log_mass = self._select(tile, q, kv_cache)
-        table = build_page_table(selected[:, :, 0], block_table[tile.rows], tile.positions[:, 0], params)
-        keys, values, visible = self._gather(kv_cache, table)
-        # The blocks of the current page stand last in each list; the state does not cover them.
-        in_current = (tile.positions[:, 0] // params.selection_block + 1) - tile.num_pages * params.blocks_per_page
-        counts = table.indptr.diff().unflatten(0, (-1, self.num_kv_heads))  # [rows, kv_heads]
-        slot = torch.arange(keys.shape[2]) // params.selection_block
-        subtract = slot < (counts - in_current[:, None])[..., None]  # [rows, kv_heads, gathered tokens]
-        self._attend(tile, q, keys, values, visible[:, :, None], subtract[:, :, None], log_mass, states, output)
-
-    def _gather(
-        self, kv_cache: torch.Tensor, table: SparsePageTable
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values `[rows, kv_heads, tokens, head_size]` float32 of a page table, zero where there is no
-        token, and which tokens exist `[rows, kv_heads, tokens]`."""
-        block = self.params.selection_block
-        ids, exists = table.padded()  # [rows * kv_heads, slots]
-        last = exists.sum(-1, keepdim=True) - 1
-        limit = torch.where(torch.arange(ids.shape[1]) == last, table.last_page_len[:, None], block)
-        visible = exists[..., None] & (torch.arange(block) < limit[..., None])  # [requests, slots, block]
-        kv = self._read_blocks(kv_cache, ids).masked_fill(~visible[..., None], 0)
-        kv = kv.flatten(1, 2).float().unflatten(0, (-1, self.num_kv_heads))
-        keys, values = kv.split(self.head_size, -1)
-        return keys, values, visible.flatten(1).unflatten(0, (-1, self.num_kv_heads))
+        table = fill_page_table(rows.table, selected[:, :, 0])
+        slots = rows.slots
+        if slots is None:
+            slots = pad_slots(table.indptr, table.last_page_len, rows.num_current, self.params.selection_block)
+        kv = self._read_blocks(kv_cache, table.indices[slots.where].long())  # [requests, slots, block, 2 d]
+        # Behind the last token, and in the place of a missing block, stands whatever the page held before.
+        kv = kv.masked_fill_(~slots.visible[..., None], 0).flatten(1, 2).float()
+        kv = kv.unflatten(0, (-1, self.num_kv_heads))
+        keys, values = kv.split(self.head_size, -1)  # [rows, kv_heads, tokens, head_size]
+        visible = slots.visible.flatten(1).unflatten(0, (-1, 1, self.num_kv_heads)).transpose(1, 2)
+        exact, lse = masked_attention(q @ keys.mT, values, visible)  # visible: [rows, kv_heads, 1, tokens]
+        reading, num_selected = None, None
+        if states is not None and tile.sparse:
+            assert self.residual is not None
+            complete = slots.complete.unflatten(0, (-1, self.num_kv_heads))  # [rows, kv_heads, slots]
+            mask = complete.repeat_interleave(self.params.selection_block, -1)[:, :, None]
+            reading = self.residual.read_tokens(q, keys, values, mask)
+            num_selected = complete.sum(-1, keepdim=True) * self.params.selection_block
+        self._combine(tile, q, exact, lse, reading, num_selected, log_mass, states, output)
 
     def _read_blocks(self, kv_cache: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """`[..., selection_block, 2 * head_size]` of the page-table ids `[...]`."""
@@ -379,66 +399,86 @@ class TorchPagedSpla:
         states: tuple[torch.Tensor, torch.Tensor] | None,
         output: torch.Tensor,
     ) -> None:
-        params, per_page = self.params, self.params.blocks_per_page
+        params, per_page, heads = self.params, self.params.blocks_per_page, self.num_kv_heads
         q = self._grouped(query, tile.tokens)  # [1, kv_heads, tokens * group, head_size]
         selected, log_mass = self._select(tile, q, kv_cache)
         # Neighbouring tokens choose much the same blocks: gather the union once, mask per token.
         union = selected[0].any(1)  # [kv_heads, num_blocks]
         longest = int(union.sum(-1).max())
-        slots = torch.sort(union.int(), dim=-1, descending=True, stable=True).indices[:, :longest]  # [kv_heads, slots]
-        exists = union.gather(-1, slots)
-        head = torch.arange(self.num_kv_heads)[:, None]
-        ids = (tile.pages[0][slots // per_page] * self.num_kv_heads + head) * per_page + slots % per_page
-        # An id of another request's page must not be read in place of a missing one: any existing one will do.
-        ids = torch.where(exists, ids, ids[:, :1])
-        kv = self._read_blocks(kv_cache, ids).flatten(1, 2)  # [kv_heads, slots * block, 2 d]
+        slots = torch.sort(union.int(), dim=-1, descending=True, stable=True).indices[:, :longest]
+        exists = union.gather(-1, slots)  # [kv_heads, slots]
+        # A head with fewer blocks reads one of its own again instead of a block that nobody selected.
+        slots = torch.where(exists, slots, slots[:, :1])
+        head = torch.arange(heads)[:, None]
+        ids = (tile.pages[0][slots // per_page] * heads + head) * per_page + slots % per_page
+        kv = self._read_blocks(kv_cache, ids)  # [kv_heads, slots, block, 2 d]
         chosen = selected[0].gather(-1, slots[:, None].expand(-1, tile.tokens.shape[1], -1)) & exists[:, None]
-        chosen = chosen.repeat_interleave(params.selection_block, -1)  # [kv_heads, tokens, slots * block]
+        chosen = chosen.repeat_interleave(self.group, 1)  # [kv_heads, tokens * group, slots]
+
         end = int(tile.positions[0, -1]) % params.page_size + 1
         current = kv_cache[row.pages[int(tile.num_pages[0])], :, :end]  # [kv_heads, end, 2 d]
-        offset = tile.positions[0] % params.page_size
-        causal = (torch.arange(end) <= offset[:, None]).expand(self.num_kv_heads, -1, -1)
-        kv = torch.cat([kv, current], 1).float()[None]
-        keys, values = kv.split(self.head_size, -1)
-        visible = torch.cat([chosen, causal], -1)[None]
-        subtract = torch.cat([chosen, torch.zeros_like(causal)], -1)[None]
-        self._attend(tile, q, keys, values, visible, subtract, log_mass, states, output)
+        causal = torch.arange(end) <= (tile.positions[0] % params.page_size)[:, None]
+        causal = causal.repeat_interleave(self.group, 0).expand(heads, -1, -1)
+        keys, values = torch.cat([kv.flatten(1, 2), current], 1).unsqueeze(1).split(self.head_size, -1)
+        visible = torch.cat([chosen.repeat_interleave(params.selection_block, -1), causal], -1)
+        # The kv heads are its batch, so that a group shares its keys. It is the one torch kernel with an LSE.
+        exact, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[0].to(keys.dtype).unsqueeze(1),
+            keys.contiguous(),
+            values.contiguous(),
+            attn_mask=torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1),
+            scale=1.0,
+        )
+        exact, lse = exact.float().transpose(0, 1), lse.transpose(0, 1)  # [1, kv_heads, tokens * group, ...]
+        reading, num_selected = None, None
+        if states is not None:
+            assert self.residual is not None
+            keys, values = kv.float()[None].split(self.head_size, -1)
+            reading = self.residual.read_blocks(q, keys, values, chosen[None])
+            num_selected = chosen[None].sum(-1) * params.selection_block
+        self._combine(tile, q, exact, lse, reading, num_selected, log_mass, states, output)
 
-    def _attend(
+    def _combine(
         self,
         tile: Tile,
         q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        visible: torch.Tensor,
-        subtract: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        selected: Reading | None,
+        num_selected: torch.Tensor | None,
         log_mass: torch.Tensor | None,
         states: tuple[torch.Tensor, torch.Tensor] | None,
         output: torch.Tensor,
     ) -> None:
-        """Exact part, tail and combination of a tile; `visible` and `subtract` are `[rows, kv_heads, tokens, :]`."""
-        params = self.params
-        visible = visible.repeat_interleave(self.group, 2)
-        logits = q @ keys.mT  # [rows, kv_heads, tokens * group, gathered tokens]
-        out, lse = masked_attention(logits, values, visible)
-        heads = self._by_kv_head(self.gain)  # [kv_heads, group]
+        """Tail and combination of a tile.
+
+        Args:
+            tile: The tile.
+            q: `[rows, kv_heads, tokens * group, head_size]`.
+            out: Exact part, as `q`.
+            lse: `[rows, kv_heads, tokens * group]`.
+            selected: Reading of the selected blocks of complete pages; None where nothing is left out.
+            num_selected: Tokens in those blocks, `[rows, kv_heads, 1 or tokens * group]`.
+            log_mass: Log mass of the rest, as `lse`.
+            states: `S` and `z` of all rows of the batch.
+            output: `[tokens, heads, head_size]`.
+        """
+        params, tokens = self.params, tile.tokens.shape[1]
         tail = None
-        if states is not None and tile.sparse:
-            subtract = subtract.repeat_interleave(self.group, 2)
-            all_tokens = (tile.num_pages * params.page_size)[:, None, None]
-            num_rest = all_tokens - subtract.sum(-1)  # [rows, kv_heads, tokens * group]
-            assert self.residual is not None
-            s, z = states[0][tile.rows], states[1][tile.rows]
-            tail = self.residual.tail(q, logits, keys, values, subtract, s, z, num_rest.to(q.dtype))
-            tail = torch.where((num_rest > 0)[..., None], tail, 0.0)
-        tokens = tile.tokens.shape[1]
+        if selected is not None:
+            assert self.residual is not None and states is not None and num_selected is not None
+            whole = self.residual.read(q, states[0][tile.rows], states[1][tile.rows])
+            num_rest = (tile.num_pages * params.page_size)[:, None, None] - num_selected
+            rest = tuple(a - b for a, b in zip(whole, selected, strict=True))
+            tail = self.residual.tail(rest, num_rest.to(q.dtype))
+            tail = tail.masked_fill((num_rest <= 0)[..., None], 0.0)
         if params.combine == "double_rmsnorm":
             w_exact, w_tail = (self._by_kv_head(w).repeat(1, tokens, 1) for w in self.norm_weights)
             tail = torch.zeros_like(out) if tail is None else tail
             out = double_rmsnorm(out, tail, w_exact, w_tail, params.rms_norm_eps)
         elif tail is not None:
             assert log_mass is not None
-            out = shared_normalizer(out, lse, tail, log_mass + heads.log().repeat(1, tokens))
+            out = shared_normalizer(out, lse, tail, log_mass + self._by_kv_head(self.gain).log().repeat(1, tokens))
         out = out.unflatten(2, (tokens, self.group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
         output[tile.tokens] = out.to(output.dtype)
 

@@ -3,6 +3,9 @@
 Every (sequence, kv head) is a request of its own over a cache seen as `[num_pages * kv_heads, 1, page_size, ...]`
 with the heads of a page side by side: page `i` of head `g` has the id `i * kv_heads + g`. Where selection blocks
 are smaller than pages, an id names a block: `(i * kv_heads + g) * blocks_per_page + block`.
+
+Offsets and lengths depend on the sequences' lengths alone as long as the budget is a number of blocks, so that
+`plan_page_table` makes them once a step, for all layers; `fill_page_table` writes the ids that a layer selected.
 """
 
 from dataclasses import dataclass
@@ -10,6 +13,19 @@ from dataclasses import dataclass
 import torch
 
 from .parameters import SplaParameters
+
+
+@dataclass(frozen=True)
+class PageTablePlan:
+    """What one query token a row needs whatever is selected."""
+
+    kv_heads: int
+    ids: torch.Tensor
+    """`[rows, kv_heads, width]` int64, the id of every block of every row."""
+    in_current_page: torch.Tensor
+    """`[rows, width]` bool, blocks of the current page: without statistics yet, always attended to."""
+    last_page_len: torch.Tensor
+    """`[rows * kv_heads]` int32."""
 
 
 @dataclass(frozen=True)
@@ -23,40 +39,71 @@ class SparsePageTable:
     last_page_len: torch.Tensor
     """`[num_requests]` int32, tokens visible in the last block, at least 1."""
 
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids `[num_requests, longest]` int64 (0 where there is none) and which of them exist, bool."""
-        counts = self.indptr.diff()
-        slots = torch.arange(int(counts.max()), device=self.indptr.device)
-        exists = slots < counts[:, None]
-        where = (self.indptr[:-1, None] + slots).clamp(max=self.indices.shape[0] - 1)
-        return torch.where(exists, self.indices[where], 0).long(), exists
 
-
-def build_page_table(
-    selected: torch.Tensor, block_table: torch.Tensor, positions: torch.Tensor, params: SplaParameters
-) -> SparsePageTable:
-    """Page table of one query token a row.
+def plan_page_table(
+    block_table: torch.Tensor, positions: torch.Tensor, kv_heads: int, params: SplaParameters
+) -> PageTablePlan:
+    """Plan for one query token a row.
 
     Args:
-        selected: `[rows, kv_heads, num_blocks]` bool over the blocks of complete pages.
         block_table: `[rows, >= pages]` int, the engine's page ids.
         positions: `[rows]` int64, position of each row's query token.
+        kv_heads: Kv heads `G`.
         params: Page and block sizes.
     """
-    rows, kv_heads, num_blocks = selected.shape
     per_page = params.blocks_per_page
     current = positions // params.selection_block  # [rows]
     width = int(current.max()) + 1
-    block = torch.arange(width, device=selected.device)
-    # Blocks of the current page have no statistics yet and are always attended to.
+    block = torch.arange(width, device=positions.device)
     in_current_page = (block >= (positions // params.page_size * per_page)[:, None]) & (block <= current[:, None])
-    wanted = in_current_page[:, None].repeat(1, kv_heads, 1)  # [rows, kv_heads, width]
-    overlap = min(num_blocks, width)
-    wanted[..., :overlap] |= selected[..., :overlap]
     pages = block_table[:, : (width - 1) // per_page + 1].long()  # [rows, pages]
-    head = torch.arange(kv_heads, device=selected.device)[:, None]
+    head = torch.arange(kv_heads, device=positions.device)[:, None]
     ids = (pages[:, None, block // per_page] * kv_heads + head) * per_page + block % per_page
-    indptr = torch.zeros(rows * kv_heads + 1, dtype=torch.int32, device=selected.device)
-    indptr[1:] = wanted.sum(-1).flatten().cumsum(0)
     last = (positions % params.selection_block + 1).to(torch.int32).repeat_interleave(kv_heads)
-    return SparsePageTable(indptr, ids[wanted].to(torch.int32), last)
+    return PageTablePlan(kv_heads, ids, in_current_page, last)
+
+
+def fill_page_table(plan: PageTablePlan, selected: torch.Tensor) -> SparsePageTable:
+    """The page table of a layer.
+
+    Args:
+        plan: The step's plan.
+        selected: `[rows, kv_heads, num_blocks]` bool over the blocks of complete pages, `num_blocks <= width`.
+    """
+    wanted = plan.in_current_page[:, None].repeat(1, plan.kv_heads, 1)  # [rows, kv_heads, width]
+    wanted[..., : selected.shape[-1]] |= selected
+    counts = wanted.sum(-1).flatten()
+    indptr = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=selected.device)
+    torch.cumsum(counts, 0, out=indptr[1:])
+    return SparsePageTable(indptr, plan.ids[wanted].to(torch.int32), plan.last_page_len)
+
+
+@dataclass(frozen=True)
+class PaddedSlots:
+    """How to read a table's lists as one rectangle, and which tokens there exist."""
+
+    where: torch.Tensor
+    """`[num_requests, slots]` int64 into `indices`."""
+    visible: torch.Tensor
+    """`[num_requests, slots, selection_block]` bool."""
+    complete: torch.Tensor
+    """`[num_requests, slots]` bool, blocks of complete pages."""
+
+
+def pad_slots(
+    indptr: torch.Tensor, last_page_len: torch.Tensor, num_current: torch.Tensor, selection_block: int
+) -> PaddedSlots:
+    """Padding of lists.
+
+    Args:
+        indptr: `[num_requests + 1]` int32.
+        last_page_len: `[num_requests]` int32.
+        num_current: `[num_requests]` int64, how many trailing entries of each list belong to the current page.
+        selection_block: Tokens a block.
+    """
+    counts = indptr.diff().long()[:, None]
+    slot = torch.arange(int(counts.max()), device=indptr.device)
+    where = (indptr[:-1, None] + slot).clamp(max=int(indptr[-1]) - 1).long()
+    limit = torch.where(slot == counts - 1, last_page_len[:, None], selection_block)
+    visible = (slot < counts)[..., None] & (torch.arange(selection_block, device=indptr.device) < limit[..., None])
+    return PaddedSlots(where, visible, slot < counts - num_current[:, None])

@@ -229,7 +229,7 @@ def rem_term(s2: float, log_count: float) -> float:
 
 def clusters(statistics: Tensor, head_size: int) -> list[tuple[float, Tensor, Tensor]]:
     """(count, mean, variance) of the two clusters that `km2-rem` stores `[4 * d + 2]`."""
-    mean0, variance0, mean1, variance1 = statistics[: 4 * head_size].split(head_size)
+    mean0, variance0, mean1, variance1 = statistics[: 4 * head_size].reshape(4, head_size)
     return [(float(statistics[-2]), mean0, variance0), (float(statistics[-1]), mean1, variance1)]
 
 

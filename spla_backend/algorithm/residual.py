@@ -12,11 +12,16 @@ from .feature_maps import FeatureMap, get_feature_map
 from .parameters import SplaParameters
 
 
+Reading = tuple[torch.Tensor, ...]
+"""What a query reads from a state, each part linear in the state and `[..., queries, head_size or 1]`."""
+
+
 class Residual(ABC):
     """What is summed into the state, and how a query reads it.
 
     A state is `S [..., s_rows, head_size]` and `z [..., z_size]`, float32, leading dimensions usually
-    `[rows, kv_heads]`.
+    `[rows, kv_heads]`. Everything a query reads is linear in the state, so that a reading of the rest is the reading
+    of the state minus that of the selected tokens.
     """
 
     s_rows: int
@@ -27,38 +32,46 @@ class Residual(ABC):
         """What tokens `[..., tokens, head_size]` add to `S` and `z`."""
 
     @abstractmethod
-    def tail(
-        self,
-        q: torch.Tensor,
-        logits: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        subtract: torch.Tensor,
-        s: torch.Tensor,
-        z: torch.Tensor,
-        num_rest: torch.Tensor,
-    ) -> torch.Tensor:
-        """The tail's output for each query; meaningless where `num_rest` is 0 (the caller gates).
+    def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
+        """Reading of a state by scaled queries `q [..., queries, head_size]`."""
+
+    @abstractmethod
+    def read_tokens(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Reading:
+        """Reading of the state of some tokens, without making it.
 
         Args:
             q: Scaled queries `[..., queries, head_size]`.
-            logits: `q . k` of the gathered tokens, `[..., queries, tokens]`: the exact part has them already.
-            keys: Gathered keys `[..., tokens, head_size]`, finite everywhere.
-            values: Gathered values `[..., tokens, head_size]`, finite everywhere.
-            subtract: `[..., queries, tokens]` bool, selected tokens of complete pages.
-            s: `[..., s_rows, head_size]`.
-            z: `[..., z_size]`.
-            num_rest: `[..., queries]` tokens left over.
-
-        Returns:
-            `[..., queries, head_size]`.
+            keys: `[..., tokens, head_size]`, finite everywhere.
+            values: `[..., tokens, head_size]`, finite everywhere.
+            mask: Bool `[..., 1 or queries, tokens]`, the tokens that count.
         """
+
+    def read_blocks(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chosen: torch.Tensor) -> Reading:
+        """As `read_tokens` by whole blocks, for many queries: no tensor of the size of the logits is masked.
+
+        Args:
+            q: Scaled queries `[..., queries, head_size]`.
+            keys: `[..., blocks, block_size, head_size]`, finite everywhere.
+            values: `[..., blocks, block_size, head_size]`, finite everywhere.
+            chosen: Bool `[..., queries, blocks]`.
+        """
+        s, z = self.contribution(keys, values)  # [..., blocks, s_rows, head_size]
+        weight = chosen.to(q.dtype).unsqueeze(-2)  # [..., queries, 1, blocks]
+        parts = self.read(q.unsqueeze(-3), s, z)  # each [..., blocks, queries or 1, size]
+        return tuple((weight @ part.expand(*part.shape[:-2], q.shape[-2], -1).transpose(-2, -3)).squeeze(-2)
+                     for part in parts)  # fmt: skip
+
+    @abstractmethod
+    def tail(self, rest: Reading, num_rest: torch.Tensor) -> torch.Tensor:
+        """The tail's output `[..., queries, head_size]` from a reading of the rest, `num_rest [..., queries]` tokens;
+        finite but meaningless where `num_rest` is 0 (the caller gates)."""
 
 
 class RegressionResidual(Residual):
     """`phi(k) = [k, 1]`: the tail's mean value plus a share of its covariance with the keys.
 
     Expanding the softmax over the rest to first order gives `v_bar + Cov(v, k) q`; `scale` shrinks the second term.
+    A reading is `(sum (q . k) v, sum v, sum q . k)`.
     """
 
     def __init__(self, head_size: int, scale: float) -> None:
@@ -68,13 +81,16 @@ class RegressionResidual(Residual):
         s = torch.cat([keys.mT @ values, values.sum(-2, keepdim=True)], -2)
         return s, keys.sum(-2)
 
-    def tail(self, q, logits, keys, values, subtract, s, z, num_rest):  # noqa: D102
-        subtracted = subtract.to(q.dtype)
-        selected_logits = logits.masked_fill(~subtract, 0.0)
+    def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
+        return q @ s[..., :-1, :], s[..., -1:, :], q @ z.unsqueeze(-1)
+
+    def read_tokens(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Reading:
+        logits = (q @ keys.mT).masked_fill_(~mask, 0.0)
+        return logits @ values, mask.to(q.dtype) @ values, logits.sum(-1, keepdim=True)
+
+    def tail(self, rest: Reading, num_rest: torch.Tensor) -> torch.Tensor:
         n = num_rest.clamp(min=1).unsqueeze(-1)
-        qk = ((q @ z.unsqueeze(-1)) - selected_logits.sum(-1, keepdim=True)) / n  # [..., queries, 1]
-        v_bar = (s[..., -1:, :] - subtracted @ values) / n  # [..., queries, head_size]
-        qkv = (q @ s[..., :-1, :] - selected_logits @ values) / n
+        qkv, v_bar, qk = (part / n for part in rest)
         return v_bar + self.scale * (qkv - qk * v_bar)
 
 
@@ -89,14 +105,19 @@ class LinearResidual(Residual):
         features = self.phi(keys)
         return features.mT @ values, features.sum(-2)
 
-    def tail(self, q, logits, keys, values, subtract, s, z, num_rest):  # noqa: D102
+    def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
         phi_q = self.phi(q)
-        weights = (phi_q @ self.phi(keys).mT).masked_fill(~subtract, 0.0)
-        out = phi_q @ s - weights @ values
+        return phi_q @ s, phi_q @ z.unsqueeze(-1)
+
+    def read_tokens(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Reading:
+        weights = (self.phi(q) @ self.phi(keys).mT).masked_fill_(~mask, 0.0)
+        return weights @ values, weights.sum(-1, keepdim=True)
+
+    def tail(self, rest: Reading, num_rest: torch.Tensor) -> torch.Tensor:
+        numerator, normalizer = rest
         if not self.normalized:
-            return out
-        normalizer = phi_q @ z.unsqueeze(-1) - weights.sum(-1, keepdim=True)
-        return out / normalizer.clamp(min=torch.finfo(q.dtype).tiny)
+            return numerator
+        return numerator / normalizer.clamp(min=torch.finfo(numerator.dtype).tiny)
 
 
 def make_residual(params: SplaParameters, head_size: int) -> Residual | None:

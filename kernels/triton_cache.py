@@ -1,0 +1,130 @@
+"""Store keys and values in the paged cache; make statistics and stamp of the pages that this completes.
+
+Plain reference: `TorchPagedSpla.update_cache` (`kernels/torch_paged.py`), and for the statistics
+`reference.block_statistics`. Layout: docs/design.md, 5. Sources: mean and diagonal variance, SPLA (arXiv 2601.22379,
+second-order Taylor selection) and COBS (arXiv 2607.09052); kmin and kmax, Quest (arXiv 2406.10774).
+
+Floor, bytes a token and kv head: read and write `2 d` elements. Once in `B` tokens a page's `B d` key elements are read
+too, and `width` elements and 16 bytes are written. FLOP: about `4 B d` a completed page, nothing otherwise.
+"""
+
+import triton
+import triton.language as tl
+
+# Selectors, as the kernels know them. `tl.constexpr` so that jitted functions may refer to them.
+MEAN = tl.constexpr(0)
+TAYLOR2 = tl.constexpr(1)
+CUMULANT2 = tl.constexpr(2)
+REM = tl.constexpr(3)
+QUEST = tl.constexpr(4)
+SELECTOR_CODES = {"mean": 0, "taylor2": 1, "cumulant2": 2, "rem": 3, "quest": 4}
+
+
+@triton.jit
+def update_cache_kernel(
+    key_ptr,  # [tokens, G, D]
+    value_ptr,  # [tokens, G, D]
+    slot_ptr,  # [tokens] int64, -1 for padding
+    kv_ptr,  # [pages, G, rows, 2 D] cache dtype
+    kv_int_ptr,  # the same memory as int32
+    salt_ptr,  # [2] int32
+    counter_ptr,  # [1] int32
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    page_stride,  # elements of the cache dtype
+    head_stride,
+    int_page_stride,  # int32 words
+    int_head_stride,
+    D: tl.constexpr,
+    DP: tl.constexpr,  # D, padded to a power of two
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,  # tokens of the page at a time, a power of two that divides PAGE
+    STAMP_WORD: tl.constexpr,  # first int32 of the stamp within a page's head
+    LIMIT: tl.constexpr,  # largest finite value of the cache dtype
+    SELECTOR: tl.constexpr,
+):
+    """Grid (tokens, G)."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    slot = tl.load(slot_ptr + token)
+    if slot >= 0:
+        dtype = kv_ptr.dtype.element_ty
+        page = slot // PAGE
+        offset = slot % PAGE
+        columns = tl.arange(0, DP)
+        in_head = columns < D
+        base = kv_ptr + page * page_stride + head * head_stride
+        key = tl.load(key_ptr + token * key_token_stride + head * key_head_stride + columns, mask=in_head)  # [DP]
+        value = tl.load(value_ptr + token * value_token_stride + head * value_head_stride + columns, mask=in_head)
+        tl.store(base + offset * 2 * D + columns, key.to(dtype), mask=in_head)
+        tl.store(base + offset * 2 * D + D + columns, value.to(dtype), mask=in_head)
+
+        if offset == PAGE - 1:
+            # Other programs of this launch may still be storing keys of this page. A token of the page that is in this
+            # batch stands as far before this one as its slot does, so its key is taken from the batch, not the cache.
+            total = tl.zeros([DP], dtype=tl.float32)
+            low = tl.full([DP], float("inf"), dtype=tl.float32)
+            high = tl.full([DP], float("-inf"), dtype=tl.float32)
+            for first in tl.static_range(0, PAGE, TILE):
+                keys = _page_keys(
+                    key_ptr, slot_ptr, base, token, head, slot, first,
+                    key_token_stride, key_head_stride, D, DP, PAGE, TILE,
+                )  # [TILE, DP] # fmt: skip
+                if SELECTOR == QUEST:
+                    low = tl.minimum(low, tl.min(keys, axis=0))
+                    high = tl.maximum(high, tl.max(keys, axis=0))
+                else:
+                    total += tl.sum(keys, axis=0)
+            if SELECTOR == QUEST:
+                statistic, second = low, high
+            else:
+                statistic = total / PAGE
+                second = tl.zeros([DP], dtype=tl.float32)
+            if (SELECTOR != QUEST) & (SELECTOR != MEAN):
+                # Two passes: the difference of large sums would cost the variance its digits.
+                for first in tl.static_range(0, PAGE, TILE):
+                    keys = _page_keys(
+                        key_ptr, slot_ptr, base, token, head, slot, first,
+                        key_token_stride, key_head_stride, D, DP, PAGE, TILE,
+                    )  # fmt: skip
+                    deviation = keys - statistic[None, :]
+                    second += tl.sum(deviation * deviation, axis=0)
+                second = second / PAGE
+            area = base + PAGE * 2 * D
+            tl.store(area + columns, tl.clamp(statistic, -LIMIT, LIMIT).to(dtype), mask=in_head)
+            if SELECTOR != MEAN:
+                tl.store(area + D + columns, tl.clamp(second, -LIMIT, LIMIT).to(dtype), mask=in_head)
+            # Every (page, head) that completes takes a number of its own: no program has to wait for the others before
+            # the counter may move, and a stamp still names one content of one page.
+            count = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+            stamp = kv_int_ptr + page * int_page_stride + head * int_head_stride + STAMP_WORD
+            tl.store(stamp, tl.load(salt_ptr))
+            tl.store(stamp + 1, tl.load(salt_ptr + 1))
+            tl.store(stamp + 2, count)
+            tl.store(stamp + 3, page.to(tl.int32))
+
+
+@triton.jit
+def _page_keys(
+    key_ptr, slot_ptr, base, token, head, slot, first,
+    key_token_stride, key_head_stride,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Keys `[TILE, DP]` float32 of the page that `token` completes, from its row `first` on, as the cache stores them."""
+    columns = tl.arange(0, DP)
+    rows = first + tl.arange(0, TILE)
+    back = PAGE - 1 - rows
+    source = token - back
+    in_batch = source >= 0
+    in_batch &= tl.load(slot_ptr + source, mask=in_batch, other=-1) == slot - back
+    in_head = columns[None, :] < D
+    new = tl.load(
+        key_ptr + source[:, None] * key_token_stride + head * key_head_stride + columns[None, :],
+        mask=in_batch[:, None] & in_head,
+        other=0.0,
+    )
+    dtype = base.dtype.element_ty
+    old = tl.load(base + rows[:, None] * 2 * D + columns[None, :], mask=(~in_batch)[:, None] & in_head, other=0.0)
+    return tl.where(in_batch[:, None], new.to(dtype).to(tl.float32), old.to(tl.float32))

@@ -1,0 +1,178 @@
+"""Fold complete pages into the recurrent state of a request, until the state is valid (docs/design.md, 6).
+
+Plain reference: `reference.recurrent_state` over `reference.key_features` of the complete pages; header rules as in
+`TorchPagedSpla._fold`. Source: residual linear attention, SPLA (arXiv 2601.22379); the undecayed sum is what makes
+subtracting the selected blocks exact. `regression` takes `phi(k) = [k, 1]`.
+
+Floor, bytes a row and kv head: one step in `B` reads a page (`2 B d` elements) and reads and writes the state
+(`2 (F_S + F_z / d) d` float32); the other steps read `K` headers of 32 bytes. A rebuild from nothing reads all pages.
+FLOP: `2 B F_S d` a page.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def state_row_offset(table, row, block_stride, BODY: tl.constexpr, D: tl.constexpr, mask):
+    """Offsets (float32) of body rows `row` of a request whose blocks `table` points at, within a kv head."""
+    block = tl.maximum(tl.load(table + row // BODY, mask=mask, other=0), 0).to(tl.int64)
+    return block * block_stride + (1 + row % BODY) * D
+
+
+@triton.jit
+def trusted_pages(
+    kv_int_ptr,
+    state_int_ptr,
+    pages,  # this row's block table
+    blocks,  # this row's state table
+    head,
+    target,
+    int_page_stride,
+    int_head_stride,
+    block_stride,
+    block_head_stride,
+    MAGIC: tl.constexpr,
+    STAMP_WORD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    """Pages that the stored state covers for this very sequence, 0 where it cannot be trusted."""
+    word = tl.arange(0, 8)
+    first = tl.maximum(tl.load(blocks), 0).to(tl.int64)
+    covered = tl.load(state_int_ptr + first * block_stride + head * block_head_stride + 1)
+    plausible = (covered > 0) & (covered <= target)
+    page = tl.maximum(tl.load(pages + covered - 1, mask=plausible, other=0), 0).to(tl.int64)
+    stamp = tl.load(
+        kv_int_ptr + page * int_page_stride + head * int_head_stride + STAMP_WORD + word - 2,
+        mask=plausible & (word >= 2) & (word < 6),
+        other=0,
+    )  # [8], words 2 to 5
+    wrong = 0
+    for ordinal in tl.static_range(NUM_BLOCKS):
+        block = tl.maximum(tl.load(blocks + ordinal), 0).to(tl.int64)
+        header = tl.load(state_int_ptr + block * block_stride + head * block_head_stride + word)  # [8]
+        expected = tl.where(word == 0, MAGIC, tl.where(word == 1, covered, tl.where(word == 6, ordinal, stamp)))
+        wrong += tl.sum((header != expected).to(tl.int32), axis=0)
+    return tl.where(plausible & (wrong == 0), covered, 0)
+
+
+@triton.jit
+def softmax_features(x, in_head, AXIS: tl.constexpr):
+    """Softmax over the head dimension `AXIS` of `x` float32; 0 outside `in_head`.
+
+    The state and what is subtracted from it round these features to the cache dtype in the same way, so that the
+    rounding cancels and the tensor cores can be used.
+    """
+    x = tl.where(in_head, x, float("-inf"))
+    e = tl.exp(x - tl.max(x, axis=AXIS, keep_dims=True))
+    return e / tl.sum(e, axis=AXIS, keep_dims=True)
+
+
+@triton.jit
+def fold_slice(
+    row,
+    head,
+    part,  # this program folds the features part * SLICE .. part * SLICE + SLICE - 1
+    kv_ptr,
+    kv_int_ptr,
+    state_ptr,
+    state_int_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    block_table_ptr,
+    state_table_ptr,
+    arrivals_ptr,  # [rows, G] int32, zero between launches
+    num_kv_heads,
+    page_stride,
+    head_stride,
+    int_page_stride,
+    int_head_stride,
+    block_stride,  # float32 (= int32) elements of the state cache
+    block_head_stride,
+    block_table_stride,
+    state_table_stride,
+    MAGIC: tl.constexpr,
+    STAMP_WORD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BODY: tl.constexpr,  # body rows of a block
+    PARTS: tl.constexpr,
+    SLICE: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    LINEAR: tl.constexpr,
+):
+    """Bring one slice of the features of one (row, kv head) up to date; the last slice to finish writes the headers."""
+    seq_len = tl.load(seq_lens_ptr + row)
+    query_len = tl.load(query_start_loc_ptr + row + 1) - tl.load(query_start_loc_ptr + row)
+    target = tl.maximum(seq_len - query_len, 0) // PAGE
+    if target > 0:
+        pages = block_table_ptr + row.to(tl.int64) * block_table_stride
+        blocks = state_table_ptr + row.to(tl.int64) * state_table_stride
+        covered = trusted_pages(
+            kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
+            block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
+        )  # fmt: skip
+        if covered < target:
+            dtype = kv_ptr.dtype.element_ty
+            state = state_ptr + head * block_head_stride
+            feature = part * SLICE + tl.arange(0, SLICE)
+            in_slice = feature < D
+            column = tl.arange(0, DP)
+            in_head = column < D
+            token = tl.arange(0, TILE)
+            s_mask = in_slice[:, None] & in_head[None, :]
+            s_offset = state_row_offset(blocks, feature, block_stride, BODY, D, in_slice)
+            s_rows = state + s_offset[:, None] + column[None, :]  # [SLICE, DP]
+            # z, and for regression sum v before it, follow S.
+            Z_ROW: tl.constexpr = D if LINEAR else D + 1
+            z_block = tl.maximum(tl.load(blocks + Z_ROW // BODY), 0).to(tl.int64)
+            z_row = state + z_block * block_stride + (1 + Z_ROW % BODY) * D + feature  # [SLICE]
+            v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
+            v_row = state + v_block * block_stride + (1 + D % BODY) * D + column  # [DP]
+            # Old bytes must not be read where they are not trusted: they may be NaN, and 0 * NaN is NaN.
+            keep = covered > 0
+            s = tl.load(s_rows, mask=s_mask & keep, other=0.0)  # [SLICE, DP]
+            z = tl.load(z_row, mask=in_slice & keep, other=0.0)  # [SLICE]
+            sum_v = tl.load(v_row, mask=in_head & keep & (not LINEAR), other=0.0)  # [DP]
+            for index in tl.range(covered, target):
+                page = tl.maximum(tl.load(pages + index), 0).to(tl.int64)
+                base = kv_ptr + page * page_stride + head * head_stride
+                for first in tl.static_range(0, PAGE, TILE):
+                    rows = base + (first + token) * 2 * D  # [TILE]
+                    v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
+                    if LINEAR:
+                        k_all = tl.load(rows[None, :] + column[:, None], mask=in_head[:, None], other=0.0)
+                        k_all = tl.where(in_head[:, None], k_all.to(tl.float32), float("-inf"))  # [DP, TILE]
+                        top = tl.max(k_all, axis=0)
+                        norm = tl.sum(tl.exp(k_all - top[None, :]), axis=0)
+                    k = tl.load(rows[None, :] + feature[:, None], mask=in_slice[:, None], other=0.0)  # [SLICE, TILE]
+                    if LINEAR:
+                        k = (tl.exp(k.to(tl.float32) - top[None, :]) / norm[None, :]).to(dtype)
+                        k = tl.where(in_slice[:, None], k, 0.0).to(dtype)
+                    else:
+                        sum_v += tl.sum(v.to(tl.float32), axis=0)
+                    s = tl.dot(k, v, s)
+                    z += tl.sum(k.to(tl.float32), axis=1)
+            tl.store(s_rows, s, mask=s_mask)
+            tl.store(z_row, z, mask=in_slice)
+            if (part == 0) & (not LINEAR):
+                tl.store(v_row, sum_v, mask=in_head)
+
+            # All slices have read the headers before the last of them arrives here, so it may replace them.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals_ptr + row * num_kv_heads + head, 1, sem="acq_rel")
+            if arrived == PARTS - 1:
+                tl.store(arrivals_ptr + row * num_kv_heads + head, 0)
+                word = tl.arange(0, 8)
+                last = tl.maximum(tl.load(pages + target - 1), 0).to(tl.int64)
+                stamp = tl.load(
+                    kv_int_ptr + last * int_page_stride + head * int_head_stride + STAMP_WORD + word - 2,
+                    mask=(word >= 2) & (word < 6),
+                    other=0,
+                )
+                for ordinal in tl.static_range(NUM_BLOCKS):
+                    block = tl.maximum(tl.load(blocks + ordinal), 0).to(tl.int64)
+                    header = tl.where(word == 0, MAGIC, tl.where(word == 1, target, tl.where(word == 6, ordinal, stamp)))
+                    tl.store(state_int_ptr + block * block_stride + head * block_head_stride + word, header)
