@@ -467,7 +467,7 @@ class TorchPagedSpla:
         tail = None
         if selected is not None:
             assert self.residual is not None and states is not None and num_selected is not None
-            whole = self.residual.read(q, states[0][tile.rows], states[1][tile.rows])
+            whole = self.residual.read(q, states[0][tile.rows], states[1][tile.rows].unsqueeze(-1))
             num_rest = (tile.num_pages * params.page_size)[:, None, None] - num_selected
             rest = tuple(a - b for a, b in zip(whole, selected, strict=True))
             tail = self.residual.tail(rest, num_rest.to(q.dtype))

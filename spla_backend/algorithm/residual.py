@@ -13,7 +13,7 @@ from .parameters import SplaParameters
 
 
 Reading = tuple[torch.Tensor, ...]
-"""What a query reads from a state, each part linear in the state and `[..., queries, head_size or 1]`."""
+"""What a query reads from a state, each part linear in the state and `[..., queries or 1, head_size or 1]`."""
 
 
 class Residual(ABC):
@@ -33,7 +33,16 @@ class Residual(ABC):
 
     @abstractmethod
     def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
-        """Reading of a state by scaled queries `q [..., queries, head_size]`."""
+        """Reading of `n` states side by side.
+
+        Args:
+            q: Scaled queries `[..., queries, head_size]`.
+            s: `[..., s_rows, n * head_size]`.
+            z: `[..., z_size, n]`.
+
+        Returns:
+            Parts `[..., queries or 1, n * head_size or n]`.
+        """
 
     @abstractmethod
     def read_tokens(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Reading:
@@ -55,11 +64,17 @@ class Residual(ABC):
             values: `[..., blocks, block_size, head_size]`, finite everywhere.
             chosen: Bool `[..., queries, blocks]`.
         """
-        s, z = self.contribution(keys, values)  # [..., blocks, s_rows, head_size]
-        weight = chosen.to(q.dtype).unsqueeze(-2)  # [..., queries, 1, blocks]
-        parts = self.read(q.unsqueeze(-3), s, z)  # each [..., blocks, queries or 1, size]
-        return tuple((weight @ part.expand(*part.shape[:-2], q.shape[-2], -1).transpose(-2, -3)).squeeze(-2)
-                     for part in parts)  # fmt: skip
+        s, z = self.contribution(keys, values)  # [..., blocks, s_rows, head_size], [..., blocks, z_size]
+        blocks = keys.shape[-3]
+        weight = chosen.to(q.dtype)  # [..., queries, blocks]
+        parts = []
+        for part in self.read(q, s.movedim(-3, -2).flatten(-2), z.mT):
+            part = part.unflatten(-1, (blocks, -1))  # [..., queries or 1, blocks, size]
+            if part.shape[-3] == 1:
+                parts.append(weight @ part.squeeze(-3))
+            else:
+                parts.append((weight.unsqueeze(-2) @ part).squeeze(-2))
+        return tuple(parts)
 
     @abstractmethod
     def tail(self, rest: Reading, num_rest: torch.Tensor) -> torch.Tensor:
@@ -82,7 +97,7 @@ class RegressionResidual(Residual):
         return s, keys.sum(-2)
 
     def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
-        return q @ s[..., :-1, :], s[..., -1:, :], q @ z.unsqueeze(-1)
+        return q @ s[..., :-1, :], s[..., -1:, :], q @ z
 
     def read_tokens(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Reading:
         logits = (q @ keys.mT).masked_fill_(~mask, 0.0)
@@ -107,7 +122,7 @@ class LinearResidual(Residual):
 
     def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
         phi_q = self.phi(q)
-        return phi_q @ s, phi_q @ z.unsqueeze(-1)
+        return phi_q @ s, phi_q @ z
 
     def read_tokens(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Reading:
         weights = (self.phi(q) @ self.phi(keys).mT).masked_fill_(~mask, 0.0)

@@ -1,0 +1,178 @@
+"""Select pages from their scores: group sharing, forced pages, top-k, top-p, and the sparse page table.
+
+Plain reference: `reference.share_in_group`, `reference.select_blocks`, `page_table.build_page_table`. Source: docs/
+design.md, 1 (SPLA, arXiv 2601.22379, block selection; the group shares one selection).
+
+The k-th largest score is found by bisecting the order-preserving integer image of the scores, all of them in registers
+of one program: a count over the program a step, until the count is `k`, which on distinct scores is some ten steps and
+never more than 32. A tie at the threshold goes to the lower index by a prefix sum.
+
+Floor, bytes a (token, kv head): 4 bytes a page and head of the group, read from L2; written, one byte a page and 4 a
+selected page. It is bound by latency: two reductions a step.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _ordered(x):
+    """Int32 that compare as the float32 `x` do."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _middle(low, high):
+    """Floor of the mean of two int32, without overflow."""
+    return (low >> 1) + (high >> 1) + (low & high & 1)
+
+
+@triton.jit
+def _group_scores(
+    token, head, num_complete, scores_ptr, lse_ptr, max_pages, num_heads, num_splits, first,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Log of the sum over the group of each head's softmax over the complete pages, pages `first ..`, `[WIDTH]`."""
+    index = first + tl.arange(0, WIDTH)
+    valid = index < num_complete
+    split = tl.arange(0, SPLITS)
+    top = tl.full([WIDTH], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([WIDTH], dtype=tl.float32)
+    for member in tl.static_range(GROUP):
+        row = token * num_heads + head * GROUP + member
+        score = tl.load(scores_ptr + row * max_pages + index, mask=valid, other=float("-inf"))  # [WIDTH]
+        part = tl.load(lse_ptr + row * num_splits + split, mask=split < num_splits, other=float("-inf"))  # [SPLITS]
+        best = tl.max(part, axis=0)
+        log_probability = score - best - tl.log(tl.sum(tl.exp(part - best), axis=0))
+        new_top = tl.maximum(top, log_probability)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - safe) + tl.exp(log_probability - safe)
+        top = new_top
+    return tl.where(total > 0, top + tl.log(total), float("-inf"))
+
+
+@triton.jit
+def select_pages(
+    row,
+    token_in_row,
+    head,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    block_table_ptr,
+    scores_ptr,
+    lse_ptr,
+    grouped_ptr,  # [tokens, G, max_pages] float32, scratch
+    table_ptr,  # [tokens, G, BUDGET] int32: page * G + head, ascending, the current page last
+    count_ptr,  # [tokens, G] int32: pages in the table
+    flags_ptr,  # [tokens, G, max_pages] int8: which complete pages are selected; written where some are not
+    block_table_stride,
+    max_pages,
+    num_heads,
+    num_kv_heads,
+    num_splits,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BUDGET: tl.constexpr,
+    BUDGET_P: tl.constexpr,  # padded to a power of two
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    PAGES: tl.constexpr,  # max_pages, padded to a power of two
+    WIDTH: tl.constexpr,  # pages of group scores at a time
+    SPLITS: tl.constexpr,  # num_splits, padded to a power of two
+    TOP_P: tl.constexpr,  # 0 where there is none
+):
+    """Select for one (query token, kv head)."""
+    seq_len = tl.load(seq_lens_ptr + row)
+    first_token = tl.load(query_start_loc_ptr + row)
+    query_len = tl.load(query_start_loc_ptr + row + 1) - first_token
+    if (seq_len > 0) & (token_in_row < query_len):
+        token = (first_token + token_in_row).to(tl.int64)
+        current = (seq_len - query_len + token_in_row) // PAGE  # the current page, and the number of complete ones
+        pages = block_table_ptr + row.to(tl.int64) * block_table_stride
+        table = table_ptr + (token * num_kv_heads + head) * BUDGET
+        if current + 1 <= BUDGET:
+            slot = tl.arange(0, BUDGET_P)
+            page = tl.maximum(tl.load(pages + slot, mask=slot <= current, other=0), 0)
+            tl.store(table + slot, page * num_kv_heads + head, mask=slot <= current)
+            tl.store(count_ptr + token * num_kv_heads + head, current + 1)
+        else:
+            index = tl.arange(0, PAGES)
+            complete = index < current
+            if WIDTH == PAGES:
+                grouped = _group_scores(
+                    token, head, current, scores_ptr, lse_ptr, max_pages, num_heads, num_splits, 0,
+                    GROUP, WIDTH, SPLITS,
+                )  # [PAGES] # fmt: skip
+            else:
+                # A long context and a large group do not fit into registers at once.
+                shared = grouped_ptr + (token * num_kv_heads + head) * max_pages
+                for first in tl.range(0, current, WIDTH):
+                    part = _group_scores(
+                        token, head, current, scores_ptr, lse_ptr, max_pages, num_heads, num_splits, first,
+                        GROUP, WIDTH, SPLITS,
+                    )  # fmt: skip
+                    here = first + tl.arange(0, WIDTH)
+                    tl.store(shared + here, part, mask=here < current)
+                tl.debug_barrier()
+                grouped = tl.load(shared + index, mask=complete, other=float("-inf"))
+
+            # Forced pages above, pages that do not exist below every score.
+            forced = complete & ((index < FIRST) | (index > current - LAST))
+            key = tl.where(complete, _ordered(grouped), -2147483648)
+            key = tl.where(forced, 2147483647, key)
+            wanted = BUDGET - 1  # complete pages to take; the current page is the last of the budget
+
+            # Invariant: count(key >= low) >= wanted > count(key >= high), or the forced pages alone are as many.
+            low = tl.min(tl.where(complete, key, 2147483647), axis=0)
+            high = tl.max(tl.where(complete & ~forced, key, -2147483648), axis=0) + 1
+            num_forced = tl.sum(forced.to(tl.int32), axis=0)
+            low = tl.where(num_forced >= wanted, high, low)
+            count = tl.where(num_forced >= wanted, num_forced, current)
+            middle = _middle(low, high)
+            while (count != wanted) & (middle != low):
+                above = tl.sum((key >= middle).to(tl.int32), axis=0)
+                enough = above >= wanted
+                low = tl.where(enough, middle, low)
+                count = tl.where(enough, above, count)
+                high = tl.where(enough, high, middle)
+                middle = _middle(low, high)
+            selected = key >= low
+            if count > wanted:
+                tied = key == low
+                rank = tl.cumsum(tied.to(tl.int32), axis=0)
+                allowed = wanted - (count - tl.sum(tied.to(tl.int32), axis=0))
+                selected = (key > low) | (tied & (rank <= allowed))
+
+            if TOP_P > 0:
+                # A page is kept while the mass ranked before it is short of the wanted mass. Bisect for the least key
+                # that is: the mass strictly above a key falls as the key rises.
+                mass = tl.where(complete, tl.exp(grouped), 0.0)
+                enough_mass = TOP_P * tl.sum(mass, axis=0)
+                chosen_mass = tl.where(selected, mass, 0.0)
+                floor_key = tl.min(tl.where(selected, key, 2147483647), axis=0)  # least selected key
+                low_key = floor_key - 1  # may have mass above it >= enough_mass
+                high_key = tl.full([], 2147483647, dtype=tl.int32)  # nothing lies above it
+                middle = _middle(low_key, high_key)
+                while middle != low_key:
+                    above_mass = tl.sum(tl.where(key > middle, chosen_mass, 0.0), axis=0)
+                    short = above_mass < enough_mass
+                    high_key = tl.where(short, middle, high_key)
+                    low_key = tl.where(short, low_key, middle)
+                    middle = _middle(low_key, high_key)
+                # high_key is the least key with too little mass above it; among its ties the lower index goes first.
+                tied = selected & (key == high_key)
+                tied_mass = tl.where(tied, chosen_mass, 0.0)
+                before = tl.sum(tl.where(key > high_key, chosen_mass, 0.0), axis=0)
+                before += tl.cumsum(tied_mass, axis=0) - tied_mass
+                selected &= forced | (key > high_key) | (tied & (before < enough_mass))
+
+            taken = selected.to(tl.int32)
+            position = tl.cumsum(taken, axis=0) - 1
+            page = tl.maximum(tl.load(pages + index, mask=selected, other=0), 0)
+            tl.store(table + position, page * num_kv_heads + head, mask=selected)
+            tl.store(flags_ptr + (token * num_kv_heads + head) * max_pages + index, taken.to(tl.int8), mask=complete)
+            num_taken = tl.sum(taken, axis=0)
+            last = tl.maximum(tl.load(pages + current), 0)
+            tl.store(table + num_taken, last * num_kv_heads + head)
+            tl.store(count_ptr + token * num_kv_heads + head, num_taken + 1)
