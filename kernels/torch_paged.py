@@ -489,9 +489,12 @@ class TorchPagedSpla:
     # Recurrent state --------------------------------------------------------------------------------------------
 
     def _state_rows(self, state_cache: torch.Tensor) -> torch.Tensor:
-        """The state blocks as `[num_blocks, kv_heads, rows_per_block, head_size]` float32 (a view)."""
+        """The state blocks as `[num_blocks, kv_heads, rows_per_block, head_size]` float32.
+
+        `view` and nothing else: a copy would take every write to a state with it.
+        """
         rows = state_cache.view(torch.float32)  # [num_blocks, kv_heads, rows, 2 d * itemsize / 4]
-        return rows.unflatten(-1, (-1, self.head_size)).flatten(2, 3)
+        return rows.view(*rows.shape[:2], self.state_layout.rows_per_block, self.head_size)
 
     def _stamp(self, kv_cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """Stamps `[pages, kv_heads, 4]` int32."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, KVCacheSpec
 
 from ..algorithm.residual import make_residual
 from ..algorithm.selectors import get_selector
@@ -96,6 +96,12 @@ class SplaBackend(AttentionBackend):
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         """64 tokens, where vLLM is free to choose."""
         return PREFERRED_PAGE_SIZE
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Head-major pages, one after the other: a (page, head) is a page of FlashInfer's with the id `page * G + head`,
+        and a state block's rows are dense."""
+        return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

@@ -1,0 +1,638 @@
+"""SPLA decode over the engine's paged cache on a GPU: the launches of one layer and one step.
+
+`TritonPagedSpla` is the peer of `TorchPagedSpla` for uniform batches of one to `1 + k` query tokens a row (plain decode
+and speculative verification). The plain reference of the whole is `reference.spla_token`.
+
+Launches, each dependent on the one before:
+
+1. `prepare_kernel`: fold the recurrent state (`triton_state`), score all pages (`triton_score`), and, in the last
+   split of a (row, kv head) to arrive, select (`triton_select`). For many query tokens a row or very long contexts
+   selection is a launch of its own.
+2. `attend_kernel`: selected pages, residual, merge, combination (`triton_attend`).
+
+Grids depend on shapes only; lengths, validity of states, and which rows are dense are decided on the device. Nothing
+allocates or synchronises, so that a step can be captured in a CUDA graph.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..algorithm.parameters import SplaParameters
+from ..algorithm.selectors import get_selector
+from .layout import STATE_MAGIC, PageLayout, StateLayout
+from .triton_attend import RESIDUAL_CODES, attend_kernel
+from .triton_cache import SELECTOR_CODES, update_cache_kernel
+from .triton_score import score_pages
+from .triton_select import select_pages
+from .triton_state import fold_slice
+
+_FUSED_SELECT_PAGES = 4096  # longer contexts select in a launch with more warps
+
+
+@triton.jit
+def prepare_kernel(
+    query_ptr,
+    kv_ptr,
+    kv_int_ptr,
+    state_ptr,
+    state_int_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    block_table_ptr,
+    state_table_ptr,
+    scores_ptr,
+    mass_ptr,
+    lse_ptr,
+    grouped_ptr,
+    table_ptr,
+    count_ptr,
+    flags_ptr,
+    fold_arrivals_ptr,
+    score_arrivals_ptr,
+    query_token_stride,
+    query_head_stride,
+    page_stride,
+    head_stride,
+    int_page_stride,
+    int_head_stride,
+    block_stride,
+    block_head_stride,
+    block_table_stride,
+    state_table_stride,
+    max_pages,
+    num_heads,
+    num_kv_heads,
+    scale,
+    MAGIC: tl.constexpr,
+    STAMP_WORD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BODY: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLICE: tl.constexpr,
+    FOLD_TILE: tl.constexpr,
+    LINEAR: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    LOG_PAGE: tl.constexpr,
+    BUDGET: tl.constexpr,
+    BUDGET_P: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SELECTOR: tl.constexpr,
+    WRITE_MASS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_P: tl.constexpr,
+    PAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOP_P: tl.constexpr,
+    SELECT: tl.constexpr,
+    TRIGGER: tl.constexpr,  # a dependent launch follows
+):
+    """Grid (PARTS + SPLITS, G, rows): the first PARTS programs fold, the others score."""
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2)
+    if TRIGGER:
+        tl.extra.cuda.gdc_launch_dependents()
+    if part < PARTS:
+        fold_slice(
+            row, head, part, kv_ptr, kv_int_ptr, state_ptr, state_int_ptr, query_start_loc_ptr, seq_lens_ptr,
+            block_table_ptr, state_table_ptr, fold_arrivals_ptr, num_kv_heads, page_stride, head_stride,
+            int_page_stride, int_head_stride, block_stride, block_head_stride, block_table_stride, state_table_stride,
+            MAGIC, STAMP_WORD, NUM_BLOCKS, BODY, PARTS, SLICE, D, DP, PAGE, FOLD_TILE, LINEAR,
+        )  # fmt: skip
+    else:
+        score_pages(
+            row, head, part - PARTS, SPLITS, query_ptr, kv_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr,
+            scores_ptr, mass_ptr, lse_ptr, query_token_stride, query_head_stride, page_stride, head_stride,
+            block_table_stride, max_pages, num_heads, scale,
+            GROUP, QUERY_LEN, M, D, DP, PAGE, LOG_PAGE, BUDGET, CHUNK, STAGES, SELECTOR, WRITE_MASS,
+        )  # fmt: skip
+        if SELECT:
+            tl.debug_barrier()  # every thread's scores are written before the arrival is announced
+            arrivals = score_arrivals_ptr + row * num_kv_heads + head
+            if tl.atomic_add(arrivals, 1, sem="acq_rel") == SPLITS - 1:
+                tl.store(arrivals, 0)
+                for token_in_row in tl.range(QUERY_LEN):
+                    select_pages(
+                        row, token_in_row, head, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, scores_ptr,
+                        lse_ptr, grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_pages,
+                        num_heads, num_kv_heads, SPLITS,
+                        GROUP, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P,
+                    )  # fmt: skip
+
+
+@triton.jit
+def select_kernel(
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    block_table_ptr,
+    scores_ptr,
+    lse_ptr,
+    grouped_ptr,
+    table_ptr,
+    count_ptr,
+    flags_ptr,
+    block_table_stride,
+    max_pages,
+    num_heads,
+    num_kv_heads,
+    num_splits,
+    GROUP: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
+    PAGE: tl.constexpr,
+    BUDGET: tl.constexpr,
+    BUDGET_P: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    PAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS_P: tl.constexpr,
+    TOP_P: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Grid (G, rows * QUERY_LEN)."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(1) // QUERY_LEN
+    token_in_row = tl.program_id(1) % QUERY_LEN
+    select_pages(
+        row, token_in_row, tl.program_id(0), query_start_loc_ptr, seq_lens_ptr, block_table_ptr, scores_ptr, lse_ptr,
+        grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_pages, num_heads, num_kv_heads,
+        num_splits, GROUP, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch shapes of one batch size; every field is a function of shapes, never of lengths."""
+
+    score_splits: int
+    attend_splits: int
+    chunk: int = 64  # pages a scoring step
+    score_stages: int = 2
+    score_warps: int = 4
+    tile: int = 64  # tokens an attention step
+    attend_stages: int = 2
+    attend_warps: int = 4
+    fuse_select: bool = True
+
+
+class _Scratch:
+    """Buffers between the launches of a step, shared by all layers of one geometry: layers run one after another."""
+
+    _instances: dict[tuple, "_Scratch"] = {}
+
+    def __init__(self, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> None:
+        for name, (shape, dtype) in shapes.items():
+            # Arrival counters start at zero and every launch leaves them so; nothing else is read before it is written.
+            setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
+        self.nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+
+    scores: torch.Tensor  # [tokens, H, max_pages] float32
+    mass: torch.Tensor  # [tokens, H, max_pages] float32, or 1 element
+    lse: torch.Tensor  # [tokens, H, splits] float32
+    grouped: torch.Tensor  # [tokens, G, max_pages] float32, or 1 element
+    table: torch.Tensor  # [tokens, G, budget] int32
+    count: torch.Tensor  # [tokens, G] int32
+    flags: torch.Tensor  # [tokens, G, max_pages] int8
+    part_out: torch.Tensor  # [parts, M, DP] float32
+    part_sum: torch.Tensor  # [parts, 2, M] float32
+    part_mass: torch.Tensor  # [parts, 2, GROUP_P] float32
+    fold_arrivals: torch.Tensor  # [rows, G] int32
+    score_arrivals: torch.Tensor  # [rows, G] int32
+    attend_arrivals: torch.Tensor  # [tokens, G] int32
+
+    @classmethod
+    def shared(cls, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> "_Scratch":
+        key = (str(device), *sorted(shapes.items()))
+        if key not in cls._instances:
+            cls._instances[key] = cls(shapes, device)
+        return cls._instances[key]
+
+
+class TritonPagedSpla:
+    """Run SPLA decode of one layer over the engine's paged cache.
+
+    Args:
+        params: What to compute; `selection_block == page_size`.
+        num_heads: Query heads `H`.
+        num_kv_heads: Kv heads `G`.
+        head_size: `d`.
+        cache_dtype: Dtype of the cache, fp16 or bf16; statistics are stored in it, states in float32.
+        scale: Softmax scale; queries arrive unscaled.
+        gain: Per-head weight of the tail, `[H]`; 1 where None.
+        norm_weights: `(exact [H, d], tail [H, d])` of the double RMSNorm; 1 where None.
+        max_num_rows: The most rows of a batch.
+        max_query_len: The most query tokens of a row.
+        max_model_len: The most tokens of a sequence.
+        device: Where the cache lives.
+
+    Attributes:
+        page_layout: Bytes of a page.
+        state_layout: Bytes of a state block.
+        page_table: `[tokens, G, budget]` int32, FlashInfer-compatible ids `page * G + head` of the last `decode`,
+            ascending, the current page last.
+        page_counts: `[tokens, G]` int32, pages of each list.
+        scratch_bytes: Bytes of the scratch, which all layers of one geometry share.
+
+    Raises:
+        ValueError: Parameters that these kernels do not cover.
+    """
+
+    def __init__(
+        self,
+        params: SplaParameters,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype: torch.dtype,
+        scale: float,
+        gain: torch.Tensor | None = None,
+        norm_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+        max_num_rows: int,
+        max_query_len: int = 1,
+        max_model_len: int,
+        device: torch.device | str,
+    ) -> None:
+        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len)
+        device = torch.device(device)
+        self.params, self.scale, self.device = params, float(scale), device
+        self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
+        self.group = num_heads // num_kv_heads
+        self.max_num_rows, self.max_query_len = max_num_rows, max_query_len
+        self.cache_dtype = cache_dtype
+        self.page_layout = PageLayout(
+            params.page_size,
+            head_size,
+            cache_dtype.itemsize,
+            params.selection_block,
+            get_selector(params.selector).width(head_size),
+        )
+        features = {"regression": (head_size + 1, head_size), "linear": (head_size, head_size), "none": (0, 0)}
+        self.state_layout = StateLayout(self.page_layout, *features[params.residual])
+        self.max_pages = -(-max_model_len // params.page_size)
+        self.has_mass = params.residual != "none" and params.combine == "shared_normalizer"
+        self.write_mass = self.has_mass and params.selector not in ("mean", "taylor2")
+        self.gain = torch.ones(num_heads) if gain is None else gain
+        self.gain = self.gain.to(device=device, dtype=torch.float32).contiguous()
+        weights = (torch.ones(num_heads, head_size),) * 2 if norm_weights is None else norm_weights
+        self.norm_weights = tuple(w.to(device=device, dtype=torch.float32).contiguous() for w in weights)
+        self._salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(device=device, dtype=torch.int32)
+        self._counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self._dependent = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        self._num_sms = 132
+        if device.type == "cuda":
+            self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+
+        # Shapes the kernels are specialised for.
+        self._dp = triton.next_power_of_2(head_size)
+        rows = {"regression": 3 * self.group + 1, "linear": 3 * self.group, "none": self.group}[params.residual]
+        self._attend_m = max(16, triton.next_power_of_2(rows))
+        self._group_p = triton.next_power_of_2(self.group)
+        self._slice = min(64, max(16, self._dp // 2)) if self._dp <= 128 else 32
+        self._parts = -(-head_size // self._slice) if params.residual != "none" else 0
+        self._fold_tile = min(64, params.page_size & -params.page_size)
+        self._pages_p = triton.next_power_of_2(self.max_pages)
+        self._width = self._pages_p if self._pages_p <= 8192 else 2048
+        self._scratch = _Scratch.shared(self._scratch_shapes(), device)
+        self.page_table, self.page_counts = self._scratch.table, self._scratch.count
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._scratch.nbytes
+
+    def _scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        rows, heads, kv_heads, pages = self.max_num_rows, self.num_heads, self.num_kv_heads, self.max_pages
+        tokens = rows * self.max_query_len
+        parts = max(
+            n * q * kv_heads * self.tuning(n, q).attend_splits
+            for n in range(1, rows + 1)
+            for q in range(1, self.max_query_len + 1)
+        )
+        lse = max(
+            n * q * self.tuning(n, q).score_splits
+            for n in range(1, rows + 1)
+            for q in range(1, self.max_query_len + 1)
+        )
+        return {
+            "scores": ((tokens, heads, pages), torch.float32),
+            "mass": ((tokens, heads, pages) if self.write_mass else (1,), torch.float32),
+            "lse": ((lse, heads), torch.float32),
+            "grouped": ((tokens, kv_heads, pages) if self._width < self._pages_p else (1,), torch.float32),
+            "table": ((tokens, kv_heads, self.params.budget_blocks), torch.int32),
+            "count": ((tokens, kv_heads), torch.int32),
+            "flags": ((tokens, kv_heads, pages), torch.int8),
+            "part_out": ((parts, self._attend_m, self._dp), torch.float32),
+            "part_sum": ((parts, 2, self._attend_m), torch.float32),
+            "part_mass": ((parts, 2, self._group_p), torch.float32),
+            "fold_arrivals": ((rows, kv_heads), torch.int32),
+            "score_arrivals": ((rows, kv_heads), torch.int32),
+            "attend_arrivals": ((tokens, kv_heads), torch.int32),
+        }
+
+    def tuning(self, num_rows: int, query_len: int) -> Tuning:
+        """Launch shapes for `num_rows` rows of up to `query_len` query tokens."""
+        chunk = 64 if self._dp <= 128 else 32
+        tile = 64 if self._dp <= 128 else 32
+        score_units = num_rows * self.num_kv_heads
+        score_splits = max(1, min(-(-self.max_pages // chunk), round(4 * self._num_sms / score_units), 64))
+        attend_units = score_units * query_len
+        tiles = -(-self.params.budget_blocks * self.params.page_size // tile)
+        attend_splits = max(1, min(tiles, round(2 * self._num_sms / attend_units), 32))
+        fuse = query_len == 1 and self._pages_p <= _FUSED_SELECT_PAGES
+        return Tuning(score_splits, attend_splits, chunk=chunk, tile=tile, fuse_select=fuse)
+
+    # Writing ----------------------------------------------------------------------------------------------------
+
+    def update_cache(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Store keys and values; make statistics and stamp of every page whose last slot is written.
+
+        Args:
+            key: `[tokens, kv_heads, head_size]`, heads dense.
+            value: As `key`.
+            kv_cache: `[num_pages, kv_heads, page_size + statistics_rows, 2 * head_size]`, rows dense.
+            slot_mapping: `[tokens]` int64, `page * page_size + offset`, -1 for padding. Tokens of one sequence stand
+                side by side in ascending order.
+        """
+        num_tokens = slot_mapping.shape[0]
+        if num_tokens == 0:
+            return
+        cache = kv_cache.view(torch.int32)
+        update_cache_kernel[(num_tokens, self.num_kv_heads)](
+            key,
+            value,
+            slot_mapping,
+            kv_cache,
+            cache,
+            self._salt,
+            self._counter,
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            kv_cache.stride(0),
+            kv_cache.stride(1),
+            cache.stride(0),
+            cache.stride(1),
+            D=self.head_size,
+            DP=self._dp,
+            PAGE=self.params.page_size,
+            TILE=self._fold_tile,
+            STAMP_WORD=self._stamp_word,
+            LIMIT=torch.finfo(self.cache_dtype).max,
+            SELECTOR=SELECTOR_CODES[self.params.selector],
+            num_warps=4 if self._fold_tile * self._dp >= 4096 else 2,
+        )
+
+    @property
+    def _stamp_word(self) -> int:
+        layout = self.page_layout
+        elements = layout.page_size * 2 * layout.head_size + layout.stamp_offset
+        return elements * layout.itemsize // 4
+
+    # Attention --------------------------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        state_cache: torch.Tensor | None,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        state_table: torch.Tensor | None,
+        output: torch.Tensor,
+        max_query_len: int,
+        tuning: Tuning | None = None,
+    ) -> None:
+        """Attention of one layer for a batch of decode rows.
+
+        Args:
+            query: `[rows * max_query_len, H, d]`, unscaled, heads dense.
+            kv_cache: `[num_pages, G, page_size + statistics_rows, 2 d]`, this step's tokens already in it.
+            state_cache: State blocks of the same geometry; may be None without a residual.
+            query_start_loc: `[rows + 1]` int32.
+            seq_lens: `[rows]` int32, this step's tokens included; 0 marks padding.
+            block_table: `[rows, pages]` int32.
+            state_table: `[rows, >= K]` int32; may be None without a residual.
+            output: `[rows * max_query_len, H, d]`; rows of padding become zero.
+            max_query_len: Query tokens of a row.
+            tuning: Launch shapes, to override the default.
+        """
+        num_rows = seq_lens.shape[0]
+        if num_rows == 0:
+            return
+        if not (num_rows <= self.max_num_rows and 1 <= max_query_len <= self.max_query_len):
+            raise ValueError(
+                f"{num_rows} rows of {max_query_len} tokens exceed {self.max_num_rows} of {self.max_query_len}"
+            )
+        if state_cache is None or state_table is None:
+            if self._parts:
+                raise ValueError(f"residual {self.params.residual!r} needs a state cache and its table")
+            state_cache, state_table = kv_cache, block_table
+        tuning = tuning or self.tuning(num_rows, max_query_len)
+        params, scratch = self.params, self._scratch
+        kv_int = kv_cache.view(torch.int32)
+        state, state_int = state_cache.view(torch.float32), state_cache.view(torch.int32)
+        mass = scratch.mass if self.write_mass else scratch.scores
+        kv_heads, tokens = self.num_kv_heads, num_rows * max_query_len
+        splits_p = triton.next_power_of_2(tuning.score_splits)
+        budget = params.budget_blocks
+        body = self.state_layout.rows_per_block - 1
+        top_p = params.top_p if params.top_p is not None and params.top_p < 1 else 0.0
+        shared = {
+            "GROUP": self.group,
+            "QUERY_LEN": max_query_len,
+            "PAGE": params.page_size,
+            "BUDGET": budget,
+        }
+        selection = {
+            "BUDGET_P": triton.next_power_of_2(budget),
+            "FIRST": params.first_blocks,
+            "LAST": params.last_blocks,
+            "PAGES": self._pages_p,
+            "SPLITS_P": splits_p,
+            "TOP_P": top_p,
+        }
+        dependent = {"launch_pdl": True} if self._dependent else {}
+        prepare_kernel[(self._parts + tuning.score_splits, kv_heads, num_rows)](
+            query,
+            kv_cache,
+            kv_int,
+            state,
+            state_int,
+            query_start_loc,
+            seq_lens,
+            block_table,
+            state_table,
+            scratch.scores,
+            scratch.mass,
+            scratch.lse,
+            scratch.grouped,
+            scratch.table,
+            scratch.count,
+            scratch.flags,
+            scratch.fold_arrivals,
+            scratch.score_arrivals,
+            query.stride(0),
+            query.stride(1),
+            kv_cache.stride(0),
+            kv_cache.stride(1),
+            kv_int.stride(0),
+            kv_int.stride(1),
+            state.stride(0),
+            state.stride(1),
+            block_table.stride(0),
+            state_table.stride(0),
+            self.max_pages,
+            self.num_heads,
+            kv_heads,
+            self.scale,
+            MAGIC=STATE_MAGIC,
+            STAMP_WORD=self._stamp_word,
+            NUM_BLOCKS=self.state_layout.num_blocks,
+            BODY=body,
+            PARTS=self._parts,
+            SLICE=self._slice,
+            FOLD_TILE=self._fold_tile,
+            LINEAR=params.residual == "linear",
+            M=max(16, triton.next_power_of_2(self.group * max_query_len)),
+            D=self.head_size,
+            DP=self._dp,
+            LOG_PAGE=math.log(params.page_size),
+            CHUNK=tuning.chunk,
+            STAGES=tuning.score_stages,
+            SELECTOR=SELECTOR_CODES[params.selector],
+            WRITE_MASS=self.write_mass,
+            SPLITS=tuning.score_splits,
+            WIDTH=self._width,
+            SELECT=tuning.fuse_select,
+            TRIGGER=self._dependent,
+            num_warps=tuning.score_warps,
+            **shared,
+            **selection,
+        )
+        if not tuning.fuse_select:
+            select_kernel[(kv_heads, tokens)](
+                query_start_loc,
+                seq_lens,
+                block_table,
+                scratch.scores,
+                scratch.lse,
+                scratch.grouped,
+                scratch.table,
+                scratch.count,
+                scratch.flags,
+                block_table.stride(0),
+                self.max_pages,
+                self.num_heads,
+                kv_heads,
+                tuning.score_splits,
+                WIDTH=min(self._width, 2048),
+                DEPENDENT=self._dependent,
+                num_warps=min(32, max(4, self._pages_p // 512)),
+                **shared,
+                **selection,
+                **dependent,
+            )
+        attend_kernel[(tuning.attend_splits, kv_heads, tokens)](
+            query,
+            kv_cache,
+            state,
+            query_start_loc,
+            seq_lens,
+            state_table,
+            scratch.table,
+            scratch.count,
+            scratch.flags,
+            mass,
+            scratch.part_out,
+            scratch.part_sum,
+            scratch.part_mass,
+            scratch.attend_arrivals,
+            self.gain,
+            self.norm_weights[0],
+            self.norm_weights[1],
+            output,
+            num_rows,
+            query.stride(0),
+            query.stride(1),
+            output.stride(0),
+            output.stride(1),
+            kv_cache.stride(0),
+            kv_cache.stride(1),
+            state.stride(0),
+            state.stride(1),
+            state_table.stride(0),
+            self.max_pages,
+            self.num_heads,
+            kv_heads,
+            self.scale,
+            params.residual_scale,
+            params.rms_norm_eps,
+            GROUP_P=self._group_p,
+            M=self._attend_m,
+            D=self.head_size,
+            DP=self._dp,
+            TILE=tuning.tile,
+            STAGES=tuning.attend_stages,
+            SPLITS=tuning.attend_splits,
+            SPLITS_P=triton.next_power_of_2(tuning.attend_splits),
+            RESIDUAL=RESIDUAL_CODES[params.residual],
+            HAS_MASS=self.has_mass,
+            MASS_TILE=128,
+            DOUBLE_NORM=params.combine == "double_rmsnorm",
+            BODY=body,
+            FEATURES=16,
+            DEPENDENT=self._dependent,
+            num_warps=tuning.attend_warps,
+            **shared,
+            **dependent,
+        )
+
+
+def _check(
+    params: SplaParameters, num_heads: int, num_kv_heads: int, head_size: int, cache_dtype: torch.dtype, query_len: int
+) -> None:
+    """One place for every case that these kernels refuse."""
+    if params.selection_block != params.page_size:
+        raise ValueError(f"selection_block {params.selection_block} differs from page_size {params.page_size}")
+    if params.page_size % 16 != 0:
+        raise ValueError(f"page_size {params.page_size} is no multiple of 16")
+    if params.selector not in SELECTOR_CODES:
+        raise ValueError(f"selector {params.selector!r} has no kernel, choose one of {', '.join(SELECTOR_CODES)}")
+    if params.residual not in RESIDUAL_CODES:
+        raise ValueError(f"residual {params.residual!r} has no kernel, choose one of {', '.join(RESIDUAL_CODES)}")
+    if params.residual == "linear" and params.feature_map != "softmax":
+        raise ValueError(f"feature_map {params.feature_map!r} has no kernel, choose softmax")
+    if params.combine not in ("shared_normalizer", "double_rmsnorm"):
+        raise ValueError(f"combine {params.combine!r} has no kernel")
+    if params.selector == "quest" and params.residual != "none" and params.combine == "shared_normalizer":
+        raise ValueError("selector 'quest' gives no tail mass: use residual 'none'")
+    if params.budget_blocks < params.max_forced_blocks:
+        raise ValueError(f"budget_blocks {params.budget_blocks} is below {params.max_forced_blocks} forced blocks")
+    if num_heads % num_kv_heads != 0:
+        raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} kv heads")
+    if head_size % 16 != 0 or head_size > 256:
+        raise ValueError(f"head_size {head_size} is no multiple of 16 up to 256")
+    if cache_dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"cache_dtype {cache_dtype} is neither float16 nor bfloat16")
+    if query_len > 1 and params.last_blocks < 2:
+        raise ValueError("several query tokens a row need last_blocks >= 2: the state does not cover the page before")
+    if query_len > params.page_size:
+        raise ValueError(f"{query_len} query tokens a row exceed a page of {params.page_size}")
