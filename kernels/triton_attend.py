@@ -144,70 +144,72 @@ def attend_split(
         out = tl.dot(weight.to(dtype), v, out * decay[:, None])
 
     has_rest = num_complete >= count  # more complete pages than the table holds beside the current one
-    if (RESIDUAL != NO_RESIDUAL) & has_rest:
-        blocks = state_table_ptr + row.to(tl.int64) * state_table_stride
-        state = state_ptr + head * block_head_stride
-        # q has few enough digits for tf32, S has not: in two parts the product is exact to float32.
-        from_state = tl.zeros([M, DP], dtype=tl.float32)
-        z_sum = tl.zeros([M], dtype=tl.float32)
-        Z_ROW: tl.constexpr = D if RESIDUAL == LINEAR else D + 1
-        z_block = tl.maximum(tl.load(blocks + Z_ROW // BODY), 0).to(tl.int64)
-        z_row = state + z_block * block_stride + (1 + Z_ROW % BODY) * D
-        if RESIDUAL == LINEAR:
-            x = tl.where(in_head[None, :], q.to(tl.float32) * scale, float("-inf"))
-            q_top = tl.max(x, axis=1)
-            q_norm = tl.sum(tl.exp(x - q_top[:, None]), axis=1)
-        for first in tl.range(split * FEATURES, D, num_splits * FEATURES):
-            f = first + tl.arange(0, FEATURES)
-            in_state = f < D
-            offset = state_row_offset(blocks, f, block_stride, BODY, D, in_state)
-            s_mask = in_state[:, None] & in_head[None, :]
-            s = tl.load(state + offset[:, None] + column[None, :], mask=s_mask, other=0.0)  # [FEATURES, DP]
-            s_high = (s.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits of mantissa
-            qf = tl.load(query_row[:, None] + f[None, :], mask=is_high[:, None] & in_state[None, :], other=0.0)
-            qf = qf.to(dtype).to(tl.float32)  # [M, FEATURES]
+    if RESIDUAL != NO_RESIDUAL:  # noqa: SIM102, compile-time and run-time conditions stay apart
+        if has_rest:
+            blocks = state_table_ptr + row.to(tl.int64) * state_table_stride
+            state = state_ptr + head * block_head_stride
+            # q has few enough digits for tf32, S has not: in two parts the product is exact to float32.
+            from_state = tl.zeros([M, DP], dtype=tl.float32)
+            z_sum = tl.zeros([M], dtype=tl.float32)
+            Z_ROW: tl.constexpr = D if RESIDUAL == LINEAR else D + 1
+            z_block = tl.maximum(tl.load(blocks + Z_ROW // BODY), 0).to(tl.int64)
+            z_row = state + z_block * block_stride + (1 + Z_ROW % BODY) * D
             if RESIDUAL == LINEAR:
-                qf = (tl.exp(qf * scale - q_top[:, None]) / q_norm[:, None]).to(dtype).to(tl.float32)
-                qf = tl.where(is_high[:, None] & in_state[None, :], qf, 0.0)
-            from_state = tl.dot(qf, s_high, from_state, input_precision="tf32")
-            from_state = tl.dot(qf, s - s_high, from_state, input_precision="tf32")
-            z = tl.load(z_row + f, mask=in_state, other=0.0)  # [FEATURES]
-            z_sum += tl.sum(qf * z[None, :], axis=1)
-        if RESIDUAL == REGRESSION:
-            from_state *= scale
-            z_sum *= scale
-            if split == 0:
-                v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
-                v_row = state + v_block * block_stride + (1 + D % BODY) * D
-                sum_v = tl.load(v_row + column, mask=in_head, other=0.0)  # [DP]
-                from_state += tl.where((m == 3 * GROUP)[:, None], sum_v[None, :], 0.0)
-        out -= from_state
-        total -= z_sum
+                x = tl.where(in_head[None, :], q.to(tl.float32) * scale, float("-inf"))
+                q_top = tl.max(x, axis=1)
+                q_norm = tl.sum(tl.exp(x - q_top[:, None]), axis=1)
+            for first in tl.range(split * FEATURES, D, num_splits * FEATURES):
+                f = first + tl.arange(0, FEATURES)
+                in_state = f < D
+                offset = state_row_offset(blocks, f, block_stride, BODY, D, in_state)
+                s_mask = in_state[:, None] & in_head[None, :]
+                s = tl.load(state + offset[:, None] + column[None, :], mask=s_mask, other=0.0)  # [FEATURES, DP]
+                s_high = (s.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits of mantissa
+                qf = tl.load(query_row[:, None] + f[None, :], mask=is_high[:, None] & in_state[None, :], other=0.0)
+                qf = qf.to(dtype).to(tl.float32)  # [M, FEATURES]
+                if RESIDUAL == LINEAR:
+                    qf = (tl.exp(qf * scale - q_top[:, None]) / q_norm[:, None]).to(dtype).to(tl.float32)
+                    qf = tl.where(is_high[:, None] & in_state[None, :], qf, 0.0)
+                from_state = tl.dot(qf, s_high, from_state, input_precision="tf32")
+                from_state = tl.dot(qf, s - s_high, from_state, input_precision="tf32")
+                z = tl.load(z_row + f, mask=in_state, other=0.0)  # [FEATURES]
+                z_sum += tl.sum(qf * z[None, :], axis=1)
+            if RESIDUAL == REGRESSION:
+                from_state *= scale
+                z_sum *= scale
+                if split == 0:
+                    v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
+                    v_row = state + v_block * block_stride + (1 + D % BODY) * D
+                    sum_v = tl.load(v_row + column, mask=in_head, other=0.0)  # [DP]
+                    from_state += tl.where((m == 3 * GROUP)[:, None], sum_v[None, :], 0.0)
+            out -= from_state
+            total -= z_sum
 
     tl.store(part_out_ptr + part * M * DP + m[:, None] * DP + column[None, :], out)
     tl.store(part_sum_ptr + part * 2 * M + m, top)
     tl.store(part_sum_ptr + part * 2 * M + M + m, total)
 
-    if HAS_MASS & has_rest:
-        g = tl.arange(0, GROUP_P)
-        per_split = tl.cdiv(tl.cdiv(num_complete, num_splits), MASS_TILE) * MASS_TILE
-        start = split * per_split
-        stop = tl.minimum(start + per_split, num_complete)
-        mass_row = mass_ptr + (token * num_heads + head * GROUP + g) * max_pages  # [GROUP_P]
-        flags = flags_ptr + (token * num_kv_heads + head) * max_pages
-        mass_top = tl.full([GROUP_P], float("-inf"), dtype=tl.float32)
-        mass_total = tl.zeros([GROUP_P], dtype=tl.float32)
-        for first in tl.range(start, stop, MASS_TILE):
-            page = first + tl.arange(0, MASS_TILE)
-            flag = tl.load(flags + page, mask=page < stop, other=1)
-            left = (flag == 0)[None, :] & (g < GROUP)[:, None]
-            mass = tl.load(mass_row[:, None] + page[None, :], mask=left, other=float("-inf"))  # [GROUP_P, MASS_TILE]
-            tile_top = tl.max(mass, axis=1)
-            safe = tl.where(tile_top == float("-inf"), 0.0, tile_top)
-            tile_total = tl.sum(tl.exp(mass - safe[:, None]), axis=1)
-            mass_top, mass_total = _merge_log_sum(mass_top, mass_total, tile_top, tile_total)
-        tl.store(part_mass_ptr + part * 2 * GROUP_P + g, mass_top)
-        tl.store(part_mass_ptr + part * 2 * GROUP_P + GROUP_P + g, mass_total)
+    if HAS_MASS:  # noqa: SIM102
+        if has_rest:
+            g = tl.arange(0, GROUP_P)
+            per_split = tl.cdiv(tl.cdiv(num_complete, num_splits), MASS_TILE) * MASS_TILE
+            start = split * per_split
+            stop = tl.minimum(start + per_split, num_complete)
+            mass_row = mass_ptr + (token * num_heads + head * GROUP + g) * max_pages  # [GROUP_P]
+            flags = flags_ptr + (token * num_kv_heads + head) * max_pages
+            mass_top = tl.full([GROUP_P], float("-inf"), dtype=tl.float32)
+            mass_total = tl.zeros([GROUP_P], dtype=tl.float32)
+            for first in tl.range(start, stop, MASS_TILE):
+                page = first + tl.arange(0, MASS_TILE)
+                flag = tl.load(flags + page, mask=page < stop, other=1)
+                left = (flag == 0)[None, :] & (g < GROUP)[:, None]
+                mass = tl.load(mass_row[:, None] + page[None, :], mask=left, other=float("-inf"))
+                tile_top = tl.max(mass, axis=1)
+                safe = tl.where(tile_top == float("-inf"), 0.0, tile_top)
+                tile_total = tl.sum(tl.exp(mass - safe[:, None]), axis=1)
+                mass_top, mass_total = _merge_log_sum(mass_top, mass_total, tile_top, tile_total)
+            tl.store(part_mass_ptr + part * 2 * GROUP_P + g, mass_top)
+            tl.store(part_mass_ptr + part * 2 * GROUP_P + GROUP_P + g, mass_total)
 
 
 @triton.jit
@@ -257,16 +259,18 @@ def merge_splits(
     minus = tl.zeros([GROUP_P, DP], dtype=tl.float32)  # (selected - all) of phi(q) S
     minus_v = tl.zeros([DP], dtype=tl.float32)  # (selected - all) of sum v
     mask = in_group[:, None] & in_head[None, :]
+    rest_mask = (g < tl.where(has_rest, GROUP, 0))[:, None] & in_head[None, :]
+    rest_columns = column < tl.where(has_rest, D, 0)
     for index in tl.range(0, num_splits):
         rows = part_out_ptr + (part + index) * M * DP + g[:, None] * DP + column[None, :]  # [GROUP_P, DP]
         split_top = tl.load(part_sum_ptr + (part + index) * 2 * M + g, mask=in_group, other=float("-inf"))
         exact += tl.load(rows, mask=mask, other=0.0) * tl.exp(split_top - safe)[:, None]
         if RESIDUAL != NO_RESIDUAL:
-            minus += tl.load(rows + GROUP * DP, mask=mask & has_rest, other=0.0)
-            minus += tl.load(rows + 2 * GROUP * DP, mask=mask & has_rest, other=0.0)
+            minus += tl.load(rows + GROUP * DP, mask=rest_mask, other=0.0)
+            minus += tl.load(rows + 2 * GROUP * DP, mask=rest_mask, other=0.0)
             if RESIDUAL == REGRESSION:
                 row = part_out_ptr + (part + index) * M * DP + 3 * GROUP * DP + column
-                minus_v += tl.load(row, mask=in_head & has_rest, other=0.0)
+                minus_v += tl.load(row, mask=rest_columns, other=0.0)
     exact = exact / tl.where(in_group, norm, 1.0)[:, None]
     head_row = head * GROUP + g  # [GROUP_P]
 

@@ -112,7 +112,7 @@ def _page_keys(
     key_token_stride, key_head_stride,
     D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Keys `[TILE, DP]` float32 of the page that `token` completes, from its row `first` on, as the cache stores them."""
+    """Keys `[TILE, DP]` float32, as the cache stores them, of rows `first ..` of the page that `token` completes."""
     columns = tl.arange(0, DP)
     rows = first + tl.arange(0, TILE)
     back = PAGE - 1 - rows

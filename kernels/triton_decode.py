@@ -16,6 +16,7 @@ allocates or synchronises, so that a step can be captured in a CUDA graph.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import triton
@@ -192,7 +193,7 @@ class Tuning:
 class _Scratch:
     """Buffers between the launches of a step, shared by all layers of one geometry: layers run one after another."""
 
-    _instances: dict[tuple, "_Scratch"] = {}
+    _instances: ClassVar[dict[tuple, "_Scratch"]] = {}
 
     def __init__(self, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> None:
         for name, (shape, dtype) in shapes.items():
@@ -238,6 +239,7 @@ class TritonPagedSpla:
         max_query_len: The most query tokens of a row.
         max_model_len: The most tokens of a sequence.
         device: Where the cache lives.
+        tuning: Launch shapes for every batch, instead of those that `tuning` chooses.
 
     Attributes:
         page_layout: Bytes of a page.
@@ -245,7 +247,6 @@ class TritonPagedSpla:
         page_table: `[tokens, G, budget]` int32, FlashInfer-compatible ids `page * G + head` of the last `decode`,
             ascending, the current page last.
         page_counts: `[tokens, G]` int32, pages of each list.
-        scratch_bytes: Bytes of the scratch, which all layers of one geometry share.
 
     Raises:
         ValueError: Parameters that these kernels do not cover.
@@ -266,9 +267,11 @@ class TritonPagedSpla:
         max_query_len: int = 1,
         max_model_len: int,
         device: torch.device | str,
+        tuning: Tuning | None = None,
     ) -> None:
         _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len)
         device = torch.device(device)
+        self._tuning = tuning
         self.params, self.scale, self.device = params, float(scale), device
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.group = num_heads // num_kv_heads
@@ -312,6 +315,7 @@ class TritonPagedSpla:
 
     @property
     def scratch_bytes(self) -> int:
+        """Bytes of the scratch, which all layers of one geometry share."""
         return self._scratch.nbytes
 
     def _scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -345,6 +349,8 @@ class TritonPagedSpla:
 
     def tuning(self, num_rows: int, query_len: int) -> Tuning:
         """Launch shapes for `num_rows` rows of up to `query_len` query tokens."""
+        if self._tuning is not None:
+            return self._tuning
         chunk = 64 if self._dp <= 128 else 32
         tile = 64 if self._dp <= 128 else 32
         score_units = num_rows * self.num_kv_heads
@@ -418,7 +424,6 @@ class TritonPagedSpla:
         state_table: torch.Tensor | None,
         output: torch.Tensor,
         max_query_len: int,
-        tuning: Tuning | None = None,
     ) -> None:
         """Attention of one layer for a batch of decode rows.
 
@@ -432,7 +437,6 @@ class TritonPagedSpla:
             state_table: `[rows, >= K]` int32; may be None without a residual.
             output: `[rows * max_query_len, H, d]`; rows of padding become zero.
             max_query_len: Query tokens of a row.
-            tuning: Launch shapes, to override the default.
         """
         num_rows = seq_lens.shape[0]
         if num_rows == 0:
@@ -445,7 +449,7 @@ class TritonPagedSpla:
             if self._parts:
                 raise ValueError(f"residual {self.params.residual!r} needs a state cache and its table")
             state_cache, state_table = kv_cache, block_table
-        tuning = tuning or self.tuning(num_rows, max_query_len)
+        tuning = self.tuning(num_rows, max_query_len)
         params, scratch = self.params, self._scratch
         kv_int = kv_cache.view(torch.int32)
         state, state_int = state_cache.view(torch.float32), state_cache.view(torch.int32)
@@ -543,7 +547,7 @@ class TritonPagedSpla:
                 self.num_heads,
                 kv_heads,
                 tuning.score_splits,
-                WIDTH=min(self._width, 2048),
+                WIDTH=self._width,
                 DEPENDENT=self._dependent,
                 num_warps=min(32, max(4, self._pages_p // 512)),
                 **shared,

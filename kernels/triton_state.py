@@ -44,7 +44,7 @@ def trusted_pages(
     page = tl.maximum(tl.load(pages + covered - 1, mask=plausible, other=0), 0).to(tl.int64)
     stamp = tl.load(
         kv_int_ptr + page * int_page_stride + head * int_head_stride + STAMP_WORD + word - 2,
-        mask=plausible & (word >= 2) & (word < 6),
+        mask=(word >= 2) & (word < tl.where(plausible, 6, 0)),
         other=0,
     )  # [8], words 2 to 5
     wrong = 0
@@ -132,10 +132,14 @@ def fold_slice(
             v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
             v_row = state + v_block * block_stride + (1 + D % BODY) * D + column  # [DP]
             # Old bytes must not be read where they are not trusted: they may be NaN, and 0 * NaN is NaN.
-            keep = covered > 0
-            s = tl.load(s_rows, mask=s_mask & keep, other=0.0)  # [SLICE, DP]
-            z = tl.load(z_row, mask=in_slice & keep, other=0.0)  # [SLICE]
-            sum_v = tl.load(v_row, mask=in_head & keep & (not LINEAR), other=0.0)  # [DP]
+            kept = tl.where(covered > 0, D, 0)
+            kept_slice = feature < kept
+            s = tl.load(s_rows, mask=kept_slice[:, None] & in_head[None, :], other=0.0)  # [SLICE, DP]
+            z = tl.load(z_row, mask=kept_slice, other=0.0)  # [SLICE]
+            if LINEAR:
+                sum_v = tl.zeros([DP], dtype=tl.float32)
+            else:
+                sum_v = tl.load(v_row, mask=column < kept, other=0.0)  # [DP]
             for index in tl.range(covered, target):
                 page = tl.maximum(tl.load(pages + index), 0).to(tl.int64)
                 base = kv_ptr + page * page_stride + head * head_stride
@@ -174,5 +178,6 @@ def fold_slice(
                 )
                 for ordinal in tl.static_range(NUM_BLOCKS):
                     block = tl.maximum(tl.load(blocks + ordinal), 0).to(tl.int64)
-                    header = tl.where(word == 0, MAGIC, tl.where(word == 1, target, tl.where(word == 6, ordinal, stamp)))
+                    header = tl.where(word == 1, target, tl.where(word == 6, ordinal, stamp))
+                    header = tl.where(word == 0, MAGIC, header)
                     tl.store(state_int_ptr + block * block_stride + head * block_head_stride + word, header)

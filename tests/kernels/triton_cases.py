@@ -1,0 +1,203 @@
+"""Batches over a paged cache for the tests of the Triton kernels, and what the float64 reference says of them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.algorithm.reference import spla_token
+from spla_backend.kernels.triton_decode import TritonPagedSpla, Tuning
+
+
+@dataclass
+class Batch:
+    """Rows of some lengths over one cache, everything not written NaN."""
+
+    op: TritonPagedSpla
+    keys: list[torch.Tensor]  # of each row: [L, G, d]
+    values: list[torch.Tensor]
+    query: torch.Tensor  # [rows * query_len, H, d]
+    query_len: int
+    lengths: list[int]
+    kv_cache: torch.Tensor  # [pages, G, B + r, 2 d]
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    state_table: torch.Tensor
+
+    def slots(self, row: int, start: int, stop: int) -> torch.Tensor:
+        position = torch.arange(start, stop)
+        page = self.op.params.page_size
+        return self.block_table[row].cpu()[position // page].long() * page + position % page
+
+    def write(self, row: int, start: int, stop: int) -> None:
+        """Store the tokens `start .. stop - 1` of a row, as one batch."""
+        slots = self.slots(row, start, stop).to(self.query.device)
+        keys, values = self.keys[row][start:stop], self.values[row][start:stop]
+        self.op.update_cache(keys, values, self.kv_cache, slots)
+
+    def decode(self) -> torch.Tensor:
+        """Run the op on NaN-poisoned output and scratch."""
+        output = torch.full_like(self.query, float("nan"))
+        scratch = self.op._scratch
+        for name in ("scores", "mass", "lse", "grouped", "part_out", "part_sum", "part_mass"):
+            getattr(scratch, name).fill_(float("nan"))
+        scratch.table.fill_(-1)
+        scratch.count.fill_(-1)
+        scratch.flags.fill_(-1)
+        self.op.decode(
+            self.query,
+            self.kv_cache,
+            self.kv_cache,
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            self.state_table,
+            output,
+            self.query_len,
+        )
+        for name in ("fold_arrivals", "score_arrivals", "attend_arrivals"):
+            assert int(getattr(scratch, name).abs().sum()) == 0, name
+        return output
+
+    def statistics(self, row: int, num_pages: int) -> torch.Tensor:
+        """Stored statistics `[num_pages, G, width]` float64."""
+        layout = self.op.page_layout
+        area = self.kv_cache[self.block_table[row, :num_pages].long(), :, layout.page_size :].flatten(2)
+        return area[..., : layout.statistics_elements].double().cpu()
+
+    def check(self, output: torch.Tensor, tolerance: float, rows: list[int] | None = None) -> float:
+        """Compare with the reference; returns the largest relative error of a token."""
+        op, worst = self.op, 0.0
+        norm_weights = tuple(w.double().cpu() for w in op.norm_weights)
+        for row in range(len(self.lengths)) if rows is None else rows:
+            if self.lengths[row] == 0:
+                assert torch.equal(output[row * self.query_len :][: self.query_len].float().abs().sum().cpu(),
+                                   torch.tensor(0.0))  # fmt: skip
+                continue
+            for t in range(self.query_len):
+                token, stop = row * self.query_len + t, self.lengths[row] - self.query_len + t + 1
+                expected = spla_token(
+                    self.query[token].double().cpu() * op.scale,
+                    self.keys[row][:stop].double().cpu(),
+                    self.values[row][:stop].double().cpu(),
+                    op.params,
+                    statistics=self.statistics(row, (stop - 1) // op.params.page_size),
+                    gain=op.gain.double().cpu(),
+                    norm_weights=norm_weights,
+                )
+                agrees = torch.ones(op.num_heads, dtype=torch.bool)
+                for head in range(op.num_kv_heads):
+                    got = self.selected(token, row, head)
+                    want = expected.selected[head]
+                    if got != want:
+                        self._near_tie(got, want, expected.group_scores[head])
+                        agrees[head * op.group : (head + 1) * op.group] = False
+                got, want = output[token].double().cpu()[agrees], expected.output[agrees]
+                if want.numel():
+                    error = float((got - want).norm() / want.norm())
+                    assert error < tolerance, f"row {row} token {t} of length {stop}: relative error {error:.2e}"
+                    worst = max(worst, error)
+        return worst
+
+    def selected(self, token: int, row: int, head: int) -> list[int]:
+        """Logical pages of a page table, in its order."""
+        op = self.op
+        count = int(op.page_counts[token, head])
+        ids = op.page_table[token, head, :count].cpu()
+        assert bool((ids % op.num_kv_heads == head).all())
+        logical = {int(page): index for index, page in enumerate(self.block_table[row].tolist())}
+        return [logical[int(i)] for i in ids // op.num_kv_heads]
+
+    def _near_tie(self, got: list[int], want: list[int], scores: torch.Tensor) -> None:
+        """Selections may differ where float32 cannot tell the scores apart, and only there."""
+        assert got == sorted(got) and (len(got) == len(want) or self.op.params.top_p), (got, want)
+        differing = sorted(set(got) ^ set(want))
+        gap = float(scores[differing].max() - scores[differing].min())
+        assert gap < 1e-3, f"selected {got}, expected {want}: scores differ by {gap}"
+
+
+def make_batch(
+    params: SplaParameters,
+    lengths: list[int],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype = torch.float16,
+    query_len: int = 1,
+    device: str = "cpu",
+    seed: int = 0,
+    max_model_len: int = 0,
+    gain: torch.Tensor | None = None,
+    norm_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+    tuning: Tuning | None = None,
+    token_major: bool = False,
+    chunk: int = 37,
+) -> Batch:
+    """Random rows, written to the cache in chunks of `chunk` tokens (0: all at once).
+
+    Keys have a mean of their own in every page, so that pages differ in mass and the residual has something to say.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    page, longest = params.page_size, max(max(lengths), max_model_len, 1)
+    op = TritonPagedSpla(
+        params,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        cache_dtype=dtype,
+        scale=head_size**-0.5,
+        gain=gain,
+        norm_weights=norm_weights,
+        max_num_rows=len(lengths),
+        max_query_len=query_len,
+        max_model_len=longest,
+        device=device,
+        tuning=tuning,
+    )
+    layout, rows = op.page_layout, len(lengths)
+    width = -(-longest // page)
+    num_state = max(1, op.state_layout.num_blocks)
+    ids = torch.randperm(rows * (width + num_state) + 3, generator=generator).int()
+    block_table = ids[: rows * width].view(rows, width).clone()
+    state_table = ids[rows * width : rows * (width + num_state)].view(rows, num_state).clone()
+    shape = (len(ids), num_kv_heads, layout.rows, 2 * head_size)
+    if token_major:  # another order of the first two dimensions
+        kv_cache = torch.full((shape[1], shape[0], *shape[2:]), float("nan"), dtype=dtype, device=device)
+        kv_cache = kv_cache.transpose(0, 1)
+    else:
+        kv_cache = torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    keys, values = [], []
+    for length in lengths:
+        shift = draw(-(-max(length, 1) // page), num_kv_heads, head_size).repeat_interleave(page, 0)[:length]
+        keys.append((draw(length, num_kv_heads, head_size) + 0.5 * shift).to(device, dtype))
+        mixed = draw(length, num_kv_heads, head_size) + 0.5 * keys[-1].float().cpu() + shift
+        values.append(mixed.to(device, dtype))
+    # A token stride of its own, as a slice of a joint projection has it.
+    joint = (2 * draw(rows * query_len, num_heads + 2, head_size)).to(device, dtype)
+    starts = torch.arange(rows + 1) * query_len
+    if lengths and lengths[-1] == 0:  # padded rows stand last and have no tokens
+        real = sum(length > 0 for length in lengths)
+        starts[real:] = real * query_len
+    batch = Batch(
+        op,
+        keys,
+        values,
+        joint[:, :num_heads],
+        query_len,
+        lengths,
+        kv_cache,
+        starts.to(device, torch.int32),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        block_table.to(device),
+        state_table.to(device),
+    )
+    for row, length in enumerate(lengths):
+        for start in range(0, length, chunk or max(length, 1)):
+            batch.write(row, start, min(length, start + (chunk or length)))
+    return batch
