@@ -93,8 +93,8 @@ def select_pages(
         table = table_ptr + (token * num_kv_heads + head) * BUDGET
         if current + 1 <= BUDGET:
             slot = tl.arange(0, BUDGET_P)
-            page = tl.maximum(tl.load(pages + slot, mask=slot <= current, other=0), 0)
-            tl.store(table + slot, page * num_kv_heads + head, mask=slot <= current)
+            every = tl.maximum(tl.load(pages + slot, mask=slot <= current, other=0), 0)
+            tl.store(table + slot, every * num_kv_heads + head, mask=slot <= current)
             tl.store(count_ptr + token * num_kv_heads + head, current + 1)
         else:
             index = tl.arange(0, PAGES)

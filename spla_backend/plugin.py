@@ -1,6 +1,6 @@
-"""The entry point `vllm.general_plugins`: makes `--attention-backend spla` exist.
+"""The entry points: `vllm.general_plugins` makes `--attention-backend spla` exist.
 
-vLLM calls `register` in every process, some several times. It must be idempotent and light: no kernels, no Triton.
+vLLM calls them in every process, some several times. They must be idempotent and light: no kernels, no Triton.
 """
 
 from typing import Any
@@ -15,6 +15,16 @@ def register() -> None:
     from .patches import platform
 
     platform.apply()
+
+
+def platform_plugin() -> None:
+    """Entry point of `vllm.platform_plugins`, the one that vLLM's command line calls before anything else.
+
+    It brings no platform (and says so by returning None), only the patch that such an early caller needs.
+    """
+    from .patches import vllm_cpu_metadata
+
+    vllm_cpu_metadata.apply()
 
 
 def backend_member() -> Any:

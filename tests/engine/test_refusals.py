@@ -109,8 +109,10 @@ def test_model_config_options(tmp_path, start):
 
 def test_bad_request_loses_nothing(tiny_llama, start):
     """A request that is refused leaves the others alone."""
+    from vllm.exceptions import VLLMValidationError
+
     with start(tiny_llama) as engine:
         expected = engine.answer([[5, 6, 7]])[0].tokens
-        with pytest.raises(ValueError):
+        with pytest.raises(VLLMValidationError, match="maximum context length|max_model_len|longer than"):
             engine.answer([[5] * 5000])
         assert engine.answer([[5, 6, 7]])[0].tokens == expected

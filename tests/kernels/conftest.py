@@ -1,8 +1,11 @@
 """Without a GPU the Triton kernels are interpreted, which has to be decided before Triton is imported."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+sys.path.insert(0, str(Path(__file__).parent))  # for triton_cases, under every import mode of pytest

@@ -1,0 +1,55 @@
+"""Storing tokens, page statistics and stamps, against the reference on the stored keys."""
+
+import pytest
+import torch
+from triton_cases import make_batch
+
+from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.algorithm.reference import complete_statistics
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPE = {"num_heads": 2, "num_kv_heads": 2, "head_size": 32, "device": DEVICE}
+
+
+def params(selector: str = "rem", page: int = 16) -> SplaParameters:
+    return SplaParameters(page, page, 4, selector=selector, residual="none")
+
+
+@pytest.mark.parametrize("selector", ["mean", "taylor2", "quest"])
+@pytest.mark.parametrize("chunk", [0, 1, 23], ids=["at-once", "one-by-one", "by-23"])
+def test_tokens_and_statistics(selector: str, chunk: int) -> None:
+    batch = make_batch(params(selector), [50], chunk=chunk, **SHAPE)
+    page = batch.op.params.page_size
+    stored = batch.kv_cache[batch.block_table[0].long(), :, :page].transpose(1, 2).flatten(0, 1)[:50]  # [L, G, 2 d]
+    assert torch.equal(stored, torch.cat([batch.keys[0], batch.values[0]], -1))
+    expected = complete_statistics(batch.keys[0].double().cpu(), batch.op.params)  # [pages, G, width]
+    torch.testing.assert_close(batch.statistics(0, 3), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_stamp_names_a_content() -> None:
+    batch = make_batch(params(), [40, 33], **SHAPE)
+    op, words = batch.op, batch.kv_cache.view(torch.int32).flatten(2)[..., -4:]  # [pages, G, 4]
+    complete = torch.cat([batch.block_table[0, :2], batch.block_table[1, :2]]).long()
+    stamps = words[complete]
+    assert torch.equal(stamps[..., :2], op._salt.expand(4, 2, 2))
+    assert torch.equal(stamps[..., 3], complete.to(torch.int32)[:, None].expand(4, 2))
+    assert stamps[..., 2].unique().numel() == 8  # every completion has a number of its own
+    batch.write(0, 15, 16)  # a rejected draft token completes its page again
+    assert not torch.equal(batch.kv_cache.view(torch.int32).flatten(2)[complete[0], :, -4:], stamps[0])
+
+
+def test_rejected_draft_is_forgotten() -> None:
+    batch = make_batch(params(), [16], **SHAPE)
+    batch.keys[0][10:] = torch.randn_like(batch.keys[0][10:])
+    batch.write(0, 10, 13)
+    batch.write(0, 13, 16)
+    expected = complete_statistics(torch.cat([batch.keys[0], batch.keys[0][:1]]).double().cpu(), batch.op.params)
+    torch.testing.assert_close(batch.statistics(0, 1), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_padding_writes_nothing() -> None:
+    batch = make_batch(params(), [20], **SHAPE)
+    before = batch.kv_cache.view(torch.int16).clone()
+    slots = torch.full((3,), -1, dtype=torch.int64, device=DEVICE)
+    batch.op.update_cache(batch.keys[0][:3], batch.values[0][:3], batch.kv_cache, slots)
+    assert torch.equal(batch.kv_cache.view(torch.int16), before)

@@ -1,0 +1,225 @@
+"""The whole of a decode step against the float64 reference, on fresh random rows and NaN-poisoned buffers."""
+
+import random
+
+import pytest
+import torch
+from triton_cases import make_batch
+
+from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.kernels.triton_decode import TritonPagedSpla, Tuning
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SMALL = {"num_heads": 4, "num_kv_heads": 2, "head_size": 32, "device": DEVICE}
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+gpu = pytest.mark.gpu
+
+
+def params(page: int = 16, budget: int = 5, **more) -> SplaParameters:
+    return SplaParameters(page, page, budget, **more)
+
+
+def fresh() -> int:
+    return random.randrange(1 << 30)
+
+
+# Small cases, interpreted where there is no GPU
+
+
+@pytest.mark.parametrize("selector", ["mean", "taylor2", "cumulant2", "rem"])
+def test_selectors(selector: str) -> None:
+    batch = make_batch(params(selector=selector), [150, 81], seed=fresh(), **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+def test_quest() -> None:
+    batch = make_batch(params(selector="quest", residual="none"), [150, 81], seed=fresh(), **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+def test_lengths_around_page_and_budget_edges_and_padding() -> None:
+    batch = make_batch(params(), [1, 15, 16, 17, 80, 81, 96, 97, 0], seed=fresh(), **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "own-launch"])
+def test_splits(fuse: bool) -> None:
+    tuning = Tuning(3, 3, chunk=16, tile=16, fuse_select=fuse)
+    batch = make_batch(params(), [200, 90, 30, 0], seed=fresh(), tuning=tuning, **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+@pytest.mark.parametrize("residual", ["regression", "linear", "none"])
+@pytest.mark.parametrize("combine", ["shared_normalizer", "double_rmsnorm"])
+def test_residual_and_combination(residual: str, combine: str) -> None:
+    weights = (torch.rand(4, 32) + 0.5, torch.rand(4, 32) + 0.5)
+    batch = make_batch(
+        params(residual=residual, combine=combine), [150, 97], seed=fresh(), norm_weights=weights,
+        gain=torch.tensor([0.0, 0.5, 1.0, 2.0]), **SMALL,
+    )  # fmt: skip
+    batch.check(batch.decode(), 2e-3)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 0.99])
+def test_top_p(top_p: float) -> None:
+    batch = make_batch(params(budget=8, top_p=top_p), [230], seed=fresh(), **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+def test_verification_rows() -> None:
+    batch = make_batch(params(), [150, 97, 98, 82, 19, 3, 0], query_len=3, seed=fresh(), **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+def test_ties_go_to_the_lower_page() -> None:
+    batch = make_batch(params(), [200], seed=fresh(), **SMALL)
+    batch.keys[0][:] = batch.keys[0][:16].repeat(13, 1, 1)[:200]
+    batch.write(0, 0, 200)
+    batch.decode()
+    for head in range(2):
+        assert batch.selected(0, 0, head) == [0, 1, 2, 11, 12]
+
+
+def test_budget_of_the_forced_pages_alone() -> None:
+    batch = make_batch(params(budget=3), [100, 49], seed=fresh(), **SMALL)
+    batch.check(batch.decode(), 2e-3)
+    assert batch.selected(0, 0, 0) == [0, 5, 6]
+
+
+def test_state_is_kept_over_steps_and_rows_may_move() -> None:
+    batch = make_batch(params(), [120, 100], seed=fresh(), **SMALL)
+    first = batch.decode()
+    again = batch.decode()
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(7, 1, 80, 16), (16, 1, 64, 48), (2, 2, 16, 32), (8, 1, 32, 16)],
+    ids=["group7-d80-page16", "group16-d64-page48", "group1-d16-page32", "group8-d32-page16"],
+)
+def test_shapes(case: tuple[int, int, int, int]) -> None:
+    heads, kv_heads, head_size, page = case
+    batch = make_batch(
+        params(page), [page * 7 + 3], num_heads=heads, num_kv_heads=kv_heads, head_size=head_size, device=DEVICE,
+        seed=fresh(), token_major=True,
+    )  # fmt: skip
+    batch.check(batch.decode(), 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"selection_block": 8}, "selection_block"),
+        ({"selector": "km2-rem"}, "selector"),
+        ({"feature_map": "elu1", "residual": "linear"}, "feature_map"),
+        ({"selector": "quest"}, "tail mass"),
+        ({"budget_blocks": 2}, "forced"),
+        ({"last_blocks": 1, "budget_blocks": 4}, "last_blocks"),
+    ],
+)
+def test_refusals_name_the_cause(change: dict, message: str) -> None:
+    values = {"page_size": 16, "selection_block": 16, "budget_blocks": 5} | change
+    with pytest.raises(ValueError, match=message):
+        TritonPagedSpla(
+            SplaParameters(**values), num_heads=2, num_kv_heads=1, head_size=32, cache_dtype=torch.float16, scale=1.0,
+            max_num_rows=1, max_query_len=2, max_model_len=64, device="cpu",
+        )  # fmt: skip
+
+
+# Real sizes
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    "heads",
+    [(4, 4, 64), (8, 2, 80), (7, 1, 96), (8, 1, 128), (16, 1, 128), (8, 2, 256)],
+    ids=["g1-d64", "g4-d80", "g7-d96", "g8-d128", "g16-d128", "g4-d256"],
+)
+def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype) -> None:
+    num_heads, num_kv_heads, head_size = heads
+    budget = 6
+    edge = budget * page
+    lengths = [edge * 4 + 5, edge - 1, edge, edge + 1, edge + page, edge + page + 1, 1, page, 0]
+    batch = make_batch(
+        params(page, budget), lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size,
+        dtype=dtype, device=DEVICE, seed=fresh(), chunk=0,
+    )  # fmt: skip
+    batch.check(batch.decode(), TOLERANCE[dtype])
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("residual", ["regression", "linear", "none"])
+@pytest.mark.parametrize("combine", ["shared_normalizer", "double_rmsnorm"])
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_gpu_residuals_and_verification(residual: str, combine: str, query_len: int) -> None:
+    weights = (torch.rand(8, 128) + 0.5, torch.rand(8, 128) + 0.5)
+    batch = make_batch(
+        params(64, 8, residual=residual, combine=combine, selector="taylor2"), [2300, 577, 578, 515, 70, 5, 0],
+        num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, query_len=query_len, device=DEVICE,
+        seed=fresh(), chunk=0, norm_weights=weights,
+    )  # fmt: skip
+    batch.check(batch.decode(), TOLERANCE[torch.bfloat16])
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 3, 8, 40, 256])
+@pytest.mark.parametrize("top_p", [None, 0.9], ids=["top-k", "top-p"])
+def test_gpu_batches_of_mixed_lengths(rows: int, top_p: float | None) -> None:
+    seed = fresh()
+    lengths = [random.Random(seed + i).randrange(1, 3000) for i in range(rows)]
+    batch = make_batch(
+        params(64, 16, top_p=top_p), lengths, num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16,
+        device=DEVICE, seed=seed, chunk=0, max_model_len=8192,
+    )  # fmt: skip
+    output = batch.decode()
+    batch.check(output, TOLERANCE[torch.bfloat16], rows=sorted(random.sample(range(rows), min(rows, 6))))
+    assert not bool(output.isnan().any())
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("length", [40000, 131072])
+def test_gpu_long_context(length: int) -> None:
+    batch = make_batch(
+        params(64, 32), [length], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device=DEVICE,
+        seed=fresh(), chunk=0,
+    )  # fmt: skip
+    batch.check(batch.decode(), TOLERANCE[torch.bfloat16])
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_gpu_graph_replay(query_len: int) -> None:
+    """A graph captured on short rows replays on long ones: nothing but shapes is baked in."""
+    batch = make_batch(
+        params(64, 8), [1500, 900, 700], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16,
+        query_len=query_len, device=DEVICE, seed=fresh(), chunk=0, max_model_len=4096,
+    )  # fmt: skip
+    expected = batch.decode()
+    output = torch.full_like(batch.query, float("nan"))
+    lengths = batch.seq_lens.clone()
+    batch.seq_lens.fill_(query_len)
+
+    def run() -> None:
+        batch.op.decode(
+            batch.query, batch.kv_cache, batch.kv_cache, batch.query_start_loc, batch.seq_lens, batch.block_table,
+            batch.state_table, output, query_len,
+        )  # fmt: skip
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    batch.seq_lens.copy_(lengths)
+    for _ in range(3):
+        output.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(output, expected)
