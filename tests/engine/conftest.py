@@ -134,12 +134,15 @@ def start_engine(
     if backend:
         arguments["attention_backend"] = backend
         arguments["additional_config"] = {"spla": {"budget": BUDGET, **(options or {})}}
-    llm = None
+    engine = None
     try:
-        llm = LLM(model, **arguments)
-        yield Engine(llm)
+        engine = Engine(LLM(model, **arguments))
+        yield engine
     finally:
-        del llm
+        # Whoever still holds the `Engine` must not keep the engine alive: its late end would take the next one's
+        # process groups with it.
+        if engine is not None:
+            vars(engine).clear()
         gc.collect()
         cleanup_dist_env_and_memory()
 

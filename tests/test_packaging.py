@@ -1,0 +1,135 @@
+"""What is installed, under which names: by wheel, by `pip install`, editable, and in a checkout."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PIP = [sys.executable, "-m", "pip"]
+OFFLINE = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+# What the source says must be importable: every module, those behind the two links included.
+MODULES = sorted(
+    f"{prefix}/{path.relative_to(folder).as_posix()}"
+    for prefix, folder in (
+        ("spla_backend", ROOT / "spla_backend"),
+        ("spla_backend/kernels", ROOT / "kernels"),
+        ("spla_backend/patches", ROOT / "patches"),
+    )
+    for path in folder.rglob("*.py")
+)
+# Prints where modules come from; `-I -S` keeps the checkout and the installed package out of `sys.path`.
+FIND = """
+import importlib.util, site, sys
+site.addsitedir(sys.argv[1])
+ours = ["spla_backend.kernels.layout", "spla_backend.patches.platform"]
+for name in [*ours, "kernels", "patches", "tests", "benchmarks"]:
+    spec = importlib.util.find_spec(name)
+    print(name, spec and spec.origin)
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def found_in(site: Path) -> dict[str, str]:
+    lines = run(sys.executable, "-I", "-S", "-c", FIND, site, cwd=site).splitlines()
+    return dict(line.split(" ", 1) for line in lines)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout with its links, so that building leaves nothing in the real one."""
+    copy = tmp_path_factory.mktemp("source") / "vllm-spla"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("spla_backend", "kernels", "patches", "tests", "benchmarks", "examples"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    pytest.importorskip("pip")
+    folder = tmp_path_factory.mktemp("wheel")
+    run(*PIP, "wheel", *OFFLINE, "--wheel-dir", folder, ".", cwd=source)
+    (path,) = folder.iterdir()
+    return zipfile.ZipFile(path)
+
+
+def test_links_are_links() -> None:
+    assert (ROOT / "spla_backend" / "kernels").readlink() == Path("../kernels")
+    assert (ROOT / "spla_backend" / "patches").readlink() == Path("../patches")
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    names = wheel.namelist()
+    assert {"spla_backend/kernels/layout.py", "spla_backend/patches/platform.py"} < set(MODULES)
+    assert sorted(name for name in names if name.endswith(".py")) == MODULES
+    assert "spla_backend/py.typed" in names
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"spla_backend"}
+
+
+def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
+    def read(name: str) -> str:
+        (member,) = [n for n in wheel.namelist() if n.endswith(f".dist-info/{name}")]
+        return wheel.read(member).decode()
+
+    metadata = Parser().parsestr(read("METADATA"))
+    assert metadata["Name"] == "vllm-spla"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    core = [r.split(";")[0] for r in metadata.get_all("Requires-Dist") or [] if "extra ==" not in r]
+    assert not [r for r in core if r.startswith(("torch", "vllm", "triton", "nvidia"))], core
+    entry_points = read("entry_points.txt")
+    assert "spla = spla_backend.plugin:register" in entry_points.split("[vllm.general_plugins]")[1]
+    assert "spla-model = spla_backend.models.cli:main" in entry_points
+
+
+def test_install_into_a_folder(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pip")
+    for _ in range(2):  # The second time over the first.
+        run(*PIP, "install", *OFFLINE, "--upgrade", "--target", tmp_path, ".", cwd=source)
+    found = found_in(tmp_path)
+    assert found["spla_backend.kernels.layout"] == str(tmp_path / "spla_backend/kernels/layout.py")
+    assert found["spla_backend.patches.platform"] == str(tmp_path / "spla_backend/patches/platform.py")
+    assert found["kernels"] == found["patches"] == found["tests"] == found["benchmarks"] == "None"
+
+
+def test_editable_install_exposes_our_name_only(source: Path, tmp_path: Path) -> None:
+    hook = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
+    run(sys.executable, "-c", hook, tmp_path, cwd=source)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    found = found_in(site)
+    assert Path(found["spla_backend.kernels.layout"]).resolve() == source / "kernels/layout.py"
+    assert Path(found["spla_backend.patches.platform"]).resolve() == source / "patches/platform.py"
+    assert found["kernels"] == found["patches"] == found["tests"] == found["benchmarks"] == "None"
+
+
+def test_transformers_imports_in_the_checkout() -> None:
+    """A popular library is called `kernels`; transformers must not take our folder for it."""
+    pytest.importorskip("transformers")
+    code = "import transformers, transformers.integrations.hub_kernels; print(transformers.LlamaForCausalLM.__name__)"
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "LlamaForCausalLM"
+
+
+def test_plugin_imports_nothing_heavy() -> None:
+    code = """
+import sys
+import spla_backend.plugin
+heavy = {"torch", "triton", "vllm", "transformers", "numpy"} & set(sys.modules)
+kernels = [name for name in sys.modules if name.startswith("spla_backend.kernels")]
+assert not heavy and not kernels, (heavy, kernels)
+"""
+    run(sys.executable, "-c", code, cwd=ROOT)
