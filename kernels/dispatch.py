@@ -1,24 +1,41 @@
-"""Kernels by device. All implementations share one interface: `plan`, `run`,
-`update_cache`, `page_layout`, `state_layout` (see `torch_paged.TorchPagedSpla`)."""
+"""Kernels by device. All implementations share one interface: `plan`, `run`, `update_cache`, `page_layout`,
+`state_layout` (see `torch_paged.TorchPagedSpla`)."""
 
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ..algorithm.parameters import SplaParameters
 
 
-def make(device_type: str, params: SplaParameters, **shape: Any) -> Any:
+@dataclass(frozen=True)
+class Limits:
+    """The largest step, for scratch that is allocated once."""
+
+    max_num_rows: int
+    max_query_len: int
+    max_model_len: int
+
+
+def make(device: torch.device, params: SplaParameters, limits: Limits, **shape: Any) -> Any:
     """The implementation for a device.
 
     Args:
-        device_type: `cpu`, as in `torch.device.type`.
+        device: Where the cache lives.
         params: What to compute.
+        limits: The largest step.
         shape: See `TorchPagedSpla`.
 
     Raises:
-        ValueError: There is none for this device.
+        ValueError: There is none for this device, or not for these parameters.
     """
-    if device_type == "cpu":
+    if device.type == "cpu":
         from .torch_paged import TorchPagedSpla
 
         return TorchPagedSpla(params, **shape)
-    raise ValueError(f"SPLA has no kernels for device {device_type!r}: use a CPU or a CUDA GPU")
+    if device.type == "cuda":
+        from .cuda import CudaPagedSpla
+
+        return CudaPagedSpla(params, **shape, **vars(limits), device=device)
+    raise ValueError(f"SPLA has no kernels for device {device.type!r}: use a CPU or a CUDA GPU")

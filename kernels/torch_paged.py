@@ -1,17 +1,32 @@
 """SPLA over paged memory in vectorised torch: what the CPU engine runs, and the peer of the GPU kernels.
 
-Decode rows are one batch; prefill rows go one after the other in tiles of the tokens of one page, so that all
+Decode rows are a batch; prefill rows go one after the other in tiles of the tokens of one page, so that all
 tokens of a tile share their complete pages and the recurrent state. `plan` does once a step what all layers share.
+
+A decode step of a layer is small: what it costs is as much the number of operations as the bytes. Hence the masks
+made in `plan`, numpy for arithmetic on a few indices, and leading dimensions of rows and kv heads in one
+(`requests = rows * kv_heads`), which spares matmul its reshaping.
 """
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from ..algorithm.attention import masked_attention
 from ..algorithm.combine import double_rmsnorm, shared_normalizer
-from ..algorithm.page_table import PaddedSlots, PageTablePlan, fill_page_table, pad_slots, plan_page_table
+from ..algorithm.page_table import (
+    PaddedSlots,
+    PageTablePlan,
+    SparsePageTable,
+    fill_page_table,
+    pad_slots,
+    plan_page_table,
+)
 from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import Reading, make_residual
 from ..algorithm.selection import group_scores, select_blocks
@@ -19,21 +34,28 @@ from ..algorithm.selectors import get_selector
 from .layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, PageLayout, StateLayout
 
 _FOLD_PAGES = 64  # pages folded at a time: bounds the scratch of a rebuild
+_DECODE_ELEMENTS = 1 << 21  # keys and values of decode rows attended to at a time: their float32 stays in the cache
+
+States = tuple[torch.Tensor, torch.Tensor]
+"""`S [requests, s_rows, head_size]` and `z [requests, z_size]`, float32."""
 
 
 @dataclass(frozen=True)
 class Tile:
     """Query tokens that share their complete pages: one decode token a row, or the tokens of one page of one row."""
 
-    rows: torch.Tensor  # [rows] int64, rows of the batch
-    tokens: torch.Tensor  # [rows, tokens] int64, where the queries are
+    rows: NDArray[np.int64]  # [rows], rows of the batch
+    tokens: torch.Tensor | slice  # where the queries `[rows, tokens]` are, row by row
+    num_tokens: int  # tokens a row
     positions: torch.Tensor  # [rows, tokens] int64
-    pages: torch.Tensor  # [rows, pages] int64, page ids of the complete pages, 0 where a row has fewer
-    num_pages: torch.Tensor  # [rows] int64, complete pages of each row
-    complete: torch.Tensor  # [rows, num_blocks] bool
+    pages: NDArray[np.int64]  # [rows, pages], ids of the complete pages, 0 where a row has fewer
+    complete: torch.Tensor | None  # [rows, num_blocks] bool; None where all are
     forced: torch.Tensor  # [rows, tokens, num_blocks] bool
-    num_free: torch.Tensor  # [rows, tokens] int64
+    num_free: torch.Tensor | int  # [rows, tokens] int64; an int where all are the same
+    complete_tokens: torch.Tensor  # [requests, 1] float32, tokens of complete pages
+    num_rest: torch.Tensor | None  # [requests, tokens * group] float32, tokens left out; None if top-p decides
     sparse: bool  # some block may be left out
+    all_sparse: bool  # for every token some block is left out
 
 
 @dataclass(frozen=True)
@@ -41,14 +63,24 @@ class Plan:
     """One step's geometry, shared by all layers."""
 
     block_table: torch.Tensor  # [rows, max_pages] int64
-    decode: "DecodeRows | None"
+    decode: list["DecodeRows"]
     prefill: list["PrefillRow"]
-    num_targets: list[tuple[int, int]]  # (row, complete pages before this step) of rows that need their state
+    states: "StatePlan | None"  # None where no row needs its state
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """The rows whose state speaks for complete pages from before this step, and what a state in order says."""
+
+    rows: NDArray[np.int64]  # [n]
+    num_targets: NDArray[np.int64]  # [n], complete pages before this step, at least 1
+    last_pages: NDArray[np.int64]  # [n], page ids of the last of them
+    headers: NDArray[np.int32]  # [n, K, kv_heads, 8], stamps left out
 
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """All rows of one query token."""
+    """Some rows of one query token."""
 
     tile: Tile
     table: PageTablePlan
@@ -66,6 +98,34 @@ class PrefillRow:
     dense_end: int  # positions below attend to everything
     tiles: list[Tile]
     pages: torch.Tensor  # [pages] int64, all pages of the row
+
+
+def _gather(
+    cache: torch.Tensor,
+    page: NDArray[np.int64] | int,
+    head: NDArray[np.int64] | int,
+    row: NDArray[np.int64] | int,
+    size: int,
+) -> torch.Tensor:
+    """`[n, size]`: the elements from row `row` of head `head` of page `page` on; the three broadcast, in row-major
+    order.
+
+    Indexing by several tensors takes six times as long as `index_select`, which copies whole slices. So the cache is
+    seen as slices that begin at every multiple of the steps between pages, heads and rows, whatever their order.
+
+    Args:
+        cache: `[pages, heads, rows, row size]`, rows dense.
+        page: Page ids.
+        head: Kv heads.
+        row: First rows.
+        size: Elements of a slice; it stays within the page.
+    """
+    steps = cache.stride()[:3]
+    unit = math.gcd(*steps)
+    start = page * (steps[0] // unit) + head * (steps[1] // unit) + row * (steps[2] // unit)
+    end = sum((count - 1) * step for count, step in zip(cache.shape[:3], steps, strict=True)) + cache.shape[3]
+    slices = cache.as_strided(((end - size) // unit + 1, size), (unit, 1))
+    return slices.index_select(0, torch.from_numpy(np.asarray(start).reshape(-1)))
 
 
 class TorchPagedSpla:
@@ -98,7 +158,7 @@ class TorchPagedSpla:
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.group = num_heads // num_kv_heads
         self.scale = scale
-        self.gain = torch.ones(num_heads) if gain is None else gain.float()
+        self._log_gain = None if gain is None else self._by_kv_head(gain.float().log())
         ones = torch.ones(num_heads, head_size)
         self.norm_weights = (ones, ones) if norm_weights is None else norm_weights
         self.selector = get_selector(params.selector)
@@ -115,6 +175,7 @@ class TorchPagedSpla:
         body = torch.arange(self.state_layout.body_rows)
         rows = self.state_layout.rows_per_block - 1
         self._body_block, self._body_row = body // rows, 1 + body % rows
+        self._head = np.arange(num_kv_heads)[:, None]
         self._salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
         self._counter = 0
 
@@ -131,14 +192,16 @@ class TorchPagedSpla:
             kv_cache: `[num_pages, kv_heads, page_size + statistics_rows, 2 * head_size]`.
             slot_mapping: `[tokens]` int64, `page * page_size + offset`, -1 for padding.
         """
-        slots = slot_mapping[slot_mapping >= 0]
-        if slots.numel() != slot_mapping.numel():
-            key, value = key[slot_mapping >= 0], value[slot_mapping >= 0]
-        page, offset = slots // self.params.page_size, slots % self.params.page_size
-        kv_cache[page, :, offset] = torch.cat([key, value], -1).to(kv_cache.dtype)
-        finished = page[offset == self.params.page_size - 1].unique()
-        if finished.numel():
-            self._write_statistics(kv_cache, finished)
+        slots = slot_mapping.numpy()
+        if (slots < 0).any():
+            used = torch.from_numpy(slots >= 0)
+            key, value, slots = key[used], value[used], slots[slots >= 0]
+        page, offset = np.divmod(slots, self.params.page_size)
+        kv = torch.cat([key, value], -1).to(kv_cache.dtype)
+        kv_cache[torch.from_numpy(page), :, torch.from_numpy(offset)] = kv
+        finished = page[offset == self.params.page_size - 1]
+        if finished.size:
+            self._write_statistics(kv_cache, torch.from_numpy(np.unique(finished)))
 
     def _write_statistics(self, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
         params, layout, d = self.params, self.page_layout, self.head_size
@@ -167,7 +230,7 @@ class TorchPagedSpla:
             block_table: `[rows, max_pages]` int, page ids.
         """
         starts, lens = query_start_loc.tolist(), seq_lens.tolist()
-        query_lens = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        query_lens = [b - a for a, b in pairwise(starts)]
         table = block_table.long()
         params = self.params
         budget_tokens = params.budget_blocks * params.selection_block
@@ -179,28 +242,44 @@ class TorchPagedSpla:
                 decode_rows.append(row)
             else:
                 prefill.append(self._plan_prefill(row, starts[row], seq_len - query_len, seq_len, table))
-            if seq_len > budget_tokens:
+            if seq_len > budget_tokens and seq_len - query_len >= params.page_size:
                 targets.append((row, (seq_len - query_len) // params.page_size))
-        decode = None
-        if decode_rows:
-            rows = torch.tensor(decode_rows)
-            positions = seq_lens[rows].long()[:, None] - 1
-            decode = self._plan_decode(rows, query_start_loc[rows].long()[:, None], positions, table)
-        return Plan(table, decode, prefill, targets)
+        # Rows of much the same length go together: a short one is padded to the longest.
+        decode_rows.sort(key=lambda row: lens[row])
+        at_once = max(1, _DECODE_ELEMENTS // (budget_tokens * self.num_kv_heads * 2 * self.head_size))
+        decode = [
+            self._plan_decode(decode_rows[first : first + at_once], starts, lens, table)
+            for first in range(0, len(decode_rows), at_once)
+        ]
+        return Plan(table, decode, prefill, self._plan_states(targets, table))
+
+    def _plan_states(self, targets: list[tuple[int, int]], table: torch.Tensor) -> StatePlan | None:
+        """Plan for `(row, complete pages before this step)`."""
+        if self.residual is None or not targets:
+            return None
+        rows, num_targets = np.array(targets).T
+        last_pages = table.numpy()[rows, num_targets - 1]
+        num_blocks = self.state_layout.num_blocks
+        headers = np.zeros((len(rows), num_blocks, self.num_kv_heads, STATE_HEADER_WORDS), np.int32)
+        headers[..., 0], headers[..., 1] = STATE_MAGIC, num_targets[:, None, None]
+        headers[..., 2 + STAMP_WORDS] = np.arange(num_blocks)[:, None]
+        return StatePlan(rows, num_targets, last_pages, headers)
 
     def _plan_decode(
-        self, rows: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, table: torch.Tensor
+        self, batch_rows: list[int], starts: list[int], lens: list[int], table: torch.Tensor
     ) -> DecodeRows:
         params, heads = self.params, self.num_kv_heads
-        tile = self._tile(rows, tokens, positions, table)
-        page_table = plan_page_table(table[rows], positions[:, 0], heads, params)
-        blocks = positions[:, 0] // params.selection_block + 1
-        num_current = (blocks - tile.num_pages * params.blocks_per_page).repeat_interleave(heads)
+        rows = torch.tensor(batch_rows)
+        positions = torch.tensor([lens[row] - 1 for row in batch_rows])
+        first = [starts[row] for row in batch_rows]
+        together = first == list(range(first[0], first[0] + len(first)))
+        tokens = slice(first[0], first[0] + len(first)) if together else torch.tensor(first)
+        tile = self._tile(rows, tokens, positions[:, None], table)
+        page_table = plan_page_table(table[rows], positions, heads, params)
+        num_current = page_table.in_current_page.sum(-1).flatten()
         slots = None
-        if params.top_p is None:
-            counts = blocks.clamp(max=params.budget_blocks).repeat_interleave(heads)
-            indptr = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-            slots = pad_slots(indptr, page_table.last_page_len, num_current, params.selection_block)
+        if page_table.indptr is not None:
+            slots = pad_slots(page_table.indptr, page_table.last_page_len, num_current, params.selection_block)
         return DecodeRows(tile, page_table, num_current, slots)
 
     def _plan_prefill(self, row: int, first_token: int, start: int, end: int, table: torch.Tensor) -> PrefillRow:
@@ -211,12 +290,14 @@ class TorchPagedSpla:
         position = dense_end
         while position < end:
             stop = min(end, (position // page_size + 1) * page_size)
-            positions = torch.arange(position, stop)[None]
-            tiles.append(self._tile(torch.tensor([row]), positions - start + first_token, positions, table))
+            tokens = slice(position - start + first_token, stop - start + first_token)
+            tiles.append(self._tile(torch.tensor([row]), tokens, torch.arange(position, stop)[None], table))
             position = stop
         return PrefillRow(row, first_token, start, dense_end, tiles, table[row, : -(-end // page_size)])
 
-    def _tile(self, rows: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> Tile:
+    def _tile(
+        self, rows: torch.Tensor, tokens: torch.Tensor | slice, positions: torch.Tensor, table: torch.Tensor
+    ) -> Tile:
         params = self.params
         num_pages = positions[:, -1] // params.page_size  # [rows]
         width = int(num_pages.max())
@@ -231,8 +312,27 @@ class TorchPagedSpla:
         in_current_page = current + 1 - num_complete[:, None]
         budget = torch.clamp(current + 1, max=params.budget_blocks)
         num_free = budget - in_current_page - forced.sum(-1)
-        sparse = bool((current + 1 > params.budget_blocks).any())
-        return Tile(rows, tokens, positions, pages, num_pages, complete, forced, num_free, sparse)
+        sparse = current + 1 > params.budget_blocks
+        complete_tokens = (num_pages * params.page_size).float()[:, None].repeat_interleave(self.num_kv_heads, 0)
+        num_rest = None
+        if params.top_p is None:
+            left_out = num_complete[:, None] - forced.sum(-1) - num_free  # [rows, tokens]
+            num_rest = (left_out * params.selection_block).float()
+            num_rest = num_rest.repeat_interleave(self.num_kv_heads, 0).repeat_interleave(self.group, 1)
+        return Tile(
+            rows.numpy(),
+            tokens,
+            positions.shape[1],
+            positions,
+            pages.numpy(),
+            None if bool(complete.all()) else complete,
+            forced,
+            int(num_free[0, 0]) if bool((num_free == num_free[0, 0]).all()) else num_free,
+            complete_tokens,
+            num_rest,
+            bool(sparse.any()),
+            bool(sparse.all()),
+        )
 
     # Running ----------------------------------------------------------------------------------------------------
 
@@ -269,95 +369,116 @@ class TorchPagedSpla:
             state_table: `[rows, >= K]` int, state blocks of each row.
             output: `[tokens, heads, head_size]`, written for every query token of the plan.
         """
-        states = None
-        if self.residual is not None and plan.num_targets:
+        if plan.states is not None:
             assert state_cache is not None and state_table is not None
-            states = self._fold(plan, kv_cache, state_cache, state_table.long())
-        if plan.decode is not None:
-            self._decode(plan.decode, query, kv_cache, states, output)
+            self._fold(plan, plan.states, kv_cache, state_cache, state_table)
+        for rows in plan.decode:
+            states = None
+            if self.residual is not None and rows.tile.sparse:
+                assert state_cache is not None and state_table is not None
+                states = self._read_states(state_cache, state_table, rows.tile.rows)
+            self._decode(rows, query, kv_cache, states, output)
         for row in plan.prefill:
+            states = None
+            if self.residual is not None and row.tiles:
+                assert state_cache is not None and state_table is not None
+                states = self._read_states(state_cache, state_table, row.tiles[0].rows)
+                if row.start < self.params.page_size:  # nothing was folded: what the blocks hold is another's
+                    states = (torch.zeros_like(states[0]), torch.zeros_like(states[1]))
             self._prefill(row, query, kv_cache, states, output)
 
-    def _grouped(self, query: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Scaled float32 queries `[rows, kv_heads, tokens * group, head_size]`."""
-        q = query[tokens].float() * self.scale  # [rows, tokens, heads, head_size]
-        q = q.unflatten(2, (self.num_kv_heads, self.group)).permute(0, 2, 1, 3, 4)
-        return q.flatten(2, 3)
+    def _grouped(self, query: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """Scaled float32 queries `[requests, tokens * group, head_size]`."""
+        q = query[tile.tokens].float() * self.scale  # [rows * tokens, heads, head_size]
+        if tile.num_tokens == 1:
+            return q.view(-1, self.group, self.head_size)
+        q = q.view(-1, tile.num_tokens, self.num_kv_heads, self.group, self.head_size).transpose(1, 2)
+        return q.reshape(-1, tile.num_tokens * self.group, self.head_size)
 
-    def _statistics(self, kv_cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """`[rows, kv_heads, num_blocks, width]` float32 of `pages [rows, pages]`."""
+    def _statistics(self, kv_cache: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """Statistics of the complete pages `[requests, num_blocks, width]` float32."""
         layout = self.page_layout
-        used = -(-layout.statistics_elements // (2 * self.head_size))  # rows in use
-        area = kv_cache[pages, :, layout.page_size : layout.page_size + used]  # [rows, pages, kv_heads, used, 2 d]
-        area = area.flatten(-2)[..., : layout.statistics_elements].float()
-        area = area.unflatten(-1, (layout.blocks_per_page, layout.statistics_width))
-        return area.permute(0, 2, 1, 3, 4).flatten(2, 3)
+        area = _gather(kv_cache, tile.pages[:, None], self._head, layout.page_size, layout.statistics_elements)
+        num_blocks = tile.pages.shape[1] * layout.blocks_per_page
+        return area.float().view(-1, num_blocks, layout.statistics_width)
 
     def _select(
         self, tile: Tile, q: torch.Tensor, kv_cache: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Selected complete blocks `[rows, kv_heads, tokens, num_blocks]` and the log mass of the others
-        `[rows, kv_heads, tokens * group]` (None where nothing asks for it)."""
+        `[requests, tokens * group]` (None where nothing asks for it)."""
         if tile.pages.shape[1] == 0:
-            shape = (tile.rows.numel(), self.num_kv_heads, tile.tokens.shape[1], 0)
-            return torch.zeros(shape, dtype=torch.bool), None
-        statistics = self._statistics(kv_cache, tile.pages)
-        scores = self.selector.score(q, statistics, self.params.selection_block)
-        scores = scores.unflatten(2, (tile.tokens.shape[1], self.group))
-        grouped = group_scores(scores, tile.complete)
+            return torch.zeros((len(tile.rows), self.num_kv_heads, tile.num_tokens, 0), dtype=torch.bool), None
+        statistics = self._statistics(kv_cache, tile)
+        mass = None
+        if tile.sparse and self.residual is not None and self.params.combine == "shared_normalizer":
+            scores, mass = self.selector.score_and_mass(q, statistics, self.params.selection_block)
+        else:
+            scores = self.selector.score(q, statistics, self.params.selection_block)
+        shape = (-1, self.num_kv_heads, tile.num_tokens, self.group, scores.shape[-1])
+        grouped = group_scores(scores.view(shape), tile.complete)
         selected = select_blocks(grouped, tile.forced, tile.num_free, self.group, self.params.top_p)
-        log_mass = None
-        if self.residual is not None and self.params.combine == "shared_normalizer":
-            mass = self.selector.mass(q, statistics, self.params.selection_block)
-            mass = mass.unflatten(2, (tile.tokens.shape[1], self.group))
-            rest = tile.complete[:, None, None] & ~selected
-            log_mass = mass.masked_fill(~rest.unsqueeze(-2), -torch.inf).logsumexp(-1).flatten(2)
-        return selected, log_mass
+        if mass is None:
+            return selected, None
+        away = selected if tile.complete is None else selected | ~tile.complete[:, None, None]
+        return selected, mass.view(shape).masked_fill(away.unsqueeze(-2), -torch.inf).logsumexp(-1).view(q.shape[:2])
 
     def _decode(
         self,
         rows: DecodeRows,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        states: tuple[torch.Tensor, torch.Tensor] | None,
+        states: States | None,
         output: torch.Tensor,
     ) -> None:
         tile = rows.tile
-        q = self._grouped(query, tile.tokens)  # [rows, kv_heads, group, head_size]
+        q = self._grouped(query, tile)  # [requests, group, head_size]
         selected, log_mass = self._select(tile, q, kv_cache)
         table = fill_page_table(rows.table, selected[:, :, 0])
         slots = rows.slots
         if slots is None:
             slots = pad_slots(table.indptr, table.last_page_len, rows.num_current, self.params.selection_block)
-        kv = self._read_blocks(kv_cache, table.indices[slots.where].long())  # [requests, slots, block, 2 d]
-        # Behind the last token, and in the place of a missing block, stands whatever the page held before.
-        kv = kv.masked_fill_(~slots.visible[..., None], 0).flatten(1, 2).float()
-        kv = kv.unflatten(0, (-1, self.num_kv_heads))
-        keys, values = kv.split(self.head_size, -1)  # [rows, kv_heads, tokens, head_size]
-        visible = slots.visible.flatten(1).unflatten(0, (-1, 1, self.num_kv_heads)).transpose(1, 2)
-        exact, lse = masked_attention(q @ keys.mT, values, visible)  # visible: [rows, kv_heads, 1, tokens]
-        reading, num_selected = None, None
-        if states is not None and tile.sparse:
+        keys, values = self._read_slots(kv_cache, table, slots)  # [requests, tokens, head_size]
+        logits = q @ keys.mT  # [requests, group, tokens]
+        weights: list[torch.Tensor] = []
+        if states is not None:
             assert self.residual is not None
-            complete = slots.complete.unflatten(0, (-1, self.num_kv_heads))  # [rows, kv_heads, slots]
-            mask = complete.repeat_interleave(self.params.selection_block, -1)[:, :, None]
-            reading = self.residual.read_tokens(q, keys, values, mask)
-            num_selected = complete.sum(-1, keepdim=True) * self.params.selection_block
-        self._combine(tile, q, exact, lse, reading, num_selected, log_mass, states, output)
+            weights = self.residual.token_weights(q, keys, logits, slots.complete_tokens.unsqueeze(1))
+        exact, lse, products = masked_attention(logits, values, slots.visible.flatten(1).unsqueeze(1), weights)
+        reading = None
+        if states is not None:
+            assert self.residual is not None
+            reading = self.residual.reading(weights, products)
+        self._combine(tile, q, exact, lse, selected, reading, log_mass, states, output)
 
-    def _read_blocks(self, kv_cache: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """`[..., selection_block, 2 * head_size]` of the page-table ids `[...]`."""
+    def _read_slots(
+        self, kv_cache: torch.Tensor, table: SparsePageTable, slots: PaddedSlots
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the slots `[requests, slots * selection_block, head_size]` float32, finite."""
+        ids = table.indices if slots.even else table.indices[slots.where]
+        kv = self._read_blocks(kv_cache, ids.numpy()).view(*slots.visible.shape, 2 * self.head_size)
+        # Behind the last token, and in the place of a missing block, stands whatever the page held before.
+        if slots.even:
+            kv[:, -1].masked_fill_(~slots.visible[:, -1, :, None], 0.0)
+        else:
+            kv.masked_fill_(~slots.visible[..., None], 0.0)
+        keys, values = kv.flatten(1, 2).split(self.head_size, -1)
+        return keys.float(), values.float()
+
+    def _read_blocks(self, kv_cache: torch.Tensor, ids: NDArray[np.integer]) -> torch.Tensor:
+        """`[n, selection_block * 2 * head_size]` of the page-table ids `ids`, in row-major order."""
         params = self.params
-        head = ids // params.blocks_per_page
-        blocks = kv_cache[:, :, : params.page_size].unflatten(2, (params.blocks_per_page, params.selection_block))
-        return blocks[head // self.num_kv_heads, head % self.num_kv_heads, ids % params.blocks_per_page]
+        pages, blocks = np.divmod(ids.astype(np.int64), params.blocks_per_page)
+        pages, heads = np.divmod(pages, self.num_kv_heads)
+        size = params.selection_block * 2 * self.head_size
+        return _gather(kv_cache, pages, heads, blocks * params.selection_block, size)
 
     def _prefill(
         self,
         row: PrefillRow,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        states: tuple[torch.Tensor, torch.Tensor] | None,
+        states: States | None,
         output: torch.Tensor,
     ) -> None:
         if row.dense_end > row.start:
@@ -396,11 +517,11 @@ class TorchPagedSpla:
         row: PrefillRow,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        states: tuple[torch.Tensor, torch.Tensor] | None,
+        states: States | None,
         output: torch.Tensor,
     ) -> None:
         params, per_page, heads = self.params, self.params.blocks_per_page, self.num_kv_heads
-        q = self._grouped(query, tile.tokens)  # [1, kv_heads, tokens * group, head_size]
+        q = self._grouped(query, tile)  # [kv_heads, tokens * group, head_size]
         selected, log_mass = self._select(tile, q, kv_cache)
         # Neighbouring tokens choose much the same blocks: gather the union once, mask per token.
         union = selected[0].any(1)  # [kv_heads, num_blocks]
@@ -409,34 +530,32 @@ class TorchPagedSpla:
         exists = union.gather(-1, slots)  # [kv_heads, slots]
         # A head with fewer blocks reads one of its own again instead of a block that nobody selected.
         slots = torch.where(exists, slots, slots[:, :1])
-        head = torch.arange(heads)[:, None]
-        ids = (tile.pages[0][slots // per_page] * heads + head) * per_page + slots % per_page
-        kv = self._read_blocks(kv_cache, ids)  # [kv_heads, slots, block, 2 d]
-        chosen = selected[0].gather(-1, slots[:, None].expand(-1, tile.tokens.shape[1], -1)) & exists[:, None]
+        page, block = np.divmod(slots.numpy(), per_page)
+        ids = (tile.pages[0][page] * heads + self._head) * per_page + block
+        kv = self._read_blocks(kv_cache, ids).view(heads, longest, params.selection_block, 2 * self.head_size)
+        chosen = selected[0].gather(-1, slots[:, None].expand(-1, tile.num_tokens, -1)) & exists[:, None]
         chosen = chosen.repeat_interleave(self.group, 1)  # [kv_heads, tokens * group, slots]
 
         end = int(tile.positions[0, -1]) % params.page_size + 1
-        current = kv_cache[row.pages[int(tile.num_pages[0])], :, :end]  # [kv_heads, end, 2 d]
+        current = kv_cache[row.pages[tile.pages.shape[1]], :, :end]  # [kv_heads, end, 2 d]
         causal = torch.arange(end) <= (tile.positions[0] % params.page_size)[:, None]
         causal = causal.repeat_interleave(self.group, 0).expand(heads, -1, -1)
         keys, values = torch.cat([kv.flatten(1, 2), current], 1).unsqueeze(1).split(self.head_size, -1)
         visible = torch.cat([chosen.repeat_interleave(params.selection_block, -1), causal], -1)
         # The kv heads are its batch, so that a group shares its keys. It is the one torch kernel with an LSE.
         exact, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[0].to(keys.dtype).unsqueeze(1),
+            q.to(keys.dtype).unsqueeze(1),
             keys.contiguous(),
             values.contiguous(),
             attn_mask=torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1),
             scale=1.0,
         )
-        exact, lse = exact.float().transpose(0, 1), lse.transpose(0, 1)  # [1, kv_heads, tokens * group, ...]
-        reading, num_selected = None, None
+        reading = None
         if states is not None:
             assert self.residual is not None
-            keys, values = kv.float()[None].split(self.head_size, -1)
-            reading = self.residual.read_blocks(q, keys, values, chosen[None])
-            num_selected = chosen[None].sum(-1) * params.selection_block
-        self._combine(tile, q, exact, lse, reading, num_selected, log_mass, states, output)
+            keys, values = kv.float().split(self.head_size, -1)
+            reading = self.residual.read_blocks(q, keys, values, chosen)
+        self._combine(tile, q, exact.float().squeeze(1), lse.squeeze(1), selected, reading, log_mass, states, output)
 
     def _combine(
         self,
@@ -444,47 +563,61 @@ class TorchPagedSpla:
         q: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        selected: Reading | None,
-        num_selected: torch.Tensor | None,
+        selected: torch.Tensor,
+        reading: Reading | None,
         log_mass: torch.Tensor | None,
-        states: tuple[torch.Tensor, torch.Tensor] | None,
+        states: States | None,
         output: torch.Tensor,
     ) -> None:
         """Tail and combination of a tile.
 
         Args:
             tile: The tile.
-            q: `[rows, kv_heads, tokens * group, head_size]`.
+            q: `[requests, tokens * group, head_size]`.
             out: Exact part, as `q`.
-            lse: `[rows, kv_heads, tokens * group]`.
-            selected: Reading of the selected blocks of complete pages; None where nothing is left out.
-            num_selected: Tokens in those blocks, `[rows, kv_heads, 1 or tokens * group]`.
+            lse: `[requests, tokens * group]`.
+            selected: Selected complete blocks `[rows, kv_heads, tokens, num_blocks]`.
+            reading: Reading of the selected complete blocks; None where nothing is left out.
             log_mass: Log mass of the rest, as `lse`.
-            states: `S` and `z` of all rows of the batch.
+            states: States of the tile's rows.
             output: `[tokens, heads, head_size]`.
         """
-        params, tokens = self.params, tile.tokens.shape[1]
         tail = None
-        if selected is not None:
-            assert self.residual is not None and states is not None and num_selected is not None
-            whole = self.residual.read(q, states[0][tile.rows], states[1][tile.rows].unsqueeze(-1))
-            num_rest = (tile.num_pages * params.page_size)[:, None, None] - num_selected
-            rest = tuple(a - b for a, b in zip(whole, selected, strict=True))
-            tail = self.residual.tail(rest, num_rest.to(q.dtype))
-            tail = tail.masked_fill((num_rest <= 0)[..., None], 0.0)
-        if params.combine == "double_rmsnorm":
-            w_exact, w_tail = (self._by_kv_head(w).repeat(1, tokens, 1) for w in self.norm_weights)
+        if reading is not None:
+            assert states is not None
+            tail = self._tail(tile, q, selected, reading, states)
+        by_head = (-1, self.num_kv_heads, tile.num_tokens, self.group)  # of `[requests, tokens * group]`
+        if self.params.combine == "double_rmsnorm":
+            w_exact, w_tail = (self._by_kv_head(w) for w in self.norm_weights)
             tail = torch.zeros_like(out) if tail is None else tail
-            out = double_rmsnorm(out, tail, w_exact, w_tail, params.rms_norm_eps)
+            out, tail = out.view(*by_head, self.head_size), tail.view(*by_head, self.head_size)
+            out = double_rmsnorm(out, tail, w_exact, w_tail, self.params.rms_norm_eps)
         elif tail is not None:
             assert log_mass is not None
-            out = shared_normalizer(out, lse, tail, log_mass + self._by_kv_head(self.gain).log().repeat(1, tokens))
-        out = out.unflatten(2, (tokens, self.group)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-        output[tile.tokens] = out.to(output.dtype)
+            if self._log_gain is not None:
+                log_mass = (log_mass.view(by_head) + self._log_gain).view(lse.shape)
+            out = shared_normalizer(out, lse, tail, log_mass)
+        if tile.num_tokens > 1:
+            out = out.reshape(*by_head, self.head_size).transpose(1, 2)
+        output[tile.tokens] = out.reshape(-1, self.num_heads, self.head_size).to(output.dtype)
+
+    def _tail(
+        self, tile: Tile, q: torch.Tensor, selected: torch.Tensor, reading: Reading, states: States
+    ) -> torch.Tensor:
+        """The tail's output, as `q`; zero where nothing is left out."""
+        assert self.residual is not None
+        num_rest = tile.num_rest
+        if num_rest is None:
+            num_selected = selected.sum(-1).repeat_interleave(self.group, -1).flatten(0, 1)
+            num_rest = tile.complete_tokens - num_selected * self.params.selection_block
+        whole = self.residual.read(q, states[0], states[1].unsqueeze(-1))
+        rest = tuple(a - b for a, b in zip(whole, reading, strict=True))
+        tail = self.residual.tail(rest, num_rest)
+        return tail if tile.all_sparse else tail.masked_fill((num_rest <= 0).unsqueeze(-1), 0.0)
 
     def _by_kv_head(self, per_head: torch.Tensor) -> torch.Tensor:
-        """`[heads, ...]` as `[kv_heads, group, ...]`."""
-        return per_head.unflatten(0, (self.num_kv_heads, self.group))
+        """`[heads, ...]` as `[kv_heads, 1, group, ...]`."""
+        return per_head.unflatten(0, (self.num_kv_heads, 1, self.group))
 
     # Recurrent state --------------------------------------------------------------------------------------------
 
@@ -502,35 +635,66 @@ class TorchPagedSpla:
         return kv_cache[pages, :, -1, -words:].contiguous().view(torch.int32)
 
     def _fold(
-        self, plan: Plan, kv_cache: torch.Tensor, state_cache: torch.Tensor, state_table: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bring the states of the plan's rows up to date (docs/design.md, 6).
-
-        Returns:
-            `S [batch rows, kv_heads, s_rows, head_size]` and `z [batch rows, kv_heads, z_size]` float32; zero for
-            rows that have no complete page or need no state.
-        """
-        assert self.residual is not None
-        layout = self.state_layout
+        self,
+        plan: Plan,
+        wanted: StatePlan,
+        kv_cache: torch.Tensor,
+        state_cache: torch.Tensor,
+        state_table: torch.Tensor,
+    ) -> None:
+        """Bring the stored states of the plan's rows up to date (docs/design.md, 6)."""
+        behind = np.flatnonzero(~self._up_to_date(wanted, kv_cache, state_cache, state_table))
+        if behind.size == 0:
+            return
         rows_view = self._state_rows(state_cache)
-        shape = (plan.block_table.shape[0], self.num_kv_heads)
-        all_s = torch.zeros(*shape, layout.s_rows, self.head_size)
-        all_z = torch.zeros(*shape, layout.z_size)
-        for row, target in plan.num_targets:
-            if target == 0:
-                continue
-            blocks = state_table[row, : layout.num_blocks]
-            pages = plan.block_table[row]
-            covered = self._covered(rows_view, blocks, target, kv_cache, pages)
-            if covered:
-                all_s[row], all_z[row] = self._read_body(rows_view, blocks)
-            if covered == target:
-                continue
-            for first in range(covered, target, _FOLD_PAGES):
-                self._add_pages(all_s[row], all_z[row], kv_cache, pages[first : min(first + _FOLD_PAGES, target)])
-            self._write_state(rows_view, blocks, target, self._stamp(kv_cache, pages[target - 1 : target])[0],
-                              all_s[row], all_z[row])  # fmt: skip
-        return all_s, all_z
+        for i in behind:
+            row, target = int(wanted.rows[i]), int(wanted.num_targets[i])
+            blocks = state_table[row, : self.state_layout.num_blocks].long()
+            self._fold_row(rows_view, blocks, target, kv_cache, plan.block_table[row])
+
+    def _up_to_date(
+        self, wanted: StatePlan, kv_cache: torch.Tensor, state_cache: torch.Tensor, state_table: torch.Tensor
+    ) -> NDArray[np.bool_]:
+        """Which stored states `[n]` cover just what the plan wants: the steady state, one look for all rows."""
+        blocks = state_table.numpy()[wanted.rows, : self.state_layout.num_blocks]
+        # Only the first row of a block is seen as int32, for a view of the whole need not exist.
+        headers = state_cache[:, :, 0].view(torch.int32)[..., :STATE_HEADER_WORDS].numpy()[blocks]
+        stamps = kv_cache[:, :, -1].view(torch.int32)[..., -STAMP_WORDS:].numpy()[wanted.last_pages]
+        expected = wanted.headers.copy()  # [n, K, kv_heads, 8]
+        expected[..., 2 : 2 + STAMP_WORDS] = stamps[:, None]
+        return (headers == expected).reshape(len(expected), -1).all(1)
+
+    def _fold_row(
+        self,
+        rows_view: torch.Tensor,
+        blocks: torch.Tensor,
+        target: int,
+        kv_cache: torch.Tensor,
+        pages: torch.Tensor,
+    ) -> None:
+        """Bring the state in `blocks` to the first `target` of `pages`."""
+        layout = self.state_layout
+        covered = self._covered(rows_view, blocks, target, kv_cache, pages)
+        if covered:
+            s, z = self._read_body(rows_view, blocks)
+        else:
+            s = torch.zeros(self.num_kv_heads, layout.s_rows, self.head_size)
+            z = torch.zeros(self.num_kv_heads, layout.z_size)
+        for first in range(covered, target, _FOLD_PAGES):
+            self._add_pages(s, z, kv_cache, pages[first : min(first + _FOLD_PAGES, target)])
+        self._write_state(rows_view, blocks, target, self._stamp(kv_cache, pages[target - 1 : target])[0], s, z)
+
+    def _read_states(
+        self, state_cache: torch.Tensor, state_table: torch.Tensor, rows: NDArray[np.int64]
+    ) -> States:
+        """The stored states of rows of the batch."""
+        layout = self.state_layout
+        blocks = state_table.numpy()[rows, : layout.num_blocks].astype(np.int64)[:, None]  # [rows, 1, K]
+        per_block = layout.rows_per_block - 1 if layout.num_blocks > 1 else layout.body_rows
+        body = _gather(self._state_rows(state_cache), blocks, self._head, 1, per_block * self.head_size)
+        body = body.view(-1, layout.num_blocks * per_block, self.head_size)
+        z = body[:, layout.s_rows : layout.body_rows].flatten(1)
+        return body[:, : layout.s_rows], z[:, : layout.z_size]
 
     def _covered(
         self, rows_view: torch.Tensor, blocks: torch.Tensor, target: int, kv_cache: torch.Tensor, pages: torch.Tensor
@@ -583,11 +747,11 @@ class TorchPagedSpla:
         tile: Tile,
         covered: int | None,
         kv_cache: torch.Tensor,
-        states: tuple[torch.Tensor, torch.Tensor],
+        states: States,
     ) -> int:
         """Add to a prefill row's state the pages that this very step completed, up to those of `tile`."""
         covered = row.start // self.params.page_size if covered is None else covered
-        needed = int(tile.num_pages[0])
+        needed = tile.pages.shape[1]
         if needed > covered:
-            self._add_pages(states[0][row.row], states[1][row.row], kv_cache, row.pages[covered:needed])
+            self._add_pages(*states, kv_cache, row.pages[covered:needed])
         return needed

@@ -54,6 +54,9 @@ def prepare_kernel(
     flags_ptr,
     fold_arrivals_ptr,
     score_arrivals_ptr,
+    read_ptr,
+    read_z_ptr,
+    read_v_ptr,
     query_token_stride,
     query_head_stride,
     page_stride,
@@ -64,8 +67,8 @@ def prepare_kernel(
     block_head_stride,
     block_table_stride,
     state_table_stride,
+    last_page,
     max_pages,
-    num_heads,
     num_kv_heads,
     scale,
     MAGIC: tl.constexpr,
@@ -77,8 +80,10 @@ def prepare_kernel(
     FOLD_TILE: tl.constexpr,
     LINEAR: tl.constexpr,
     GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
     QUERY_LEN: tl.constexpr,
     M: tl.constexpr,
+    N: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
@@ -107,17 +112,19 @@ def prepare_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if part < PARTS:
         fold_slice(
-            row, head, part, kv_ptr, kv_int_ptr, state_ptr, state_int_ptr, query_start_loc_ptr, seq_lens_ptr,
-            block_table_ptr, state_table_ptr, fold_arrivals_ptr, num_kv_heads, page_stride, head_stride,
+            row, head, part, query_ptr, kv_ptr, kv_int_ptr, state_ptr, state_int_ptr, query_start_loc_ptr, seq_lens_ptr,
+            block_table_ptr, state_table_ptr, fold_arrivals_ptr, read_ptr, read_z_ptr, read_v_ptr,
+            query_token_stride, query_head_stride, num_kv_heads, page_stride, head_stride,
             int_page_stride, int_head_stride, block_stride, block_head_stride, block_table_stride, state_table_stride,
-            MAGIC, STAMP_WORD, NUM_BLOCKS, BODY, PARTS, SLICE, D, DP, PAGE, FOLD_TILE, LINEAR,
+            scale, MAGIC, STAMP_WORD, NUM_BLOCKS, BODY, PARTS, SLICE, GROUP, GROUP_P, M, D, DP, PAGE, BUDGET,
+            FOLD_TILE, LINEAR,
         )  # fmt: skip
     else:
         score_pages(
             row, head, part - PARTS, SPLITS, query_ptr, kv_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr,
             scores_ptr, mass_ptr, lse_ptr, query_token_stride, query_head_stride, page_stride, head_stride,
-            block_table_stride, max_pages, num_heads, scale,
-            GROUP, QUERY_LEN, M, D, DP, PAGE, LOG_PAGE, BUDGET, CHUNK, STAGES, SELECTOR, WRITE_MASS,
+            block_table_stride, last_page, max_pages, num_kv_heads, scale,
+            GROUP, GROUP_P, N, D, DP, PAGE, LOG_PAGE, BUDGET, CHUNK, STAGES, SELECTOR, WRITE_MASS,
         )  # fmt: skip
         if SELECT:
             tl.debug_barrier()  # every thread's scores are written before the arrival is announced
@@ -128,8 +135,8 @@ def prepare_kernel(
                     select_pages(
                         row, token_in_row, head, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, scores_ptr,
                         lse_ptr, grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_pages,
-                        num_heads, num_kv_heads, SPLITS,
-                        GROUP, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P,
+                        num_kv_heads, SPLITS,
+                        GROUP, GROUP_P, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P,
                     )  # fmt: skip
 
 
@@ -146,10 +153,10 @@ def select_kernel(
     flags_ptr,
     block_table_stride,
     max_pages,
-    num_heads,
     num_kv_heads,
     num_splits,
     GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
     QUERY_LEN: tl.constexpr,
     PAGE: tl.constexpr,
     BUDGET: tl.constexpr,
@@ -170,8 +177,8 @@ def select_kernel(
     token_in_row = tl.program_id(1) % QUERY_LEN
     select_pages(
         row, token_in_row, tl.program_id(0), query_start_loc_ptr, seq_lens_ptr, block_table_ptr, scores_ptr, lse_ptr,
-        grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_pages, num_heads, num_kv_heads,
-        num_splits, GROUP, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P,
+        grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_pages, num_kv_heads,
+        num_splits, GROUP, GROUP_P, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P,
     )  # fmt: skip
 
 
@@ -187,6 +194,7 @@ class Tuning:
     tile: int = 64  # tokens an attention step
     attend_stages: int = 2
     attend_warps: int = 4
+    select_warps: int = 8
     fuse_select: bool = True
 
 
@@ -201,16 +209,20 @@ class _Scratch:
             setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
         self.nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
 
-    scores: torch.Tensor  # [tokens, H, max_pages] float32
-    mass: torch.Tensor  # [tokens, H, max_pages] float32, or 1 element
-    lse: torch.Tensor  # [tokens, H, splits] float32
+    scores: torch.Tensor  # [tokens, G, max_pages, GROUP_P] float32
+    mass: torch.Tensor  # as scores, or 1 element
+    lse: torch.Tensor  # [tokens, G, splits, GROUP_P] float32
     grouped: torch.Tensor  # [tokens, G, max_pages] float32, or 1 element
     table: torch.Tensor  # [tokens, G, budget] int32
     count: torch.Tensor  # [tokens, G] int32
     flags: torch.Tensor  # [tokens, G, max_pages] int8
-    part_out: torch.Tensor  # [parts, M, DP] float32
-    part_sum: torch.Tensor  # [parts, 2, M] float32
-    part_mass: torch.Tensor  # [parts, 2, GROUP_P] float32
+    part_out: torch.Tensor  # [parts, DP, N] float32
+    part_v: torch.Tensor  # [parts, DP] float32
+    part_sum: torch.Tensor  # [parts, 2, N] float32
+    rest_mass: torch.Tensor  # [tokens, G, GROUP_P] float32
+    read: torch.Tensor  # [tokens, G, PARTS, GROUP_P, DP] float32
+    read_z: torch.Tensor  # [tokens, G, PARTS, GROUP_P] float32
+    read_v: torch.Tensor  # [tokens, G, DP] float32
     fold_arrivals: torch.Tensor  # [rows, G] int32
     score_arrivals: torch.Tensor  # [rows, G] int32
     attend_arrivals: torch.Tensor  # [tokens, G] int32
@@ -302,10 +314,11 @@ class TritonPagedSpla:
 
         # Shapes the kernels are specialised for.
         self._dp = triton.next_power_of_2(head_size)
-        rows = {"regression": 3 * self.group + 1, "linear": 3 * self.group, "none": self.group}[params.residual]
-        self._attend_m = max(16, triton.next_power_of_2(rows))
         self._group_p = triton.next_power_of_2(self.group)
-        self._slice = min(64, max(16, self._dp // 2)) if self._dp <= 128 else 32
+        # Heads of a group, padded so that the matrix products have the 16 columns that `wgmma` is chosen for.
+        self._columns = max(16 if params.residual == "none" else 4, self._group_p)
+        self._attend_n = self._columns if params.residual == "none" else 4 * self._columns
+        self._slice = min(32, self._dp)
         self._parts = -(-head_size // self._slice) if params.residual != "none" else 0
         self._fold_tile = min(64, params.page_size & -params.page_size)
         self._pages_p = triton.next_power_of_2(self.max_pages)
@@ -319,7 +332,7 @@ class TritonPagedSpla:
         return self._scratch.nbytes
 
     def _scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        rows, heads, kv_heads, pages = self.max_num_rows, self.num_heads, self.num_kv_heads, self.max_pages
+        rows, group, kv_heads, pages = self.max_num_rows, self._group_p, self.num_kv_heads, self.max_pages
         tokens = rows * self.max_query_len
         parts = max(
             n * q * kv_heads * self.tuning(n, q).attend_splits
@@ -332,16 +345,20 @@ class TritonPagedSpla:
             for q in range(1, self.max_query_len + 1)
         )
         return {
-            "scores": ((tokens, heads, pages), torch.float32),
-            "mass": ((tokens, heads, pages) if self.write_mass else (1,), torch.float32),
-            "lse": ((lse, heads), torch.float32),
+            "scores": ((tokens, kv_heads, pages, group), torch.float32),
+            "mass": ((tokens, kv_heads, pages, group) if self.write_mass else (1,), torch.float32),
+            "lse": ((lse, kv_heads, group), torch.float32),
             "grouped": ((tokens, kv_heads, pages) if self._width < self._pages_p else (1,), torch.float32),
             "table": ((tokens, kv_heads, self.params.budget_blocks), torch.int32),
             "count": ((tokens, kv_heads), torch.int32),
             "flags": ((tokens, kv_heads, pages), torch.int8),
-            "part_out": ((parts, self._attend_m, self._dp), torch.float32),
-            "part_sum": ((parts, 2, self._attend_m), torch.float32),
-            "part_mass": ((parts, 2, self._group_p), torch.float32),
+            "part_out": ((parts, self._dp, self._attend_n), torch.float32),
+            "part_v": ((parts, self._dp), torch.float32),
+            "part_sum": ((parts, 2, self._attend_n), torch.float32),
+            "rest_mass": ((tokens, kv_heads, group), torch.float32),
+            "read": ((tokens, kv_heads, max(1, self._parts), group, self._dp), torch.float32),
+            "read_z": ((tokens, kv_heads, max(1, self._parts), group), torch.float32),
+            "read_v": ((tokens, kv_heads, self._dp), torch.float32),
             "fold_arrivals": ((rows, kv_heads), torch.int32),
             "score_arrivals": ((rows, kv_heads), torch.int32),
             "attend_arrivals": ((tokens, kv_heads), torch.int32),
@@ -456,11 +473,13 @@ class TritonPagedSpla:
         mass = scratch.mass if self.write_mass else scratch.scores
         kv_heads, tokens = self.num_kv_heads, num_rows * max_query_len
         splits_p = triton.next_power_of_2(tuning.score_splits)
+        columns = triton.next_power_of_2(self._group_p * max_query_len)
         budget = params.budget_blocks
         body = self.state_layout.rows_per_block - 1
         top_p = params.top_p if params.top_p is not None and params.top_p < 1 else 0.0
         shared = {
             "GROUP": self.group,
+            "GROUP_P": self._group_p,
             "QUERY_LEN": max_query_len,
             "PAGE": params.page_size,
             "BUDGET": budget,
@@ -493,6 +512,9 @@ class TritonPagedSpla:
             scratch.flags,
             scratch.fold_arrivals,
             scratch.score_arrivals,
+            scratch.read,
+            scratch.read_z,
+            scratch.read_v,
             query.stride(0),
             query.stride(1),
             kv_cache.stride(0),
@@ -503,8 +525,8 @@ class TritonPagedSpla:
             state.stride(1),
             block_table.stride(0),
             state_table.stride(0),
+            kv_cache.shape[0] - 1,
             self.max_pages,
-            self.num_heads,
             kv_heads,
             self.scale,
             MAGIC=STATE_MAGIC,
@@ -515,7 +537,8 @@ class TritonPagedSpla:
             SLICE=self._slice,
             FOLD_TILE=self._fold_tile,
             LINEAR=params.residual == "linear",
-            M=max(16, triton.next_power_of_2(self.group * max_query_len)),
+            M=max(16, columns),
+            N=max(8, columns),
             D=self.head_size,
             DP=self._dp,
             LOG_PAGE=math.log(params.page_size),
@@ -544,30 +567,31 @@ class TritonPagedSpla:
                 scratch.flags,
                 block_table.stride(0),
                 self.max_pages,
-                self.num_heads,
                 kv_heads,
                 tuning.score_splits,
                 WIDTH=self._width,
                 DEPENDENT=self._dependent,
-                num_warps=min(32, max(4, self._pages_p // 512)),
+                num_warps=tuning.select_warps,
                 **shared,
                 **selection,
                 **dependent,
             )
-        attend_kernel[(tuning.attend_splits, kv_heads, tokens)](
+        attend_kernel[(tuning.attend_splits + self.has_mass, kv_heads, tokens)](
             query,
             kv_cache,
-            state,
             query_start_loc,
             seq_lens,
-            state_table,
             scratch.table,
             scratch.count,
             scratch.flags,
             mass,
             scratch.part_out,
+            scratch.part_v,
             scratch.part_sum,
-            scratch.part_mass,
+            scratch.rest_mass,
+            scratch.read,
+            scratch.read_z,
+            scratch.read_v,
             scratch.attend_arrivals,
             self.gain,
             self.norm_weights[0],
@@ -580,29 +604,25 @@ class TritonPagedSpla:
             output.stride(1),
             kv_cache.stride(0),
             kv_cache.stride(1),
-            state.stride(0),
-            state.stride(1),
-            state_table.stride(0),
+            kv_cache.shape[0] - 1,
             self.max_pages,
-            self.num_heads,
             kv_heads,
             self.scale,
             params.residual_scale,
             params.rms_norm_eps,
-            GROUP_P=self._group_p,
-            M=self._attend_m,
+            C=self._columns,
+            N=self._attend_n,
             D=self.head_size,
             DP=self._dp,
             TILE=tuning.tile,
             STAGES=tuning.attend_stages,
             SPLITS=tuning.attend_splits,
-            SPLITS_P=triton.next_power_of_2(tuning.attend_splits),
+            BATCH=min(triton.next_power_of_2(tuning.attend_splits), max(1, 4096 // (self._dp * self._columns))),
+            PARTS=self._parts,
             RESIDUAL=RESIDUAL_CODES[params.residual],
             HAS_MASS=self.has_mass,
-            MASS_TILE=128,
+            MASS_WIDTH=max(64, 2048 // self._group_p),
             DOUBLE_NORM=params.combine == "double_rmsnorm",
-            BODY=body,
-            FEATURES=16,
             DEPENDENT=self._dependent,
             num_warps=tuning.attend_warps,
             **shared,

@@ -15,18 +15,11 @@ from .triton_cache import CUMULANT2, MEAN, QUEST, REM, TAYLOR2
 
 
 @triton.jit
-def log1p_small(x):
-    """`log(1 + x)` for `x >= 0`, without losing the digits of a small x."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
 def second_order(s2, LOG_BLOCK: tl.constexpr, SELECTOR: tl.constexpr):
     """What the variance `s2` of `q . k` adds to the score; `LOG_BLOCK` is the log of the tokens in a block."""
     s2 = tl.maximum(s2, 0.0)
     if SELECTOR == TAYLOR2:
-        term = log1p_small(0.5 * s2)
+        term = tl.log(1.0 + 0.5 * s2)
     elif SELECTOR == CUMULANT2:
         term = 0.5 * s2
     else:
@@ -46,20 +39,21 @@ def score_pages(
     query_start_loc_ptr,
     seq_lens_ptr,
     block_table_ptr,
-    scores_ptr,  # [tokens, H, max_pages] float32
-    mass_ptr,  # [tokens, H, max_pages] float32, where WRITE_MASS
-    lse_ptr,  # [tokens, H, num_splits] float32: log sum exp of this split's scores
+    scores_ptr,  # [tokens, G, max_pages, GROUP_P] float32
+    mass_ptr,  # as scores, where WRITE_MASS
+    lse_ptr,  # [tokens, G, num_splits, GROUP_P] float32: log sum exp of this split's scores
     query_token_stride,
     query_head_stride,
     page_stride,
     head_stride,
     block_table_stride,
+    last_page,  # the largest page id there is
     max_pages,
-    num_heads,
+    num_kv_heads,
     scale,
     GROUP: tl.constexpr,
-    QUERY_LEN: tl.constexpr,  # the most query tokens of a row
-    M: tl.constexpr,  # QUERY_LEN * GROUP, padded for the tensor cores
+    GROUP_P: tl.constexpr,  # GROUP, padded to a power of two
+    N: tl.constexpr,  # query tokens of a row * GROUP_P, padded for the tensor cores
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
@@ -70,27 +64,31 @@ def score_pages(
     SELECTOR: tl.constexpr,
     WRITE_MASS: tl.constexpr,
 ):
-    """Pages of one split, for one (row, kv head)."""
+    """Pages of one split, for one (row, kv head).
+
+    Pages are the long side of the matrix products, so that a decode group pads to 8 columns and the statistics go from
+    shared memory into the tensor cores without passing through registers.
+    """
     seq_len = tl.load(seq_lens_ptr + row)
     first_token = tl.load(query_start_loc_ptr + row)
     query_len = tl.load(query_start_loc_ptr + row + 1) - first_token
     num_pages = (tl.maximum(seq_len, 1) - 1) // PAGE  # complete pages of the row's last token
     # Where everything fits into the budget, selection takes everything and no score is needed.
     if num_pages + 1 > BUDGET:
-        m = tl.arange(0, M)
-        token = m // GROUP
-        query_head = head * GROUP + m % GROUP
-        exists = token < query_len
-        complete = (seq_len - query_len + token) // PAGE  # [M], complete pages of each query token
+        n = tl.arange(0, N)
+        token = n // GROUP_P
+        member = n % GROUP_P
+        exists = (token < query_len) & (member < GROUP)
+        complete = (seq_len - query_len + token) // PAGE  # [N], complete pages of each query token
         column = tl.arange(0, DP)
         in_head = column < D
         query_row = (first_token + token).to(tl.int64)
         q = tl.load(
-            query_ptr + query_row[:, None] * query_token_stride + query_head[:, None] * query_head_stride
-            + column[None, :],
-            mask=exists[:, None] & in_head[None, :],
+            query_ptr + (query_row * query_token_stride + (head * GROUP + member) * query_head_stride)[None, :]
+            + column[:, None],
+            mask=exists[None, :] & in_head[:, None],
             other=0.0,
-        )  # [M, DP] # fmt: skip
+        )  # [DP, N] # fmt: skip
         dtype = kv_ptr.dtype.element_ty
         q = q.to(dtype)
         if SELECTOR == QUEST:
@@ -100,8 +98,8 @@ def score_pages(
             # q^2 has twice the digits of q: as a sum of two numbers of the cache dtype it keeps them, and the tensor
             # cores can be used. Normalised to its largest element, because fp16 could not hold it otherwise.
             square = q.to(tl.float32) * q.to(tl.float32) * (scale * scale)
-            peak = tl.maximum(tl.max(square, axis=1), 1e-30)  # [M]
-            square = square * (1024.0 / peak)[:, None]
+            peak = tl.maximum(tl.max(square, axis=0), 1e-30)  # [N]
+            square = square * (1024.0 / peak)[None, :]
             square_high = square.to(dtype)
             square_low = (square - square_high.to(tl.float32)).to(dtype)
             restore = peak * (1.0 / 1024.0)
@@ -111,38 +109,50 @@ def score_pages(
         stop = tl.minimum(start + per_split, num_pages)
         pages = block_table_ptr + row.to(tl.int64) * block_table_stride
         area = kv_ptr + head * head_stride + PAGE * 2 * D
-        score_row = (query_row * num_heads + query_head) * max_pages  # [M]
-        top = tl.full([M, CHUNK], float("-inf"), dtype=tl.float32)
-        total = tl.zeros([M, CHUNK], dtype=tl.float32)
+        out_row = (query_row * num_kv_heads + head) * max_pages  # [N]
+        offset = tl.arange(0, CHUNK)
+        top = tl.full([CHUNK, N], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([CHUNK, N], dtype=tl.float32)
+        # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well. Behind the last
+        # page, its statistics are read again instead of masking.
+        page = tl.load(pages + tl.minimum(start + offset, num_pages - 1))
         for first in tl.range(start, stop, CHUNK, num_stages=STAGES):
-            index = first + tl.arange(0, CHUNK)
-            inside = index < stop
-            page = tl.maximum(tl.load(pages + index, mask=inside, other=0), 0).to(tl.int64)
-            statistic = area + page * page_stride  # [CHUNK]
-            mask = inside[None, :] & in_head[:, None]
-            mean = tl.load(statistic[None, :] + column[:, None], mask=mask, other=0.0)  # [DP, CHUNK]
-            if SELECTOR == MEAN:
-                score = LOG_PAGE + tl.dot(q, mean) * scale
+            # Beyond the last step the pipeline computes addresses, without reading, from undefined ids.
+            statistic = area + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride  # [CHUNK]
+            page = tl.load(pages + tl.minimum(first + CHUNK + offset, num_pages - 1))
+            index = first + offset
+            rows = statistic[:, None] + column[None, :]
+            if D == DP:
+                mean = tl.load(rows)  # [CHUNK, DP]
             else:
-                second = tl.load(statistic[None, :] + D + column[:, None], mask=mask, other=0.0)  # [DP, CHUNK]
-                if SELECTOR == QUEST:
-                    score = tl.dot(right, second, tl.dot(left, mean)) * scale
+                mean = tl.load(rows, mask=in_head[None, :], other=0.0)
+            if SELECTOR == MEAN:
+                score = LOG_PAGE + tl.dot(mean, q) * scale
+            else:
+                if D == DP:
+                    second = tl.load(rows + D)  # [CHUNK, DP]
                 else:
-                    linear = LOG_PAGE + tl.dot(q, mean) * scale
-                    s2 = tl.dot(square_low, second, tl.dot(square_high, second)) * restore[:, None]
-                    score = linear + second_order(s2, LOG_PAGE, SELECTOR)  # [M, CHUNK]
-            stored = exists[:, None] & (index[None, :] < tl.minimum(complete, stop)[:, None])
-            tl.store(scores_ptr + score_row[:, None] + index[None, :], score, mask=stored)
+                    second = tl.load(rows + D, mask=in_head[None, :], other=0.0)
+                if SELECTOR == QUEST:
+                    score = tl.dot(second, right, tl.dot(mean, left)) * scale
+                else:
+                    linear = LOG_PAGE + tl.dot(mean, q) * scale
+                    s2 = tl.dot(second, square_low, tl.dot(second, square_high)) * restore[None, :]
+                    score = linear + second_order(s2, LOG_PAGE, SELECTOR)  # [CHUNK, N]
+            stored = exists[None, :] & (index[:, None] < tl.minimum(complete, stop)[None, :])
+            out = (out_row[None, :] + index[:, None]) * GROUP_P + member[None, :]
+            tl.store(scores_ptr + out, score, mask=stored)
             if WRITE_MASS:
                 mass = linear + second_order(s2, LOG_PAGE, TAYLOR2)
-                tl.store(mass_ptr + score_row[:, None] + index[None, :], mass, mask=stored)
+                tl.store(mass_ptr + out, mass, mask=stored)
             score = tl.where(stored, score, float("-inf"))
             new_top = tl.maximum(top, score)
             safe = tl.where(new_top == float("-inf"), 0.0, new_top)
             total = total * tl.exp(top - safe) + tl.exp(score - safe)
             top = new_top
-        row_top = tl.max(top, axis=1)  # [M]
-        safe = tl.where(row_top == float("-inf"), 0.0, row_top)
-        row_total = tl.sum(total * tl.exp(top - safe[:, None]), axis=1)
-        lse = tl.where(row_total > 0, safe + tl.log(row_total), float("-inf"))
-        tl.store(lse_ptr + (query_row * num_heads + query_head) * num_splits + split, lse, mask=exists)
+        best = tl.max(top, axis=0)  # [N]
+        safe = tl.where(best == float("-inf"), 0.0, best)
+        mass_sum = tl.sum(total * tl.exp(top - safe[None, :]), axis=0)
+        lse = tl.where(mass_sum > 0, safe + tl.log(tl.where(mass_sum > 0, mass_sum, 1.0)), float("-inf"))
+        lse_row = ((query_row * num_kv_heads + head) * num_splits + split) * GROUP_P + member
+        tl.store(lse_ptr + lse_row, lse, mask=exists)

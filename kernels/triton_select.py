@@ -30,26 +30,27 @@ def _middle(low, high):
 
 @triton.jit
 def _group_scores(
-    token, head, num_complete, scores_ptr, lse_ptr, max_pages, num_heads, num_splits, first,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+    pair, num_complete, scores_ptr, lse_ptr, max_pages, num_splits, first,
+    GROUP: tl.constexpr, GROUP_P: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Log of the sum over the group of each head's softmax over the complete pages, pages `first ..`, `[WIDTH]`."""
     index = first + tl.arange(0, WIDTH)
-    valid = index < num_complete
+    member = tl.arange(0, GROUP_P)
+    valid = (index < num_complete)[:, None] & (member < GROUP)[None, :]
+    scores = scores_ptr + (pair * max_pages + index)[:, None] * GROUP_P + member[None, :]
+    score = tl.load(scores, mask=valid, other=float("-inf"))  # [WIDTH, GROUP_P]
     split = tl.arange(0, SPLITS)
-    top = tl.full([WIDTH], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([WIDTH], dtype=tl.float32)
-    for member in tl.static_range(GROUP):
-        row = token * num_heads + head * GROUP + member
-        score = tl.load(scores_ptr + row * max_pages + index, mask=valid, other=float("-inf"))  # [WIDTH]
-        part = tl.load(lse_ptr + row * num_splits + split, mask=split < num_splits, other=float("-inf"))  # [SPLITS]
-        best = tl.max(part, axis=0)
-        log_probability = score - best - tl.log(tl.sum(tl.exp(part - best), axis=0))
-        new_top = tl.maximum(top, log_probability)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - safe) + tl.exp(log_probability - safe)
-        top = new_top
-    return tl.where(total > 0, top + tl.log(total), float("-inf"))
+    parts = lse_ptr + (pair * num_splits + split)[:, None] * GROUP_P + member[None, :]
+    part = tl.load(parts, mask=(split < num_splits)[:, None] & (member < GROUP)[None, :], other=float("-inf"))
+    best = tl.max(part, axis=0)  # [GROUP_P]
+    best = tl.where(member < GROUP, best, 0.0)
+    norm = tl.sum(tl.exp(part - best[None, :]), axis=0)
+    lse = best + tl.log(tl.where(member < GROUP, norm, 1.0))
+    log_probability = score - lse[None, :]
+    top = tl.max(log_probability, axis=1)  # [WIDTH]
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(log_probability - safe[:, None]), axis=1)
+    return tl.where(total > 0, safe + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
 
 
 @triton.jit
@@ -68,10 +69,10 @@ def select_pages(
     flags_ptr,  # [tokens, G, max_pages] int8: which complete pages are selected; written where some are not
     block_table_stride,
     max_pages,
-    num_heads,
     num_kv_heads,
     num_splits,
     GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
     PAGE: tl.constexpr,
     BUDGET: tl.constexpr,
     BUDGET_P: tl.constexpr,  # padded to a power of two
@@ -90,27 +91,27 @@ def select_pages(
         token = (first_token + token_in_row).to(tl.int64)
         current = (seq_len - query_len + token_in_row) // PAGE  # the current page, and the number of complete ones
         pages = block_table_ptr + row.to(tl.int64) * block_table_stride
-        table = table_ptr + (token * num_kv_heads + head) * BUDGET
+        pair = token * num_kv_heads + head
+        table = table_ptr + pair * BUDGET
         if current + 1 <= BUDGET:
             slot = tl.arange(0, BUDGET_P)
             every = tl.maximum(tl.load(pages + slot, mask=slot <= current, other=0), 0)
             tl.store(table + slot, every * num_kv_heads + head, mask=slot <= current)
-            tl.store(count_ptr + token * num_kv_heads + head, current + 1)
+            tl.store(count_ptr + pair, current + 1)
         else:
             index = tl.arange(0, PAGES)
             complete = index < current
             if WIDTH == PAGES:
                 grouped = _group_scores(
-                    token, head, current, scores_ptr, lse_ptr, max_pages, num_heads, num_splits, 0,
-                    GROUP, WIDTH, SPLITS,
+                    pair, current, scores_ptr, lse_ptr, max_pages, num_splits, 0, GROUP, GROUP_P, WIDTH, SPLITS,
                 )  # [PAGES] # fmt: skip
             else:
                 # A long context and a large group do not fit into registers at once.
-                shared = grouped_ptr + (token * num_kv_heads + head) * max_pages
+                shared = grouped_ptr + pair * max_pages
                 for first in tl.range(0, current, WIDTH):
                     part = _group_scores(
-                        token, head, current, scores_ptr, lse_ptr, max_pages, num_heads, num_splits, first,
-                        GROUP, WIDTH, SPLITS,
+                        pair, current, scores_ptr, lse_ptr, max_pages, num_splits, first,
+                        GROUP, GROUP_P, WIDTH, SPLITS,
                     )  # fmt: skip
                     here = first + tl.arange(0, WIDTH)
                     tl.store(shared + here, part, mask=here < current)
@@ -121,22 +122,29 @@ def select_pages(
             forced = complete & ((index < FIRST) | (index > current - LAST))
             key = tl.where(complete, _ordered(grouped), -2147483648)
             key = tl.where(forced, 2147483647, key)
+            NUM_FORCED: tl.constexpr = FIRST + (LAST - 1 if LAST > 1 else 0)  # the budget is larger: no overlap
             wanted = BUDGET - 1  # complete pages to take; the current page is the last of the budget
 
             # Invariant: count(key >= low) >= wanted > count(key >= high), or the forced pages alone are as many.
             low = tl.min(tl.where(complete, key, 2147483647), axis=0)
             high = tl.max(tl.where(complete & ~forced, key, -2147483648), axis=0) + 1
-            num_forced = tl.sum(forced.to(tl.int32), axis=0)
-            low = tl.where(num_forced >= wanted, high, low)
-            count = tl.where(num_forced >= wanted, num_forced, current)
-            middle = _middle(low, high)
-            while (count != wanted) & (middle != low):
-                above = tl.sum((key >= middle).to(tl.int32), axis=0)
-                enough = above >= wanted
-                low = tl.where(enough, middle, low)
-                count = tl.where(enough, above, count)
-                high = tl.where(enough, high, middle)
-                middle = _middle(low, high)
+            low = tl.where(wanted <= NUM_FORCED, high, low)
+            count = tl.where(wanted <= NUM_FORCED, NUM_FORCED, current)
+            span = high.to(tl.int64) - low
+            # Two thresholds a step, their counts in the halves of one number: what costs is the reduction over the
+            # program, not what is reduced.
+            while (count != wanted) & (span > 1):
+                lower = (low + tl.maximum(span // 3, 1)).to(tl.int32)
+                upper = (low + tl.maximum(span * 2 // 3, 1)).to(tl.int32)
+                above = tl.sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0), axis=0)
+                above_upper = (above >> 16) & 65535
+                above_lower = above & 65535
+                at_upper = above_upper >= wanted
+                at_lower = above_lower >= wanted
+                high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
+                low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
+                count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
+                span = high.to(tl.int64) - low
             selected = key >= low
             if count > wanted:
                 tied = key == low
@@ -171,8 +179,8 @@ def select_pages(
             position = tl.cumsum(taken, axis=0) - 1
             page = tl.maximum(tl.load(pages + index, mask=selected, other=0), 0)
             tl.store(table + position, page * num_kv_heads + head, mask=selected)
-            tl.store(flags_ptr + (token * num_kv_heads + head) * max_pages + index, taken.to(tl.int8), mask=complete)
+            tl.store(flags_ptr + pair * max_pages + index, taken.to(tl.int8), mask=complete)
             num_taken = tl.sum(taken, axis=0)
             last = tl.maximum(tl.load(pages + current), 0)
             tl.store(table + num_taken, last * num_kv_heads + head)
-            tl.store(count_ptr + token * num_kv_heads + head, num_taken + 1)
+            tl.store(count_ptr + pair, num_taken + 1)

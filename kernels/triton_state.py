@@ -4,6 +4,9 @@ Plain reference: `reference.recurrent_state` over `reference.key_features` of th
 `TorchPagedSpla._fold`. Source: residual linear attention, SPLA (arXiv 2601.22379); the undecayed sum is what makes
 subtracting the selected blocks exact. `regression` takes `phi(k) = [k, 1]`.
 
+The program that has a slice of the state at hand also reads it for the row's query tokens (`phi(q) S`, `phi(q) . z`),
+beside the scoring and off the path of the attention that follows.
+
 Floor, bytes a row and kv head: one step in `B` reads a page (`2 B d` elements) and reads and writes the state
 (`2 (F_S + F_z / d) d` float32); the other steps read `K` headers of 32 bytes. A rebuild from nothing reads all pages.
 FLOP: `2 B F_S d` a page.
@@ -72,7 +75,8 @@ def softmax_features(x, in_head, AXIS: tl.constexpr):
 def fold_slice(
     row,
     head,
-    part,  # this program folds the features part * SLICE .. part * SLICE + SLICE - 1
+    part,  # this program has the features part * SLICE .. part * SLICE + SLICE - 1
+    query_ptr,
     kv_ptr,
     kv_int_ptr,
     state_ptr,
@@ -82,6 +86,11 @@ def fold_slice(
     block_table_ptr,
     state_table_ptr,
     arrivals_ptr,  # [rows, G] int32, zero between launches
+    read_ptr,  # [tokens, G, PARTS, GROUP_P, DP] float32: phi(q) S over this part's features
+    read_z_ptr,  # [tokens, G, PARTS, GROUP_P] float32: phi(q) . z
+    read_v_ptr,  # [tokens, G, DP] float32: sum v, for regression
+    query_token_stride,
+    query_head_stride,
     num_kv_heads,
     page_stride,
     head_stride,
@@ -91,15 +100,20 @@ def fold_slice(
     block_head_stride,
     block_table_stride,
     state_table_stride,
+    scale,
     MAGIC: tl.constexpr,
     STAMP_WORD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BODY: tl.constexpr,  # body rows of a block
     PARTS: tl.constexpr,
     SLICE: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    M: tl.constexpr,  # query tokens of a row * GROUP_P, padded for the tensor cores
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
+    BUDGET: tl.constexpr,
     TILE: tl.constexpr,
     LINEAR: tl.constexpr,
 ):
@@ -114,7 +128,8 @@ def fold_slice(
             kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
             block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
         )  # fmt: skip
-        if covered < target:
+        num_pages = (seq_len - 1) // PAGE
+        if (covered < target) | (num_pages + 1 > BUDGET):
             dtype = kv_ptr.dtype.element_ty
             state = state_ptr + head * block_head_stride
             feature = part * SLICE + tl.arange(0, SLICE)
@@ -140,44 +155,79 @@ def fold_slice(
                 sum_v = tl.zeros([DP], dtype=tl.float32)
             else:
                 sum_v = tl.load(v_row, mask=column < kept, other=0.0)  # [DP]
-            for index in tl.range(covered, target):
-                page = tl.maximum(tl.load(pages + index), 0).to(tl.int64)
-                base = kv_ptr + page * page_stride + head * head_stride
-                for first in tl.static_range(0, PAGE, TILE):
-                    rows = base + (first + token) * 2 * D  # [TILE]
-                    v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
-                    if LINEAR:
-                        k_all = tl.load(rows[None, :] + column[:, None], mask=in_head[:, None], other=0.0)
-                        k_all = tl.where(in_head[:, None], k_all.to(tl.float32), float("-inf"))  # [DP, TILE]
-                        top = tl.max(k_all, axis=0)
-                        norm = tl.sum(tl.exp(k_all - top[None, :]), axis=0)
-                    k = tl.load(rows[None, :] + feature[:, None], mask=in_slice[:, None], other=0.0)  # [SLICE, TILE]
-                    if LINEAR:
-                        k = (tl.exp(k.to(tl.float32) - top[None, :]) / norm[None, :]).to(dtype)
-                        k = tl.where(in_slice[:, None], k, 0.0).to(dtype)
-                    else:
-                        sum_v += tl.sum(v.to(tl.float32), axis=0)
-                    s = tl.dot(k, v, s)
-                    z += tl.sum(k.to(tl.float32), axis=1)
-            tl.store(s_rows, s, mask=s_mask)
-            tl.store(z_row, z, mask=in_slice)
-            if (part == 0) & (not LINEAR):
-                tl.store(v_row, sum_v, mask=in_head)
+            if covered < target:
+                for index in tl.range(covered, target):
+                    page = tl.maximum(tl.load(pages + index), 0).to(tl.int64)
+                    base = kv_ptr + page * page_stride + head * head_stride
+                    for first in tl.static_range(0, PAGE, TILE):
+                        rows = base + (first + token) * 2 * D  # [TILE]
+                        v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
+                        if LINEAR:
+                            k_all = tl.load(rows[None, :] + column[:, None], mask=in_head[:, None], other=0.0)
+                            k_all = tl.where(in_head[:, None], k_all.to(tl.float32), float("-inf"))  # [DP, TILE]
+                            top = tl.max(k_all, axis=0)
+                            norm = tl.sum(tl.exp(k_all - top[None, :]), axis=0)
+                        k = tl.load(rows[None, :] + feature[:, None], mask=in_slice[:, None], other=0.0)
+                        if LINEAR:
+                            k = (tl.exp(k.to(tl.float32) - top[None, :]) / norm[None, :]).to(dtype)
+                            k = tl.where(in_slice[:, None], k, 0.0).to(dtype)  # [SLICE, TILE]
+                        else:
+                            sum_v += tl.sum(v.to(tl.float32), axis=0)
+                        s = tl.dot(k, v, s)
+                        z += tl.sum(k.to(tl.float32), axis=1)
+                tl.store(s_rows, s, mask=s_mask)
+                tl.store(z_row, z, mask=in_slice)
+                if (part == 0) & (not LINEAR):
+                    tl.store(v_row, sum_v, mask=in_head)
 
-            # All slices have read the headers before the last of them arrives here, so it may replace them.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + row * num_kv_heads + head, 1, sem="acq_rel")
-            if arrived == PARTS - 1:
-                tl.store(arrivals_ptr + row * num_kv_heads + head, 0)
-                word = tl.arange(0, 8)
-                last = tl.maximum(tl.load(pages + target - 1), 0).to(tl.int64)
-                stamp = tl.load(
-                    kv_int_ptr + last * int_page_stride + head * int_head_stride + STAMP_WORD + word - 2,
-                    mask=(word >= 2) & (word < 6),
-                    other=0,
-                )
-                for ordinal in tl.static_range(NUM_BLOCKS):
-                    block = tl.maximum(tl.load(blocks + ordinal), 0).to(tl.int64)
-                    header = tl.where(word == 1, target, tl.where(word == 6, ordinal, stamp))
-                    header = tl.where(word == 0, MAGIC, header)
-                    tl.store(state_int_ptr + block * block_stride + head * block_head_stride + word, header)
+                # All slices have read the headers before the last of them arrives here, so it may replace them.
+                tl.debug_barrier()
+                arrived = tl.atomic_add(arrivals_ptr + row * num_kv_heads + head, 1, sem="acq_rel")
+                if arrived == PARTS - 1:
+                    tl.store(arrivals_ptr + row * num_kv_heads + head, 0)
+                    word = tl.arange(0, 8)
+                    last = tl.maximum(tl.load(pages + target - 1), 0).to(tl.int64)
+                    stamp = tl.load(
+                        kv_int_ptr + last * int_page_stride + head * int_head_stride + STAMP_WORD + word - 2,
+                        mask=(word >= 2) & (word < 6),
+                        other=0,
+                    )
+                    for ordinal in tl.static_range(NUM_BLOCKS):
+                        block = tl.maximum(tl.load(blocks + ordinal), 0).to(tl.int64)
+                        header = tl.where(word == 1, target, tl.where(word == 6, ordinal, stamp))
+                        header = tl.where(word == 0, MAGIC, header)
+                        tl.store(state_int_ptr + block * block_stride + head * block_head_stride + word, header)
+
+            if num_pages + 1 > BUDGET:
+                first_token = tl.load(query_start_loc_ptr + row)
+                m = tl.arange(0, M)
+                token_in_row = m // GROUP_P
+                member = m % GROUP_P
+                exists = (token_in_row < query_len) & (member < GROUP)
+                query_row = (first_token + token_in_row).to(tl.int64)
+                query = query_ptr + query_row * query_token_stride + (head * GROUP + member) * query_head_stride  # [M]
+                q_mask = exists[:, None] & in_slice[None, :]
+                q = tl.load(query[:, None] + feature[None, :], mask=q_mask, other=0.0).to(dtype).to(tl.float32)
+                if LINEAR:
+                    all_mask = exists[:, None] & in_head[None, :]
+                    every = tl.load(query[:, None] + column[None, :], mask=all_mask, other=0.0)
+                    x = tl.where(in_head[None, :], every.to(dtype).to(tl.float32) * scale, float("-inf"))
+                    q_top = tl.max(x, axis=1)
+                    q_norm = tl.sum(tl.exp(x - q_top[:, None]), axis=1)
+                    q = (tl.exp(q * scale - q_top[:, None]) / q_norm[:, None]).to(dtype).to(tl.float32)
+                    q = tl.where(q_mask, q, 0.0)
+                # q has few enough digits for tf32, S has not: in two parts the product is exact to float32.
+                s_high = (s.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits of mantissa
+                read = tl.dot(q, s - s_high, tl.dot(q, s_high, input_precision="tf32"), input_precision="tf32")
+                read_z = tl.sum(q * z[None, :], axis=1)  # [M]
+                if not LINEAR:
+                    read *= scale
+                    read_z *= scale
+                pair = query_row * num_kv_heads + head  # [M]
+                out = ((pair * PARTS + part) * GROUP_P + member) * DP
+                tl.store(read_ptr + out[:, None] + column[None, :], read, mask=exists[:, None])
+                tl.store(read_z_ptr + (pair * PARTS + part) * GROUP_P + member, read_z, mask=exists)
+                if (part == 0) & (not LINEAR):
+                    v_out = read_v_ptr + pair[:, None] * DP + column[None, :]  # [M, DP]
+                    once = exists & (member == 0)
+                    tl.store(v_out, tl.broadcast_to(sum_v[None, :], [M, DP]), mask=once[:, None])

@@ -23,9 +23,11 @@ class PageTablePlan:
     ids: torch.Tensor
     """`[rows, kv_heads, width]` int64, the id of every block of every row."""
     in_current_page: torch.Tensor
-    """`[rows, width]` bool, blocks of the current page: without statistics yet, always attended to."""
+    """`[rows, kv_heads, width]` bool, blocks of the current page: without statistics yet, always attended to."""
     last_page_len: torch.Tensor
     """`[rows * kv_heads]` int32."""
+    indptr: torch.Tensor | None
+    """`[rows * kv_heads + 1]` int32; None where top-p lets the lists' lengths depend on the layer."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,17 @@ def plan_page_table(
     head = torch.arange(kv_heads, device=positions.device)[:, None]
     ids = (pages[:, None, block // per_page] * kv_heads + head) * per_page + block % per_page
     last = (positions % params.selection_block + 1).to(torch.int32).repeat_interleave(kv_heads)
-    return PageTablePlan(kv_heads, ids, in_current_page, last)
+    indptr = None
+    if params.top_p is None:
+        indptr = _offsets((current + 1).clamp(max=params.budget_blocks).repeat_interleave(kv_heads))
+    return PageTablePlan(kv_heads, ids, in_current_page[:, None].repeat(1, kv_heads, 1), last, indptr)
+
+
+def _offsets(counts: torch.Tensor) -> torch.Tensor:
+    """`[n + 1]` int32 from `counts [n]`."""
+    indptr = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=counts.device)
+    torch.cumsum(counts, 0, out=indptr[1:])
+    return indptr
 
 
 def fill_page_table(plan: PageTablePlan, selected: torch.Tensor) -> SparsePageTable:
@@ -70,12 +82,10 @@ def fill_page_table(plan: PageTablePlan, selected: torch.Tensor) -> SparsePageTa
         plan: The step's plan.
         selected: `[rows, kv_heads, num_blocks]` bool over the blocks of complete pages, `num_blocks <= width`.
     """
-    wanted = plan.in_current_page[:, None].repeat(1, plan.kv_heads, 1)  # [rows, kv_heads, width]
+    wanted = plan.in_current_page.clone()  # [rows, kv_heads, width]
     wanted[..., : selected.shape[-1]] |= selected
-    counts = wanted.sum(-1).flatten()
-    indptr = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=selected.device)
-    torch.cumsum(counts, 0, out=indptr[1:])
-    return SparsePageTable(indptr, plan.ids[wanted].to(torch.int32), plan.last_page_len)
+    indptr = _offsets(wanted.sum(-1).flatten()) if plan.indptr is None else plan.indptr
+    return SparsePageTable(indptr, plan.ids.masked_select(wanted).to(torch.int32), plan.last_page_len)
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,10 @@ class PaddedSlots:
     """`[num_requests, slots, selection_block]` bool."""
     complete: torch.Tensor
     """`[num_requests, slots]` bool, blocks of complete pages."""
+    complete_tokens: torch.Tensor
+    """`[num_requests, slots * selection_block]` bool, tokens of complete pages."""
+    even: bool
+    """All lists are of one length: `indices` is the rectangle, and only tokens of the last slots do not exist."""
 
 
 def pad_slots(
@@ -106,4 +120,6 @@ def pad_slots(
     where = (indptr[:-1, None] + slot).clamp(max=int(indptr[-1]) - 1).long()
     limit = torch.where(slot == counts - 1, last_page_len[:, None], selection_block)
     visible = (slot < counts)[..., None] & (torch.arange(selection_block, device=indptr.device) < limit[..., None])
-    return PaddedSlots(where, visible, slot < counts - num_current[:, None])
+    complete = slot < counts - num_current[:, None]
+    even = bool((counts == slot.numel()).all())
+    return PaddedSlots(where, visible, complete, complete.repeat_interleave(selection_block, -1), even)

@@ -11,7 +11,6 @@ import torch
 from .feature_maps import FeatureMap, get_feature_map
 from .parameters import SplaParameters
 
-
 Reading = tuple[torch.Tensor, ...]
 """What a query reads from a state, each part linear in the state and `[..., queries or 1, head_size or 1]`."""
 
@@ -45,15 +44,34 @@ class Residual(ABC):
         """
 
     @abstractmethod
-    def read_tokens(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Reading:
-        """Reading of the state of some tokens, without making it.
+    def token_weights(
+        self, q: torch.Tensor, keys: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """What the values of some tokens are multiplied with to read the state of these tokens without making it.
 
         Args:
             q: Scaled queries `[..., queries, head_size]`.
             keys: `[..., tokens, head_size]`, finite everywhere.
-            values: `[..., tokens, head_size]`, finite everywhere.
+            logits: `[..., queries, tokens]`, `q . k`.
             mask: Bool `[..., 1 or queries, tokens]`, the tokens that count.
+
+        Returns:
+            Weights `[..., queries or 1, tokens]`, zero where the mask is; for `reading`.
         """
+
+    @abstractmethod
+    def reading(self, weights: list[torch.Tensor], products: list[torch.Tensor]) -> Reading:
+        """Reading of the state of some tokens.
+
+        Args:
+            weights: From `token_weights`.
+            products: Each of the weights times the values of the tokens, `[..., queries or 1, head_size]`.
+        """
+
+    def read_tokens(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Reading:
+        """Reading of the state of some tokens, arguments as in `token_weights`; values are finite everywhere."""
+        weights = self.token_weights(q, keys, q @ keys.mT, mask)
+        return self.reading(weights, [w @ values for w in weights])
 
     def read_blocks(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chosen: torch.Tensor) -> Reading:
         """As `read_tokens` by whole blocks, for many queries: no tensor of the size of the logits is masked.
@@ -99,14 +117,20 @@ class RegressionResidual(Residual):
     def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
         return q @ s[..., :-1, :], s[..., -1:, :], q @ z
 
-    def read_tokens(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Reading:
-        logits = (q @ keys.mT).masked_fill_(~mask, 0.0)
-        return logits @ values, mask.to(q.dtype) @ values, logits.sum(-1, keepdim=True)
+    def token_weights(
+        self, q: torch.Tensor, keys: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
+    ) -> list[torch.Tensor]:
+        return [torch.where(mask, logits, 0.0), mask.to(logits.dtype)]
+
+    def reading(self, weights: list[torch.Tensor], products: list[torch.Tensor]) -> Reading:
+        return products[0], products[1], weights[0].sum(-1, keepdim=True)
 
     def tail(self, rest: Reading, num_rest: torch.Tensor) -> torch.Tensor:
-        n = num_rest.clamp(min=1).unsqueeze(-1)
-        qkv, v_bar, qk = (part / n for part in rest)
-        return v_bar + self.scale * (qkv - qk * v_bar)
+        qkv, v, qk = rest
+        share = num_rest.clamp(min=1).reciprocal().unsqueeze(-1)
+        v_bar = v * share
+        covariance = torch.addcmul(qkv, qk, v_bar, value=-1)  # times the count
+        return torch.addcmul(v_bar, covariance, share, value=self.scale)
 
 
 class LinearResidual(Residual):
@@ -124,9 +148,13 @@ class LinearResidual(Residual):
         phi_q = self.phi(q)
         return phi_q @ s, phi_q @ z
 
-    def read_tokens(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Reading:
-        weights = (self.phi(q) @ self.phi(keys).mT).masked_fill_(~mask, 0.0)
-        return weights @ values, weights.sum(-1, keepdim=True)
+    def token_weights(
+        self, q: torch.Tensor, keys: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
+    ) -> list[torch.Tensor]:
+        return [torch.where(mask, self.phi(q) @ self.phi(keys).mT, 0.0)]
+
+    def reading(self, weights: list[torch.Tensor], products: list[torch.Tensor]) -> Reading:
+        return products[0], weights[0].sum(-1, keepdim=True)
 
     def tail(self, rest: Reading, num_rest: torch.Tensor) -> torch.Tensor:
         numerator, normalizer = rest

@@ -3,25 +3,30 @@
 import torch
 
 
-def group_scores(scores: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
+def group_scores(scores: torch.Tensor, complete: torch.Tensor | None) -> torch.Tensor:
     """Scores of the heads of a group shared in the log domain.
 
     Args:
         scores: `[rows, kv_heads, tokens, group, num_blocks]` log masses.
         complete: `[rows, num_blocks]` bool, blocks of complete pages; the others may hold anything, NaN included.
+            None where all are.
 
     Returns:
         `[rows, kv_heads, tokens, num_blocks]`: log of the sum over heads of each head's softmax; -inf where not
-        complete. A row without complete blocks is -inf throughout.
+        complete, and nowhere else. A row without complete blocks is -inf throughout.
     """
-    scores = scores.masked_fill(~complete[:, None, None, None, :], -torch.inf)
-    return torch.logsumexp(scores.log_softmax(-1), -2).masked_fill(~complete[:, None, None, :], -torch.inf)
+    if complete is not None:
+        scores = scores.masked_fill(~complete[:, None, None, None, :], -torch.inf)
+    grouped = torch.logsumexp(scores.log_softmax(-1), -2)
+    # A hopeless block still goes before one that is no candidate, so that as many are selected as were planned.
+    grouped.clamp_(min=torch.finfo(grouped.dtype).min)
+    return grouped if complete is None else grouped.masked_fill(~complete[:, None, None, :], -torch.inf)
 
 
 def select_blocks(
     grouped: torch.Tensor,
     forced: torch.Tensor,
-    num_free: torch.Tensor,
+    num_free: torch.Tensor | int,
     group_size: int,
     top_p: float | None = None,
 ) -> torch.Tensor:
@@ -30,7 +35,8 @@ def select_blocks(
     Args:
         grouped: `[rows, kv_heads, tokens, num_blocks]` from `group_scores`.
         forced: `[rows, tokens, num_blocks]` bool, complete blocks selected whatever their score.
-        num_free: `[rows, tokens]` int, how many further blocks the budget allows.
+        num_free: `[rows, tokens]` int, how many further blocks the budget allows: no more than there are. An int
+            where it is the same for all.
         group_size: Query heads a kv head: the total mass of a row of `grouped`.
         top_p: Share of the estimated mass at which selection stops.
 
@@ -38,13 +44,19 @@ def select_blocks(
         `[rows, kv_heads, tokens, num_blocks]` bool.
     """
     forced = forced[:, None].expand(grouped.shape)
+    if top_p is not None and top_p >= 1:
+        top_p = None  # all of the mass takes all of the budget, whatever the rounding
     # A stable sort sends ties to the lower index, so that every path picks the same blocks.
     ranked, order = torch.sort(grouped.masked_fill(forced, -torch.inf), dim=-1, descending=True, stable=True)
+    if isinstance(num_free, int):
+        if top_p is None:
+            return forced.clone().scatter_(-1, order[..., :num_free], True)
+        num_free = torch.full(forced.shape[0:3:2], num_free, device=grouped.device)
     rank = torch.arange(grouped.shape[-1], device=grouped.device)
-    keep = (rank < num_free[:, None, :, None]) & (ranked > -torch.inf)
+    keep = (rank < num_free[:, None, :, None]).expand(order.shape)
     if top_p is not None:
         forced_mass = grouped.masked_fill(~forced, -torch.inf).exp().sum(-1, keepdim=True)
         mass = ranked.exp()
         before = forced_mass + mass.cumsum(-1) - mass
-        keep &= before < top_p * group_size
+        keep = keep & (before < top_p * group_size)
     return torch.zeros_like(forced).scatter(-1, order, keep) | forced

@@ -50,6 +50,12 @@ class Selector(ABC):
         """
         raise ValueError(f"selector {self.name!r} keeps no statistics that estimate the mass of a block")
 
+    def score_and_mass(
+        self, q: torch.Tensor, statistics: torch.Tensor, block_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`score` and `mass`; override it where the two share work."""
+        return self.score(q, statistics, block_size), self.mass(q, statistics, block_size)
+
 
 _SELECTORS: dict[str, type[Selector]] = {}
 
@@ -83,8 +89,7 @@ def _log1p_half(s2: torch.Tensor) -> torch.Tensor:
 def _random_energy(s2: torch.Tensor, log_count: torch.Tensor | float) -> torch.Tensor:
     """Log-mean-exp of `count` Gaussian samples of variance `s2` (random energy model): quadratic until the largest
     sample dominates, then linear in the deviation."""
-    log_count = torch.as_tensor(log_count, dtype=s2.dtype)
-    frozen = torch.sqrt(2 * s2 * log_count) - log_count
+    frozen = torch.sqrt(s2 * (2 * log_count)) - log_count
     return torch.where(s2 < 2 * log_count, 0.5 * s2, frozen)
 
 
@@ -127,6 +132,13 @@ class _MomentSelector(Selector):
     def mass(self, q: torch.Tensor, statistics: torch.Tensor, block_size: int) -> torch.Tensor:
         linear, s2 = self._moments(q, statistics)
         return math.log(block_size) + linear + _log1p_half(s2)
+
+    def score_and_mass(
+        self, q: torch.Tensor, statistics: torch.Tensor, block_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        linear, s2 = self._moments(q, statistics)
+        linear = linear + math.log(block_size)
+        return linear + self._second_order(s2, block_size), linear + _log1p_half(s2)
 
     @abstractmethod
     def _second_order(self, s2: torch.Tensor, block_size: int) -> torch.Tensor: ...

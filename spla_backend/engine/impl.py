@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType, max_decode_query_len
 
 from ..kernels import dispatch
-from .backend import get_options, set_options
+from .backend import PREFERRED_PAGE_SIZE, get_options, set_options
 from .checks import check_hybrid_manager, refuse_arguments, resolve_options
 from .logger import logger
 from .state import RecurrentStateLayer, companion_name
@@ -55,27 +55,44 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         check_hybrid_manager(self.vllm_config, options)
         set_options(options)
         self.op: Any = None
+        self.bound: tuple[int, torch.dtype] | None = None
         logger.info_once("SPLA options: %s", options)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Register the companion layer that makes the engine allocate the recurrent state; idempotent."""
-        if get_options().residual == "none":
-            return
+        """Claim what memory profiling must see: the kernels' scratch, and the companion layer that makes the engine
+        allocate the recurrent state. Idempotent: weights may be loaded again."""
         context = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((n, item) for n, item in context.items() if getattr(item, "impl", None) is self)
-        context.setdefault(companion_name(name), RecurrentStateLayer(layer, self.vllm_config))
+        if get_options().residual != "none":
+            context.setdefault(companion_name(name), RecurrentStateLayer(layer, self.vllm_config))
+        if current_platform.is_cuda():
+            cache = self.vllm_config.cache_config
+            page_size = cache.block_size if cache.user_specified_block_size else PREFERRED_PAGE_SIZE
+            self.bind(page_size, layer.kv_cache_torch_dtype, current_platform.device_type)
 
-    def bind(self, kv_cache_spec: AttentionSpec, vllm_config: "VllmConfig", device: torch.device) -> None:
-        """Make the kernels for the final page geometry; called by the metadata builder."""
+    def bind(self, page_size: int, cache_dtype: torch.dtype, device: torch.device | str) -> None:
+        """Make the kernels; the metadata builder calls it again with the final page geometry."""
+        scheduler = self.vllm_config.scheduler_config
+        limits = dispatch.Limits(
+            max_num_rows=scheduler.max_num_seqs,
+            max_query_len=max_decode_query_len(self.vllm_config),
+            max_model_len=self.vllm_config.model_config.max_model_len,
+        )
+        if self.bound == (page_size, cache_dtype):
+            return
+        self.bound = (page_size, cache_dtype)
         self.op = dispatch.make(
-            device.type,
-            get_options().parameters(kv_cache_spec.block_size),
+            torch.device(device),
+            get_options().parameters(page_size),
+            limits,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
-            cache_dtype=kv_cache_spec.dtype,
+            cache_dtype=cache_dtype,
             scale=self.scale,
         )
+        if hasattr(self.op, "scratch_bytes"):
+            logger.info_once("SPLA scratch for all layers: %.1f MiB", self.op.scratch_bytes / 2**20)
 
     def do_kv_cache_update(
         self,

@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from .impl import SplaImpl
@@ -43,7 +44,7 @@ class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
         impls = [layer.impl for layer in layers.values() if isinstance(layer.impl, SplaImpl)]
         # Only now are page size, cache dtype and memory limits final.
         for impl in impls:
-            impl.bind(kv_cache_spec, vllm_config, device)
+            impl.bind(kv_cache_spec.block_size, kv_cache_spec.dtype, device)
         self.op = impls[0].op
 
     def build(
@@ -51,9 +52,23 @@ class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
     ) -> SplaMetadata:
         """See `AttentionMetadataBuilder.build`."""
         common = common_attn_metadata
-        plan = self.op.plan(
-            common.query_start_loc,
-            common.seq_lens,
-            common.block_table_tensor,
-        )
+        split = {} if self.device.type == "cpu" else self._split(common)
+        plan = self.op.plan(common.query_start_loc, common.seq_lens, common.block_table_tensor, **split)
         return SplaMetadata(common.num_actual_tokens, plan)
+
+    def _split(self, common: CommonAttentionMetadata) -> dict[str, int]:
+        """Decode rows, which vLLM puts first, and prefill rows, from what the host knows."""
+        threshold = self.reorder_batch_threshold
+        assert threshold is not None
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=threshold, require_uniform=True
+        )
+        return {
+            "num_decodes": num_decodes,
+            "num_decode_tokens": num_decode_tokens,
+            # Rows of a mixed batch may be shorter than a verification row, never longer.
+            "decode_query_len": threshold if num_prefills else min(threshold, common.max_query_len),
+            "num_tokens": common.num_actual_tokens,
+            "max_query_len": common.max_query_len,
+            "max_seq_len": common.max_seq_len,
+        }

@@ -377,16 +377,18 @@ def test_select_blocks(data: st.DataObject) -> None:
     current = position // params.selection_block
     if params.budget_blocks <= current:
         spread = data.draw(st.sampled_from([1, 40, 500]), label="spread")
-        drawn = data.draw(st.lists(st.integers(-5, 0), min_size=num_blocks, max_size=num_blocks), label="scores")
+        drawn = st.lists(st.integers(-5, 0), min_size=num_blocks, max_size=num_blocks)
         group = data.draw(st.sampled_from([1, 4]), label="group")
-        scores = (torch.tensor(drawn, dtype=torch.float64) * spread).log_softmax(0) + math.log(group)
-        want = ref.select_blocks(scores, position, params)
-        assume(not near_top_p(scores, want, position, params))
+        heads = [data.draw(drawn, label=f"scores of kv head {g}") for g in (0, 1)]
+        scores = (torch.tensor(heads, dtype=torch.float64) * spread).log_softmax(-1) + math.log(group)
+        want = [ref.select_blocks(scores[g], position, params) for g in (0, 1)]
+        assume(not any(near_top_p(scores[g], want[g], position, params) for g in (0, 1)))
         forced = torch.tensor([block in ref.forced_blocks(position, params) for block in range(num_blocks)])
-        current_page = current + 1 - num_blocks
-        num_free = torch.tensor([[params.budget_blocks - current_page - int(forced.sum())]])
-        got = select_blocks(scores.float()[None, None, None], forced[None, None], num_free, group, params.top_p)
-        assert got[0, 0, 0].nonzero().flatten().tolist() == [block for block in want if block < num_blocks]
+        num_free = params.budget_blocks - (current + 1 - num_blocks) - int(forced.sum())
+        for free in (num_free, torch.tensor([[num_free]])):
+            got = select_blocks(scores.float()[None, :, None], forced[None, None], free, group, params.top_p)
+            for g in (0, 1):
+                assert got[0, g, 0].nonzero().flatten().tolist() == [i for i in want[g] if i < num_blocks]
 
 
 @settings(PROFILE, max_examples=30)

@@ -79,9 +79,18 @@ class Engine:
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
-        self.core = llm.llm_engine.engine_core.engine_core
-        self.scheduler = self.core.scheduler
-        self.runner = self.core.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def scheduler(self) -> Any:
+        return self.core.scheduler
+
+    @property
+    def runner(self) -> Any:
+        return self.core.model_executor.driver_worker.worker.model_runner
 
     def answer(self, prompts: list[list[int]], max_tokens: int = 20, logprobs: bool = True) -> list[Answer]:
         from vllm import SamplingParams
@@ -103,13 +112,9 @@ class Engine:
             for o in outputs
         ]
 
-    def layer(self, name: str) -> Any:
-        return self.runner.compilation_config.static_forward_context[name]
-
-
 @pytest.fixture
 def start() -> Callable[..., contextlib.AbstractContextManager[Engine]]:
-    """`with start(model, backend="spla", options={...}, **engine_args) as engine:`."""
+    """Use as `with start(model, backend="spla", options={...}, **engine_args) as engine:`."""
     return start_engine
 
 
@@ -133,6 +138,7 @@ def start_engine(
     }
     if backend:
         arguments["attention_backend"] = backend
+    if backend == "spla":
         arguments["additional_config"] = {"spla": {"budget": BUDGET, **(options or {})}}
     engine = None
     try:

@@ -1,0 +1,114 @@
+"""The real engine on a GPU: the dense answer where everything fits into the budget, and one answer whatever the engine
+does (CUDA graphs, chunked prefill, prefix caching, batching)."""
+
+import pytest
+import torch
+
+from .conftest import LLAMA, random_prompt, save_random_model, start_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.engine,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+MODEL = {
+    **LLAMA,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "dtype": "float16",
+}
+LENGTHS = (5, 63, 64, 65, 500, 512, 513, 1000, 2049, 3000)
+BUDGET = 512
+NEAR_TIE = 0.03  # nats between the two best tokens: float16 may go either way
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_model(tmp_path_factory.mktemp("gpu") / "llama", MODEL, std=0.05)
+
+
+def ask(model, backend, options=None, rounds=1, **engine_args):
+    """Tokens and the gaps between the two best, by round and prompt."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True, detokenize=False, logprobs=2)
+    prompts = [{"prompt_token_ids": random_prompt(n, seed=n)} for n in LENGTHS]
+    arguments = {
+        "dtype": "float16",
+        "max_model_len": 4096,
+        "block_size": 64,
+        "enforce_eager": False,
+        "max_num_batched_tokens": 4096,
+        "gpu_memory_utilization": 0.3,
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+        **engine_args,
+    }
+    with start_engine(model, backend, options, **arguments) as engine:
+        answers = []
+        for _ in range(rounds):
+            outputs = engine.llm.generate(prompts, sampling, use_tqdm=False)
+            answers.append([
+                (
+                    list(o.outputs[0].token_ids),
+                    [
+                        (lambda best: best[0] - best[1])(sorted((x.logprob for x in entry.values()), reverse=True))
+                        for entry in o.outputs[0].logprobs
+                    ],
+                )
+                for o in outputs
+            ])
+        return answers
+
+
+def assert_same(actual, expected):
+    """Equal tokens up to a near-tie; few rows may end in one."""
+    ties = 0
+    for length, (a, a_gaps), (e, e_gaps) in zip(LENGTHS, actual, expected, strict=True):
+        differing = [i for i, (x, y) in enumerate(zip(a, e, strict=True)) if x != y]
+        if differing:
+            i = differing[0]
+            gap = min(a_gaps[i], e_gaps[i])
+            print(f"prompt of {length}: first difference at token {i}, where the two best are {gap:.4f} nats apart")
+            assert gap < NEAR_TIE, f"prompt of {length}: token {i} differs, gap {gap}"
+            ties += 1
+    assert ties <= len(LENGTHS) // 2
+
+
+@pytest.fixture(scope="module")
+def sparse(model):
+    return ask(model, "spla", {"budget": BUDGET})[0]
+
+
+def test_whole_budget_is_dense(model):
+    dense = ask(model, "FLASH_ATTN")[0]
+    assert_same(ask(model, "spla", {"budget": 4096})[0], dense)
+
+
+def test_eager_equals_graphs(model, sparse):
+    assert_same(ask(model, "spla", {"budget": BUDGET}, enforce_eager=True)[0], sparse)
+
+
+def test_chunked_prefill(model, sparse):
+    assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_batched_tokens=256)[0], sparse)
+
+
+def test_prefix_caching(model, sparse):
+    for answers in ask(model, "spla", {"budget": BUDGET}, rounds=3, enable_prefix_caching=True):
+        assert_same(answers, sparse)
+
+
+def test_small_batches(model, sparse):
+    assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_seqs=3)[0], sparse)
+
+
+def test_sparse_is_sparse(model, sparse):
+    """Or the tests above show nothing: long prompts answer differently with a small budget and no residual."""
+    other = ask(model, "spla", {"budget": 256, "residual": "none"})[0]
+    assert any(a[0] != s[0] for n, a, s in zip(LENGTHS, other, sparse, strict=True) if n > 2 * BUDGET)
+    assert all(a[0] == s[0] for n, a, s in zip(LENGTHS, other, sparse, strict=True) if n < 100)
