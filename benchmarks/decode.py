@@ -117,7 +117,7 @@ def make_op(
         cache_dtype=DTYPE,
         scale=SCALE,
         max_num_rows=max_rows,
-        max_model_len=context,
+        max_model_len=max(context, 131072),  # an engine's limit does not follow the length of its rows
         device="cuda",
         tuning=tuning,
     )
@@ -159,7 +159,7 @@ def fa3_runner(pool: Pool, batch: int) -> Callable[[Rows], None]:
 
 
 def flashinfer_runner(pool: Pool, batch: int, indptr: torch.Tensor, indices: list[torch.Tensor], sparse: bool):
-    """Dense: a request a row. Sparse: a request a (row, kv head) over SPLA's page tables. `indices`: one tensor a step."""
+    """Dense: a request a row. Sparse: a request a (row, kv head), over SPLA's page tables. `indices`: one a step."""
     import flashinfer
 
     layout = pool.op.page_layout
@@ -283,7 +283,7 @@ def free_memory() -> None:
 def num_rows_for(batch: int, context: int, token_bytes: int) -> int:
     """Rows so that what the steps of a graph read exceeds twice the L2, as far as memory allows."""
     row_bytes = context * KV_HEADS * token_bytes
-    read = context // 64 * KV_HEADS * 512 + 2048 * KV_HEADS * 512  # of a row by SPLA, the implementation that reads least
+    read = context // 64 * KV_HEADS * 512 + 2048 * KV_HEADS * 512  # by SPLA, which reads least
     wanted = max(2, -(-int(2 * L2_BYTES) // (batch * read))) * batch
     while wanted > batch and wanted * row_bytes > 90e9:
         wanted -= batch

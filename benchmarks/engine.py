@@ -55,8 +55,9 @@ def hardware() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return f"{len(os.sched_getaffinity(0))} cores, {model[0] if model else platform.processor()}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    return f"{len(os.sched_getaffinity(0))} cores, {model}"
 
 
 def token_source(model: str, vocab_size: int) -> list[int]:
@@ -64,6 +65,7 @@ def token_source(model: str, vocab_size: int) -> list[int]:
     tokenizer."""
     if (Path(model) / "tokenizer.json").exists():
         from pydoc_data.topics import topics
+
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(model)("\n\n".join(topics.values()))["input_ids"]
@@ -99,7 +101,7 @@ def main() -> None:
     parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 4096, 8192])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--tokens", type=int, default=33, help="output tokens a request")
-    parser.add_argument("--options", type=json.loads, default={}, help='SPLA options, e.g. \'{"budget": 1024}\'')
+    parser.add_argument("--options", type=json.loads, default={}, help="SPLA options, e.g. '{\"budget\": 1024}'")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

@@ -308,11 +308,12 @@ class TorchPagedSpla:
         complete = block < num_complete[:, None]  # [rows, num_blocks]
         current = positions // params.selection_block  # [rows, tokens]
         forced = (block < params.first_blocks) | (block > current[..., None] - params.last_blocks)
+        sparse = current + 1 > params.budget_blocks
+        forced |= ~sparse[..., None]  # everything fits into the budget
         forced &= complete[:, None]
         in_current_page = current + 1 - num_complete[:, None]
         budget = torch.clamp(current + 1, max=params.budget_blocks)
         num_free = budget - in_current_page - forced.sum(-1)
-        sparse = current + 1 > params.budget_blocks
         complete_tokens = (num_pages * params.page_size).float()[:, None].repeat_interleave(self.num_kv_heads, 0)
         num_rest = None
         if params.top_p is None:
@@ -407,11 +408,11 @@ class TorchPagedSpla:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Selected complete blocks `[rows, kv_heads, tokens, num_blocks]` and the log mass of the others
         `[requests, tokens * group]` (None where nothing asks for it)."""
-        if tile.pages.shape[1] == 0:
-            return torch.zeros((len(tile.rows), self.num_kv_heads, tile.num_tokens, 0), dtype=torch.bool), None
+        if not tile.sparse:
+            return tile.forced[:, None].expand(-1, self.num_kv_heads, -1, -1), None
         statistics = self._statistics(kv_cache, tile)
         mass = None
-        if tile.sparse and self.residual is not None and self.params.combine == "shared_normalizer":
+        if self.residual is not None and self.params.combine == "shared_normalizer":
             scores, mass = self.selector.score_and_mass(q, statistics, self.params.selection_block)
         else:
             scores = self.selector.score(q, statistics, self.params.selection_block)
@@ -509,7 +510,11 @@ class TorchPagedSpla:
             scale=self.scale,
             enable_gqa=True,
         )
-        output[tokens] = out[0].transpose(0, 1).to(output.dtype)
+        exact = out[0].transpose(0, 1)  # [queries, heads, head_size]
+        if self.params.combine == "double_rmsnorm":
+            exact = exact.float()
+            exact = double_rmsnorm(exact, torch.zeros_like(exact), *self.norm_weights, self.params.rms_norm_eps)
+        output[tokens] = exact.to(output.dtype)
 
     def _prefill_tile(
         self,

@@ -4,8 +4,8 @@ Plain reference: `reference.exact_attention`, `residual_direction`, `combine_sha
 SPLA (arXiv 2601.22379), residual linear attention by subtraction; RAttention (arXiv 2506.15545), double RMSNorm;
 split-K decode with an LSE merge, flash-decoding.
 
-Tokens are the long side of the matrix products (`K Q^T`, then `V^T W`), so that keys and values go from shared memory
-into the tensor cores. A decode group would leave most columns of the short side empty; here they carry the residual.
+Keys are the left side of `K Q^T`, so that they go from shared memory into the tensor cores; values are the right side
+of `W^T V`. A decode group would leave most of the short side of both products empty; here it carries the residual.
 With `C` the heads of a group, padded, the `N = 4 C` columns of `W` are
 
     0 .. C-1      softmax weights, rescaled as the maximum moves       -> the exact part
@@ -14,7 +14,7 @@ With `C` the heads of a group, padded, the `N = 4 C` columns of `W` are
     3C            ones                                                 -> the sum of the selected values
 
 The last program of a (token, kv head) to arrive merges the splits, takes the state's share from `triton_state`, and
-combines. One more program sums the mass of the pages that were not selected.
+combines. Programs beside the splits sum the mass of the pages that were not selected.
 
 Floor, bytes a (token, kv head): the selected pages' `2 B d` elements each, 5 bytes a page and head for mass and flag,
 `GROUP d` output elements. FLOP: `4 N d` a selected token.
@@ -116,8 +116,7 @@ def attend_split(
     query_ptr,
     kv_ptr,
     table_ptr,
-    part_out_ptr,  # [parts, DP, N] float32
-    part_v_ptr,  # [parts, DP] float32: sum of the selected values
+    part_out_ptr,  # [parts, N, DP] float32
     part_sum_ptr,  # [parts, 2, N] float32: maxima, sums
     part,
     query_token_stride,
@@ -176,9 +175,6 @@ def attend_split(
             num_kv_heads, scale, C, N, D, DP, PAGE, TILE, RESIDUAL, True,
         )  # fmt: skip
 
-    if RESIDUAL == REGRESSION:
-        sum_v = tl.sum(tl.where((n == 3 * C)[:, None], out, 0.0), axis=0)  # [DP]
-        tl.store(part_v_ptr + part * DP + column, sum_v)
     tl.store(part_out_ptr + (part * N + n[:, None]) * DP + column[None, :], out)
     tl.store(part_sum_ptr + part * 2 * N + n, top)
     tl.store(part_sum_ptr + part * 2 * N + N + n, tl.sum(total, axis=0))
@@ -187,21 +183,23 @@ def attend_split(
 @triton.jit
 def mass_of_rest(
     pair,  # token * G + head
+    part,  # of MASS_PARTS
     num_complete,
     flags_ptr,
     mass_ptr,
-    rest_mass_ptr,  # [tokens, G, GROUP_P] float32
+    rest_mass_ptr,  # [tokens, G, MASS_PARTS, GROUP_P] float32
     max_pages,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     WIDTH: tl.constexpr,
+    MASS_PARTS: tl.constexpr,
 ):
-    """Log of the estimated mass of the complete pages that were not selected, for each head of a group."""
+    """Log of the estimated mass of the complete pages that were not selected, one share of the pages, each head."""
     member = tl.arange(0, GROUP_P)
     in_group = (member < GROUP)[None, :]
     top = tl.full([WIDTH, GROUP_P], float("-inf"), dtype=tl.float32)
     total = tl.zeros([WIDTH, GROUP_P], dtype=tl.float32)
-    for first in tl.range(0, num_complete, WIDTH):
+    for first in tl.range(part * WIDTH, num_complete, MASS_PARTS * WIDTH):
         page = first + tl.arange(0, WIDTH)
         exists = page < num_complete
         # Both loads depend on nothing but the page, so they are in flight together.
@@ -217,7 +215,7 @@ def mass_of_rest(
     safe = tl.where(best == float("-inf"), 0.0, best)
     norm = tl.sum(total * tl.exp(top - safe[None, :]), axis=0)
     result = tl.where(norm > 0, safe + tl.log(tl.where(norm > 0, norm, 1.0)), float("-inf"))
-    tl.store(rest_mass_ptr + pair * GROUP_P + member, result)
+    tl.store(rest_mass_ptr + (pair * MASS_PARTS + part) * GROUP_P + member, result)
 
 
 @triton.jit
@@ -228,7 +226,6 @@ def merge_splits(
     count,
     num_complete,
     part_out_ptr,
-    part_v_ptr,
     part_sum_ptr,
     part,  # first part of this (token, kv head)
     rest_mass_ptr,
@@ -251,102 +248,109 @@ def merge_splits(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    BATCH: tl.constexpr,  # splits whose loads are in flight together
+    SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
+    MASS_PARTS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_MASS: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
 ):
-    """Merge the splits of one (token, kv head), combine, and write the output."""
+    """Merge the splits of one (token, kv head), combine, and write the output.
+
+    Every thread goes through the splits by itself for the elements that it has: no reduction, no barrier, and all loads
+    independent of each other.
+    """
     c = tl.arange(0, C)
     in_group = c < GROUP
     column = tl.arange(0, DP)
     in_head = column < D
     pair = token * num_kv_heads + head
-    mask = in_head[:, None] & in_group[None, :]
+    mask = in_group[:, None] & in_head[None, :]
     head_row = head * GROUP + c  # [C]
     has_rest = num_complete >= count
     rest_group = c < tl.where(has_rest, GROUP, 0)
-    rest_mask = in_head[:, None] & rest_group[None, :]
+    rest_mask = rest_group[:, None] & in_head[None, :]
     rest_columns = column < tl.where(has_rest, D, 0)
 
-    # What the state says, from the launch before; in flight while the splits are merged.
-    minus = tl.zeros([DP, C], dtype=tl.float32)  # (selected - all) of phi(q) S
-    minus_v = tl.zeros([DP], dtype=tl.float32)  # (selected - all) of sum v
+    # What the launch before and the mass programs say, on its way while the splits are merged.
+    minus = tl.zeros([C, DP], dtype=tl.float32)  # (selected - all) of phi(q) S
     minus_z = tl.zeros([C], dtype=tl.float32)
+    minus_v = tl.zeros([DP], dtype=tl.float32)  # (selected - all) of sum v
     if RESIDUAL != NO_RESIDUAL:
         for index in tl.static_range(PARTS):
-            read = ((pair * PARTS + index) * GROUP_P + c) * DP
-            minus -= tl.load(read_ptr + read[None, :] + column[:, None], mask=rest_mask, other=0.0)
-            minus_z -= tl.load(read_z_ptr + (pair * PARTS + index) * GROUP_P + c, mask=rest_group, other=0.0)
+            read = (pair * PARTS + index) * GROUP_P + c  # [C]
+            minus -= tl.load(read_ptr + read[:, None] * DP + column[None, :], mask=rest_mask, other=0.0)
+            minus_z -= tl.load(read_z_ptr + read, mask=rest_group, other=0.0)
         if RESIDUAL == REGRESSION:
             minus_v -= tl.load(read_v_ptr + pair * DP + column, mask=rest_columns, other=0.0)
-        if HAS_MASS:
-            log_mass = tl.load(rest_mass_ptr + pair * GROUP_P + c, mask=rest_group, other=float("-inf"))
-            gain = tl.load(gain_ptr + head_row, mask=in_group, other=0.0)
-            log_mass += tl.where(gain > 0, tl.log(tl.where(gain > 0, gain, 1.0)), float("-inf"))
+    if HAS_MASS:
+        gain = tl.load(gain_ptr + head_row, mask=in_group, other=0.0)
+        log_mass = tl.full([C], float("-inf"), dtype=tl.float32)
+        for index in tl.static_range(MASS_PARTS):
+            mass_row = rest_mass_ptr + (pair * MASS_PARTS + index) * GROUP_P + c
+            more = tl.load(mass_row, mask=rest_group, other=float("-inf"))
+            larger = tl.maximum(log_mass, more)
+            anchor = tl.where(larger == float("-inf"), 0.0, larger)
+            both = tl.exp(log_mass - anchor) + tl.exp(more - anchor)
+            log_mass = tl.where(both > 0, anchor + tl.log(tl.where(both > 0, both, 1.0)), float("-inf"))
+        log_mass += tl.where(gain > 0, tl.log(tl.where(gain > 0, gain, 1.0)), float("-inf"))
 
     top = tl.full([C], float("-inf"), dtype=tl.float32)
+    for s in tl.static_range(SPLITS):
+        exists = c < tl.where(s < num_splits, GROUP, 0)
+        top = tl.maximum(top, tl.load(part_sum_ptr + (part + s) * 2 * N + c, mask=exists, other=float("-inf")))
+    safe = tl.where(in_group, top, 0.0)
     norm = tl.zeros([C], dtype=tl.float32)
-    exact = tl.zeros([DP, C], dtype=tl.float32)
-    for first in tl.range(0, num_splits, BATCH):
-        s = first + tl.arange(0, BATCH)
-        exists = (s < num_splits)[:, None] & in_group[None, :]
-        sums = part_sum_ptr + (part + s)[:, None] * 2 * N + c[None, :]  # [BATCH, C]
-        tops = tl.load(sums, mask=exists, other=float("-inf"))
-        parts = tl.load(sums + N, mask=exists, other=0.0)
-        rows = part_out_ptr + ((part + s)[:, None, None] * N + c[None, None, :]) * DP + column[None, :, None]
-        outs = tl.load(rows, mask=exists[:, None, :], other=0.0)  # [BATCH, DP, C]
+    exact = tl.zeros([C, DP], dtype=tl.float32)
+    for s in tl.static_range(SPLITS):
+        rows = tl.where(s < num_splits, GROUP, 0)
+        exists = c < rows
+        sums = part_sum_ptr + (part + s) * 2 * N + c  # [C]
+        weight = tl.exp(tl.load(sums, mask=exists, other=float("-inf")) - safe)
+        norm += weight * tl.load(sums + N, mask=exists, other=0.0)
+        outs = part_out_ptr + ((part + s) * N + c[:, None]) * DP + column[None, :]  # [C, DP]
+        exact += weight[:, None] * tl.load(outs, mask=exists[:, None] & in_head[None, :], other=0.0)
         if RESIDUAL != NO_RESIDUAL:
-            rest = (s < num_splits)[:, None] & rest_group[None, :]
-            minus += tl.sum(tl.load(rows + C * DP, mask=rest[:, None, :], other=0.0), axis=0)
-            minus += tl.sum(tl.load(rows + 2 * C * DP, mask=rest[:, None, :], other=0.0), axis=0)
-            minus_z += tl.sum(tl.load(sums + N + C, mask=rest, other=0.0), axis=0)
+            rest = c < tl.where(has_rest, rows, 0)
+            both = rest[:, None] & in_head[None, :]
+            minus += tl.load(outs + C * DP, mask=both, other=0.0) + tl.load(outs + 2 * C * DP, mask=both, other=0.0)
+            minus_z += tl.load(sums + N + C, mask=rest, other=0.0)
             if RESIDUAL == REGRESSION:
-                v_mask = (s < num_splits)[:, None] & rest_columns[None, :]
-                v_rows = part_v_ptr + (part + s)[:, None] * DP + column[None, :]
-                minus_v += tl.sum(tl.load(v_rows, mask=v_mask, other=0.0), axis=0)
-        new_top = tl.maximum(top, tl.max(tops, axis=0))  # [C]
-        safe = tl.where(in_group, new_top, 0.0)
-        weight = tl.exp(tops - safe[None, :])  # [BATCH, C]
-        decay = tl.exp(top - safe)
-        norm = norm * decay + tl.sum(parts * weight, axis=0)
-        exact = exact * decay[None, :] + tl.sum(outs * weight[:, None, :], axis=0)
-        top = new_top
+                ones = column < tl.where((s < num_splits) & has_rest, D, 0)
+                minus_v += tl.load(part_out_ptr + ((part + s) * N + 3 * C) * DP + column, mask=ones, other=0.0)
     norm = tl.where(in_group, norm, 1.0)
-    exact = exact / norm[None, :]
+    exact = exact / norm[:, None]
 
     if RESIDUAL != NO_RESIDUAL:
-        tail = tl.zeros([DP, C], dtype=tl.float32)
-        if has_rest:
-            if RESIDUAL == REGRESSION:
-                scaled = 1.0 / ((num_complete - count + 1) * PAGE).to(tl.float32)
-                mean_v = -minus_v * scaled
-                mean_qk = -minus_z * scaled
-                covariance = -minus * scaled - mean_v[:, None] * mean_qk[None, :]
-                tail = mean_v[:, None] + residual_scale * covariance
-            elif DOUBLE_NORM:
-                tail = -minus
-            else:
-                tail = -minus / tl.maximum(-minus_z, 1e-30)[None, :]
-    weight_row = head_row[None, :] * D + column[:, None]
+        tail = tl.zeros([C, DP], dtype=tl.float32)
+        if RESIDUAL == REGRESSION:
+            scaled = 1.0 / tl.maximum((num_complete - count + 1) * PAGE, 1).to(tl.float32)
+            mean_v = -minus_v * scaled
+            mean_qk = -minus_z * scaled
+            covariance = -minus * scaled - mean_qk[:, None] * mean_v[None, :]
+            tail = mean_v[None, :] + residual_scale * covariance
+        elif DOUBLE_NORM:
+            tail = -minus
+        else:
+            tail = -minus / tl.maximum(-minus_z, 1e-30)[:, None]
+    weight_row = head_row[:, None] * D + column[None, :]
     if DOUBLE_NORM:
-        variance = tl.sum(tl.where(mask, exact * exact, 0.0), axis=0) / D  # [C]
-        result = exact / tl.sqrt(variance + norm_eps)[None, :]
+        variance = tl.sum(tl.where(mask, exact * exact, 0.0), axis=1) / D  # [C]
+        result = exact / tl.sqrt(variance + norm_eps)[:, None]
         result *= tl.load(exact_weight_ptr + weight_row, mask=mask, other=0.0)
         if RESIDUAL != NO_RESIDUAL:
-            tail = tl.where(mask, tail, 0.0)
-            variance = tl.sum(tail * tail, axis=0) / D
-            tail = tail / tl.sqrt(variance + norm_eps)[None, :]
+            tail = tl.where(rest_mask, tail, 0.0)
+            variance = tl.sum(tail * tail, axis=1) / D
+            tail = tail / tl.sqrt(variance + norm_eps)[:, None]
             result += tail * tl.load(tail_weight_ptr + weight_row, mask=mask, other=0.0)
     elif HAS_MASS:
-        lse = tl.where(in_group, top, 0.0) + tl.log(norm)
+        lse = safe + tl.log(norm)
         share = 1.0 / (1.0 + tl.exp(lse - log_mass))  # [C], 0 where there is no rest or no gain
         share = tl.where(rest_group, share, 0.0)
-        result = tl.where(share[None, :] > 0, exact + share[None, :] * (tail - exact), exact)
+        result = tl.where(share[:, None] > 0, exact + share[:, None] * (tail - exact), exact)
     else:
         result = exact
-    output = output_ptr + token * output_token_stride + head_row[None, :] * output_head_stride + column[:, None]
+    output = output_ptr + token * output_token_stride + head_row[:, None] * output_head_stride + column[None, :]
     tl.store(output, result.to(output_ptr.dtype.element_ty), mask=mask)
 
 
@@ -361,7 +365,6 @@ def attend_kernel(
     flags_ptr,
     mass_ptr,
     part_out_ptr,
-    part_v_ptr,
     part_sum_ptr,
     rest_mass_ptr,
     read_ptr,
@@ -397,15 +400,15 @@ def attend_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
-    BATCH: tl.constexpr,
     PARTS: tl.constexpr,
+    MASS_PARTS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_MASS: tl.constexpr,
     MASS_WIDTH: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
 ):
-    """Grid (SPLITS + HAS_MASS, G, rows * QUERY_LEN)."""
+    """Grid (SPLITS + MASS_PARTS, G, rows * QUERY_LEN); without a mass, MASS_PARTS is 0."""
     split = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2) // QUERY_LEN
@@ -430,19 +433,19 @@ def attend_kernel(
         part = (tl.program_id(2).to(tl.int64) * num_kv_heads + head) * SPLITS
         programs = splits
         if HAS_MASS:
-            programs = tl.where(num_complete >= count, splits + 1, splits)
+            programs = tl.where(num_complete >= count, splits + MASS_PARTS, splits)
         works = split < splits
         if HAS_MASS:  # noqa: SIM102, compile-time and run-time conditions stay apart
-            if (split == SPLITS) & (num_complete >= count):
+            if (split >= SPLITS) & (num_complete >= count):
                 mass_of_rest(
-                    token * num_kv_heads + head, num_complete, flags_ptr, mass_ptr, rest_mass_ptr, max_pages,
-                    GROUP, GROUP_P, MASS_WIDTH,
+                    token * num_kv_heads + head, split - SPLITS, num_complete, flags_ptr, mass_ptr, rest_mass_ptr,
+                    max_pages, GROUP, GROUP_P, MASS_WIDTH, MASS_PARTS,
                 )  # fmt: skip
-                works = split == SPLITS
+                works = split >= SPLITS
         if split < splits:
             attend_split(
                 split, splits, token, head, count, limit, num_subtract, query_ptr, kv_ptr, table_ptr,
-                part_out_ptr, part_v_ptr, part_sum_ptr, part + split,
+                part_out_ptr, part_sum_ptr, part + split,
                 query_token_stride, query_head_stride, page_stride, head_stride, last_page, num_kv_heads, scale,
                 GROUP, C, N, D, DP, PAGE, BUDGET, TILE, STAGES, RESIDUAL,
             )  # fmt: skip
@@ -453,10 +456,10 @@ def attend_kernel(
             if arrived == programs - 1:
                 tl.store(arrivals, 0)
                 merge_splits(
-                    splits, token, head, count, num_complete, part_out_ptr, part_v_ptr, part_sum_ptr, part,
+                    splits, token, head, count, num_complete, part_out_ptr, part_sum_ptr, part,
                     rest_mass_ptr, read_ptr, read_z_ptr, read_v_ptr, gain_ptr, exact_weight_ptr, tail_weight_ptr,
                     output_ptr, output_token_stride, output_head_stride, num_kv_heads, residual_scale, norm_eps,
-                    GROUP, GROUP_P, C, N, D, DP, PAGE, BATCH, PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
+                    GROUP, GROUP_P, C, N, D, DP, PAGE, SPLITS, PARTS, MASS_PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
                 )  # fmt: skip
     else:
         # Padding. Its output row is ours to clear only behind the tokens of all real rows.

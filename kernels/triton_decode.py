@@ -31,7 +31,8 @@ from .triton_score import score_pages
 from .triton_select import select_pages
 from .triton_state import fold_slice
 
-_FUSED_SELECT_PAGES = 4096  # longer contexts select in a launch with more warps
+
+_SELECT_ELEMENTS = 32768  # scores that selection keeps in registers; more are gone through in pieces
 
 
 @triton.jit
@@ -136,7 +137,7 @@ def prepare_kernel(
                         row, token_in_row, head, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, scores_ptr,
                         lse_ptr, grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_pages,
                         num_kv_heads, SPLITS,
-                        GROUP, GROUP_P, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P,
+                        GROUP, GROUP_P, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P, False,
                     )  # fmt: skip
 
 
@@ -172,13 +173,12 @@ def select_kernel(
     """Grid (G, rows * QUERY_LEN)."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(1) // QUERY_LEN
     token_in_row = tl.program_id(1) % QUERY_LEN
     select_pages(
         row, token_in_row, tl.program_id(0), query_start_loc_ptr, seq_lens_ptr, block_table_ptr, scores_ptr, lse_ptr,
         grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_pages, num_kv_heads,
-        num_splits, GROUP, GROUP_P, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P,
+        num_splits, GROUP, GROUP_P, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P, DEPENDENT,
     )  # fmt: skip
 
 
@@ -189,13 +189,20 @@ class Tuning:
     score_splits: int
     attend_splits: int
     chunk: int = 64  # pages a scoring step
-    score_stages: int = 2
+    score_stages: int = 3
     score_warps: int = 4
     tile: int = 64  # tokens an attention step
-    attend_stages: int = 2
+    attend_stages: int = 3
     attend_warps: int = 4
+    mass_parts: int = 1  # programs that sum the mass of the pages left out
     select_warps: int = 8
-    fuse_select: bool = True
+    score_registers: int | None = 168  # cap, for more programs on a multiprocessor
+    fuse_select: bool = False
+
+
+def _power(x: float) -> int:
+    """The nearest power of two, at least 1."""
+    return 1 << max(0, round(math.log2(max(x, 1.0))))
 
 
 class _Scratch:
@@ -216,10 +223,9 @@ class _Scratch:
     table: torch.Tensor  # [tokens, G, budget] int32
     count: torch.Tensor  # [tokens, G] int32
     flags: torch.Tensor  # [tokens, G, max_pages] int8
-    part_out: torch.Tensor  # [parts, DP, N] float32
-    part_v: torch.Tensor  # [parts, DP] float32
+    part_out: torch.Tensor  # [parts, N, DP] float32
     part_sum: torch.Tensor  # [parts, 2, N] float32
-    rest_mass: torch.Tensor  # [tokens, G, GROUP_P] float32
+    rest_mass: torch.Tensor  # [tokens, G, MASS_PARTS, GROUP_P] float32
     read: torch.Tensor  # [tokens, G, PARTS, GROUP_P, DP] float32
     read_z: torch.Tensor  # [tokens, G, PARTS, GROUP_P] float32
     read_v: torch.Tensor  # [tokens, G, DP] float32
@@ -322,7 +328,7 @@ class TritonPagedSpla:
         self._parts = -(-head_size // self._slice) if params.residual != "none" else 0
         self._fold_tile = min(64, params.page_size & -params.page_size)
         self._pages_p = triton.next_power_of_2(self.max_pages)
-        self._width = self._pages_p if self._pages_p <= 8192 else 2048
+        self._width = min(self._pages_p, max(16, _SELECT_ELEMENTS // self._group_p))
         self._scratch = _Scratch.shared(self._scratch_shapes(), device)
         self.page_table, self.page_counts = self._scratch.table, self._scratch.count
 
@@ -334,16 +340,10 @@ class TritonPagedSpla:
     def _scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, group, kv_heads, pages = self.max_num_rows, self._group_p, self.num_kv_heads, self.max_pages
         tokens = rows * self.max_query_len
-        parts = max(
-            n * q * kv_heads * self.tuning(n, q).attend_splits
-            for n in range(1, rows + 1)
-            for q in range(1, self.max_query_len + 1)
-        )
-        lse = max(
-            n * q * self.tuning(n, q).score_splits
-            for n in range(1, rows + 1)
-            for q in range(1, self.max_query_len + 1)
-        )
+        tunings = [(n, q, self.tuning(n, q)) for n in range(1, rows + 1) for q in range(1, self.max_query_len + 1)]
+        parts = max(n * q * kv_heads * tuning.attend_splits for n, q, tuning in tunings)
+        lse = max(n * q * tuning.score_splits for n, q, tuning in tunings)
+        mass = max(n * q * tuning.mass_parts for n, q, tuning in tunings)
         return {
             "scores": ((tokens, kv_heads, pages, group), torch.float32),
             "mass": ((tokens, kv_heads, pages, group) if self.write_mass else (1,), torch.float32),
@@ -352,10 +352,9 @@ class TritonPagedSpla:
             "table": ((tokens, kv_heads, self.params.budget_blocks), torch.int32),
             "count": ((tokens, kv_heads), torch.int32),
             "flags": ((tokens, kv_heads, pages), torch.int8),
-            "part_out": ((parts, self._dp, self._attend_n), torch.float32),
-            "part_v": ((parts, self._dp), torch.float32),
+            "part_out": ((parts, self._attend_n, self._dp), torch.float32),
             "part_sum": ((parts, 2, self._attend_n), torch.float32),
-            "rest_mass": ((tokens, kv_heads, group), torch.float32),
+            "rest_mass": ((mass, kv_heads, group), torch.float32),
             "read": ((tokens, kv_heads, max(1, self._parts), group, self._dp), torch.float32),
             "read_z": ((tokens, kv_heads, max(1, self._parts), group), torch.float32),
             "read_v": ((tokens, kv_heads, self._dp), torch.float32),
@@ -370,13 +369,20 @@ class TritonPagedSpla:
             return self._tuning
         chunk = 64 if self._dp <= 128 else 32
         tile = 64 if self._dp <= 128 else 32
-        score_units = num_rows * self.num_kv_heads
-        score_splits = max(1, min(-(-self.max_pages // chunk), round(4 * self._num_sms / score_units), 64))
-        attend_units = score_units * query_len
+        units = num_rows * self.num_kv_heads
+        score_splits = max(1, min(-(-self.max_pages // chunk), _power(512 / units), 32))
+        # More splits than tiles would be idle; past 16, merging costs more than reading gains.
         tiles = -(-self.params.budget_blocks * self.params.page_size // tile)
-        attend_splits = max(1, min(tiles, round(2 * self._num_sms / attend_units), 32))
-        fuse = query_len == 1 and self._pages_p <= _FUSED_SELECT_PAGES
-        return Tuning(score_splits, attend_splits, chunk=chunk, tile=tile, fuse_select=fuse)
+        units *= query_len
+        attend_splits = min(tiles, 16, max(_power(128 / units), 2 if units <= 256 else 1))
+        return Tuning(
+            score_splits,
+            attend_splits,
+            chunk=chunk,
+            tile=tile,
+            mass_parts=min(8, _power(64 / units)),
+            select_warps=min(32, max(4, min(self._pages_p * self._group_p, _SELECT_ELEMENTS) // 1024)),
+        )
 
     # Writing ----------------------------------------------------------------------------------------------------
 
@@ -551,6 +557,7 @@ class TritonPagedSpla:
             SELECT=tuning.fuse_select,
             TRIGGER=self._dependent,
             num_warps=tuning.score_warps,
+            **({} if tuning.score_registers is None else {"maxnreg": tuning.score_registers}),
             **shared,
             **selection,
         )
@@ -576,7 +583,8 @@ class TritonPagedSpla:
                 **selection,
                 **dependent,
             )
-        attend_kernel[(tuning.attend_splits + self.has_mass, kv_heads, tokens)](
+        mass_parts = tuning.mass_parts if self.has_mass else 0
+        attend_kernel[(tuning.attend_splits + mass_parts, kv_heads, tokens)](
             query,
             kv_cache,
             query_start_loc,
@@ -586,7 +594,6 @@ class TritonPagedSpla:
             scratch.flags,
             mass,
             scratch.part_out,
-            scratch.part_v,
             scratch.part_sum,
             scratch.rest_mass,
             scratch.read,
@@ -617,11 +624,11 @@ class TritonPagedSpla:
             TILE=tuning.tile,
             STAGES=tuning.attend_stages,
             SPLITS=tuning.attend_splits,
-            BATCH=min(triton.next_power_of_2(tuning.attend_splits), max(1, 4096 // (self._dp * self._columns))),
             PARTS=self._parts,
             RESIDUAL=RESIDUAL_CODES[params.residual],
             HAS_MASS=self.has_mass,
-            MASS_WIDTH=max(64, 2048 // self._group_p),
+            MASS_PARTS=mass_parts,
+            MASS_WIDTH=max(64, 1024 // self._group_p),
             DOUBLE_NORM=params.combine == "double_rmsnorm",
             DEPENDENT=self._dependent,
             num_warps=tuning.attend_warps,

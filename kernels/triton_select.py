@@ -82,6 +82,7 @@ def select_pages(
     WIDTH: tl.constexpr,  # pages of group scores at a time
     SPLITS: tl.constexpr,  # num_splits, padded to a power of two
     TOP_P: tl.constexpr,  # 0 where there is none
+    WAIT: tl.constexpr,  # for the launch before, as late as possible
 ):
     """Select for one (query token, kv head)."""
     seq_len = tl.load(seq_lens_ptr + row)
@@ -93,14 +94,18 @@ def select_pages(
         pages = block_table_ptr + row.to(tl.int64) * block_table_stride
         pair = token * num_kv_heads + head
         table = table_ptr + pair * BUDGET
+        index = tl.arange(0, PAGES)
+        complete = index < current
+        page = tl.load(pages + index, mask=complete & (index < tl.where(current + 1 <= BUDGET, 0, PAGES)), other=0)
+        page = tl.maximum(page, 0)  # [PAGES], fetched while the launch before ends
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
         if current + 1 <= BUDGET:
             slot = tl.arange(0, BUDGET_P)
             every = tl.maximum(tl.load(pages + slot, mask=slot <= current, other=0), 0)
             tl.store(table + slot, every * num_kv_heads + head, mask=slot <= current)
             tl.store(count_ptr + pair, current + 1)
         else:
-            index = tl.arange(0, PAGES)
-            complete = index < current
             if WIDTH == PAGES:
                 grouped = _group_scores(
                     pair, current, scores_ptr, lse_ptr, max_pages, num_splits, 0, GROUP, GROUP_P, WIDTH, SPLITS,
@@ -177,7 +182,6 @@ def select_pages(
 
             taken = selected.to(tl.int32)
             position = tl.cumsum(taken, axis=0) - 1
-            page = tl.maximum(tl.load(pages + index, mask=selected, other=0), 0)
             tl.store(table + position, page * num_kv_heads + head, mask=selected)
             tl.store(flags_ptr + pair * max_pages + index, taken.to(tl.int8), mask=complete)
             num_taken = tl.sum(taken, axis=0)

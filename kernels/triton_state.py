@@ -124,37 +124,42 @@ def fold_slice(
     if target > 0:
         pages = block_table_ptr + row.to(tl.int64) * block_table_stride
         blocks = state_table_ptr + row.to(tl.int64) * state_table_stride
+        num_pages = (seq_len - 1) // PAGE
+        reads = num_pages + 1 > BUDGET
+        dtype = kv_ptr.dtype.element_ty
+        state = state_ptr + head * block_head_stride
+        feature = part * SLICE + tl.arange(0, SLICE)
+        in_slice = feature < D
+        column = tl.arange(0, DP)
+        in_head = column < D
+        token = tl.arange(0, TILE)
+        s_mask = in_slice[:, None] & in_head[None, :]
+        s_offset = state_row_offset(blocks, feature, block_stride, BODY, D, in_slice)
+        s_rows = state + s_offset[:, None] + column[None, :]  # [SLICE, DP]
+        # z, and for regression sum v before it, follow S.
+        Z_ROW: tl.constexpr = D if LINEAR else D + 1
+        z_block = tl.maximum(tl.load(blocks + Z_ROW // BODY), 0).to(tl.int64)
+        z_row = state + z_block * block_stride + (1 + Z_ROW % BODY) * D + feature  # [SLICE]
+        v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
+        v_row = state + v_block * block_stride + (1 + D % BODY) * D + column  # [DP]
+        # Where the state will be read anyway it is on its way while the headers are checked.
+        early = tl.where(reads, D, 0)
+        s_early = tl.load(s_rows, mask=(feature < early)[:, None] & in_head[None, :], other=0.0)  # [SLICE, DP]
+        z_early = tl.load(z_row, mask=feature < early, other=0.0)  # [SLICE]
+        v_early = tl.load(v_row, mask=column < (0 if LINEAR else early), other=0.0)  # [DP]
         covered = trusted_pages(
             kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
             block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
         )  # fmt: skip
-        num_pages = (seq_len - 1) // PAGE
-        if (covered < target) | (num_pages + 1 > BUDGET):
-            dtype = kv_ptr.dtype.element_ty
-            state = state_ptr + head * block_head_stride
-            feature = part * SLICE + tl.arange(0, SLICE)
-            in_slice = feature < D
-            column = tl.arange(0, DP)
-            in_head = column < D
-            token = tl.arange(0, TILE)
-            s_mask = in_slice[:, None] & in_head[None, :]
-            s_offset = state_row_offset(blocks, feature, block_stride, BODY, D, in_slice)
-            s_rows = state + s_offset[:, None] + column[None, :]  # [SLICE, DP]
-            # z, and for regression sum v before it, follow S.
-            Z_ROW: tl.constexpr = D if LINEAR else D + 1
-            z_block = tl.maximum(tl.load(blocks + Z_ROW // BODY), 0).to(tl.int64)
-            z_row = state + z_block * block_stride + (1 + Z_ROW % BODY) * D + feature  # [SLICE]
-            v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
-            v_row = state + v_block * block_stride + (1 + D % BODY) * D + column  # [DP]
-            # Old bytes must not be read where they are not trusted: they may be NaN, and 0 * NaN is NaN.
+        if (covered < target) | reads:
+            # Old bytes must not be used where they are not trusted: they may be NaN, and 0 * NaN is NaN.
             kept = tl.where(covered > 0, D, 0)
-            kept_slice = feature < kept
-            s = tl.load(s_rows, mask=kept_slice[:, None] & in_head[None, :], other=0.0)  # [SLICE, DP]
-            z = tl.load(z_row, mask=kept_slice, other=0.0)  # [SLICE]
-            if LINEAR:
-                sum_v = tl.zeros([DP], dtype=tl.float32)
-            else:
-                sum_v = tl.load(v_row, mask=column < kept, other=0.0)  # [DP]
+            late = tl.where(reads, 0, kept)
+            s = tl.load(s_rows, mask=(feature < late)[:, None] & in_head[None, :], other=0.0)
+            s += tl.where((feature < kept)[:, None], s_early, 0.0)
+            z = tl.load(z_row, mask=feature < late, other=0.0) + tl.where(feature < kept, z_early, 0.0)
+            sum_v = tl.load(v_row, mask=column < (0 if LINEAR else late), other=0.0)
+            sum_v += tl.where(column < kept, v_early, 0.0)
             if covered < target:
                 for index in tl.range(covered, target):
                     page = tl.maximum(tl.load(pages + index), 0).to(tl.int64)
@@ -198,7 +203,7 @@ def fold_slice(
                         header = tl.where(word == 0, MAGIC, header)
                         tl.store(state_int_ptr + block * block_stride + head * block_head_stride + word, header)
 
-            if num_pages + 1 > BUDGET:
+            if reads:
                 first_token = tl.load(query_start_loc_ptr + row)
                 m = tl.arange(0, M)
                 token_in_row = m // GROUP_P

@@ -38,7 +38,7 @@ def backend_member() -> Any:
 
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
         member = AttentionBackendEnum.register(BACKEND_NAME, BACKEND_PATH)
-        member.__reduce_ex__ = _reduce  # type: ignore[method-assign]
+        member.__reduce_ex__ = _reduce
     return AttentionBackendEnum[BACKEND_NAME]
 
 

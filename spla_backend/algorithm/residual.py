@@ -82,6 +82,8 @@ class Residual(ABC):
             values: `[..., blocks, block_size, head_size]`, finite everywhere.
             chosen: Bool `[..., queries, blocks]`.
         """
+        if chosen.shape[-1] == 0:
+            return self.read_tokens(q, keys.flatten(-3, -2), values.flatten(-3, -2), chosen)
         s, z = self.contribution(keys, values)  # [..., blocks, s_rows, head_size], [..., blocks, z_size]
         blocks = keys.shape[-3]
         weight = chosen.to(q.dtype)  # [..., queries, blocks]

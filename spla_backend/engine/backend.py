@@ -99,8 +99,10 @@ class SplaBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Head-major pages, one after the other: a (page, head) is a page of FlashInfer's with the id `page * G + head`,
-        and a state block's rows are dense."""
+        """Head-major pages, one after the other.
+
+        A (page, head) is then a page of FlashInfer's with the id `page * G + head`, and a state's rows are dense.
+        """
         return (KVCacheLayout.LBHNC,)
 
     @classmethod

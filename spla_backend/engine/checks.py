@@ -57,8 +57,7 @@ def check_interfaces() -> None:
 
     probes = {
         "AttentionBackend.customize_spec": hasattr(AttentionBackend, "customize_spec"),
-        "AttentionSpec.tokens_per_state": "tokens_per_state"
-        in kv_cache_interface.AttentionSpec.__dataclass_fields__,
+        "AttentionSpec.tokens_per_state": "tokens_per_state" in kv_cache_interface.AttentionSpec.__dataclass_fields__,
         "CircularBufferSpec": hasattr(kv_cache_interface, "CircularBufferSpec"),
         "CircularBufferManager._claim_ring_block": hasattr(
             getattr(managers, "CircularBufferManager", None), "_claim_ring_block"

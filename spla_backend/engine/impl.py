@@ -15,8 +15,6 @@ from .logger import logger
 from .state import RecurrentStateLayer, companion_name
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
     from .metadata import SplaMetadata
 
 

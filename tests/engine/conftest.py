@@ -112,9 +112,10 @@ class Engine:
             for o in outputs
         ]
 
+
 @pytest.fixture
 def start() -> Callable[..., contextlib.AbstractContextManager[Engine]]:
-    """Use as `with start(model, backend="spla", options={...}, **engine_args) as engine:`."""
+    """Start an engine for the length of a `with` statement; see `start_engine`."""
     return start_engine
 
 

@@ -53,16 +53,18 @@ def ask(model, backend, options=None, rounds=1, **engine_args):
         answers = []
         for _ in range(rounds):
             outputs = engine.llm.generate(prompts, sampling, use_tqdm=False)
-            answers.append([
-                (
-                    list(o.outputs[0].token_ids),
-                    [
-                        (lambda best: best[0] - best[1])(sorted((x.logprob for x in entry.values()), reverse=True))
-                        for entry in o.outputs[0].logprobs
-                    ],
-                )
-                for o in outputs
-            ])
+            answers.append(
+                [
+                    (
+                        list(o.outputs[0].token_ids),
+                        [
+                            (lambda best: best[0] - best[1])(sorted((x.logprob for x in entry.values()), reverse=True))
+                            for entry in o.outputs[0].logprobs
+                        ],
+                    )
+                    for o in outputs
+                ]
+            )
         return answers
 
 

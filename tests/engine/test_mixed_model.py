@@ -1,5 +1,5 @@
-"""A model that mixes sliding windows with full attention (Gemma 3): SPLA takes the full-attention layers, the platform's
-own backend the others."""
+"""A model that mixes sliding windows with full attention (Gemma 3): SPLA takes the full-attention layers, the
+platform's own backend the others."""
 
 import pytest
 

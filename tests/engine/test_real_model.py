@@ -13,6 +13,7 @@ TOKENS = 1000
 def answers() -> dict[tuple[str, str], Answer]:
     """By backend and dtype."""
     from pydoc_data.topics import topics
+
     from transformers import AutoTokenizer
 
     from spla_backend.models import gguf

@@ -10,11 +10,11 @@ pytestmark = pytest.mark.engine
 @pytest.mark.parametrize(
     ("options", "engine_args", "message"),
     [
-        ({"budgets": 512}, {}, r"unknown SPLA option 'budgets' \(did you mean 'budget'\?\): valid options are budget, "),
-        ({"selector": "best"}, {}, r"unknown SPLA selector 'best': choose one of cumulant2, km2-rem, mean, quest, rem, "),
+        ({"budgets": 512}, {}, r"unknown SPLA option 'budgets' \(did you mean 'budget'\?\): valid options are budget"),
+        ({"selector": "best"}, {}, r"unknown SPLA selector 'best': choose one of cumulant2, km2-rem, mean"),
         ({"budget": 0}, {}, "SPLA option budget must be an integer of at least 1, not 0"),
         ({"budget": "2k"}, {}, "SPLA option budget must be an integer of at least 1, not '2k'"),
-        ({"budget": 64}, {}, "a SPLA budget of 64 tokens is less than the blocks that are always selected.* at least 96"),
+        ({"budget": 64}, {}, "a SPLA budget of 64 tokens is less than the blocks .*always selected.* at least 96"),
         ({"top_p": 1.5}, {}, "SPLA option top_p must be a number above 0 and at most 1, not 1.5"),
         ({"selection_block_size": 48}, {}, "selection blocks of 48 tokens do not divide pages of 32"),
         ({"selector": "quest"}, {}, "set residual to 'none' or choose another selector"),
@@ -78,7 +78,7 @@ def test_context_parallelism():
         parallel_config=Namespace(decode_context_parallel_size=2, prefill_context_parallel_size=1),
         additional_config={},
     )
-    with pytest.raises(ValueError, match="does not support context parallelism.*decode-context-parallel-size"):
+    with pytest.raises(ValueError, match=r"does not support context parallelism.*decode-context-parallel-size"):
         check_config(config)
 
 
@@ -113,6 +113,6 @@ def test_bad_request_loses_nothing(tiny_llama, start):
 
     with start(tiny_llama) as engine:
         expected = engine.answer([[5, 6, 7]])[0].tokens
-        with pytest.raises(VLLMValidationError, match="maximum context length|max_model_len|longer than"):
+        with pytest.raises(VLLMValidationError, match=r"maximum context length|max_model_len|longer than"):
             engine.answer([[5] * 5000])
         assert engine.answer([[5, 6, 7]])[0].tokens == expected

@@ -45,7 +45,7 @@ def test_chunked_prefill(tiny_llama, start, alone, chunk):
 
 
 def test_batch_in_any_order(tiny_llama, start, alone):
-    order = list(range(len(PROMPTS))) + [9, 8, 7, 3, 2, 0]  # sixteen
+    order = [*range(len(PROMPTS)), 9, 8, 7, 3, 2, 0]  # sixteen
     random.Random(0).shuffle(order)
     with start(tiny_llama) as engine:
         assert_same(engine.answer([PROMPTS[i] for i in order]), [alone[i] for i in order])

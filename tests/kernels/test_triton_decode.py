@@ -7,6 +7,7 @@ import torch
 from triton_cases import make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.kernels import triton_decode
 from spla_backend.kernels.triton_decode import TritonPagedSpla, Tuning
 
 GPU = torch.cuda.is_available()
@@ -79,6 +80,19 @@ def test_ties_go_to_the_lower_page() -> None:
     batch.decode()
     for head in range(2):
         assert batch.selected(0, 0, head) == [0, 1, 2, 11, 12]
+
+
+def test_selection_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_decode, "_SELECT_ELEMENTS", 16)  # 8 pages at a time, at the least 16
+    batch = make_batch(params(), [500, 90], seed=fresh(), **SMALL)
+    assert batch.op._width < batch.op._pages_p
+    batch.check(batch.decode(), 2e-3)
+
+
+def test_mass_and_splits_of_several_programs() -> None:
+    tuning = Tuning(2, 5, chunk=16, tile=16, mass_parts=3)
+    batch = make_batch(params(), [260, 100, 20], seed=fresh(), tuning=tuning, **SMALL)
+    batch.check(batch.decode(), 2e-3)
 
 
 def test_budget_of_the_forced_pages_alone() -> None:

@@ -40,7 +40,7 @@ class Batch:
         """Run the op on NaN-poisoned output and scratch."""
         output = torch.full_like(self.query, float("nan"))
         scratch = self.op._scratch
-        names = ["scores", "mass", "lse", "grouped", "part_out", "part_v", "part_sum", "rest_mass"]
+        names = ["scores", "mass", "lse", "grouped", "part_out", "part_sum", "rest_mass"]
         for name in [*names, "read", "read_z", "read_v"]:
             getattr(scratch, name).fill_(float("nan"))
         scratch.table.fill_(-1)

