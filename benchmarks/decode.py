@@ -301,7 +301,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare SPLA with the float64 reference first")
     parser.add_argument("--append", action="store_true", help="add to the rows that the file has already")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path, help="only draw the rows of this file, as PNG files beside it")
     args = parser.parse_args()
+    if args.plot:
+        plot(args.plot)
+        return
 
     def numbers(text: str) -> list[int]:
         return [int(x) for x in text.split(",")]
@@ -394,6 +398,51 @@ def main() -> None:
                         run.step_of.update({id(s): i for s, i in zip(steps, tables, strict=True)})
                         record("flashinfer_sparse", *time_steps(run, steps), **where)
     print_table(rows)
+
+
+def plot(path: Path) -> None:
+    """Time over context for each batch, at the budget and page that most rows have."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    result = json.loads(path.read_text())
+    rows = [r for r in result["rows"] if r["budget"] == 2048 and r["page"] == 64]
+    names = {
+        "fa3": "FA3, dense",
+        "flashinfer_dense": "FlashInfer, dense",
+        "flashinfer_sparse": "FlashInfer, selected pages only, no selection",
+        "spla": "SPLA",
+        "floor": "SPLA, byte floor",
+    }
+    batches = sorted({r["batch"] for r in rows})
+    figure, axes = pyplot.subplots(1, len(batches), figsize=(4 * len(batches), 4), sharey=True)
+    for axis, batch in zip(axes, batches, strict=True):
+        for color, (impl, label) in enumerate(names.items()):
+            points = sorted({(r["context"], r["us"]) for r in rows if r["impl"] == impl and r["batch"] == batch})
+            if points:
+                axis.loglog(*zip(*points, strict=True), marker="o", label=label, color=f"C{color}", base=2)
+        axis.set(title=f"batch {batch}", xlabel="context, tokens")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("one layer, microseconds")
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f"Decode attention, H=32 G=8 d=128 bf16, budget 2048 tokens, page 64, {result['hardware']['gpu']}")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+
+    figure, axis = pyplot.subplots(figsize=(5, 4))
+    for batch in batches:
+        us = {(r["impl"], r["context"]): r["us"] for r in rows if r["batch"] == batch and r.get("run", 0) == 0}
+        contexts = sorted(c for impl, c in us if impl == "spla" and ("fa3", c) in us)
+        ratios = [us["fa3", c] / us["spla", c] for c in contexts]
+        axis.loglog(contexts, ratios, marker="o", label=f"batch {batch}", base=2)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set(xlabel="context, tokens", ylabel="FA3 time / SPLA time", title=result["hardware"]["gpu"])
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path.with_name(path.stem + "_ratio.png"), dpi=130)
 
 
 def print_table(rows: list[dict]) -> None:

@@ -163,17 +163,18 @@ class Layer:
         cache = torch.full((*size, rows, 2 * self.shape.head_size), math.nan, dtype=dtype)
         return cache.transpose(0, 1) if self.shape.heads_outermost else cache
 
-    def write(self, index: int, start: int, end: int) -> None:
-        """Tokens `start .. end - 1` of a sequence go into the cache, with padding among them."""
-        sequence, page_size = self.sequences[index], self.params.page_size
-        position = torch.arange(start, end)
-        slots = sequence.pages[position // page_size] * page_size + position % page_size
+    def write(self, *spans: tuple[int, int, int]) -> None:
+        """Tokens of spans (sequence, start, end) go into the cache in one step, with padding behind them."""
+        page_size = self.params.page_size
         pad = torch.full((1, self.shape.kv_heads, self.shape.head_size), math.nan)
+        keys, values, slots = [], [], []
+        for index, start, end in spans:
+            sequence, position = self.sequences[index], torch.arange(start, end)
+            keys.append(sequence.k[start:end])
+            values.append(sequence.v[start:end])
+            slots.append(sequence.pages[position // page_size] * page_size + position % page_size)
         self.op.update_cache(
-            torch.cat([sequence.k[start:end], pad]),
-            torch.cat([sequence.v[start:end], pad]),
-            self.kv_cache,
-            torch.cat([slots, torch.tensor([-1])]),
+            torch.cat([*keys, pad]), torch.cat([*values, pad]), self.kv_cache, torch.cat([*slots, torch.tensor([-1])])
         )
 
     def forward(self, rows: Sequence[tuple[int, int, int] | None]) -> list[Tensor]:
@@ -420,8 +421,8 @@ def test_statistics_in_the_page(shape: Shape, data: st.DataObject) -> None:
     length = data.draw(lengths(shape.params), label="length")
     layer = Layer(shape, [length])
     cut = data.draw(st.integers(0, length), label="written at once")
-    layer.write(0, 0, cut)
-    layer.write(0, cut, length)
+    layer.write((0, 0, cut))
+    layer.write((0, cut, length))
     page = shape.params.page_size
     complete = length // page
     # The reference stops below the last token's page; one more token makes the last full page a complete one.
@@ -439,7 +440,7 @@ def test_decode(shape: Shape, data: st.DataObject) -> None:
     """One query token on a context that somebody else wrote: the state is folded from nothing."""
     length = data.draw(lengths(shape.params), label="length")
     layer = Layer(shape, [length])
-    layer.write(0, 0, length)
+    layer.write((0, 0, length))
     (got,) = layer.forward([(0, length - 1, length)])
     compare(layer, 0, length - 1, got, [length - 1])
 
@@ -451,7 +452,7 @@ def test_prefill(shape: Shape, data: st.DataObject) -> None:
     length = data.draw(lengths(shape.params), label="length")
     start = data.draw(st.one_of(st.just(0), st.integers(0, length - 1)), label="start")
     layer = Layer(shape, [length])
-    layer.write(0, 0, length)
+    layer.write((0, 0, length))
     (got,) = layer.forward([(0, start, length)])
     compare(layer, 0, start, got, sample_positions(start, length, shape.params))
 
@@ -468,7 +469,7 @@ def test_batch(shape: Shape, data: st.DataObject) -> None:
     rows = data.draw(st.permutations([*rows, None]), label="rows")
     layer = Layer(shape, seq_lens)
     for i, length in enumerate(seq_lens):
-        layer.write(i, 0, length)
+        layer.write((i, 0, length))
     outputs = layer.forward(rows)
     for row, got in zip(rows, outputs, strict=True):
         if row is not None:
@@ -493,10 +494,10 @@ def test_any_steps_give_the_same_answer(shape: Shape, data: st.DataObject) -> No
         if draft > end:  # written, attended to, rejected, overwritten by what follows
             kept = layer.sequences[0].k[end:draft].clone()
             layer.sequences[0].k[end:draft] += 1.0
-            layer.write(0, position, draft)
+            layer.write((0, position, draft))
             layer.forward([(0, position, draft)])
             layer.sequences[0].k[end:draft] = kept
-        layer.write(0, position, end)
+        layer.write((0, position, end))
         (got,) = layer.forward([(0, position, end)])
         if end == length or end % (3 * shape.params.page_size) < 2:
             compare(layer, 0, position, got, sample_positions(position, end, shape.params, count=1))
@@ -510,13 +511,12 @@ def test_a_state_of_another_request_is_not_trusted(residual: str) -> None:
     layer = Layer(Shape(params, 2, 2, 64, False, 1.0, seed=2), [100, 100])
     first, second = layer.sequences
     second.state = first.state
-    layer.write(0, 0, 100)
+    layer.write((0, 0, 100), (1, 0, 100))  # in one step: only their ids tell the last pages apart
     layer.forward([(0, 99, 100)])
-    layer.write(1, 0, 100)
     (got,) = layer.forward([(1, 99, 100)])  # other pages, the same state
     compare(layer, 1, 99, got, [99])
     first.pages = second.pages
-    layer.write(0, 0, 100)
+    layer.write((0, 0, 100))
     (got,) = layer.forward([(0, 99, 100)])  # the same pages with other content, the same state
     compare(layer, 0, 99, got, [99])
 
@@ -527,10 +527,10 @@ def test_steady_state_reads_the_state(residual: str) -> None:
     params = SplaParameters(16, 16, budget_blocks=3, residual=residual)
     layer = Layer(Shape(params, 2, 2, 64, False, 1.0, seed=3), [120])
     sequence = layer.sequences[0]
-    layer.write(0, 0, 100)
+    layer.write((0, 0, 100))
     layer.forward([(0, 99, 100)])
     for position in range(100, 120):
-        layer.write(0, position, position + 1)
+        layer.write((0, position, position + 1))
         want = layer.reference(0, position)
         unselected = [page for page in range(6) if all(page not in blocks for blocks in want.selected)]
         assert len(unselected) > 0
@@ -546,7 +546,7 @@ def test_a_long_rebuild(residual: str) -> None:
     """More pages than one pass of the fold takes."""
     params = SplaParameters(16, 16, budget_blocks=4, residual=residual)
     layer = Layer(Shape(params, 1, 2, 64, False, 1.0, seed=4), [16 * 130 + 5])
-    layer.write(0, 0, 16 * 130 + 5)
+    layer.write((0, 0, 16 * 130 + 5))
     for end in (16 * 64 + 1, 16 * 65 + 1, 16 * 130 + 5):
         layer.state_cache.fill_(math.nan)
         (got,) = layer.forward([(0, end - 1, end)])
@@ -558,7 +558,7 @@ def test_a_long_rebuild(residual: str) -> None:
 def test_every_position_of_a_prefill(start: int, combine: str) -> None:
     params = SplaParameters(32, 16, budget_blocks=5, combine=combine)
     layer = Layer(Shape(params, 2, 2, 64, False, 1.0, seed=1), [170])
-    layer.write(0, 0, 170)
+    layer.write((0, 0, 170))
     sequence = layer.sequences[0]
     (got,) = layer.forward([(0, start, 170)])
     want = ref.spla_sequence(
@@ -581,7 +581,7 @@ def test_decode_with_a_bfloat16_cache(shape: Shape, data: st.DataObject) -> None
     """On what the cache holds, keys and statistics rounded, decode is as exact as with a float32 cache."""
     length = data.draw(lengths(shape.params), label="length")
     layer = Layer(shape, [length], dtype=torch.bfloat16)
-    layer.write(0, 0, length)
+    layer.write((0, 0, length))
     (got,) = layer.forward([(0, length - 1, length)])
     stored = layer.stored_statistics(0, (length - 1) // shape.params.page_size)
     want = layer.reference(0, length - 1, stored)
