@@ -42,9 +42,8 @@ def test_decode_reads_selected_pages_only(page: int, block: int, residual: str) 
     assert expected.isfinite().all()
 
     plan = op.plan(torch.tensor([0, 1]), torch.tensor([LENGTH]), table)
-    assert plan.decode is not None
-    tile = plan.decode.tile
-    selected = op._select(tile, op._grouped(query[-1:], tile.tokens), kv_cache)[0][0, :, 0]  # [kv_heads, blocks]
+    tile = plan.decode[0].tile
+    selected = op._select(tile, op._grouped(query[-1:], tile), kv_cache)[0][0, :, 0]  # [kv_heads, blocks]
     assert 0 < selected.sum() < selected.numel()
     for head in range(KV_HEADS):
         for i in (~selected[head]).nonzero().flatten().tolist():
