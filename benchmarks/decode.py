@@ -244,8 +244,8 @@ def check_spla(op: TritonPagedSpla, pool: Pool, rows: Rows) -> None:
     layout, group = op.page_layout, HEADS // KV_HEADS
     pages = rows.block_table[0].long()
     kv = pool.kv_cache[pages, :1]  # [pages, 1, B + r, 2 d]
-    keys, values = kv[:, :, : layout.page_size].transpose(1, 2).flatten(0, 1)[: pool.context].cpu().double().split(
-        HEAD_SIZE, -1
+    keys, values = (
+        kv[:, :, : layout.page_size].transpose(1, 2).flatten(0, 1)[: pool.context].cpu().double().split(HEAD_SIZE, -1)
     )  # [L, 1, d]
     complete = (pool.context - 1) // layout.page_size
     statistic = kv[:complete, :, layout.page_size :].flatten(2)[..., : layout.statistics_elements].cpu().double()

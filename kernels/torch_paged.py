@@ -403,9 +403,7 @@ class TorchPagedSpla:
         num_blocks = tile.pages.shape[1] * layout.blocks_per_page
         return area.float().view(-1, num_blocks, layout.statistics_width)
 
-    def _select(
-        self, tile: Tile, q: torch.Tensor, kv_cache: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _select(self, tile: Tile, q: torch.Tensor, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Selected complete blocks `[rows, kv_heads, tokens, num_blocks]` and the log mass of the others
         `[requests, tokens * group]` (None where nothing asks for it)."""
         if not tile.sparse:
@@ -490,9 +488,7 @@ class TorchPagedSpla:
                 covered = self._advance(row, tile, covered, kv_cache, states)
             self._prefill_tile(tile, row, query, kv_cache, states, output)
 
-    def _dense(
-        self, row: PrefillRow, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor
-    ) -> None:
+    def _dense(self, row: PrefillRow, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> None:
         """Causal attention of the positions `start .. dense_end - 1`, whose every block fits into the budget."""
         pages = row.pages[: -(-row.dense_end // self.params.page_size)]
         kv = kv_cache[pages, :, : self.params.page_size].transpose(0, 1).flatten(1, 2)[:, : row.dense_end]
@@ -689,9 +685,7 @@ class TorchPagedSpla:
             self._add_pages(s, z, kv_cache, pages[first : min(first + _FOLD_PAGES, target)])
         self._write_state(rows_view, blocks, target, self._stamp(kv_cache, pages[target - 1 : target])[0], s, z)
 
-    def _read_states(
-        self, state_cache: torch.Tensor, state_table: torch.Tensor, rows: NDArray[np.int64]
-    ) -> States:
+    def _read_states(self, state_cache: torch.Tensor, state_table: torch.Tensor, rows: NDArray[np.int64]) -> States:
         """The stored states of rows of the batch."""
         layout = self.state_layout
         blocks = state_table.numpy()[rows, : layout.num_blocks].astype(np.int64)[:, None]  # [rows, 1, K]
