@@ -62,7 +62,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         context = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((n, item) for n, item in context.items() if getattr(item, "impl", None) is self)
         if get_options().residual != "none":
-            context.setdefault(companion_name(name), RecurrentStateLayer(layer, self.vllm_config))
+            context.setdefault(companion_name(name), RecurrentStateLayer(layer))
         if current_platform.is_cuda():
             cache = self.vllm_config.cache_config
             page_size = cache.block_size if cache.user_specified_block_size else PREFERRED_PAGE_SIZE
@@ -70,15 +70,15 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
 
     def bind(self, page_size: int, cache_dtype: torch.dtype, device: torch.device | str) -> None:
         """Make the kernels; the metadata builder calls it again with the final page geometry."""
+        if self.bound == (page_size, cache_dtype):
+            return
+        self.bound = (page_size, cache_dtype)
         scheduler = self.vllm_config.scheduler_config
         limits = dispatch.Limits(
             max_num_rows=scheduler.max_num_seqs,
             max_query_len=max_decode_query_len(self.vllm_config),
             max_model_len=self.vllm_config.model_config.max_model_len,
         )
-        if self.bound == (page_size, cache_dtype):
-            return
-        self.bound = (page_size, cache_dtype)
         self.op = dispatch.make(
             torch.device(device),
             get_options().parameters(page_size),

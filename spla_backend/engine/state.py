@@ -123,7 +123,7 @@ class RecurrentStateBackend(AttentionBackend):
 class RecurrentStateLayer(AttentionLayerBase):
     """Companion of one attention layer; registered in the static forward context, never called."""
 
-    def __init__(self, attention_layer: Any, vllm_config: "VllmConfig") -> None:
+    def __init__(self, attention_layer: Any) -> None:
         self.attention_layer = attention_layer
         self.kv_cache = torch.tensor([])
         self.is_draft_layer = attention_layer.is_draft_layer
