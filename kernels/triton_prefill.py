@@ -1,0 +1,357 @@
+"""SPLA prefill over the engine's paged cache on a GPU: what a step needs, and the launches of one layer.
+
+Every token selects for itself the pages that it would select in decode. Tokens below `dense_below` attend to everything,
+through FlashAttention (`kernels/cuda.py`); all others go through the passes planned here, whatever rows and chunks they
+come in. The plain reference of the whole is `reference.spla_sequence`.
+
+A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch. Its launches:
+
+1. `prefill_score_kernel`, NORMALISE, then SHARE; `prefill_select_kernel`
+2. `prefill_count_kernel`, a running sum, `prefill_list_kernel`: the tokens that selected a page, as a list
+3. `prefill_score_kernel`, REST: mass and mean logit of what was not selected
+4. `prefill_state_kernel`: the recurrent state at every page
+5. `page_attend_kernel`, `prefill_merge_kernel`
+
+What depends on lengths is planned on the host, from lengths that the host knows; nothing waits for the device.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import triton
+
+from .layout import STATE_MAGIC
+from .triton_attend import RESIDUAL_CODES
+from .triton_cache import SELECTOR_CODES
+from .triton_decode import TritonPagedSpla
+from .triton_prefill_attend import page_attend_kernel, prefill_merge_kernel
+from .triton_prefill_select import (
+    MODES,
+    prefill_count_kernel,
+    prefill_list_kernel,
+    prefill_score_kernel,
+    prefill_select_kernel,
+)
+from .triton_prefill_state import prefill_state_kernel
+
+SCRATCH_BYTES = 1 << 30
+"""What the parts of a pass may take: a larger pass gives every page a longer list of tokens."""
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """Neighbouring rows, or the beginning of a row, that attend to everything."""
+
+    first_token: int
+    num_tokens: int
+    first_row: int
+    start_loc: torch.Tensor  # [rows + 1] int32
+    seq_lens: torch.Tensor  # [rows] int32, up to the last token that attends densely
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Tiles of sparse tokens."""
+
+    tiles: torch.Tensor  # [tiles, 4] int32: row, first token, tokens, position of the first token
+    tile_run: torch.Tensor  # [tiles] int32
+    tile_state: torch.Tensor  # [tiles] int32
+    runs: torch.Tensor  # [runs, 3] int32: first tile, tiles, row
+    max_complete: int  # at least the complete pages of every tile
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """One step's prefill rows; all device memory in one buffer, copied once."""
+
+    dense: list[DenseRows]
+    passes: list[Pass]
+
+
+@dataclass(frozen=True)
+class PrefillTuning:
+    """Launch shapes."""
+
+    score_chunk: int = 64
+    score_stages: int = 2
+    score_warps: int = 8
+    select_elements: int = 8192
+    select_warps: int = 8
+    attend_rows: int = 128
+    attend_stages: int = 2
+    attend_warps: int = 8
+    merge_stages: int = 3
+    merge_warps: int = 8
+    state_slice: int = 16
+    state_warps: int = 4
+
+
+def _round_up(pages: int) -> int:
+    """Pages that rows of scratch are laid out for, so that they begin at aligned addresses."""
+    return -(-pages // 16) * 16
+
+
+class TritonPrefill:
+    """Sparse prefill of one layer shape.
+
+    Args:
+        base: The decode kernels of the same layer shape; parameters, layouts and weights are theirs.
+        dense_below: Tokens at positions below it attend to everything; at least the budget.
+        max_num_tokens: The most tokens of a step.
+        max_num_rows: The most rows of a step.
+        tuning: Launch shapes.
+        scratch_bytes: What the parts of a pass may take.
+    """
+
+    _pools: ClassVar[dict[tuple, dict[str, torch.Tensor]]] = {}
+
+    def __init__(
+        self,
+        base: TritonPagedSpla,
+        *,
+        dense_below: int,
+        max_num_tokens: int,
+        max_num_rows: int,
+        device: torch.device,
+        tuning: PrefillTuning | None = None,
+        scratch_bytes: int = SCRATCH_BYTES,
+    ) -> None:
+        self.base, self.device = base, device
+        params, d = base.params, base.head_size
+        self.tuning = PrefillTuning() if tuning is None else tuning
+        self.dense_below = max(dense_below, params.budget_blocks * params.page_size)
+        self._dp, self._group_p = triton.next_power_of_2(d), triton.next_power_of_2(base.group)
+        rows = self.tuning.attend_rows if self._dp <= 128 else self.tuning.attend_rows // 2
+        self.tile_tokens = max(1, min(32, rows // self._group_p, params.page_size & -params.page_size))
+        self._attend_tokens = max(1, rows // self._group_p)
+        self._slots = params.budget_blocks - 1
+        self._linear = params.residual == "linear"
+        self._s_rows = {"regression": d + 1, "linear": d, "none": 0}[params.residual]
+        # Bytes a token: its parts, or the group's scores that stand in the same place before.
+        part = base.group * d * base.cache_dtype.itemsize + 2 * self._group_p * 4
+        part += (base.group * d + self._group_p) * 4 if self._linear else 0
+        self._max_pages = _round_up(base.max_pages)
+        per_token = base.num_kv_heads * max(self._slots * part, self._max_pages * 4)
+        limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows
+        self.max_tiles = max(1, min(limit, scratch_bytes // (per_token * self.tile_tokens)))
+        self.max_runs = min(max_num_rows, self.max_tiles)
+        self._pool = self._shared_pool()
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        base, tiles, heads = self.base, self.max_tiles, self.base.num_kv_heads
+        tokens, m = tiles * self.tile_tokens, self.tile_tokens * self._group_p
+        parts = heads * tokens * self._slots
+        grouped = heads * tokens * self._max_pages * 4 // base.cache_dtype.itemsize
+        rest = base.params.residual != "none"
+        return {
+            "out": ((max(parts * base.group * base.head_size, grouped),), base.cache_dtype),
+            "sums": ((parts, 2, self._group_p), torch.float32),
+            "part_tail": ((parts if self._linear else 1, base.group, base.head_size), torch.float32),
+            "part_z": ((parts if self._linear else 1, self._group_p), torch.float32),
+            "lse": ((tiles, heads, m), torch.float32),
+            "tail": ((tiles, heads, 2, m), torch.float32),
+            "words": ((tiles, heads, self._max_pages), torch.int32),
+            "offsets": ((tiles, heads, self._max_pages), torch.int32),
+            "table": ((tiles, heads, self.tile_tokens, self._slots), torch.int32),
+            "count": ((tiles, heads, self.tile_tokens), torch.int32),
+            "totals": ((self.max_runs * heads * self._max_pages,), torch.int32),
+            "ends": ((self.max_runs * heads * self._max_pages,), torch.int32),
+            "list": ((parts, 2), torch.int32),
+            "states": ((tiles if rest else 1, heads, self._s_rows + 1, base.head_size), torch.float32),
+            "arrivals": ((self.max_runs, heads), torch.int32),
+        }
+
+    def _shared_pool(self) -> dict[str, torch.Tensor]:
+        """Scratch, one for all layers of one geometry: layers run one after another."""
+        shapes = self._shapes()
+        key = (str(self.device), *sorted(shapes.items()))
+        if key not in self._pools:
+            # Arrival counters start at zero and every launch leaves them so; nothing else is read before it is written.
+            self._pools[key] = {n: torch.zeros(s, dtype=t, device=self.device) for n, (s, t) in shapes.items()}
+        return self._pools[key]
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch, shared by all layers of one geometry."""
+        return sum(x.nbytes for x in self._pool.values())
+
+    # Planning ---------------------------------------------------------------------------------------------------
+
+    def plan(self, first_row: int, starts: list[int], seq_lens: list[int]) -> PrefillPlan:
+        """Dense rows and passes of a step's prefill rows.
+
+        Args:
+            first_row: Row of the batch of the first of them.
+            starts: `[rows + 1]`, offsets of their query tokens in the batch.
+            seq_lens: `[rows]`, tokens of each, this step's included.
+        """
+        page, size = self.base.params.page_size, self.tile_tokens
+        numbers: list[int] = []  # everything that goes to the device
+        dense: list[list[Any]] = []
+        tiles: list[tuple[int, int, int, int]] = []
+        for index, seq_len in enumerate(seq_lens):
+            row, first, stop = first_row + index, starts[index], starts[index + 1]
+            start = seq_len - (stop - first)  # position of the row's first token
+            split = min(max(self.dense_below, start), seq_len)
+            if split > start:
+                if dense and dense[-1][-1] == first:
+                    dense[-1][1].append((row, first, split - start, split))
+                    dense[-1][-1] = first + split - start
+                else:
+                    dense.append([first, [(row, first, split - start, split)], first + split - start])
+            position = split
+            while position < seq_len:
+                end = min(seq_len, position // size * size + size)
+                tiles.append((row, first + position - start, end - position, position))
+                position = end
+        plans: list[tuple[int, int, Any]] = []
+        for first, members, stop in dense:
+            at = len(numbers)
+            numbers += [token - first for _, token, _, _ in members] + [stop - first]
+            numbers += [seq_len for *_, seq_len in members]
+            plans.append((at, len(members), (first, stop - first, members)))
+        passes = []
+        for begin in range(0, len(tiles), self.max_tiles):
+            some = tiles[begin : begin + self.max_tiles]
+            runs: list[list[int]] = []
+            tile_run, tile_state, states, last = [], [], -1, None
+            for number, (row, _, _, position) in enumerate(some):
+                if not runs or runs[-1][2] != row:
+                    runs.append([number, 0, row])
+                runs[-1][1] += 1
+                tile_run.append(len(runs) - 1)
+                if last != (row, position // page):
+                    states, last = states + 1, (row, position // page)
+                tile_state.append(states)
+            at = len(numbers)
+            numbers += [n for tile in some for n in tile] + tile_run + tile_state + [n for run in runs for n in run]
+            passes.append((at, len(some), len(runs), _round_up(max(position for *_, position in some) // page)))
+        host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        buffer = host.to(self.device, non_blocking=True)
+        dense_rows = [
+            DenseRows(
+                first_token=first,
+                num_tokens=count,
+                first_row=members[0][0],
+                start_loc=buffer[at : at + n + 1],
+                seq_lens=buffer[at + n + 1 : at + 2 * n + 1],
+                max_query_len=max(m[2] for m in members),
+                max_seq_len=max(m[3] for m in members),
+            )
+            for at, n, (first, count, members) in plans
+        ]
+        return PrefillPlan(
+            dense_rows,
+            [
+                Pass(
+                    tiles=buffer[at : at + 4 * n].view(n, 4),
+                    tile_run=buffer[at + 4 * n : at + 5 * n],
+                    tile_state=buffer[at + 5 * n : at + 6 * n],
+                    runs=buffer[at + 6 * n : at + 6 * n + 3 * r].view(r, 3),
+                    max_complete=complete,
+                )
+                for at, n, r, complete in passes
+            ],
+        )
+
+    # Attention --------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        step: Pass,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        state_cache: torch.Tensor | None,
+        block_table: torch.Tensor,
+        state_table: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """One pass of one layer.
+
+        Args:
+            step: What to do.
+            query: `[tokens, H, d]` of the whole batch, unscaled, heads dense.
+            kv_cache: `[num_pages, G, page_size + statistics_rows, 2 d]`, this step's tokens already in it.
+            state_cache: State blocks of the same geometry; may be None without a residual.
+            block_table: `[rows, pages]` int32 of the whole batch.
+            state_table: `[rows, >= K]` int32; may be None without a residual.
+            output: `[tokens, H, d]` of the whole batch.
+
+        Raises:
+            ValueError: A residual without its state.
+        """
+        base, tuning, pool = self.base, self.tuning, self._pool
+        params, d, heads = base.params, base.head_size, base.num_kv_heads
+        num_tiles, num_runs = step.tiles.shape[0], step.runs.shape[0]
+        num_parts = num_tiles * self.tile_tokens * self._slots
+        max_pages = step.max_complete  # of this pass: scratch is laid out anew each time
+        residual = RESIDUAL_CODES[params.residual]
+        table_stride = block_table.stride(0)
+        page_strides = kv_cache.stride(0), kv_cache.stride(1)
+        page_p = triton.next_power_of_2(params.page_size)
+        grouped = pool["out"].view(torch.float32)
+        shape = {"GROUP": base.group, "GROUP_P": self._group_p, "TQ": self.tile_tokens, "D": d, "DP": self._dp}
+        totals, ends = (pool[name][: num_runs * heads * max_pages] for name in ("totals", "ends"))
+
+        def score(mode: str, splits: int) -> None:
+            prefill_score_kernel[(heads, num_tiles, splits)](
+                query, kv_cache, block_table, step.tiles, pool["lse"], grouped, pool["words"], pool["count"], base.gain,
+                pool["tail"], query.stride(0), query.stride(1), *page_strides, table_stride, kv_cache.shape[0] - 1,
+                max_pages, heads, base.scale, MODE=MODES[mode], PAGE=params.page_size,
+                LOG_PAGE=math.log(params.page_size), CHUNK=tuning.score_chunk, STAGES=tuning.score_stages,
+                SELECTOR=SELECTOR_CODES[params.selector], num_warps=tuning.score_warps, **shape,
+            )  # fmt: skip
+
+        score("normalise", 1)
+        score("share", max(1, min(step.max_complete // (4 * tuning.score_chunk), 8)))
+        pages = max(16, triton.next_power_of_2(step.max_complete))
+        prefill_select_kernel[(heads, num_tiles)](
+            step.tiles, grouped, pool["table"], pool["count"], pool["words"], max_pages, heads,
+            TQ=self.tile_tokens, ROWS=max(1, min(self.tile_tokens, tuning.select_elements // pages)),
+            PAGE=params.page_size, SLOTS=self._slots, FIRST=params.first_blocks, LAST=params.last_blocks, PAGES=pages,
+            TOP_P=params.top_p if params.top_p is not None and params.top_p < 1 else 0.0,
+            num_warps=tuning.select_warps,
+        )  # fmt: skip
+        prefill_count_kernel[(triton.cdiv(max_pages, 128), heads, num_runs)](
+            step.tiles, step.runs, pool["words"], pool["offsets"], totals, max_pages, heads,
+            PAGE=params.page_size, WIDTH=128, num_warps=1,
+        )  # fmt: skip
+        torch.cumsum(totals, 0, dtype=torch.int32, out=ends)
+        prefill_list_kernel[(heads, num_tiles, self.tile_tokens)](
+            step.tiles, step.tile_run, pool["table"], pool["count"], pool["words"], pool["offsets"], totals, ends,
+            pool["list"], max_pages, heads, TQ=self.tile_tokens, SLOTS=self._slots,
+            SLOTS_P=triton.next_power_of_2(self._slots), num_warps=1,
+        )  # fmt: skip
+        if params.residual != "none":
+            if state_cache is None or state_table is None:
+                raise ValueError(f"residual {params.residual!r} needs a state cache and its table")
+            if base.has_mass:
+                score("rest", 1)
+            kv_int, state = kv_cache.view(torch.int32), state_cache.view(torch.float32)
+            prefill_state_kernel[(triton.cdiv(d, tuning.state_slice), heads, num_runs)](
+                kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
+                step.tile_state, pool["states"], pool["arrivals"], heads, *page_strides, kv_int.stride(0),
+                kv_int.stride(1), state.stride(0), state.stride(1), table_stride, state_table.stride(0),
+                MAGIC=STATE_MAGIC, STAMP_WORD=base._stamp_word, NUM_BLOCKS=base.state_layout.num_blocks,
+                BODY=base.state_layout.rows_per_block - 1, PARTS=triton.cdiv(d, tuning.state_slice),
+                SLICE=tuning.state_slice, D=d, DP=self._dp, PAGE=params.page_size, TILE=base._fold_tile,
+                S_ROWS=self._s_rows, LINEAR=self._linear, num_warps=tuning.state_warps,
+            )  # fmt: skip
+        parts = pool["out"], pool["sums"], pool["part_tail"], pool["part_z"]
+        page_attend_kernel[(max_pages, heads, num_runs)](
+            query, kv_cache, block_table, step.runs, totals, ends, pool["list"], pool["tail"], *parts,
+            query.stride(0), query.stride(1), *page_strides, table_stride, max_pages, heads, num_parts, base.scale,
+            params.residual_scale, TM=self._attend_tokens, PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots,
+            STAGES=tuning.attend_stages, RESIDUAL=residual, num_warps=tuning.attend_warps, **shape,
+        )  # fmt: skip
+        prefill_merge_kernel[(heads, num_tiles)](
+            query, kv_cache, block_table, step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"], *parts,
+            *base.norm_weights, output, query.stride(0), query.stride(1), output.stride(0), output.stride(1),
+            *page_strides, table_stride, heads, num_parts, base.scale, params.residual_scale, params.rms_norm_eps,
+            PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots, S_ROWS=self._s_rows, STAGES=tuning.merge_stages,
+            RESIDUAL=residual, DOUBLE_NORM=params.combine == "double_rmsnorm", num_warps=tuning.merge_warps, **shape,
+        )  # fmt: skip

@@ -1,0 +1,290 @@
+"""Attention of prefill tokens over the pages that each of them selected, page by page, and the merge.
+
+Plain reference: `reference.exact_attention`, `residual_direction`, `combine_shared_normalizer`, `rms_norm`. Sources:
+residual by subtraction, SPLA (arXiv 2601.22379); a page gathers the tokens that chose it, partial results merged by their
+LSE, as in block-sparse prefill of MoBA (arXiv 2502.13189).
+
+A decode-like gather would read `2 B d` elements for every (token, kv head, page), more than the second-level cache can
+deliver. So `page_attend_kernel` keeps a page on the chip and lets the tokens of its list stream past it, as full tiles of
+the tensor cores; what it writes for each (token, page) is one row a head, `d` elements and two floats, which
+`prefill_merge_kernel` reads once.
+
+The regression residual costs nothing there. With `D` the tail mass, `n` the tokens left out, `l = q . k`, `c` the mean of
+`l` over those tokens, all known before, the tail's numerator is
+
+    D o_tail = (D / n) sum over the rest of (1 + rs (l - c)) v
+             = (D / n) [ from the state: all tokens ] - (D / n) [ the selected tokens ],
+
+so that a selected token's weight is `exp(l) - (D / n) (1 + rs (l - c))`: one product with the values does both. The
+`linear` residual needs a second product.
+
+Floor, bytes a (token, kv head, selected page): `2 GROUP d` elements written and read. FLOP: `4 GROUP B d`, or `8 GROUP B d`.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_attend import LINEAR, NO_RESIDUAL, REGRESSION
+from .triton_prefill_select import tile_queries
+from .triton_state import softmax_features
+
+
+@triton.jit
+def page_attend_kernel(
+    query_ptr,  # [tokens, H, D]
+    kv_ptr,
+    block_table_ptr,
+    runs_ptr,  # [runs, 3] int32: first tile, tiles, row
+    totals_ptr,  # [runs, G, max_pages] int32
+    ends_ptr,
+    list_ptr,  # [entries, 2] int32
+    tail_ptr,  # [tiles, G, 2, M] float32
+    part_out_ptr,  # [G, tiles * TQ * SLOTS, GROUP, D] cache dtype
+    part_sum_ptr,  # [G, tiles * TQ * SLOTS, 2, GROUP_P] float32: maxima, sums
+    part_tail_ptr,  # as part_out, float32: phi(q) S of the page, for LINEAR
+    part_z_ptr,  # [G, tiles * TQ * SLOTS, GROUP_P] float32: phi(q) . z
+    query_token_stride,
+    query_head_stride,
+    page_stride,
+    head_stride,
+    block_table_stride,
+    max_pages,
+    num_kv_heads,
+    num_parts,  # parts of a kv head
+    scale,
+    residual_scale,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    TQ: tl.constexpr,
+    TM: tl.constexpr,  # tokens at a time
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAGE_P: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Grid (max_pages, G, runs)."""
+    M: tl.constexpr = TM * GROUP_P
+    logical = tl.program_id(0)
+    head = tl.program_id(1)
+    run = tl.program_id(2)
+    which = (run.to(tl.int64) * num_kv_heads + head) * max_pages + logical
+    num_entries = tl.load(totals_ptr + which)
+    if num_entries > 0:
+        dtype = kv_ptr.dtype.element_ty
+        end = tl.load(ends_ptr + which)
+        start = end - num_entries
+        row = tl.load(runs_ptr + run * 3 + 2).to(tl.int64)
+        page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + logical), 0).to(tl.int64)
+        column = tl.arange(0, DP)
+        in_head = column < D
+        t = tl.arange(0, PAGE_P)
+        base = kv_ptr + page * page_stride + head * head_stride + t * 2 * D  # [PAGE_P]
+        kv_mask = (t < PAGE)[:, None] & in_head[None, :]
+        k = tl.load(base[:, None] + column[None, :], mask=kv_mask, other=0.0)  # [PAGE_P, DP]
+        v = tl.load(base[:, None] + D + column[None, :], mask=kv_mask, other=0.0)
+        if RESIDUAL == LINEAR:
+            phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
+            phi_k = tl.where((t < PAGE)[:, None], phi_k, 0.0).to(dtype)
+        m = tl.arange(0, M)
+        member = m % GROUP_P
+        in_group = member < GROUP
+        parts = head.to(tl.int64) * num_parts
+        # Entries are fetched a step ahead: a load that waits for another load is not pipelined well.
+        place = tl.minimum(start + m // GROUP_P, end - 1)
+        entry = tl.load(list_ptr + place.to(tl.int64) * 2)
+        token = tl.load(list_ptr + place.to(tl.int64) * 2 + 1)
+        for first in tl.range(start, end, TM, num_stages=STAGES):
+            mine = tl.maximum(entry, 0)  # [M]; undefined, and not used, beyond the last step
+            query_row = tl.maximum(token, 0).to(tl.int64) * query_token_stride
+            exists = (first + m // GROUP_P < end) & in_group
+            place = tl.minimum(first + TM + m // GROUP_P, end - 1)
+            entry = tl.load(list_ptr + place.to(tl.int64) * 2)
+            token = tl.load(list_ptr + place.to(tl.int64) * 2 + 1)
+            query = query_ptr + query_row + (head * GROUP + member) * query_head_stride
+            q = tl.load(query[:, None] + column[None, :], mask=exists[:, None] & in_head[None, :], other=0.0).to(dtype)
+            logit = tl.dot(q, tl.trans(k)) * scale  # [M, PAGE_P]
+            exposed = logit
+            if PAGE != PAGE_P:
+                exposed = tl.where((t < PAGE)[None, :], logit, float("-inf"))
+            top = tl.max(exposed, axis=1)  # [M]
+            if RESIDUAL == REGRESSION:
+                tile_token = mine // SLOTS
+                where = ((tile_token // TQ).to(tl.int64) * num_kv_heads + head) * (2 * TQ * GROUP_P)
+                where += (tile_token % TQ) * GROUP_P + member
+                log_mean = tl.load(tail_ptr + where, mask=exists, other=float("-inf"))
+                center = tl.load(tail_ptr + where + TQ * GROUP_P, mask=exists, other=0.0)
+                top = tl.maximum(top, log_mean)
+            weight = tl.exp(exposed - top[:, None])
+            total = tl.sum(weight, axis=1)
+            if RESIDUAL == REGRESSION:
+                level = tl.exp(log_mean - top)
+                weight -= level[:, None] * (1.0 + residual_scale * (logit - center[:, None]))
+            out = tl.dot(weight.to(dtype), v)  # [M, DP]
+            part = parts + mine
+            stored = exists[:, None] & in_head[None, :]
+            out_row = (part * GROUP + member) * D
+            tl.store(part_out_ptr + out_row[:, None] + column[None, :], out.to(dtype), mask=stored)
+            tl.store(part_sum_ptr + part * 2 * GROUP_P + member, top, mask=exists)
+            tl.store(part_sum_ptr + part * 2 * GROUP_P + GROUP_P + member, total, mask=exists)
+            if RESIDUAL == LINEAR:
+                phi_q = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
+                feature = tl.dot(phi_q, tl.trans(phi_k))
+                high = feature.to(dtype)
+                low = (feature - high.to(tl.float32)).to(dtype)
+                tail = tl.dot(low, v, tl.dot(high, v))
+                tl.store(part_tail_ptr + out_row[:, None] + column[None, :], tail, mask=stored)
+                tl.store(part_z_ptr + part * GROUP_P + member, tl.sum(feature, axis=1), mask=exists)
+
+
+@triton.jit
+def prefill_merge_kernel(
+    query_ptr,
+    kv_ptr,
+    block_table_ptr,
+    tiles_ptr,
+    tile_state_ptr,  # [tiles] int32: where the state at a tile's page is
+    count_ptr,  # [tiles, G, TQ] int32
+    tail_ptr,
+    state_ptr,  # [states, G, S_ROWS + 1, D] float32: state at the beginning of a page; its last row is z
+    part_out_ptr,
+    part_sum_ptr,
+    part_tail_ptr,
+    part_z_ptr,
+    exact_weight_ptr,  # [H, D] float32
+    tail_weight_ptr,  # [H, D] float32
+    output_ptr,
+    query_token_stride,
+    query_head_stride,
+    output_token_stride,
+    output_head_stride,
+    page_stride,
+    head_stride,
+    block_table_stride,
+    num_kv_heads,
+    num_parts,
+    scale,
+    residual_scale,
+    norm_eps,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    TQ: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAGE_P: tl.constexpr,
+    SLOTS: tl.constexpr,
+    S_ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DOUBLE_NORM: tl.constexpr,
+):
+    """Grid (G, tiles): the current page, causal; the parts of the selected pages; the state's share; the output."""
+    M: tl.constexpr = TQ * GROUP_P
+    dtype = kv_ptr.dtype.element_ty
+    head = tl.program_id(0)
+    tile = tl.program_id(1).to(tl.int64)
+    row = tl.load(tiles_ptr + tile * 4).to(tl.int64)
+    first_token = tl.load(tiles_ptr + tile * 4 + 1)
+    num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
+    position = tl.load(tiles_ptr + tile * 4 + 3)
+    num_pages = position // PAGE
+    first_key = position % PAGE  # place in its page of the tile's first token
+    pair = tile * num_kv_heads + head
+    m = tl.arange(0, M)
+    member = m % GROUP_P
+    exists = (m // GROUP_P < num_tokens) & (member < GROUP)
+    column = tl.arange(0, DP)
+    in_head = column < D
+    q = tile_queries(
+        query_ptr, head, first_token, num_tokens, query_token_stride, query_head_stride, GROUP, GROUP_P, TQ, D, DP
+    ).to(dtype)  # [M, DP]
+    taken = tl.load(count_ptr + pair * TQ + m // GROUP_P, mask=exists, other=0)  # [M]
+    most = tl.max(taken, axis=0)
+
+    page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + num_pages), 0).to(tl.int64)
+    t = tl.arange(0, PAGE_P)
+    base = kv_ptr + page * page_stride + head * head_stride + t * 2 * D
+    # Behind the tile's last token a page holds whatever was there.
+    kv_mask = (t < first_key + num_tokens)[:, None] & in_head[None, :]
+    k = tl.load(base[:, None] + column[None, :], mask=kv_mask, other=0.0)  # [PAGE_P, DP]
+    v = tl.load(base[:, None] + D + column[None, :], mask=kv_mask, other=0.0)
+    logit = tl.dot(q, tl.trans(k)) * scale
+    seen = t[None, :] <= (first_key + m // GROUP_P)[:, None]
+    logit = tl.where(seen, logit, float("-inf"))
+    top = tl.max(logit, axis=1)  # [M], finite: every token sees the page's first key
+    weight = tl.exp(logit - top[:, None])
+    total = tl.sum(weight, axis=1)
+    out = tl.dot(weight.to(dtype), v)  # [M, DP]
+
+    part = head.to(tl.int64) * num_parts + (tile * TQ + m // GROUP_P) * SLOTS
+    minus = tl.zeros([M, DP], dtype=tl.float32)
+    minus_z = tl.zeros([M], dtype=tl.float32)
+    for slot in tl.range(0, most, num_stages=STAGES):
+        has = exists & (slot < taken)
+        sums = part_sum_ptr + (part + slot) * 2 * GROUP_P + member
+        part_top = tl.load(sums, mask=has, other=float("-inf"))
+        part_total = tl.load(sums + GROUP_P, mask=has, other=0.0)
+        out_row = ((part + slot) * GROUP + member) * D
+        mask = has[:, None] & in_head[None, :]
+        more = tl.load(part_out_ptr + out_row[:, None] + column[None, :], mask=mask, other=0.0)  # [M, DP]
+        new_top = tl.maximum(top, part_top)
+        decay = tl.exp(top - new_top)
+        gain = tl.exp(part_top - new_top)
+        out = out * decay[:, None] + more.to(tl.float32) * gain[:, None]
+        total = total * decay + part_total * gain
+        top = new_top
+        if RESIDUAL == LINEAR:
+            minus += tl.load(part_tail_ptr + out_row[:, None] + column[None, :], mask=mask, other=0.0)
+            minus_z += tl.load(part_z_ptr + (part + slot) * GROUP_P + member, mask=has, other=0.0)
+
+    has_rest = exists & (num_pages > taken)
+    if RESIDUAL != NO_RESIDUAL:
+        state = tl.load(tile_state_ptr + tile).to(tl.int64)
+        state_base = state_ptr + (state * num_kv_heads + head) * (S_ROWS + 1) * D
+        f = tl.arange(0, DP)
+        s_mask = in_head[:, None] & in_head[None, :]
+        s = tl.load(state_base + f[:, None] * D + column[None, :], mask=s_mask, other=0.0)  # [DP, DP]
+        features = q
+        if RESIDUAL == LINEAR:
+            features = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
+        features = features.to(tl.float32)
+        # Features have few enough digits for tf32, S has not: in two parts the product is exact to float32.
+        s_high = (s.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        read = tl.dot(features, s - s_high, tl.dot(features, s_high, input_precision="tf32"), input_precision="tf32")
+    if (RESIDUAL != NO_RESIDUAL) & (not DOUBLE_NORM):
+        log_mean = tl.load(tail_ptr + pair * 2 * M + m, mask=has_rest, other=float("-inf"))
+        num_rest = ((num_pages - taken) * PAGE).to(tl.float32)
+        new_top = tl.maximum(top, log_mean)
+        decay = tl.exp(top - new_top)
+        level = tl.exp(log_mean - new_top)  # [M], 0 where there is no rest
+        if RESIDUAL == REGRESSION:
+            center = tl.load(tail_ptr + pair * 2 * M + M + m, mask=has_rest, other=0.0)
+            sum_v = tl.load(state_base + D * D + column, mask=in_head, other=0.0)  # [DP]
+            # Over all complete tokens; the selected ones have been subtracted with their pages.
+            tail = residual_scale * scale * read + (1.0 - residual_scale * center)[:, None] * sum_v[None, :]
+            out = out * decay[:, None] + tl.where(has_rest[:, None], level[:, None] * tail, 0.0)
+        else:
+            z = tl.load(state_base + S_ROWS * D + column, mask=in_head, other=0.0)
+            read_z = tl.sum(features * z[None, :], axis=1)
+            tail = (read - minus) / tl.maximum(read_z - minus_z, 1e-30)[:, None]
+            out = out * decay[:, None] + tl.where(has_rest[:, None], (level * num_rest)[:, None] * tail, 0.0)
+        total = total * decay + level * num_rest
+    result = out / tl.where(exists, total, 1.0)[:, None]
+    head_row = head * GROUP + member
+    mask = exists[:, None] & in_head[None, :]
+    if DOUBLE_NORM:
+        weight_row = head_row[:, None] * D + column[None, :]
+        variance = tl.sum(tl.where(mask, result * result, 0.0), axis=1) / D
+        result = result / tl.sqrt(variance + norm_eps)[:, None]
+        result *= tl.load(exact_weight_ptr + weight_row, mask=mask, other=0.0)
+        if RESIDUAL != NO_RESIDUAL:
+            tail = tl.where(has_rest[:, None] & in_head[None, :], read - minus, 0.0)
+            variance = tl.sum(tail * tail, axis=1) / D
+            tail = tail / tl.sqrt(variance + norm_eps)[:, None]
+            result += tail * tl.load(tail_weight_ptr + weight_row, mask=mask, other=0.0)
+    output = output_ptr + (first_token + m // GROUP_P).to(tl.int64) * output_token_stride
+    output += head_row * output_head_stride
+    tl.store(output[:, None] + column[None, :], result.to(output_ptr.dtype.element_ty), mask=mask)

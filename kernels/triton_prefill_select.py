@@ -1,0 +1,358 @@
+"""Block selection for the tokens of a prefill: scores, selection, and what the pages left out weigh.
+
+Plain reference: `reference.selection_score`, `share_in_group`, `select_blocks`, `mass_score`. Sources: SPLA (arXiv
+2601.22379) and those of `triton_score`, whose second-order terms are used here, so that a token chooses the pages that it
+would choose in decode.
+
+A *tile* is up to `TQ` <= 32 query tokens of one page of one row: they share their complete pages, their forced pages and
+the recurrent state, and one int32 holds which of them selected a page. The `M = TQ * GROUP_P` rows of a tile's matrices
+are its tokens' heads, heads innermost.
+
+Scores are never stored for each head: `prefill_score_kernel` goes over the pages three times, for the heads'
+normalisers, for the group's shared scores, and, once the selection is known, for the mass that was left out. Storing
+them would move 8 bytes a (token, page, head); computing them again is `4 d` to `6 d` FLOP on the tensor cores.
+
+Floor: `3 * 6 d` FLOP a (token, complete page, head); 4 bytes written and read a (token, complete page, kv head).
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_cache import MEAN, QUEST, TAYLOR2
+from .triton_score import second_order
+from .triton_select import _middle, _ordered
+
+NORMALISE = tl.constexpr(0)
+SHARE = tl.constexpr(1)
+REST = tl.constexpr(2)
+MODES = {"normalise": 0, "share": 1, "rest": 2}
+
+
+@triton.jit
+def tile_queries(
+    query_ptr, head, first_token, num_tokens, query_token_stride, query_head_stride,
+    GROUP: tl.constexpr, GROUP_P: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Queries `[M, DP]` of a tile, 0 where there is none."""
+    m = tl.arange(0, TQ * GROUP_P)
+    exists = (m // GROUP_P < num_tokens) & (m % GROUP_P < GROUP)
+    column = tl.arange(0, DP)
+    row = query_ptr + (first_token + m // GROUP_P).to(tl.int64) * query_token_stride
+    row += (head * GROUP + m % GROUP_P) * query_head_stride
+    return tl.load(row[:, None] + column[None, :], mask=exists[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def prefill_score_kernel(
+    query_ptr,  # [tokens, H, D]
+    kv_ptr,
+    block_table_ptr,
+    tiles_ptr,  # [tiles, 4] int32: row, first token, tokens, position of the first token
+    lse_ptr,  # [tiles, G, M] float32: written by NORMALISE
+    grouped_ptr,  # [tiles, G, TQ, max_pages] float32: written by SHARE
+    words_ptr,  # [tiles, G, max_pages] int32: which tokens selected a page; read by REST
+    count_ptr,  # [tiles, G, TQ] int32: complete pages that a token selected; read by REST
+    gain_ptr,  # [H] float32
+    tail_ptr,  # [tiles, G, 2, M] float32: written by REST: log of the mean mass, mean logit of the tokens left out
+    query_token_stride,
+    query_head_stride,
+    page_stride,
+    head_stride,
+    block_table_stride,
+    last_page,
+    max_pages,
+    num_kv_heads,
+    scale,
+    MODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    TQ: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    LOG_PAGE: tl.constexpr,
+    CHUNK: tl.constexpr,  # pages at a time
+    STAGES: tl.constexpr,
+    SELECTOR: tl.constexpr,
+):
+    """Grid (G, tiles, splits); only SHARE can use more than one split."""
+    M: tl.constexpr = TQ * GROUP_P
+    head = tl.program_id(0)
+    tile = tl.program_id(1).to(tl.int64)
+    row = tl.load(tiles_ptr + tile * 4).to(tl.int64)
+    first_token = tl.load(tiles_ptr + tile * 4 + 1)
+    num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
+    num_pages = tl.load(tiles_ptr + tile * 4 + 3) // PAGE  # complete pages
+    per_split = tl.cdiv(tl.cdiv(num_pages, tl.num_programs(2)), CHUNK) * CHUNK
+    start = tl.program_id(2) * per_split
+    stop = tl.minimum(start + per_split, num_pages)
+    if start < stop:
+        m = tl.arange(0, M)
+        dtype = kv_ptr.dtype.element_ty
+        column = tl.arange(0, DP)
+        in_head = column < D
+        q = tile_queries(
+            query_ptr, head, first_token, num_tokens, query_token_stride, query_head_stride, GROUP, GROUP_P, TQ, D, DP
+        ).to(dtype)  # [M, DP]
+        if SELECTOR == QUEST:
+            left = tl.minimum(q, 0.0).to(dtype)
+            right = tl.maximum(q, 0.0).to(dtype)
+        elif SELECTOR != MEAN:
+            # As in decode: q^2 in two parts, normalised to its largest element, keeps its digits.
+            square = q.to(tl.float32) * q.to(tl.float32) * (scale * scale)
+            peak = tl.maximum(tl.max(square, axis=1), 1e-30)  # [M]
+            square = square * (1024.0 / peak)[:, None]
+            square_high = square.to(dtype)
+            square_low = (square - square_high.to(tl.float32)).to(dtype)
+            restore = peak * (1.0 / 1024.0)
+        pages = block_table_ptr + row * block_table_stride
+        area = kv_ptr + head * head_stride + PAGE * 2 * D
+        offset = tl.arange(0, CHUNK)
+        pair = tile * num_kv_heads + head
+        top = tl.full([M], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([M], dtype=tl.float32)
+        logits = tl.zeros([M], dtype=tl.float32)
+        if MODE == SHARE:
+            member = (m % GROUP_P) < GROUP
+            lse = tl.load(lse_ptr + pair * M + m, mask=member, other=0.0)
+            token = tl.arange(0, TQ)
+            shared_row = grouped_ptr + (pair * TQ + token) * max_pages  # [TQ]
+        # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
+        page = tl.load(pages + tl.minimum(start + offset, num_pages - 1))
+        for first in tl.range(start, stop, CHUNK, num_stages=STAGES):
+            statistic = area + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride  # [CHUNK]
+            page = tl.load(pages + tl.minimum(first + CHUNK + offset, num_pages - 1))
+            index = first + offset
+            exists = index < stop
+            rows = statistic[:, None] + column[None, :]
+            if D == DP:
+                mean = tl.load(rows)  # [CHUNK, DP]
+            else:
+                mean = tl.load(rows, mask=in_head[None, :], other=0.0)
+            if SELECTOR == MEAN:
+                linear = tl.dot(q, tl.trans(mean)) * scale  # [M, CHUNK]
+                score = LOG_PAGE + linear
+            else:
+                if D == DP:
+                    second = tl.load(rows + D)
+                else:
+                    second = tl.load(rows + D, mask=in_head[None, :], other=0.0)
+                if SELECTOR == QUEST:
+                    score = tl.dot(right, tl.trans(second), tl.dot(left, tl.trans(mean))) * scale
+                else:
+                    linear = tl.dot(q, tl.trans(mean)) * scale
+                    if MODE == REST:
+                        s2 = tl.dot(square_high, tl.trans(second)) * restore[:, None]
+                        score = LOG_PAGE + linear + second_order(s2, LOG_PAGE, TAYLOR2)
+                    else:
+                        s2 = tl.dot(square_low, tl.trans(second), tl.dot(square_high, tl.trans(second)))
+                        score = LOG_PAGE + linear + second_order(s2 * restore[:, None], LOG_PAGE, SELECTOR)
+            if MODE == SHARE:
+                score = tl.where(member[:, None], score - lse[:, None], float("-inf"))
+                score = tl.reshape(score, [TQ, GROUP_P, CHUNK])
+                best = tl.max(score, axis=1)  # [TQ, CHUNK]
+                shared = best + tl.log(tl.sum(tl.exp(score - best[:, None, :]), axis=1))
+                mask = (token < num_tokens)[:, None] & exists[None, :]
+                tl.store(shared_row[:, None] + index[None, :], shared, mask=mask)
+            else:
+                kept = tl.broadcast_to(exists[None, :], [M, CHUNK])
+                if MODE == REST:
+                    word = tl.load(words_ptr + pair * max_pages + index, mask=exists, other=0)
+                    kept = kept & (((word[None, :] >> (m // GROUP_P)[:, None]) & 1) == 0)
+                    logits += tl.sum(tl.where(kept, linear, 0.0), axis=1)
+                score = tl.where(kept, score, float("-inf"))
+                new_top = tl.maximum(top, tl.max(score, axis=1))
+                safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+                total = total * tl.exp(top - safe) + tl.sum(tl.exp(score - safe[:, None]), axis=1)
+                top = new_top
+        if MODE == NORMALISE:
+            tl.store(lse_ptr + pair * M + m, top + tl.log(total))
+        if MODE == REST:
+            in_tile = m // GROUP_P < num_tokens
+            taken = tl.load(count_ptr + pair * TQ + m // GROUP_P, mask=in_tile, other=0)
+            num_rest = (num_pages - taken).to(tl.float32)  # pages
+            gain = tl.load(gain_ptr + head * GROUP + m % GROUP_P, mask=(m % GROUP_P) < GROUP, other=0.0)
+            weighs = (total > 0) & (gain > 0) & (num_rest > 0)
+            norm = tl.where(weighs, total * gain / (tl.maximum(num_rest, 1.0) * PAGE), 1.0)
+            log_mean = tl.where(weighs, top + tl.log(norm), float("-inf"))
+            tail = tail_ptr + pair * 2 * M + m
+            tl.store(tail, log_mean)
+            tl.store(tail + M, logits / tl.maximum(num_rest, 1.0))
+
+
+@triton.jit
+def prefill_select_kernel(
+    tiles_ptr,
+    grouped_ptr,  # [tiles, G, TQ, max_pages] float32
+    table_ptr,  # [tiles, G, TQ, SLOTS] int32: complete pages that a token selected, by their place in the row, ascending
+    count_ptr,  # [tiles, G, TQ] int32
+    words_ptr,  # [tiles, G, max_pages] int32
+    max_pages,
+    num_kv_heads,
+    TQ: tl.constexpr,
+    ROWS: tl.constexpr,  # tokens at a time, divides TQ
+    PAGE: tl.constexpr,
+    SLOTS: tl.constexpr,  # complete pages a token selects at most: the budget without the current page
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    PAGES: tl.constexpr,  # a power of two, at least the complete pages of every tile
+    TOP_P: tl.constexpr,  # 0 where there is none
+):
+    """Grid (G, tiles): every tile has more complete pages than SLOTS."""
+    head = tl.program_id(0)
+    tile = tl.program_id(1).to(tl.int64)
+    num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
+    current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
+    pair = tile * num_kv_heads + head
+    index = tl.arange(0, PAGES)
+    complete = (index < current)[None, :]  # [1, PAGES]
+    forced = complete & ((index < FIRST) | (index > current - LAST))[None, :]
+    NUM_FORCED: tl.constexpr = FIRST + (LAST - 1 if LAST > 1 else 0)
+    words = tl.zeros([PAGES], dtype=tl.int32)
+    for first in tl.range(0, TQ, ROWS):
+        token = first + tl.arange(0, ROWS)
+        exists = token < num_tokens
+        rows = (pair * TQ + token) * max_pages  # [ROWS]
+        mask = exists[:, None] & complete
+        grouped = tl.load(grouped_ptr + rows[:, None] + index[None, :], mask=mask, other=float("-inf"))
+        # Forced pages above, pages that do not exist below every score.
+        key = tl.where(mask, _ordered(grouped), -2147483648)
+        key = tl.where(forced, 2147483647, key)
+        # Invariant: count(key >= low) >= SLOTS > count(key >= high), or the forced pages alone are as many.
+        low = tl.min(tl.where(mask, key, 2147483647), axis=1)  # [ROWS]
+        high = tl.max(tl.where(mask & ~forced, key, -2147483648), axis=1) + 1
+        low = tl.where(NUM_FORCED >= SLOTS, high, low)
+        count = tl.where(NUM_FORCED >= SLOTS, NUM_FORCED, current) + tl.zeros([ROWS], dtype=tl.int32)
+        span = high.to(tl.int64) - low
+        open_rows = exists & (count != SLOTS) & (span > 1)
+        while tl.max(open_rows.to(tl.int32), axis=0) > 0:
+            # Two thresholds a step, their counts in the halves of one number.
+            lower = (low + tl.maximum(span // 3, 1)).to(tl.int32)
+            upper = (low + tl.maximum(span * 2 // 3, 1)).to(tl.int32)
+            at_least = (key >= lower[:, None]).to(tl.int32) + (key >= upper[:, None]).to(tl.int32) * 65536
+            above = tl.sum(at_least, axis=1)
+            above_upper = (above >> 16) & 65535
+            above_lower = above & 65535
+            at_upper = above_upper >= SLOTS
+            at_lower = above_lower >= SLOTS
+            new_high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
+            new_low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
+            new_count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
+            high = tl.where(open_rows, new_high, high)
+            low = tl.where(open_rows, new_low, low)
+            count = tl.where(open_rows, new_count, count)
+            span = high.to(tl.int64) - low
+            open_rows = exists & (count != SLOTS) & (span > 1)
+        selected = mask & (key >= low[:, None])
+        if tl.max(tl.where(exists & (count > SLOTS), 1, 0), axis=0) > 0:
+            # Ties at the threshold: the lower page goes first.
+            tied = mask & (key == low[:, None])
+            rank = tl.cumsum(tied.to(tl.int32), axis=1)
+            allowed = SLOTS - (count - tl.sum(tied.to(tl.int32), axis=1))
+            strict = mask & ((key > low[:, None]) | (tied & (rank <= allowed[:, None])))
+            selected = tl.where((count > SLOTS)[:, None], strict, selected)
+
+        if TOP_P > 0:
+            # As in `triton_select`: bisect for the least key with too little mass above it.
+            mass = tl.where(mask, tl.exp(grouped), 0.0)
+            enough = TOP_P * tl.sum(mass, axis=1)
+            chosen = tl.where(selected, mass, 0.0)
+            low_key = tl.min(tl.where(selected, key, 2147483647), axis=1) - 1
+            high_key = tl.full([ROWS], 2147483647, dtype=tl.int32)
+            middle = _middle(low_key, high_key)
+            while tl.max((exists & (middle != low_key)).to(tl.int32), axis=0) > 0:
+                short = tl.sum(tl.where(key > middle[:, None], chosen, 0.0), axis=1) < enough
+                high_key = tl.where(short, middle, high_key)
+                low_key = tl.where(short, low_key, middle)
+                middle = _middle(low_key, high_key)
+            tied = selected & (key == high_key[:, None])
+            tied_mass = tl.where(tied, chosen, 0.0)
+            before = tl.sum(tl.where(key > high_key[:, None], chosen, 0.0), axis=1)[:, None]
+            before += tl.cumsum(tied_mass, axis=1) - tied_mass
+            selected &= forced | (key > high_key[:, None]) | (tied & (before < enough[:, None]))
+
+        taken = selected.to(tl.int32)
+        slot = tl.cumsum(taken, axis=1) - 1
+        table = table_ptr + ((pair * TQ + token) * SLOTS)[:, None] + slot
+        tl.store(table, tl.broadcast_to(index[None, :], [ROWS, PAGES]), mask=selected)
+        tl.store(count_ptr + pair * TQ + token, tl.sum(taken, axis=1))
+        words += tl.sum(taken << token[:, None], axis=0)
+    tl.store(words_ptr + pair * max_pages + index, words, mask=index < current)
+
+
+@triton.jit
+def _bits(word):
+    """Number of bits set in an int32."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + ((word >> 4) & 0x0F0F0F0F)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24) & 0xFF
+
+
+@triton.jit
+def prefill_count_kernel(
+    tiles_ptr,
+    runs_ptr,  # [runs, 3] int32: first tile, tiles, row, of a row's share of this pass
+    words_ptr,
+    offsets_ptr,  # [tiles, G, max_pages] int32: tokens of earlier tiles of the run that selected the page
+    totals_ptr,  # [runs, G, max_pages] int32
+    max_pages,
+    num_kv_heads,
+    PAGE: tl.constexpr,
+    WIDTH: tl.constexpr,  # pages a program
+):
+    """Grid (page groups, G, runs): how many tokens of a run selected a page, for lists in the order of tokens."""
+    index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    head = tl.program_id(1)
+    run = tl.program_id(2)
+    first_tile = tl.load(runs_ptr + run * 3)
+    num_tiles = tl.load(runs_ptr + run * 3 + 1)
+    running = tl.zeros([WIDTH], dtype=tl.int32)
+    for step in tl.range(0, num_tiles, num_stages=4):
+        tile = (first_tile + step).to(tl.int64)
+        current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
+        where = (tile * num_kv_heads + head) * max_pages + index
+        word = tl.load(words_ptr + where, mask=index < current, other=0)
+        tl.store(offsets_ptr + where, running, mask=index < current)
+        running += _bits(word)
+    totals = totals_ptr + (run.to(tl.int64) * num_kv_heads + head) * max_pages
+    tl.store(totals + index, running, mask=index < max_pages)
+
+
+@triton.jit
+def prefill_list_kernel(
+    tiles_ptr,
+    tile_run_ptr,  # [tiles] int32: run of a tile
+    table_ptr,
+    count_ptr,
+    words_ptr,
+    offsets_ptr,
+    totals_ptr,
+    ends_ptr,  # [runs, G, max_pages] int32: running sum of the totals
+    list_ptr,  # [entries, 2] int32: (tile * TQ + token) * SLOTS + slot, and the token's place in the batch
+    max_pages,
+    num_kv_heads,
+    TQ: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOTS_P: tl.constexpr,
+):
+    """Grid (G, tiles, TQ): every selected (token, page) into the list of its page."""
+    head = tl.program_id(0)
+    tile = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(2)
+    if token < tl.load(tiles_ptr + tile * 4 + 2):
+        pair = tile * num_kv_heads + head
+        run = tl.load(tile_run_ptr + tile).to(tl.int64)
+        slot = tl.arange(0, SLOTS_P)
+        taken = slot < tl.load(count_ptr + pair * TQ + token)
+        page = tl.load(table_ptr + (pair * TQ + token) * SLOTS + slot, mask=taken, other=0)
+        where = pair * max_pages + page
+        word = tl.load(words_ptr + where, mask=taken, other=0)
+        rank = _bits(word & ((1 << token) - 1))
+        where_run = (run * num_kv_heads + head) * max_pages + page
+        start = tl.load(ends_ptr + where_run, mask=taken, other=0) - tl.load(totals_ptr + where_run, mask=taken, other=0)
+        position = start + tl.load(offsets_ptr + where, mask=taken, other=0) + rank
+        entry = ((tile * TQ + token) * SLOTS + slot).to(tl.int32)
+        batch_token = tl.load(tiles_ptr + tile * 4 + 1) + token
+        tl.store(list_ptr + position.to(tl.int64) * 2, entry, mask=taken)
+        tl.store(list_ptr + position.to(tl.int64) * 2 + 1, tl.zeros_like(entry) + batch_token, mask=taken)

@@ -1,0 +1,184 @@
+"""Sparse prefill against the float64 reference: selections and outputs of every token, whatever rows and chunks it is in."""
+
+import pytest
+import torch
+from triton_cases import Batch, make_batch
+
+from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.algorithm.reference import spla_token
+from spla_backend.kernels.triton_prefill import PrefillTuning, TritonPrefill
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def attend(
+    batch: Batch,
+    ranges: list[tuple[int, int]],
+    *,
+    max_tiles: int | None = None,
+    tuning: PrefillTuning | None = None,
+    seed: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, TritonPrefill]:
+    """Prefill the positions `ranges` of the batch's rows; queries, NaN-poisoned outputs, and the op.
+
+    The keys and values of those tokens, and of no later ones, are in the cache.
+    """
+    base = batch.op
+    op = TritonPrefill(
+        base,
+        dense_below=0,
+        max_num_tokens=sum(b - a for a, b in ranges),
+        max_num_rows=len(ranges),
+        device=torch.device(DEVICE),
+        tuning=tuning,
+    )
+    if max_tiles is not None:
+        op.max_tiles = max_tiles
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(b - a for a, b in ranges)
+    joint = 2 * torch.randn(total, base.num_heads + 2, base.head_size, generator=generator)
+    query = joint.to(DEVICE, base.cache_dtype)[:, : base.num_heads]
+    output = torch.full_like(query, float("nan"))
+    starts = [0]
+    for a, b in ranges:
+        starts.append(starts[-1] + b - a)
+    plan = op.plan(0, starts, [b for _, b in ranges])
+    for name, buffer in op._pool.items():
+        if name != "arrivals":
+            buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
+    for step in plan.passes:
+        op.run(step, query, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table, output)
+    assert int(op._pool["arrivals"].abs().sum()) == 0
+    return query, output, op
+
+
+def check(batch: Batch, ranges: list[tuple[int, int]], tolerance: float, sample: int = 1, **arguments: int) -> None:
+    """Compare every `sample`-th sparse token with the reference; dense ones must not have been touched."""
+    query, output, op = attend(batch, ranges, **arguments)
+    base, params = batch.op, batch.op.params
+    norm_weights = tuple(w.double().cpu() for w in base.norm_weights)
+    at, compared = 0, 0
+    for row, (start, stop) in enumerate(ranges):
+        statistics = batch.statistics(row, (stop - 1) // params.page_size)
+        keys, values = batch.keys[row].double().cpu(), batch.values[row].double().cpu()
+        for position in range(start, stop):
+            token = at + position - start
+            if position < op.dense_below:
+                assert bool(output[token].isnan().all())
+                continue
+            if (position - start) % sample:
+                continue
+            expected = spla_token(
+                query[token].double().cpu() * base.scale,
+                keys[: position + 1],
+                values[: position + 1],
+                params,
+                statistics=statistics[: position // params.page_size],
+                gain=base.gain.double().cpu(),
+                norm_weights=norm_weights,
+            )
+            got, want = output[token].double().cpu(), expected.output
+            for head in range(base.num_kv_heads):
+                heads = slice(head * base.group, (head + 1) * base.group)
+                error = float((got[heads] - want[heads]).norm() / want[heads].norm())
+                if not error < tolerance:
+                    gap = near_tie(expected.group_scores[head], expected.selected[head])
+                    assert gap < 1e-3, f"row {row} position {position} head {head}: relative error {error:.2e}"
+            compared += 1
+        at += stop - start
+    assert compared
+
+
+def near_tie(scores: torch.Tensor, selected: list[int]) -> float:
+    """How far the best score left out is from the worst that is selected and not forced."""
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[[block for block in selected if block < len(scores)]] = True
+    if bool(mask.all()):
+        return float("inf")
+    best = scores[~mask].max()
+    return float((scores[mask] - best).abs().min())
+
+
+def case(
+    params: SplaParameters,
+    lengths: list[int],
+    *,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_size: int = 32,
+    **arguments: object,
+) -> Batch:
+    return make_batch(
+        params, lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, device=DEVICE, **arguments
+    )
+
+
+RESIDUALS = {
+    "none": {"residual": "none"},
+    "regression": {"residual": "regression"},
+    "linear": {"residual": "linear"},
+    "paper": {"residual": "linear", "combine": "double_rmsnorm"},
+}
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_residuals(residual: str) -> None:
+    params = SplaParameters(16, 16, 4, **RESIDUALS[residual])
+    check(case(params, [150]), [(0, 150)], 3e-3, sample=3)
+
+
+@pytest.mark.parametrize("selector", ["mean", "taylor2", "cumulant2", "quest"])
+def test_selectors(selector: str) -> None:
+    residual = "none" if selector == "quest" else "regression"
+    params = SplaParameters(16, 16, 4, selector=selector, residual=residual)
+    check(case(params, [120]), [(70, 120)], 3e-3, sample=5)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_groups(group: int) -> None:
+    params = SplaParameters(16, 16, 4)
+    check(case(params, [100], num_heads=2 * group), [(65, 100)], 3e-3, sample=5)
+
+
+@pytest.mark.parametrize(("page", "head_size"), [(48, 48), (64, 16), (32, 80)])
+def test_pages_and_heads(page: int, head_size: int) -> None:
+    params = SplaParameters(page, page, 3)
+    check(case(params, [5 * page], head_size=head_size), [(3 * page - 5, 5 * page)], 3e-3, sample=9)
+
+
+def test_top_p() -> None:
+    params = SplaParameters(16, 16, 6, top_p=0.7)
+    check(case(params, [180]), [(90, 180)], 3e-3, sample=5)
+
+
+def test_forced_pages_alone() -> None:
+    params = SplaParameters(16, 16, 4, first_blocks=2, last_blocks=2)
+    check(case(params, [120]), [(70, 120)], 3e-3, sample=5)
+
+
+def test_rows_and_passes() -> None:
+    """Rows of several lengths, cached prefixes and dense beginnings, in passes that cut rows anywhere."""
+    params = SplaParameters(16, 16, 4)
+    batch = case(params, [130, 40, 200, 97])
+    ranges = [(33, 130), (0, 40), (163, 200), (90, 97)]
+    check(batch, ranges, 3e-3, sample=4, max_tiles=3)
+
+
+def test_state_of_another_request() -> None:
+    """Blocks that held another request's state, and blocks that hold this request's, give the same answer."""
+    params = SplaParameters(16, 16, 4)
+    batch, other = case(params, [120]), case(params, [120], seed=5)
+    attend(other, [(70, 120)])
+    blocks, foreign = batch.state_table[0].long(), other.state_table[0].long()
+    batch.kv_cache[blocks] = other.kv_cache[foreign]
+    check(batch, [(70, 120)], 3e-3, sample=7)
+    check(batch, [(100, 120)], 3e-3, sample=7)  # its own, from the pages before
+
+
+def test_chunks_agree_bit_for_bit() -> None:
+    """Chunks that are whole tiles do the same arithmetic, whatever pass they are in."""
+    params = SplaParameters(16, 16, 4, residual="none")
+    batch = case(params, [176])
+    query, whole, _ = attend(batch, [(64, 176)])
+    _, cut, _ = attend(batch, [(64, 176)], max_tiles=2)
+    assert torch.equal(whole, cut)
