@@ -79,8 +79,8 @@ class PrefillTuning:
     score_chunk: int = 64
     score_stages: int = 2
     score_warps: int = 8
-    select_elements: int = 8192
-    select_warps: int = 8
+    tile_rows: int = 128
+    select_elements: int = 2048  # pages a warp
     attend_rows: int = 128
     attend_stages: int = 2
     attend_warps: int = 8
@@ -125,9 +125,10 @@ class TritonPrefill:
         self.tuning = PrefillTuning() if tuning is None else tuning
         self.dense_below = max(dense_below, params.budget_blocks * params.page_size)
         self._dp, self._group_p = triton.next_power_of_2(d), triton.next_power_of_2(base.group)
-        rows = self.tuning.attend_rows if self._dp <= 128 else self.tuning.attend_rows // 2
+        wide = 1 if self._dp <= 128 else 2
+        rows = self.tuning.tile_rows // wide
         self.tile_tokens = max(1, min(32, rows // self._group_p, params.page_size & -params.page_size))
-        self._attend_tokens = max(1, rows // self._group_p)
+        self._attend_tokens = max(1, self.tuning.attend_rows // wide // self._group_p)
         self._slots = params.budget_blocks - 1
         self._linear = params.residual == "linear"
         self._s_rows = {"regression": d + 1, "linear": d, "none": 0}[params.residual]
@@ -309,12 +310,13 @@ class TritonPrefill:
         score("normalise", 1)
         score("share", max(1, min(step.max_complete // (4 * tuning.score_chunk), 8)))
         pages = max(16, triton.next_power_of_2(step.max_complete))
-        prefill_select_kernel[(heads, num_tiles)](
-            step.tiles, grouped, pool["table"], pool["count"], pool["words"], max_pages, heads,
-            TQ=self.tile_tokens, ROWS=max(1, min(self.tile_tokens, tuning.select_elements // pages)),
+        rows = min(8, self.tile_tokens)
+        prefill_select_kernel[(heads, num_tiles, self.tile_tokens // rows)](
+            step.tiles, grouped, pool["table"], pool["count"], pool["words"].view(torch.int8), max_pages, heads,
+            TQ=self.tile_tokens, ROWS=rows,
             PAGE=params.page_size, SLOTS=self._slots, FIRST=params.first_blocks, LAST=params.last_blocks, PAGES=pages,
             TOP_P=params.top_p if params.top_p is not None and params.top_p < 1 else 0.0,
-            num_warps=tuning.select_warps,
+            num_warps=max(1, pages // tuning.select_elements),
         )  # fmt: skip
         prefill_count_kernel[(triton.cdiv(max_pages, 128), heads, num_runs)](
             step.tiles, step.runs, pool["words"], pool["offsets"], totals, max_pages, heads,

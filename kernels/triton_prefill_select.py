@@ -141,12 +141,15 @@ def prefill_score_kernel(
                     score = tl.dot(right, tl.trans(second), tl.dot(left, tl.trans(mean))) * scale
                 else:
                     linear = tl.dot(q, tl.trans(mean)) * scale
+                    # Only what ranks the pages needs all digits of q^2.
+                    s2 = tl.dot(square_high, tl.trans(second))
+                    if MODE == SHARE:
+                        s2 = tl.dot(square_low, tl.trans(second), s2)
+                    s2 *= restore[:, None]
                     if MODE == REST:
-                        s2 = tl.dot(square_high, tl.trans(second)) * restore[:, None]
                         score = LOG_PAGE + linear + second_order(s2, LOG_PAGE, TAYLOR2)
                     else:
-                        s2 = tl.dot(square_low, tl.trans(second), tl.dot(square_high, tl.trans(second)))
-                        score = LOG_PAGE + linear + second_order(s2 * restore[:, None], LOG_PAGE, SELECTOR)
+                        score = LOG_PAGE + linear + second_order(s2, LOG_PAGE, SELECTOR)
             if MODE == SHARE:
                 score = tl.where(member[:, None], score - lse[:, None], float("-inf"))
                 score = tl.reshape(score, [TQ, GROUP_P, CHUNK])
@@ -186,11 +189,11 @@ def prefill_select_kernel(
     grouped_ptr,  # [tiles, G, TQ, max_pages] float32
     table_ptr,  # [tiles, G, TQ, SLOTS] int32: complete pages that a token selected, by their place in the row, ascending
     count_ptr,  # [tiles, G, TQ] int32
-    words_ptr,  # [tiles, G, max_pages] int32
+    bytes_ptr,  # [tiles, G, max_pages, 4] int8, the bytes of `words`
     max_pages,
     num_kv_heads,
     TQ: tl.constexpr,
-    ROWS: tl.constexpr,  # tokens at a time, divides TQ
+    ROWS: tl.constexpr,  # tokens a program, at most 8
     PAGE: tl.constexpr,
     SLOTS: tl.constexpr,  # complete pages a token selects at most: the budget without the current page
     FIRST: tl.constexpr,
@@ -198,86 +201,85 @@ def prefill_select_kernel(
     PAGES: tl.constexpr,  # a power of two, at least the complete pages of every tile
     TOP_P: tl.constexpr,  # 0 where there is none
 ):
-    """Grid (G, tiles): every tile has more complete pages than SLOTS."""
+    """Grid (G, tiles, TQ / ROWS): every tile has more complete pages than SLOTS.
+
+    A token at a time: with one warp, nothing waits for other warps.
+    """
     head = tl.program_id(0)
     tile = tl.program_id(1).to(tl.int64)
+    byte = tl.program_id(2)
     num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
     current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
     pair = tile * num_kv_heads + head
     index = tl.arange(0, PAGES)
-    complete = (index < current)[None, :]  # [1, PAGES]
-    forced = complete & ((index < FIRST) | (index > current - LAST))[None, :]
+    complete = index < current
+    forced = complete & ((index < FIRST) | (index > current - LAST))
     NUM_FORCED: tl.constexpr = FIRST + (LAST - 1 if LAST > 1 else 0)
-    words = tl.zeros([PAGES], dtype=tl.int32)
-    for first in tl.range(0, TQ, ROWS):
-        token = first + tl.arange(0, ROWS)
-        exists = token < num_tokens
-        rows = (pair * TQ + token) * max_pages  # [ROWS]
-        mask = exists[:, None] & complete
-        grouped = tl.load(grouped_ptr + rows[:, None] + index[None, :], mask=mask, other=float("-inf"))
-        # Forced pages above, pages that do not exist below every score.
-        key = tl.where(mask, _ordered(grouped), -2147483648)
-        key = tl.where(forced, 2147483647, key)
-        # Invariant: count(key >= low) >= SLOTS > count(key >= high), or the forced pages alone are as many.
-        low = tl.min(tl.where(mask, key, 2147483647), axis=1)  # [ROWS]
-        high = tl.max(tl.where(mask & ~forced, key, -2147483648), axis=1) + 1
-        low = tl.where(NUM_FORCED >= SLOTS, high, low)
-        count = tl.where(NUM_FORCED >= SLOTS, NUM_FORCED, current) + tl.zeros([ROWS], dtype=tl.int32)
-        span = high.to(tl.int64) - low
-        open_rows = exists & (count != SLOTS) & (span > 1)
-        while tl.max(open_rows.to(tl.int32), axis=0) > 0:
-            # Two thresholds a step, their counts in the halves of one number.
-            lower = (low + tl.maximum(span // 3, 1)).to(tl.int32)
-            upper = (low + tl.maximum(span * 2 // 3, 1)).to(tl.int32)
-            at_least = (key >= lower[:, None]).to(tl.int32) + (key >= upper[:, None]).to(tl.int32) * 65536
-            above = tl.sum(at_least, axis=1)
-            above_upper = (above >> 16) & 65535
-            above_lower = above & 65535
-            at_upper = above_upper >= SLOTS
-            at_lower = above_lower >= SLOTS
-            new_high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
-            new_low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
-            new_count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
-            high = tl.where(open_rows, new_high, high)
-            low = tl.where(open_rows, new_low, low)
-            count = tl.where(open_rows, new_count, count)
+    word = tl.zeros([PAGES], dtype=tl.int32)
+    for step in tl.range(0, ROWS):
+        token = byte * ROWS + step
+        if token < num_tokens:
+            row = pair * TQ + token
+            grouped = tl.load(grouped_ptr + row * max_pages + index, mask=complete, other=float("-inf"))  # [PAGES]
+            # Forced pages above, pages that do not exist below every score.
+            key = tl.where(complete, _ordered(grouped), -2147483648)
+            key = tl.where(forced, 2147483647, key)
+            # Invariant: count(key >= low) >= SLOTS > count(key >= high), or the forced pages alone are as many.
+            low = tl.min(tl.where(complete, key, 2147483647), axis=0)
+            high = tl.max(tl.where(complete & ~forced, key, -2147483648), axis=0) + 1
+            low = tl.where(NUM_FORCED >= SLOTS, high, low)
+            count = tl.where(NUM_FORCED >= SLOTS, NUM_FORCED, current)
             span = high.to(tl.int64) - low
-            open_rows = exists & (count != SLOTS) & (span > 1)
-        selected = mask & (key >= low[:, None])
-        if tl.max(tl.where(exists & (count > SLOTS), 1, 0), axis=0) > 0:
-            # Ties at the threshold: the lower page goes first.
-            tied = mask & (key == low[:, None])
-            rank = tl.cumsum(tied.to(tl.int32), axis=1)
-            allowed = SLOTS - (count - tl.sum(tied.to(tl.int32), axis=1))
-            strict = mask & ((key > low[:, None]) | (tied & (rank <= allowed[:, None])))
-            selected = tl.where((count > SLOTS)[:, None], strict, selected)
+            while (count != SLOTS) & (span > 1):
+                # Two thresholds a step, their counts in the halves of one number.
+                lower = (low + tl.maximum(span // 3, 1)).to(tl.int32)
+                upper = (low + tl.maximum(span * 2 // 3, 1)).to(tl.int32)
+                above = tl.sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0), axis=0)
+                above_upper = (above >> 16) & 65535
+                above_lower = above & 65535
+                at_upper = above_upper >= SLOTS
+                at_lower = above_lower >= SLOTS
+                high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
+                low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
+                count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
+                span = high.to(tl.int64) - low
+            selected = key >= low
+            if count > SLOTS:
+                # Ties at the threshold: the lower page goes first.
+                tied = key == low
+                rank = tl.cumsum(tied.to(tl.int32), axis=0)
+                allowed = SLOTS - (count - tl.sum(tied.to(tl.int32), axis=0))
+                selected = (key > low) | (tied & (rank <= allowed))
 
-        if TOP_P > 0:
-            # As in `triton_select`: bisect for the least key with too little mass above it.
-            mass = tl.where(mask, tl.exp(grouped), 0.0)
-            enough = TOP_P * tl.sum(mass, axis=1)
-            chosen = tl.where(selected, mass, 0.0)
-            low_key = tl.min(tl.where(selected, key, 2147483647), axis=1) - 1
-            high_key = tl.full([ROWS], 2147483647, dtype=tl.int32)
-            middle = _middle(low_key, high_key)
-            while tl.max((exists & (middle != low_key)).to(tl.int32), axis=0) > 0:
-                short = tl.sum(tl.where(key > middle[:, None], chosen, 0.0), axis=1) < enough
-                high_key = tl.where(short, middle, high_key)
-                low_key = tl.where(short, low_key, middle)
+            if TOP_P > 0:
+                # As in `triton_select`: bisect for the least key with too little mass above it.
+                mass = tl.where(complete, tl.exp(grouped), 0.0)
+                enough = TOP_P * tl.sum(mass, axis=0)
+                chosen = tl.where(selected, mass, 0.0)
+                low_key = tl.min(tl.where(selected, key, 2147483647), axis=0) - 1
+                high_key = tl.full([], 2147483647, dtype=tl.int32)
                 middle = _middle(low_key, high_key)
-            tied = selected & (key == high_key[:, None])
-            tied_mass = tl.where(tied, chosen, 0.0)
-            before = tl.sum(tl.where(key > high_key[:, None], chosen, 0.0), axis=1)[:, None]
-            before += tl.cumsum(tied_mass, axis=1) - tied_mass
-            selected &= forced | (key > high_key[:, None]) | (tied & (before < enough[:, None]))
+                while middle != low_key:
+                    short = tl.sum(tl.where(key > middle, chosen, 0.0), axis=0) < enough
+                    high_key = tl.where(short, middle, high_key)
+                    low_key = tl.where(short, low_key, middle)
+                    middle = _middle(low_key, high_key)
+                tied = selected & (key == high_key)
+                tied_mass = tl.where(tied, chosen, 0.0)
+                before = tl.sum(tl.where(key > high_key, chosen, 0.0), axis=0)
+                before += tl.cumsum(tied_mass, axis=0) - tied_mass
+                selected &= forced | (key > high_key) | (tied & (before < enough))
 
-        taken = selected.to(tl.int32)
-        slot = tl.cumsum(taken, axis=1) - 1
-        table = table_ptr + ((pair * TQ + token) * SLOTS)[:, None] + slot
-        tl.store(table, tl.broadcast_to(index[None, :], [ROWS, PAGES]), mask=selected)
-        tl.store(count_ptr + pair * TQ + token, tl.sum(taken, axis=1))
-        words += tl.sum(taken << token[:, None], axis=0)
-    tl.store(words_ptr + pair * max_pages + index, words, mask=index < current)
+            taken = selected.to(tl.int32)
+            slot = tl.cumsum(taken, axis=0) - 1
+            tl.store(table_ptr + row * SLOTS + slot, index, mask=selected)
+            tl.store(count_ptr + row, tl.sum(taken, axis=0))
+            word += taken << step
+    target = bytes_ptr + (pair * max_pages + index) * 4
+    tl.store(target + byte, word.to(tl.int8), mask=complete)
+    if byte == 0:  # tokens that a tile cannot have
+        for absent in tl.static_range(TQ // ROWS, 4):
+            tl.store(target + absent, tl.zeros([PAGES], dtype=tl.int8), mask=complete)
 
 
 @triton.jit
