@@ -26,13 +26,14 @@ from .layout import STATE_MAGIC
 from .triton_attend import RESIDUAL_CODES
 from .triton_cache import SELECTOR_CODES
 from .triton_decode import TritonPagedSpla
-from .triton_prefill_attend import page_attend_kernel, prefill_merge_kernel
+from .triton_prefill_attend import list_attend_kernel, page_attend_kernel, prefill_merge_kernel
 from .triton_prefill_select import (
     MODES,
     prefill_count_kernel,
     prefill_list_kernel,
     prefill_score_kernel,
     prefill_select_kernel,
+    prefill_work_kernel,
 )
 from .triton_prefill_state import prefill_state_kernel
 
@@ -82,6 +83,8 @@ class PrefillTuning:
     tile_rows: int = 128
     select_elements: int = 2048  # pages a warp
     attend_rows: int = 128
+    attend_programs: int = 2  # a multiprocessor
+    persistent: bool = True
     attend_stages: int = 2
     attend_warps: int = 8
     merge_stages: int = 3
@@ -159,9 +162,10 @@ class TritonPrefill:
             "offsets": ((tiles, heads, self._max_pages), torch.int32),
             "table": ((tiles, heads, self.tile_tokens, self._slots), torch.int32),
             "count": ((tiles, heads, self.tile_tokens), torch.int32),
-            "totals": ((self.max_runs * heads * self._max_pages,), torch.int32),
-            "ends": ((self.max_runs * heads * self._max_pages,), torch.int32),
+            "totals": ((2 * self.max_runs * heads * self._max_pages,), torch.int32),
+            "ends": ((2 * self.max_runs * heads * self._max_pages,), torch.int32),
             "list": ((parts, 2), torch.int32),
+            "work": ((min(parts, parts // self._attend_tokens + self.max_runs * heads * self._max_pages), 4), torch.int32),
             "states": ((tiles if rest else 1, heads, self._s_rows + 1, base.head_size), torch.float32),
             "arrivals": ((self.max_runs, heads), torch.int32),
         }
@@ -296,7 +300,8 @@ class TritonPrefill:
         page_p = triton.next_power_of_2(params.page_size)
         grouped = pool["out"].view(torch.float32)
         shape = {"GROUP": base.group, "GROUP_P": self._group_p, "TQ": self.tile_tokens, "D": d, "DP": self._dp}
-        totals, ends = (pool[name][: num_runs * heads * max_pages] for name in ("totals", "ends"))
+        totals, ends = (pool[name][: 2 * num_runs * heads * max_pages].view(2, -1) for name in ("totals", "ends"))
+        groups = (triton.cdiv(max_pages, 128), heads, num_runs)
 
         def score(mode: str, splits: int) -> None:
             prefill_score_kernel[(heads, num_tiles, splits)](
@@ -318,11 +323,16 @@ class TritonPrefill:
             TOP_P=params.top_p if params.top_p is not None and params.top_p < 1 else 0.0,
             num_warps=max(1, pages // tuning.select_elements),
         )  # fmt: skip
-        prefill_count_kernel[(triton.cdiv(max_pages, 128), heads, num_runs)](
+        prefill_count_kernel[groups](
             step.tiles, step.runs, pool["words"], pool["offsets"], totals, max_pages, heads,
-            PAGE=params.page_size, WIDTH=128, num_warps=1,
+            PAGE=params.page_size, TM=self._attend_tokens, WIDTH=128, num_warps=1,
         )  # fmt: skip
-        torch.cumsum(totals, 0, dtype=torch.int32, out=ends)
+        for counts, sums in zip(totals, ends, strict=True):
+            torch.cumsum(counts, 0, dtype=torch.int32, out=sums)
+        prefill_work_kernel[groups](
+            block_table, step.runs, totals, ends, pool["work"], table_stride, max_pages, heads,
+            TM=self._attend_tokens, WIDTH=128, num_warps=1,
+        )  # fmt: skip
         prefill_list_kernel[(heads, num_tiles, self.tile_tokens)](
             step.tiles, step.tile_run, pool["table"], pool["count"], pool["words"], pool["offsets"], totals, ends,
             pool["list"], max_pages, heads, TQ=self.tile_tokens, SLOTS=self._slots,
@@ -344,7 +354,15 @@ class TritonPrefill:
                 S_ROWS=self._s_rows, LINEAR=self._linear, num_warps=tuning.state_warps,
             )  # fmt: skip
         parts = pool["out"], pool["sums"], pool["part_tail"], pool["part_z"]
-        page_attend_kernel[(max_pages, heads, num_runs)](
+        if tuning.persistent:
+            list_attend_kernel[(tuning.attend_programs * base._num_sms,)](
+                query, kv_cache, pool["work"], ends[1, -1:], pool["list"], pool["tail"], *parts,
+                query.stride(0), query.stride(1), *page_strides, kv_cache.shape[0] - 1, heads, num_parts, base.scale,
+                params.residual_scale, TM=self._attend_tokens, PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots,
+                STAGES=tuning.attend_stages, RESIDUAL=residual, num_warps=tuning.attend_warps, **shape,
+            )  # fmt: skip
+        else:
+          page_attend_kernel[(max_pages, heads, num_runs)](
             query, kv_cache, block_table, step.runs, totals, ends, pool["list"], pool["tail"], *parts,
             query.stride(0), query.stride(1), *page_strides, table_stride, max_pages, heads, num_parts, base.scale,
             params.residual_scale, TM=self._attend_tokens, PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots,

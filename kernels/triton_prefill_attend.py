@@ -140,6 +140,130 @@ def page_attend_kernel(
 
 
 @triton.jit
+def list_attend_kernel(
+    query_ptr,  # [tokens, H, D]
+    kv_ptr,
+    work_ptr,  # [items, 4] int32: page, kv head, first entry, end
+    num_items_ptr,  # [1] int32
+    list_ptr,  # [entries, 2] int32
+    tail_ptr,  # [tiles, G, 2, M] float32
+    part_out_ptr,  # [G, tiles * TQ * SLOTS, GROUP, D] cache dtype
+    part_sum_ptr,  # [G, tiles * TQ * SLOTS, 2, GROUP_P] float32: maxima, sums
+    part_tail_ptr,  # as part_out, float32: phi(q) S of the page, for LINEAR
+    part_z_ptr,  # [G, tiles * TQ * SLOTS, GROUP_P] float32: phi(q) . z
+    query_token_stride,
+    query_head_stride,
+    page_stride,
+    head_stride,
+    last_page,
+    num_kv_heads,
+    num_parts,  # parts of a kv head
+    scale,
+    residual_scale,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    TQ: tl.constexpr,
+    TM: tl.constexpr,  # tokens of a work item
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAGE_P: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Grid (programs): each takes every so many-th work item, so that the loads of the next hide behind this one."""
+    M: tl.constexpr = TM * GROUP_P
+    dtype = kv_ptr.dtype.element_ty
+    column = tl.arange(0, DP)
+    in_head = column < D
+    t = tl.arange(0, PAGE_P)
+    m = tl.arange(0, M)
+    member = m % GROUP_P
+    in_group = member < GROUP
+    num_items = tl.load(num_items_ptr)
+    item = tl.program_id(0)
+    if item < num_items:
+        # Everything that a step's addresses come from is fetched a step ahead: a load that waits for another load is
+        # not pipelined well.
+        page = tl.load(work_ptr + item * 4)
+        head = tl.load(work_ptr + item * 4 + 1)
+        start = tl.load(work_ptr + item * 4 + 2)
+        end = tl.load(work_ptr + item * 4 + 3)
+        place = tl.minimum(start + m // GROUP_P, end - 1)
+        entry = tl.load(list_ptr + place.to(tl.int64) * 2)
+        token = tl.load(list_ptr + place.to(tl.int64) * 2 + 1)
+        ahead = tl.minimum(item + tl.num_programs(0), num_items - 1)
+        next_page = tl.load(work_ptr + ahead * 4)
+        next_head = tl.load(work_ptr + ahead * 4 + 1)
+        next_start = tl.load(work_ptr + ahead * 4 + 2)
+        next_end = tl.load(work_ptr + ahead * 4 + 3)
+        for index in tl.range(item, num_items, tl.num_programs(0), num_stages=STAGES):
+            mine = tl.maximum(entry, 0)  # [M]; undefined, and not used, beyond the last step
+            query_row = tl.maximum(token, 0).to(tl.int64) * query_token_stride
+            here = tl.minimum(tl.maximum(head, 0), num_kv_heads - 1)
+            exists = (start + m // GROUP_P < end) & in_group
+            base = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + here * head_stride
+            page, head, start, end = next_page, next_head, next_start, next_end
+            place = tl.maximum(tl.minimum(start + m // GROUP_P, end - 1), 0)
+            entry = tl.load(list_ptr + place.to(tl.int64) * 2)
+            token = tl.load(list_ptr + place.to(tl.int64) * 2 + 1)
+            ahead = tl.minimum(index + 2 * tl.num_programs(0), num_items - 1)
+            next_page = tl.load(work_ptr + ahead * 4)
+            next_head = tl.load(work_ptr + ahead * 4 + 1)
+            next_start = tl.load(work_ptr + ahead * 4 + 2)
+            next_end = tl.load(work_ptr + ahead * 4 + 3)
+
+            query = query_ptr + query_row + (here * GROUP + tl.minimum(member, GROUP - 1)) * query_head_stride
+            rows = base + (t * 2 * D)[:, None] + column[None, :]
+            if (D == DP) & (PAGE == PAGE_P):
+                q = tl.load(query[:, None] + column[None, :])  # [M, DP]
+                k = tl.load(rows)  # [PAGE_P, DP]
+                v = tl.load(rows + D)
+            else:
+                kv_mask = (t < PAGE)[:, None] & in_head[None, :]
+                q = tl.load(query[:, None] + column[None, :], mask=in_head[None, :], other=0.0)
+                k = tl.load(rows, mask=kv_mask, other=0.0)
+                v = tl.load(rows + D, mask=kv_mask, other=0.0)
+            q = q.to(dtype)
+            logit = tl.dot(q, tl.trans(k)) * scale  # [M, PAGE_P]
+            exposed = logit
+            if PAGE != PAGE_P:
+                exposed = tl.where((t < PAGE)[None, :], logit, float("-inf"))
+            top = tl.max(exposed, axis=1)  # [M]
+            if RESIDUAL == REGRESSION:
+                tile_token = mine // SLOTS
+                where = ((tile_token // TQ).to(tl.int64) * num_kv_heads + here) * (2 * TQ * GROUP_P)
+                where += (tile_token % TQ) * GROUP_P + member
+                log_mean = tl.load(tail_ptr + where, mask=exists, other=float("-inf"))
+                center = tl.load(tail_ptr + where + TQ * GROUP_P, mask=exists, other=0.0)
+                top = tl.maximum(top, log_mean)
+            weight = tl.exp(exposed - top[:, None])
+            total = tl.sum(weight, axis=1)
+            if RESIDUAL == REGRESSION:
+                level = tl.exp(log_mean - top)
+                weight -= level[:, None] * (1.0 + residual_scale * (logit - center[:, None]))
+            out = tl.dot(weight.to(dtype), v)  # [M, DP]
+            part = here.to(tl.int64) * num_parts + mine
+            stored = exists[:, None] & in_head[None, :]
+            out_row = (part * GROUP + member) * D
+            tl.store(part_out_ptr + out_row[:, None] + column[None, :], out.to(dtype), mask=stored)
+            tl.store(part_sum_ptr + part * 2 * GROUP_P + member, top, mask=exists)
+            tl.store(part_sum_ptr + part * 2 * GROUP_P + GROUP_P + member, total, mask=exists)
+            if RESIDUAL == LINEAR:
+                phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
+                phi_q = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
+                feature = tl.dot(phi_q, tl.trans(phi_k))
+                if PAGE != PAGE_P:
+                    feature = tl.where((t < PAGE)[None, :], feature, 0.0)
+                high = feature.to(dtype)
+                low = (feature - high.to(tl.float32)).to(dtype)
+                tail = tl.dot(low, v, tl.dot(high, v))
+                tl.store(part_tail_ptr + out_row[:, None] + column[None, :], tail, mask=stored)
+                tl.store(part_z_ptr + part * GROUP_P + member, tl.sum(feature, axis=1), mask=exists)
+
+
+@triton.jit
 def prefill_merge_kernel(
     query_ptr,
     kv_ptr,

@@ -297,10 +297,11 @@ def prefill_count_kernel(
     runs_ptr,  # [runs, 3] int32: first tile, tiles, row, of a row's share of this pass
     words_ptr,
     offsets_ptr,  # [tiles, G, max_pages] int32: tokens of earlier tiles of the run that selected the page
-    totals_ptr,  # [runs, G, max_pages] int32
+    totals_ptr,  # [2, runs, G, max_pages] int32: tokens; work items of TM tokens
     max_pages,
     num_kv_heads,
     PAGE: tl.constexpr,
+    TM: tl.constexpr,
     WIDTH: tl.constexpr,  # pages a program
 ):
     """Grid (page groups, G, runs): how many tokens of a run selected a page, for lists in the order of tokens."""
@@ -319,6 +320,44 @@ def prefill_count_kernel(
         running += _bits(word)
     totals = totals_ptr + (run.to(tl.int64) * num_kv_heads + head) * max_pages
     tl.store(totals + index, running, mask=index < max_pages)
+    totals += tl.num_programs(2).to(tl.int64) * num_kv_heads * max_pages
+    tl.store(totals + index, (running + TM - 1) // TM, mask=index < max_pages)
+
+
+@triton.jit
+def prefill_work_kernel(
+    block_table_ptr,
+    runs_ptr,  # [runs, 3] int32
+    totals_ptr,  # [2, runs, G, max_pages] int32
+    ends_ptr,  # [2, runs, G, max_pages] int32: running sums of the totals
+    work_ptr,  # [items, 4] int32: page, kv head, first entry of the list, end of the list
+    block_table_stride,
+    max_pages,
+    num_kv_heads,
+    TM: tl.constexpr,
+    WIDTH: tl.constexpr,  # pages a program
+):
+    """Grid (page groups, G, runs): the lists cut into work items of TM tokens."""
+    index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    exists = index < max_pages
+    head = tl.program_id(1)
+    run = tl.program_id(2).to(tl.int64)
+    row = tl.load(runs_ptr + run * 3 + 2).to(tl.int64)
+    where = (run * num_kv_heads + head) * max_pages + index
+    items_of = tl.num_programs(2).to(tl.int64) * num_kv_heads * max_pages + where
+    end = tl.load(ends_ptr + where, mask=exists, other=0)
+    start = end - tl.load(totals_ptr + where, mask=exists, other=0)
+    items = tl.load(totals_ptr + items_of, mask=exists, other=0)
+    first = tl.load(ends_ptr + items_of, mask=exists, other=0) - items
+    used = exists & (items > 0)
+    page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + index, mask=used, other=0), 0)
+    for item in tl.range(0, tl.max(items, axis=0)):
+        mask = item < items
+        record = work_ptr + (first + item).to(tl.int64) * 4
+        tl.store(record, page, mask=mask)
+        tl.store(record + 1, tl.zeros_like(page) + head, mask=mask)
+        tl.store(record + 2, start + item * TM, mask=mask)
+        tl.store(record + 3, tl.minimum(start + item * TM + TM, end), mask=mask)
 
 
 @triton.jit

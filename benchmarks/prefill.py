@@ -1,0 +1,217 @@
+"""Time the prefill of one attention layer: FA3 dense, SPLA, SPLA's floor.
+
+    python benchmarks/prefill.py --out benchmarks/results/prefill_h200.json
+
+One row of `context` tokens, nothing cached before, over one paged cache in one process. A measurement is the median of
+several calls between CUDA events, and the spread (10th to 90th percentile). `uniform` inputs are independent random
+vectors, so that neighbouring tokens choose unrelated pages: the hardest case. In `drifting` inputs the queries of
+neighbouring tokens are alike, as a model's are. SPLA outputs of sampled tokens are checked against the float64
+reference before they are timed. A short table comes last.
+
+The floor is the larger of two: the products (three scores of every complete page, attention over the budget) at the
+rate of a large bf16 matrix product measured in the same run, and the bytes of keys, values, queries and outputs at the
+bandwidth of a large copy.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from decode import DTYPE, HEAD_SIZE, HEADS, KV_HEADS, SCALE, Pool, copy_bandwidth
+
+from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.algorithm.reference import spla_token
+from spla_backend.kernels.triton_decode import TritonPagedSpla, _Scratch
+from spla_backend.kernels.triton_prefill import PrefillTuning, TritonPrefill
+
+
+def matmul_rate() -> float:
+    """FLOP a second of an 8192-cubed bf16 product on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=DTYPE) for _ in range(2))
+    return 2 * 8192**3 / (time_calls(lambda: a @ b)[0] * 1e-3)
+
+
+def time_calls(run: Callable[[], object], calls: int = 7) -> tuple[float, float]:
+    """Median and spread in milliseconds."""
+    for _ in range(2):
+        run()
+    times = []
+    for _ in range(calls):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    times.sort()
+    return statistics.median(times), times[-1 - calls // 10] - times[calls // 10]
+
+
+def queries(context: int, kind: str) -> torch.Tensor:
+    """`[context, H, d]`."""
+    fresh = torch.randn(context, HEADS, HEAD_SIZE, device="cuda")
+    if kind == "uniform":
+        return fresh.to(DTYPE)
+    slow = torch.randn(-(-context // 64) + 1, HEADS, HEAD_SIZE, device="cuda")
+    part = torch.arange(context, device="cuda") % 64 / 64
+    index = torch.arange(context, device="cuda") // 64
+    mixed = slow[index] * (1 - part)[:, None, None] + slow[index + 1] * part[:, None, None]
+    return (0.9 * mixed / (part**2 + (1 - part) ** 2).sqrt()[:, None, None] + 0.44 * fresh).to(DTYPE)
+
+
+def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0) -> Callable[[], object]:
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    page = pool.op.params.page_size
+    keys, values = (x.transpose(1, 2) for x in pool.kv_cache[:, :, :page].split(HEAD_SIZE, -1))  # [pages, B, G, d]
+    starts = torch.tensor([0, len(query)], dtype=torch.int32, device="cuda")
+    lengths = torch.tensor([start + len(query)], dtype=torch.int32, device="cuda")
+    return lambda: flash_attn_varlen_func(
+        q=query, k=keys, v=values, out=output, cu_seqlens_q=starts, max_seqlen_q=len(query), seqused_k=lengths,
+        max_seqlen_k=start + len(query), softmax_scale=SCALE, causal=True, block_table=pool.block_table, fa_version=3,
+    )  # fmt: skip
+
+
+def spla(
+    op: TritonPrefill, pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0
+) -> Callable[[], None]:
+    """Planned in every call, as in an engine's step; the dense beginning through FA3."""
+
+    def run() -> None:
+        plan = op.plan(0, [0, len(query)], [start + len(query)])
+        for rows in plan.dense:
+            fa3(pool, query[: rows.num_tokens], output[: rows.num_tokens], start)()
+        for step in plan.passes:
+            op.run(step, query, pool.kv_cache, pool.kv_cache, pool.block_table, pool.state_table, output)
+
+    return run
+
+
+def check(op: TritonPrefill, pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0) -> float:
+    """Worst relative error of sampled tokens, one kv head, that the reference would give."""
+    base, layout, group = op.base, op.base.page_layout, HEADS // KV_HEADS
+    kv = pool.kv_cache[pool.block_table[0].long(), 1:2]  # [pages, 1, B + r, 2 d]
+    tokens = kv[:, :, : layout.page_size].transpose(1, 2).flatten(0, 1).cpu().double()
+    statistic = kv[:, :, layout.page_size :].flatten(2)[..., : layout.statistics_elements].cpu().double()
+    worst = 0.0
+    first = max(op.dense_below, start)
+    end = start + len(query)
+    picks = sorted({first, min(first + 77, end - 1), (first + end) // 2, end - 2, end - 1})
+    for position in picks:
+        keys, values = tokens[: position + 1].split(HEAD_SIZE, -1)
+        heads = slice(group, 2 * group)
+        want = spla_token(
+            query[position - start, heads].cpu().double() * SCALE, keys, values, base.params,
+            statistics=statistic[: position // layout.page_size],
+        ).output  # fmt: skip
+        got = output[position - start, heads].cpu().double()
+        worst = max(worst, float((got - want).norm() / want.norm()))
+    return worst
+
+
+def floor_ms(op: TritonPrefill, context: int, flops: float, bandwidth: float) -> float:
+    page, budget = op.base.params.page_size, op.base.params.budget_blocks * op.base.params.page_size
+    first = min(op.dense_below, context)
+    scored = (context**2 - first**2) / 2 / page  # (token, page) pairs
+    products = scored * HEADS * 2 * HEAD_SIZE * 8 + (context - first) * HEADS * budget * 4 * HEAD_SIZE
+    products += first**2 / 2 * HEADS * 4 * HEAD_SIZE
+    moved = context * (2 * KV_HEADS + 2 * HEADS) * HEAD_SIZE * 2
+    return max(products / flops, moved / bandwidth) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", default="8192,16384,32768,65536,131072,524288")
+    parser.add_argument("--budgets", default="2048")
+    parser.add_argument("--page", type=int, default=64)
+    parser.add_argument("--kinds", default="uniform,drifting")
+    parser.add_argument("--dense-below", type=int, default=0, help="tokens; at least the budget")
+    parser.add_argument("--options", default="{}", help="parameters of SPLA as JSON")
+    parser.add_argument("--tuning", default="{}", help="launch shapes as JSON")
+    parser.add_argument("--breakdown", action="store_true", help="time of each kernel, from the profiler")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    import triton
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    with contextlib.suppress(Exception):
+        versions["vllm"] = __import__("vllm").__version__
+    properties = torch.cuda.get_device_properties(0)
+    bandwidth, flops = copy_bandwidth(), matmul_rate()
+    hardware = {
+        "gpu": properties.name,
+        "sms": properties.multi_processor_count,
+        "copy_bytes_per_s": round(bandwidth),
+        "matmul_flop_per_s": round(flops),
+    }
+    rows: list[dict] = []
+
+    def record(impl: str, ms: float, spread: float, **where: object) -> None:
+        rows.append({"impl": impl, **where, "ms": round(ms, 3), "spread_ms": round(spread, 3)})
+        print(rows[-1], flush=True)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            result = {"command": " ".join(["python", *sys.argv]), "versions": versions, "hardware": hardware}
+            args.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+
+    device = torch.device("cuda")
+    for context in (int(x) for x in args.contexts.split(",")):
+        for budget in (int(x) for x in args.budgets.split(",")):
+            _Scratch._instances.clear()
+            TritonPrefill._pools.clear()
+            torch.cuda.empty_cache()
+            params = SplaParameters(args.page, args.page, budget // args.page, **json.loads(args.options))
+            base = TritonPagedSpla(
+                params, num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE,
+                max_num_rows=1, max_model_len=context, device="cuda",
+            )  # fmt: skip
+            op = TritonPrefill(
+                base, dense_below=args.dense_below, max_num_tokens=context, max_num_rows=1, device=device,
+                tuning=PrefillTuning(**json.loads(args.tuning)),
+            )  # fmt: skip
+            pool = Pool(base, context, 1)
+            where = {"batch": 1, "context": context, "budget": budget, "page": args.page}
+            print(f"{where}: scratch {op.scratch_bytes / 2**20:.0f} MiB, {op.max_tiles} tiles a pass", flush=True)
+            record("floor", floor_ms(op, context, flops, bandwidth), 0.0, **where)
+            for kind in args.kinds.split(","):
+                query = queries(context, kind)
+                output = torch.full_like(query, float("nan"))
+                if kind == args.kinds.split(",")[0]:
+                    record("fa3", *time_calls(fa3(pool, query, output)), **where)
+                    output.fill_(float("nan"))
+                run = spla(op, pool, query, output)
+                run()
+                error = check(op, pool, query, output) if context > op.dense_below else 0.0
+                if bool(output.isnan().any()) or not error < 2e-2:
+                    raise RuntimeError(f"{where}, {kind}: NaN, or relative error {error:.1e}")
+                record("spla", *time_calls(run), **where, kind=kind, error=round(error, 5))
+                if args.breakdown:
+                    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                        run()
+                        torch.cuda.synchronize()
+                    for item in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:12]:
+                        print(f"    {item.self_device_time_total / 1e3:9.3f} ms {item.count:5d}  {item.key[:70]}")
+    print(f"{'context':>8} {'budget':>6} {'floor':>9} {'fa3':>9} {'kind':>9} {'spla':>9}  fa3/spla")
+    for row in rows:
+        if row["impl"] == "spla":
+            same = {r["impl"]: r["ms"] for r in rows if (r["context"], r["budget"]) == (row["context"], row["budget"])}
+            ratio = same.get("fa3", math.nan) / row["ms"]
+            print(
+                f"{row['context']:8d} {row['budget']:6d} {same['floor']:9.2f} {same['fa3']:9.2f} {row['kind']:>9} "
+                f"{row['ms']:9.2f}  {ratio:6.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
