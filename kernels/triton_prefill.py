@@ -16,6 +16,7 @@ What depends on lengths is planned on the host, from lengths that the host knows
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from .layout import STATE_MAGIC
 from .triton_attend import RESIDUAL_CODES
 from .triton_cache import SELECTOR_CODES
 from .triton_decode import TritonPagedSpla
-from .triton_prefill_attend import list_attend_kernel, page_attend_kernel, prefill_merge_kernel
+from .triton_prefill_attend import page_attend_kernel, prefill_merge_kernel
 from .triton_prefill_select import (
     MODES,
     prefill_count_kernel,
@@ -39,6 +40,10 @@ from .triton_prefill_state import prefill_state_kernel
 
 SCRATCH_BYTES = 1 << 30
 """What the parts of a pass may take: a larger pass gives every page a longer list of tokens."""
+
+
+Tile = tuple[int, int, int, int]
+"""Row, first token in the batch, tokens, position of the first token."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,9 @@ class PrefillTuning:
     score_stages: int = 2
     score_warps: int = 8
     tile_rows: int = 128
-    select_elements: int = 2048  # pages a warp
+    select_elements: int = 1024  # pages a warp
     attend_rows: int = 128
     attend_programs: int = 2  # a multiprocessor
-    persistent: bool = True
     attend_stages: int = 2
     attend_warps: int = 8
     merge_stages: int = 3
@@ -142,7 +146,9 @@ class TritonPrefill:
         per_token = base.num_kv_heads * max(self._slots * part, self._max_pages * 4)
         limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows
         self.max_tiles = max(1, min(limit, scratch_bytes // (per_token * self.tile_tokens)))
-        self.max_runs = min(max_num_rows, self.max_tiles)
+        # Lists are a row's own; many rows in one pass would need room for many unfilled work items.
+        room = scratch_bytes // 16 // (base.num_kv_heads * self._max_pages * self._attend_tokens * 8)
+        self.max_runs = max(1, min(max_num_rows, self.max_tiles, room))
         self._pool = self._shared_pool()
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -151,6 +157,8 @@ class TritonPrefill:
         parts = heads * tokens * self._slots
         grouped = heads * tokens * self._max_pages * 4 // base.cache_dtype.itemsize
         rest = base.params.residual != "none"
+        lists = self.max_runs * heads * self._max_pages
+        items = min(parts, parts // self._attend_tokens + lists)  # every list ends with an item that is not full
         return {
             "out": ((max(parts * base.group * base.head_size, grouped),), base.cache_dtype),
             "sums": ((parts, 2, self._group_p), torch.float32),
@@ -162,10 +170,11 @@ class TritonPrefill:
             "offsets": ((tiles, heads, self._max_pages), torch.int32),
             "table": ((tiles, heads, self.tile_tokens, self._slots), torch.int32),
             "count": ((tiles, heads, self.tile_tokens), torch.int32),
-            "totals": ((2 * self.max_runs * heads * self._max_pages,), torch.int32),
-            "ends": ((2 * self.max_runs * heads * self._max_pages,), torch.int32),
-            "list": ((parts, 2), torch.int32),
-            "work": ((min(parts, parts // self._attend_tokens + self.max_runs * heads * self._max_pages), 4), torch.int32),
+            "totals": ((lists,), torch.int32),
+            "items": ((lists,), torch.int32),
+            "ends": ((lists,), torch.int32),
+            "list": ((items, self._attend_tokens, 2), torch.int32),
+            "work": ((items,), torch.int32),
             "states": ((tiles if rest else 1, heads, self._s_rows + 1, base.head_size), torch.float32),
             "arrivals": ((self.max_runs, heads), torch.int32),
         }
@@ -197,7 +206,7 @@ class TritonPrefill:
         page, size = self.base.params.page_size, self.tile_tokens
         numbers: list[int] = []  # everything that goes to the device
         dense: list[list[Any]] = []
-        tiles: list[tuple[int, int, int, int]] = []
+        tiles: list[Tile] = []
         for index, seq_len in enumerate(seq_lens):
             row, first, stop = first_row + index, starts[index], starts[index + 1]
             start = seq_len - (stop - first)  # position of the row's first token
@@ -220,8 +229,7 @@ class TritonPrefill:
             numbers += [seq_len for *_, seq_len in members]
             plans.append((at, len(members), (first, stop - first, members)))
         passes = []
-        for begin in range(0, len(tiles), self.max_tiles):
-            some = tiles[begin : begin + self.max_tiles]
+        for some in self._cut(tiles):
             runs: list[list[int]] = []
             tile_run, tile_state, states, last = [], [], -1, None
             for number, (row, _, _, position) in enumerate(some):
@@ -263,6 +271,20 @@ class TritonPrefill:
             ],
         )
 
+    def _cut(self, tiles: list[Tile]) -> Iterator[list[Tile]]:
+        """Tiles of one pass after the other: at most `max_tiles`, of at most `max_runs` rows."""
+        some: list[Tile] = []
+        rows = 0
+        for tile in tiles:
+            another = not some or some[-1][0] != tile[0]
+            if some and (len(some) == self.max_tiles or rows + another > self.max_runs):
+                yield some
+                some, rows, another = [], 0, True
+            some.append(tile)
+            rows += another
+        if some:
+            yield some
+
     # Attention --------------------------------------------------------------------------------------------------
 
     def run(
@@ -300,7 +322,7 @@ class TritonPrefill:
         page_p = triton.next_power_of_2(params.page_size)
         grouped = pool["out"].view(torch.float32)
         shape = {"GROUP": base.group, "GROUP_P": self._group_p, "TQ": self.tile_tokens, "D": d, "DP": self._dp}
-        totals, ends = (pool[name][: 2 * num_runs * heads * max_pages].view(2, -1) for name in ("totals", "ends"))
+        totals, items, ends = (pool[name][: num_runs * heads * max_pages] for name in ("totals", "items", "ends"))
         groups = (triton.cdiv(max_pages, 128), heads, num_runs)
 
         def score(mode: str, splits: int) -> None:
@@ -324,18 +346,17 @@ class TritonPrefill:
             num_warps=max(1, pages // tuning.select_elements),
         )  # fmt: skip
         prefill_count_kernel[groups](
-            step.tiles, step.runs, pool["words"], pool["offsets"], totals, max_pages, heads,
+            step.tiles, step.runs, pool["words"], pool["offsets"], totals, items, max_pages, heads,
             PAGE=params.page_size, TM=self._attend_tokens, WIDTH=128, num_warps=1,
         )  # fmt: skip
-        for counts, sums in zip(totals, ends, strict=True):
-            torch.cumsum(counts, 0, dtype=torch.int32, out=sums)
+        torch.cumsum(items, 0, dtype=torch.int32, out=ends)
         prefill_work_kernel[groups](
-            block_table, step.runs, totals, ends, pool["work"], table_stride, max_pages, heads,
-            TM=self._attend_tokens, WIDTH=128, num_warps=1,
+            block_table, step.runs, totals, items, ends, pool["work"], pool["list"], table_stride, max_pages, heads,
+            TM=self._attend_tokens, WIDTH=128, num_warps=4,
         )  # fmt: skip
         prefill_list_kernel[(heads, num_tiles, self.tile_tokens)](
-            step.tiles, step.tile_run, pool["table"], pool["count"], pool["words"], pool["offsets"], totals, ends,
-            pool["list"], max_pages, heads, TQ=self.tile_tokens, SLOTS=self._slots,
+            step.tiles, step.tile_run, pool["table"], pool["count"], pool["words"], pool["offsets"], items, ends,
+            pool["list"], max_pages, heads, TQ=self.tile_tokens, TM=self._attend_tokens, SLOTS=self._slots,
             SLOTS_P=triton.next_power_of_2(self._slots), num_warps=1,
         )  # fmt: skip
         if params.residual != "none":
@@ -354,18 +375,10 @@ class TritonPrefill:
                 S_ROWS=self._s_rows, LINEAR=self._linear, num_warps=tuning.state_warps,
             )  # fmt: skip
         parts = pool["out"], pool["sums"], pool["part_tail"], pool["part_z"]
-        if tuning.persistent:
-            list_attend_kernel[(tuning.attend_programs * base._num_sms,)](
-                query, kv_cache, pool["work"], ends[1, -1:], pool["list"], pool["tail"], *parts,
-                query.stride(0), query.stride(1), *page_strides, kv_cache.shape[0] - 1, heads, num_parts, base.scale,
-                params.residual_scale, TM=self._attend_tokens, PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots,
-                STAGES=tuning.attend_stages, RESIDUAL=residual, num_warps=tuning.attend_warps, **shape,
-            )  # fmt: skip
-        else:
-          page_attend_kernel[(max_pages, heads, num_runs)](
-            query, kv_cache, block_table, step.runs, totals, ends, pool["list"], pool["tail"], *parts,
-            query.stride(0), query.stride(1), *page_strides, table_stride, max_pages, heads, num_parts, base.scale,
-            params.residual_scale, TM=self._attend_tokens, PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots,
+        page_attend_kernel[(tuning.attend_programs * base._num_sms,)](
+            query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["tail"], *parts, query.stride(0), query.stride(1),
+            *page_strides, kv_cache.shape[0] - 1, heads, num_parts, base.scale, params.residual_scale,
+            TM=self._attend_tokens, PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots,
             STAGES=tuning.attend_stages, RESIDUAL=residual, num_warps=tuning.attend_warps, **shape,
         )  # fmt: skip
         prefill_merge_kernel[(heads, num_tiles)](

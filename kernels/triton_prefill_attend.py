@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .triton_attend import LINEAR, NO_RESIDUAL, REGRESSION
-from .triton_prefill_select import tile_queries
+from .triton_prefill_select import LOG2E, tile_queries
 from .triton_state import softmax_features
 
 
@@ -33,122 +33,12 @@ from .triton_state import softmax_features
 def page_attend_kernel(
     query_ptr,  # [tokens, H, D]
     kv_ptr,
-    block_table_ptr,
-    runs_ptr,  # [runs, 3] int32: first tile, tiles, row
-    totals_ptr,  # [runs, G, max_pages] int32
-    ends_ptr,
-    list_ptr,  # [entries, 2] int32
-    tail_ptr,  # [tiles, G, 2, M] float32
-    part_out_ptr,  # [G, tiles * TQ * SLOTS, GROUP, D] cache dtype
-    part_sum_ptr,  # [G, tiles * TQ * SLOTS, 2, GROUP_P] float32: maxima, sums
-    part_tail_ptr,  # as part_out, float32: phi(q) S of the page, for LINEAR
-    part_z_ptr,  # [G, tiles * TQ * SLOTS, GROUP_P] float32: phi(q) . z
-    query_token_stride,
-    query_head_stride,
-    page_stride,
-    head_stride,
-    block_table_stride,
-    max_pages,
-    num_kv_heads,
-    num_parts,  # parts of a kv head
-    scale,
-    residual_scale,
-    GROUP: tl.constexpr,
-    GROUP_P: tl.constexpr,
-    TQ: tl.constexpr,
-    TM: tl.constexpr,  # tokens at a time
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGE_P: tl.constexpr,
-    SLOTS: tl.constexpr,
-    STAGES: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    """Grid (max_pages, G, runs)."""
-    M: tl.constexpr = TM * GROUP_P
-    logical = tl.program_id(0)
-    head = tl.program_id(1)
-    run = tl.program_id(2)
-    which = (run.to(tl.int64) * num_kv_heads + head) * max_pages + logical
-    num_entries = tl.load(totals_ptr + which)
-    if num_entries > 0:
-        dtype = kv_ptr.dtype.element_ty
-        end = tl.load(ends_ptr + which)
-        start = end - num_entries
-        row = tl.load(runs_ptr + run * 3 + 2).to(tl.int64)
-        page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + logical), 0).to(tl.int64)
-        column = tl.arange(0, DP)
-        in_head = column < D
-        t = tl.arange(0, PAGE_P)
-        base = kv_ptr + page * page_stride + head * head_stride + t * 2 * D  # [PAGE_P]
-        kv_mask = (t < PAGE)[:, None] & in_head[None, :]
-        k = tl.load(base[:, None] + column[None, :], mask=kv_mask, other=0.0)  # [PAGE_P, DP]
-        v = tl.load(base[:, None] + D + column[None, :], mask=kv_mask, other=0.0)
-        if RESIDUAL == LINEAR:
-            phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
-            phi_k = tl.where((t < PAGE)[:, None], phi_k, 0.0).to(dtype)
-        m = tl.arange(0, M)
-        member = m % GROUP_P
-        in_group = member < GROUP
-        parts = head.to(tl.int64) * num_parts
-        # Entries are fetched a step ahead: a load that waits for another load is not pipelined well.
-        place = tl.minimum(start + m // GROUP_P, end - 1)
-        entry = tl.load(list_ptr + place.to(tl.int64) * 2)
-        token = tl.load(list_ptr + place.to(tl.int64) * 2 + 1)
-        for first in tl.range(start, end, TM, num_stages=STAGES):
-            mine = tl.maximum(entry, 0)  # [M]; undefined, and not used, beyond the last step
-            query_row = tl.maximum(token, 0).to(tl.int64) * query_token_stride
-            exists = (first + m // GROUP_P < end) & in_group
-            place = tl.minimum(first + TM + m // GROUP_P, end - 1)
-            entry = tl.load(list_ptr + place.to(tl.int64) * 2)
-            token = tl.load(list_ptr + place.to(tl.int64) * 2 + 1)
-            query = query_ptr + query_row + (head * GROUP + member) * query_head_stride
-            q = tl.load(query[:, None] + column[None, :], mask=exists[:, None] & in_head[None, :], other=0.0).to(dtype)
-            logit = tl.dot(q, tl.trans(k)) * scale  # [M, PAGE_P]
-            exposed = logit
-            if PAGE != PAGE_P:
-                exposed = tl.where((t < PAGE)[None, :], logit, float("-inf"))
-            top = tl.max(exposed, axis=1)  # [M]
-            if RESIDUAL == REGRESSION:
-                tile_token = mine // SLOTS
-                where = ((tile_token // TQ).to(tl.int64) * num_kv_heads + head) * (2 * TQ * GROUP_P)
-                where += (tile_token % TQ) * GROUP_P + member
-                log_mean = tl.load(tail_ptr + where, mask=exists, other=float("-inf"))
-                center = tl.load(tail_ptr + where + TQ * GROUP_P, mask=exists, other=0.0)
-                top = tl.maximum(top, log_mean)
-            weight = tl.exp(exposed - top[:, None])
-            total = tl.sum(weight, axis=1)
-            if RESIDUAL == REGRESSION:
-                level = tl.exp(log_mean - top)
-                weight -= level[:, None] * (1.0 + residual_scale * (logit - center[:, None]))
-            out = tl.dot(weight.to(dtype), v)  # [M, DP]
-            part = parts + mine
-            stored = exists[:, None] & in_head[None, :]
-            out_row = (part * GROUP + member) * D
-            tl.store(part_out_ptr + out_row[:, None] + column[None, :], out.to(dtype), mask=stored)
-            tl.store(part_sum_ptr + part * 2 * GROUP_P + member, top, mask=exists)
-            tl.store(part_sum_ptr + part * 2 * GROUP_P + GROUP_P + member, total, mask=exists)
-            if RESIDUAL == LINEAR:
-                phi_q = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
-                feature = tl.dot(phi_q, tl.trans(phi_k))
-                high = feature.to(dtype)
-                low = (feature - high.to(tl.float32)).to(dtype)
-                tail = tl.dot(low, v, tl.dot(high, v))
-                tl.store(part_tail_ptr + out_row[:, None] + column[None, :], tail, mask=stored)
-                tl.store(part_z_ptr + part * GROUP_P + member, tl.sum(feature, axis=1), mask=exists)
-
-
-@triton.jit
-def list_attend_kernel(
-    query_ptr,  # [tokens, H, D]
-    kv_ptr,
-    work_ptr,  # [items, 4] int32: page, kv head, first entry, end
+    work_ptr,  # [items] int32: page * G + kv head
     num_items_ptr,  # [1] int32
-    list_ptr,  # [entries, 2] int32
+    list_ptr,  # [items, TM, 2] int32: part and token of each entry; -1 where there is none
     tail_ptr,  # [tiles, G, 2, M] float32
     part_out_ptr,  # [G, tiles * TQ * SLOTS, GROUP, D] cache dtype
-    part_sum_ptr,  # [G, tiles * TQ * SLOTS, 2, GROUP_P] float32: maxima, sums
+    part_sum_ptr,  # [G, tiles * TQ * SLOTS, 2, GROUP_P] float32: maxima in powers of two, sums
     part_tail_ptr,  # as part_out, float32: phi(q) S of the page, for LINEAR
     part_z_ptr,  # [G, tiles * TQ * SLOTS, GROUP_P] float32: phi(q) . z
     query_token_stride,
@@ -181,41 +71,28 @@ def list_attend_kernel(
     m = tl.arange(0, M)
     member = m % GROUP_P
     in_group = member < GROUP
+    unit = scale * LOG2E
     num_items = tl.load(num_items_ptr)
-    item = tl.program_id(0)
-    if item < num_items:
-        # Everything that a step's addresses come from is fetched a step ahead: a load that waits for another load is
-        # not pipelined well.
-        page = tl.load(work_ptr + item * 4)
-        head = tl.load(work_ptr + item * 4 + 1)
-        start = tl.load(work_ptr + item * 4 + 2)
-        end = tl.load(work_ptr + item * 4 + 3)
-        place = tl.minimum(start + m // GROUP_P, end - 1)
-        entry = tl.load(list_ptr + place.to(tl.int64) * 2)
-        token = tl.load(list_ptr + place.to(tl.int64) * 2 + 1)
-        ahead = tl.minimum(item + tl.num_programs(0), num_items - 1)
-        next_page = tl.load(work_ptr + ahead * 4)
-        next_head = tl.load(work_ptr + ahead * 4 + 1)
-        next_start = tl.load(work_ptr + ahead * 4 + 2)
-        next_end = tl.load(work_ptr + ahead * 4 + 3)
-        for index in tl.range(item, num_items, tl.num_programs(0), num_stages=STAGES):
-            mine = tl.maximum(entry, 0)  # [M]; undefined, and not used, beyond the last step
-            query_row = tl.maximum(token, 0).to(tl.int64) * query_token_stride
-            here = tl.minimum(tl.maximum(head, 0), num_kv_heads - 1)
-            exists = (start + m // GROUP_P < end) & in_group
-            base = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + here * head_stride
-            page, head, start, end = next_page, next_head, next_start, next_end
-            place = tl.maximum(tl.minimum(start + m // GROUP_P, end - 1), 0)
-            entry = tl.load(list_ptr + place.to(tl.int64) * 2)
-            token = tl.load(list_ptr + place.to(tl.int64) * 2 + 1)
-            ahead = tl.minimum(index + 2 * tl.num_programs(0), num_items - 1)
-            next_page = tl.load(work_ptr + ahead * 4)
-            next_head = tl.load(work_ptr + ahead * 4 + 1)
-            next_start = tl.load(work_ptr + ahead * 4 + 2)
-            next_end = tl.load(work_ptr + ahead * 4 + 3)
+    first = tl.program_id(0)
+    if first < num_items:
+        # What a step's addresses come from is fetched a step ahead: a load that waits for another load is not pipelined.
+        about = tl.load(work_ptr + first)
+        entry = tl.load(list_ptr + (first * TM + m // GROUP_P).to(tl.int64) * 2)
+        token = tl.load(list_ptr + (first * TM + m // GROUP_P).to(tl.int64) * 2 + 1)
+        for item in tl.range(first, num_items, tl.num_programs(0), num_stages=STAGES):
+            # Beyond the last step the pipeline computes addresses, without reading, from undefined ids.
+            head = tl.maximum(about, 0) % num_kv_heads
+            page = tl.minimum(tl.maximum(about, 0) // num_kv_heads, last_page).to(tl.int64)
+            mine = tl.maximum(entry, 0)  # [M]
+            exists = (entry >= 0) & in_group
+            query = query_ptr + tl.maximum(token, 0).to(tl.int64) * query_token_stride
+            query += (head * GROUP + tl.minimum(member, GROUP - 1)) * query_head_stride
+            ahead = tl.minimum(item + tl.num_programs(0), num_items - 1)
+            about = tl.load(work_ptr + ahead)
+            entry = tl.load(list_ptr + (ahead * TM + m // GROUP_P).to(tl.int64) * 2)
+            token = tl.load(list_ptr + (ahead * TM + m // GROUP_P).to(tl.int64) * 2 + 1)
 
-            query = query_ptr + query_row + (here * GROUP + tl.minimum(member, GROUP - 1)) * query_head_stride
-            rows = base + (t * 2 * D)[:, None] + column[None, :]
+            rows = kv_ptr + page * page_stride + head * head_stride + (t * 2 * D)[:, None] + column[None, :]
             if (D == DP) & (PAGE == PAGE_P):
                 q = tl.load(query[:, None] + column[None, :])  # [M, DP]
                 k = tl.load(rows)  # [PAGE_P, DP]
@@ -225,26 +102,26 @@ def list_attend_kernel(
                 q = tl.load(query[:, None] + column[None, :], mask=in_head[None, :], other=0.0)
                 k = tl.load(rows, mask=kv_mask, other=0.0)
                 v = tl.load(rows + D, mask=kv_mask, other=0.0)
-            q = q.to(dtype)
-            logit = tl.dot(q, tl.trans(k)) * scale  # [M, PAGE_P]
+            logit = tl.dot(q, tl.trans(k))  # [M, PAGE_P]
             exposed = logit
             if PAGE != PAGE_P:
                 exposed = tl.where((t < PAGE)[None, :], logit, float("-inf"))
-            top = tl.max(exposed, axis=1)  # [M]
+            top = tl.max(exposed, axis=1) * unit  # [M]
             if RESIDUAL == REGRESSION:
                 tile_token = mine // SLOTS
-                where = ((tile_token // TQ).to(tl.int64) * num_kv_heads + here) * (2 * TQ * GROUP_P)
+                where = ((tile_token // TQ).to(tl.int64) * num_kv_heads + head) * (2 * TQ * GROUP_P)
                 where += (tile_token % TQ) * GROUP_P + member
                 log_mean = tl.load(tail_ptr + where, mask=exists, other=float("-inf"))
                 center = tl.load(tail_ptr + where + TQ * GROUP_P, mask=exists, other=0.0)
                 top = tl.maximum(top, log_mean)
-            weight = tl.exp(exposed - top[:, None])
+            weight = tl.exp2(exposed * unit - top[:, None])
             total = tl.sum(weight, axis=1)
             if RESIDUAL == REGRESSION:
-                level = tl.exp(log_mean - top)
-                weight -= level[:, None] * (1.0 + residual_scale * (logit - center[:, None]))
+                level = tl.exp2(log_mean - top)
+                slope = level * (residual_scale * scale)
+                weight -= logit * slope[:, None] + (level * (1.0 - residual_scale * center))[:, None]
             out = tl.dot(weight.to(dtype), v)  # [M, DP]
-            part = here.to(tl.int64) * num_parts + mine
+            part = head.to(tl.int64) * num_parts + mine
             stored = exists[:, None] & in_head[None, :]
             out_row = (part * GROUP + member) * D
             tl.store(part_out_ptr + out_row[:, None] + column[None, :], out.to(dtype), mask=stored)
@@ -335,11 +212,11 @@ def prefill_merge_kernel(
     kv_mask = (t < first_key + num_tokens)[:, None] & in_head[None, :]
     k = tl.load(base[:, None] + column[None, :], mask=kv_mask, other=0.0)  # [PAGE_P, DP]
     v = tl.load(base[:, None] + D + column[None, :], mask=kv_mask, other=0.0)
-    logit = tl.dot(q, tl.trans(k)) * scale
+    logit = tl.dot(q, tl.trans(k)) * (scale * LOG2E)
     seen = t[None, :] <= (first_key + m // GROUP_P)[:, None]
     logit = tl.where(seen, logit, float("-inf"))
     top = tl.max(logit, axis=1)  # [M], finite: every token sees the page's first key
-    weight = tl.exp(logit - top[:, None])
+    weight = tl.exp2(logit - top[:, None])
     total = tl.sum(weight, axis=1)
     out = tl.dot(weight.to(dtype), v)  # [M, DP]
 
@@ -355,8 +232,8 @@ def prefill_merge_kernel(
         mask = has[:, None] & in_head[None, :]
         more = tl.load(part_out_ptr + out_row[:, None] + column[None, :], mask=mask, other=0.0)  # [M, DP]
         new_top = tl.maximum(top, part_top)
-        decay = tl.exp(top - new_top)
-        gain = tl.exp(part_top - new_top)
+        decay = tl.exp2(top - new_top)
+        gain = tl.exp2(part_top - new_top)
         out = out * decay[:, None] + more.to(tl.float32) * gain[:, None]
         total = total * decay + part_total * gain
         top = new_top
@@ -382,8 +259,8 @@ def prefill_merge_kernel(
         log_mean = tl.load(tail_ptr + pair * 2 * M + m, mask=has_rest, other=float("-inf"))
         num_rest = ((num_pages - taken) * PAGE).to(tl.float32)
         new_top = tl.maximum(top, log_mean)
-        decay = tl.exp(top - new_top)
-        level = tl.exp(log_mean - new_top)  # [M], 0 where there is no rest
+        decay = tl.exp2(top - new_top)
+        level = tl.exp2(log_mean - new_top)  # [M], 0 where there is no rest
         if RESIDUAL == REGRESSION:
             center = tl.load(tail_ptr + pair * 2 * M + M + m, mask=has_rest, other=0.0)
             sum_v = tl.load(state_base + D * D + column, mask=in_head, other=0.0)  # [DP]

@@ -18,14 +18,15 @@ Floor: `3 * 6 d` FLOP a (token, complete page, head); 4 bytes written and read a
 import triton
 import triton.language as tl
 
-from .triton_cache import MEAN, QUEST, TAYLOR2
-from .triton_score import second_order
-from .triton_select import _middle, _ordered
+from .triton_cache import CUMULANT2, MEAN, QUEST, REM, TAYLOR2
+from .triton_select import _middle
 
 NORMALISE = tl.constexpr(0)
 SHARE = tl.constexpr(1)
 REST = tl.constexpr(2)
 MODES = {"normalise": 0, "share": 1, "rest": 2}
+LOG2E = tl.constexpr(1.4426950408889634)
+SHIFT = tl.constexpr(100.0)
 
 
 @triton.jit
@@ -48,12 +49,12 @@ def prefill_score_kernel(
     kv_ptr,
     block_table_ptr,
     tiles_ptr,  # [tiles, 4] int32: row, first token, tokens, position of the first token
-    lse_ptr,  # [tiles, G, M] float32: written by NORMALISE
+    lse_ptr,  # [tiles, G, M] float32: written by NORMALISE, log2 of the sum over the pages
     grouped_ptr,  # [tiles, G, TQ, max_pages] float32: written by SHARE
     words_ptr,  # [tiles, G, max_pages] int32: which tokens selected a page; read by REST
     count_ptr,  # [tiles, G, TQ] int32: complete pages that a token selected; read by REST
     gain_ptr,  # [H] float32
-    tail_ptr,  # [tiles, G, 2, M] float32: written by REST: log of the mean mass, mean logit of the tokens left out
+    tail_ptr,  # [tiles, G, 2, M] float32: written by REST: log2 of the mean mass, mean logit of the tokens left out
     query_token_stride,
     query_head_stride,
     page_stride,
@@ -109,12 +110,14 @@ def prefill_score_kernel(
         area = kv_ptr + head * head_stride + PAGE * 2 * D
         offset = tl.arange(0, CHUNK)
         pair = tile * num_kv_heads + head
+        unit = scale * LOG2E  # logits in powers of two, which is what the hardware raises
         top = tl.full([M], float("-inf"), dtype=tl.float32)
         total = tl.zeros([M], dtype=tl.float32)
-        logits = tl.zeros([M], dtype=tl.float32)
+        products = tl.zeros([M], dtype=tl.float32)
+        bit = tl.full([M], 1, dtype=tl.int32) << (m // GROUP_P)
         if MODE == SHARE:
             member = (m % GROUP_P) < GROUP
-            lse = tl.load(lse_ptr + pair * M + m, mask=member, other=0.0)
+            lse = tl.load(lse_ptr + pair * M + m, mask=member, other=float("inf"))
             token = tl.arange(0, TQ)
             shared_row = grouped_ptr + (pair * TQ + token) * max_pages  # [TQ]
         # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
@@ -129,58 +132,74 @@ def prefill_score_kernel(
                 mean = tl.load(rows)  # [CHUNK, DP]
             else:
                 mean = tl.load(rows, mask=in_head[None, :], other=0.0)
-            if SELECTOR == MEAN:
-                linear = tl.dot(q, tl.trans(mean)) * scale  # [M, CHUNK]
-                score = LOG_PAGE + linear
-            else:
+            if SELECTOR != MEAN:
                 if D == DP:
                     second = tl.load(rows + D)
                 else:
                     second = tl.load(rows + D, mask=in_head[None, :], other=0.0)
-                if SELECTOR == QUEST:
-                    score = tl.dot(right, tl.trans(second), tl.dot(left, tl.trans(mean))) * scale
+            # The mass of a page, over that of a token: factor * 2^exponent.
+            if SELECTOR == MEAN:
+                product = tl.dot(q, tl.trans(mean))  # [M, CHUNK]
+                exponent = product * unit
+            elif SELECTOR == QUEST:
+                product = tl.dot(right, tl.trans(second), tl.dot(left, tl.trans(mean)))
+                exponent = product * unit
+            else:
+                product = tl.dot(q, tl.trans(mean))
+                # Only what ranks the pages needs all digits of q^2.
+                s2 = tl.dot(square_high, tl.trans(second))
+                if MODE == SHARE:
+                    s2 = tl.dot(square_low, tl.trans(second), s2)
+                if (MODE == REST) | (SELECTOR == TAYLOR2):
+                    factor = 1.0 + s2 * (restore * 0.5)[:, None]
+                    exponent = product * unit
+                elif SELECTOR == CUMULANT2:
+                    exponent = product * unit + s2 * (restore * (0.5 * LOG2E))[:, None]
                 else:
-                    linear = tl.dot(q, tl.trans(mean)) * scale
-                    # Only what ranks the pages needs all digits of q^2.
-                    s2 = tl.dot(square_high, tl.trans(second))
-                    if MODE == SHARE:
-                        s2 = tl.dot(square_low, tl.trans(second), s2)
-                    s2 *= restore[:, None]
-                    if MODE == REST:
-                        score = LOG_PAGE + linear + second_order(s2, LOG_PAGE, TAYLOR2)
-                    else:
-                        score = LOG_PAGE + linear + second_order(s2, LOG_PAGE, SELECTOR)
+                    tl.static_assert(SELECTOR == REM)
+                    half = s2 * (restore * (0.5 * LOG2E))[:, None]
+                    root = tl.sqrt(tl.maximum(s2, 0.0) * (restore * (2 * LOG_PAGE * LOG2E * LOG2E))[:, None])
+                    term = tl.where(half < LOG_PAGE * LOG2E, half, root - LOG_PAGE * LOG2E)
+                    exponent = product * unit + term
+            FACTOR: tl.constexpr = (MODE == REST) & (SELECTOR != MEAN) | (SELECTOR == TAYLOR2)
             if MODE == SHARE:
-                score = tl.where(member[:, None], score - lse[:, None], float("-inf"))
-                score = tl.reshape(score, [TQ, GROUP_P, CHUNK])
-                best = tl.max(score, axis=1)  # [TQ, CHUNK]
-                shared = best + tl.log(tl.sum(tl.exp(score - best[:, None, :]), axis=1))
+                # The group's shared score itself and not its log, which would cost more than the rest: times 2^SHIFT,
+                # so that only pages of less than 2^-220 of the mass are all alike.
+                share = tl.exp2(exponent - (lse - SHIFT)[:, None])
+                if FACTOR:
+                    share *= factor
+                shared = tl.sum(tl.reshape(share, [TQ, GROUP_P, CHUNK]), axis=1)
                 mask = (token < num_tokens)[:, None] & exists[None, :]
                 tl.store(shared_row[:, None] + index[None, :], shared, mask=mask)
             else:
-                kept = tl.broadcast_to(exists[None, :], [M, CHUNK])
                 if MODE == REST:
-                    word = tl.load(words_ptr + pair * max_pages + index, mask=exists, other=0)
-                    kept = kept & (((word[None, :] >> (m // GROUP_P)[:, None]) & 1) == 0)
-                    logits += tl.sum(tl.where(kept, linear, 0.0), axis=1)
-                score = tl.where(kept, score, float("-inf"))
-                new_top = tl.maximum(top, tl.max(score, axis=1))
+                    word = tl.load(words_ptr + pair * max_pages + index, mask=exists, other=-1)
+                    kept = (word[None, :] & bit[:, None]) == 0
+                    products += tl.sum(tl.where(kept, product, 0.0), axis=1)
+                    exponent = tl.where(kept, exponent, float("-inf"))
+                else:
+                    exponent = tl.where(exists[None, :], exponent, float("-inf"))
+                new_top = tl.maximum(top, tl.max(exponent, axis=1))
                 safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-                total = total * tl.exp(top - safe) + tl.sum(tl.exp(score - safe[:, None]), axis=1)
+                mass = tl.exp2(exponent - safe[:, None])
+                if FACTOR:
+                    mass *= factor
+                total = total * tl.exp2(top - safe) + tl.sum(mass, axis=1)
                 top = new_top
         if MODE == NORMALISE:
-            tl.store(lse_ptr + pair * M + m, top + tl.log(total))
+            tl.store(lse_ptr + pair * M + m, top + tl.log2(total))
         if MODE == REST:
             in_tile = m // GROUP_P < num_tokens
             taken = tl.load(count_ptr + pair * TQ + m // GROUP_P, mask=in_tile, other=0)
             num_rest = (num_pages - taken).to(tl.float32)  # pages
             gain = tl.load(gain_ptr + head * GROUP + m % GROUP_P, mask=(m % GROUP_P) < GROUP, other=0.0)
             weighs = (total > 0) & (gain > 0) & (num_rest > 0)
-            norm = tl.where(weighs, total * gain / (tl.maximum(num_rest, 1.0) * PAGE), 1.0)
-            log_mean = tl.where(weighs, top + tl.log(norm), float("-inf"))
+            # Page masses are those of PAGE tokens, and so many tokens share them.
+            norm = tl.where(weighs, total * gain / tl.maximum(num_rest, 1.0), 1.0)
+            log_mean = tl.where(weighs, top + tl.log2(norm), float("-inf"))
             tail = tail_ptr + pair * 2 * M + m
             tl.store(tail, log_mean)
-            tl.store(tail + M, logits / tl.maximum(num_rest, 1.0))
+            tl.store(tail + M, products * scale / tl.maximum(num_rest, 1.0))
 
 
 @triton.jit
@@ -220,20 +239,20 @@ def prefill_select_kernel(
         token = byte * ROWS + step
         if token < num_tokens:
             row = pair * TQ + token
-            grouped = tl.load(grouped_ptr + row * max_pages + index, mask=complete, other=float("-inf"))  # [PAGES]
-            # Forced pages above, pages that do not exist below every score.
-            key = tl.where(complete, _ordered(grouped), -2147483648)
+            grouped = tl.load(grouped_ptr + row * max_pages + index, mask=complete, other=0.0)  # [PAGES]
+            # Not negative, so that its bits compare as it does. Forced pages above, pages that do not exist below all.
+            key = tl.where(complete, grouped.to(tl.int32, bitcast=True), -1)
             key = tl.where(forced, 2147483647, key)
             # Invariant: count(key >= low) >= SLOTS > count(key >= high), or the forced pages alone are as many.
             low = tl.min(tl.where(complete, key, 2147483647), axis=0)
-            high = tl.max(tl.where(complete & ~forced, key, -2147483648), axis=0) + 1
+            high = tl.max(tl.where(forced, -1, key), axis=0) + 1
             low = tl.where(NUM_FORCED >= SLOTS, high, low)
             count = tl.where(NUM_FORCED >= SLOTS, NUM_FORCED, current)
-            span = high.to(tl.int64) - low
+            span = high - low
             while (count != SLOTS) & (span > 1):
                 # Two thresholds a step, their counts in the halves of one number.
-                lower = (low + tl.maximum(span // 3, 1)).to(tl.int32)
-                upper = (low + tl.maximum(span * 2 // 3, 1)).to(tl.int32)
+                lower = low + tl.maximum(span // 3, 1)
+                upper = low + tl.maximum(span - span // 3, 1)
                 above = tl.sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0), axis=0)
                 above_upper = (above >> 16) & 65535
                 above_lower = above & 65535
@@ -242,7 +261,7 @@ def prefill_select_kernel(
                 high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
                 low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
                 count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
-                span = high.to(tl.int64) - low
+                span = high - low
             selected = key >= low
             if count > SLOTS:
                 # Ties at the threshold: the lower page goes first.
@@ -253,9 +272,8 @@ def prefill_select_kernel(
 
             if TOP_P > 0:
                 # As in `triton_select`: bisect for the least key with too little mass above it.
-                mass = tl.where(complete, tl.exp(grouped), 0.0)
-                enough = TOP_P * tl.sum(mass, axis=0)
-                chosen = tl.where(selected, mass, 0.0)
+                enough = TOP_P * tl.sum(grouped, axis=0)
+                chosen = tl.where(selected, grouped, 0.0)
                 low_key = tl.min(tl.where(selected, key, 2147483647), axis=0) - 1
                 high_key = tl.full([], 2147483647, dtype=tl.int32)
                 middle = _middle(low_key, high_key)
@@ -297,7 +315,8 @@ def prefill_count_kernel(
     runs_ptr,  # [runs, 3] int32: first tile, tiles, row, of a row's share of this pass
     words_ptr,
     offsets_ptr,  # [tiles, G, max_pages] int32: tokens of earlier tiles of the run that selected the page
-    totals_ptr,  # [2, runs, G, max_pages] int32: tokens; work items of TM tokens
+    totals_ptr,  # [runs, G, max_pages] int32: tokens that selected the page
+    items_ptr,  # [runs, G, max_pages] int32: their work items of TM tokens
     max_pages,
     num_kv_heads,
     PAGE: tl.constexpr,
@@ -318,46 +337,46 @@ def prefill_count_kernel(
         word = tl.load(words_ptr + where, mask=index < current, other=0)
         tl.store(offsets_ptr + where, running, mask=index < current)
         running += _bits(word)
-    totals = totals_ptr + (run.to(tl.int64) * num_kv_heads + head) * max_pages
-    tl.store(totals + index, running, mask=index < max_pages)
-    totals += tl.num_programs(2).to(tl.int64) * num_kv_heads * max_pages
-    tl.store(totals + index, (running + TM - 1) // TM, mask=index < max_pages)
+    where = (run.to(tl.int64) * num_kv_heads + head) * max_pages + index
+    tl.store(totals_ptr + where, running, mask=index < max_pages)
+    tl.store(items_ptr + where, (running + TM - 1) // TM, mask=index < max_pages)
 
 
 @triton.jit
 def prefill_work_kernel(
     block_table_ptr,
-    runs_ptr,  # [runs, 3] int32
-    totals_ptr,  # [2, runs, G, max_pages] int32
-    ends_ptr,  # [2, runs, G, max_pages] int32: running sums of the totals
-    work_ptr,  # [items, 4] int32: page, kv head, first entry of the list, end of the list
+    runs_ptr,
+    totals_ptr,
+    items_ptr,
+    ends_ptr,  # [runs, G, max_pages] int32: running sum of the items
+    work_ptr,  # [items] int32: page * G + kv head
+    list_ptr,  # [items, TM, 2] int32
     block_table_stride,
     max_pages,
     num_kv_heads,
     TM: tl.constexpr,
     WIDTH: tl.constexpr,  # pages a program
 ):
-    """Grid (page groups, G, runs): the lists cut into work items of TM tokens."""
+    """Grid (page groups, G, runs): what each work item is about; the unused end of a page's last item becomes -1."""
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     exists = index < max_pages
     head = tl.program_id(1)
     run = tl.program_id(2).to(tl.int64)
     row = tl.load(runs_ptr + run * 3 + 2).to(tl.int64)
     where = (run * num_kv_heads + head) * max_pages + index
-    items_of = tl.num_programs(2).to(tl.int64) * num_kv_heads * max_pages + where
-    end = tl.load(ends_ptr + where, mask=exists, other=0)
-    start = end - tl.load(totals_ptr + where, mask=exists, other=0)
-    items = tl.load(totals_ptr + items_of, mask=exists, other=0)
-    first = tl.load(ends_ptr + items_of, mask=exists, other=0) - items
-    used = exists & (items > 0)
+    total = tl.load(totals_ptr + where, mask=exists, other=0)
+    items = tl.load(items_ptr + where, mask=exists, other=0)
+    first = (tl.load(ends_ptr + where, mask=exists, other=0) - items).to(tl.int64)
+    used = items > 0
     page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + index, mask=used, other=0), 0)
     for item in tl.range(0, tl.max(items, axis=0)):
-        mask = item < items
-        record = work_ptr + (first + item).to(tl.int64) * 4
-        tl.store(record, page, mask=mask)
-        tl.store(record + 1, tl.zeros_like(page) + head, mask=mask)
-        tl.store(record + 2, start + item * TM, mask=mask)
-        tl.store(record + 3, tl.minimum(start + item * TM + TM, end), mask=mask)
+        tl.store(work_ptr + first + item, page * num_kv_heads + head, mask=item < items)
+    slot = tl.arange(0, TM)
+    free = total[:, None] + slot[None, :]  # [WIDTH, TM]
+    target = list_ptr + (first[:, None] * TM + free) * 2
+    mask = used[:, None] & (free < (items * TM)[:, None])
+    tl.store(target, tl.full([WIDTH, TM], -1, dtype=tl.int32), mask=mask)
+    tl.store(target + 1, tl.zeros([WIDTH, TM], dtype=tl.int32), mask=mask)
 
 
 @triton.jit
@@ -368,12 +387,13 @@ def prefill_list_kernel(
     count_ptr,
     words_ptr,
     offsets_ptr,
-    totals_ptr,
-    ends_ptr,  # [runs, G, max_pages] int32: running sum of the totals
-    list_ptr,  # [entries, 2] int32: (tile * TQ + token) * SLOTS + slot, and the token's place in the batch
+    items_ptr,
+    ends_ptr,
+    list_ptr,  # [items, TM, 2] int32: (tile * TQ + token) * SLOTS + slot, and the token's place in the batch
     max_pages,
     num_kv_heads,
     TQ: tl.constexpr,
+    TM: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOTS_P: tl.constexpr,
 ):
@@ -391,9 +411,9 @@ def prefill_list_kernel(
         word = tl.load(words_ptr + where, mask=taken, other=0)
         rank = _bits(word & ((1 << token) - 1))
         where_run = (run * num_kv_heads + head) * max_pages + page
-        start = tl.load(ends_ptr + where_run, mask=taken, other=0) - tl.load(totals_ptr + where_run, mask=taken, other=0)
-        position = start + tl.load(offsets_ptr + where, mask=taken, other=0) + rank
+        first = tl.load(ends_ptr + where_run, mask=taken, other=0) - tl.load(items_ptr + where_run, mask=taken, other=0)
+        place = first.to(tl.int64) * TM + tl.load(offsets_ptr + where, mask=taken, other=0) + rank
         entry = ((tile * TQ + token) * SLOTS + slot).to(tl.int32)
         batch_token = tl.load(tiles_ptr + tile * 4 + 1) + token
-        tl.store(list_ptr + position.to(tl.int64) * 2, entry, mask=taken)
-        tl.store(list_ptr + position.to(tl.int64) * 2 + 1, tl.zeros_like(entry) + batch_token, mask=taken)
+        tl.store(list_ptr + place * 2, entry, mask=taken)
+        tl.store(list_ptr + place * 2 + 1, tl.zeros_like(entry) + batch_token, mask=taken)
