@@ -94,6 +94,7 @@ class PrefillTuning:
     merge_stages: int = 3
     merge_warps: int = 8
     state_slice: int = 16
+    state_stages: int = 3
     state_warps: int = 4
 
 
@@ -369,10 +370,11 @@ class TritonPrefill:
                 kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
                 step.tile_state, pool["states"], pool["arrivals"], heads, *page_strides, kv_int.stride(0),
                 kv_int.stride(1), state.stride(0), state.stride(1), table_stride, state_table.stride(0),
-                MAGIC=STATE_MAGIC, STAMP_WORD=base._stamp_word, NUM_BLOCKS=base.state_layout.num_blocks,
+                kv_cache.shape[0] - 1, MAGIC=STATE_MAGIC, STAMP_WORD=base._stamp_word, NUM_BLOCKS=base.state_layout.num_blocks,
                 BODY=base.state_layout.rows_per_block - 1, PARTS=triton.cdiv(d, tuning.state_slice),
                 SLICE=tuning.state_slice, D=d, DP=self._dp, PAGE=params.page_size, TILE=base._fold_tile,
-                S_ROWS=self._s_rows, LINEAR=self._linear, num_warps=tuning.state_warps,
+                S_ROWS=self._s_rows, STAGES=tuning.state_stages, LINEAR=self._linear,
+                num_warps=tuning.state_warps,
             )  # fmt: skip
         parts = pool["out"], pool["sums"], pool["part_tail"], pool["part_z"]
         page_attend_kernel[(tuning.attend_programs * base._num_sms,)](

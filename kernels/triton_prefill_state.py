@@ -35,6 +35,7 @@ def prefill_state_kernel(
     block_head_stride,
     block_table_stride,
     state_table_stride,
+    last_page,
     MAGIC: tl.constexpr,
     STAMP_WORD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
@@ -46,6 +47,7 @@ def prefill_state_kernel(
     PAGE: tl.constexpr,
     TILE: tl.constexpr,
     S_ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     LINEAR: tl.constexpr,
 ):
     """Grid (PARTS, G, runs)."""
@@ -84,32 +86,40 @@ def prefill_state_kernel(
     s = tl.load(s_rows, mask=(feature < kept)[:, None] & in_head[None, :], other=0.0)  # [SLICE, DP]
     z = tl.load(z_row, mask=feature < kept, other=0.0)
     sum_v = tl.load(v_row, mask=column < (0 if LINEAR else kept), other=0.0)
-    for index in tl.range(covered, target + 1):
-        if index >= first_page:
-            out = states_ptr + ((first_state + index - first_page).to(tl.int64) * num_kv_heads + head) * (S_ROWS + 1) * D
-            tl.store(out + feature[:, None] * D + column[None, :], s, mask=s_mask)
-            tl.store(out + S_ROWS * D + feature, z, mask=in_slice)
-            if (part == 0) & (not LINEAR):
-                tl.store(out + D * D + column, sum_v, mask=in_head)
-        if index < target:
-            page = tl.maximum(tl.load(pages + index), 0).to(tl.int64)
-            base = kv_ptr + page * page_stride + head * head_stride
-            for first in tl.static_range(0, PAGE, TILE):
-                rows = base + (first + token) * 2 * D  # [TILE]
-                v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
-                if LINEAR:
-                    k_all = tl.load(rows[None, :] + column[:, None], mask=in_head[:, None], other=0.0)
-                    k_all = tl.where(in_head[:, None], k_all.to(tl.float32), float("-inf"))  # [DP, TILE]
-                    top = tl.max(k_all, axis=0)
-                    norm = tl.sum(tl.exp(k_all - top[None, :]), axis=0)
-                k = tl.load(rows[None, :] + feature[:, None], mask=in_slice[:, None], other=0.0)
-                if LINEAR:
-                    k = (tl.exp(k.to(tl.float32) - top[None, :]) / norm[None, :]).to(dtype)
-                    k = tl.where(in_slice[:, None], k, 0.0).to(dtype)  # [SLICE, TILE]
-                else:
-                    sum_v += tl.sum(v.to(tl.float32), axis=0)
-                s = tl.dot(k, v, s)
-                z += tl.sum(k.to(tl.float32), axis=1)
+    states = states_ptr + (first_state.to(tl.int64) * num_kv_heads + head) * (S_ROWS + 1) * D
+    begin = tl.minimum(covered, first_page)
+    # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
+    page = tl.load(pages + begin)
+    for index in tl.range(begin, target, num_stages=STAGES):
+        out = states + (index - first_page).to(tl.int64) * num_kv_heads * (S_ROWS + 1) * D
+        put = tl.where(index >= first_page, D, 0)
+        tl.store(out + feature[:, None] * D + column[None, :], s, mask=s_mask & (feature < put)[:, None])
+        tl.store(out + S_ROWS * D + feature, z, mask=feature < put)
+        if not LINEAR:
+            tl.store(out + D * D + column, sum_v, mask=column < tl.where(part == 0, put, 0))
+        base = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + head * head_stride
+        page = tl.load(pages + tl.minimum(index + 1, target - 1))
+        for first in tl.static_range(0, PAGE, TILE):
+            rows = base + (first + token) * 2 * D  # [TILE]
+            v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
+            if LINEAR:
+                k_all = tl.load(rows[None, :] + column[:, None], mask=in_head[:, None], other=0.0)
+                k_all = tl.where(in_head[:, None], k_all.to(tl.float32), float("-inf"))  # [DP, TILE]
+                top = tl.max(k_all, axis=0)
+                norm = tl.sum(tl.exp(k_all - top[None, :]), axis=0)
+            k = tl.load(rows[None, :] + feature[:, None], mask=in_slice[:, None], other=0.0)
+            if LINEAR:
+                k = (tl.exp(k.to(tl.float32) - top[None, :]) / norm[None, :]).to(dtype)
+                k = tl.where(in_slice[:, None], k, 0.0).to(dtype)  # [SLICE, TILE]
+            else:
+                sum_v += tl.sum(v.to(tl.float32), axis=0)
+            s = tl.dot(k, v, s)
+            z += tl.sum(k.to(tl.float32), axis=1)
+    out = states + (target - first_page).to(tl.int64) * num_kv_heads * (S_ROWS + 1) * D
+    tl.store(out + feature[:, None] * D + column[None, :], s, mask=s_mask)
+    tl.store(out + S_ROWS * D + feature, z, mask=in_slice)
+    if (part == 0) & (not LINEAR):
+        tl.store(out + D * D + column, sum_v, mask=in_head)
     if covered < target:
         tl.store(s_rows, s, mask=s_mask)
         tl.store(z_row, z, mask=in_slice)
