@@ -82,15 +82,16 @@ class PrefillPlan:
 class PrefillTuning:
     """Launch shapes."""
 
-    score_chunk: int = 64
+    score_chunk: int = 32
+    share_chunk: int = 64
     score_stages: int = 2
     score_warps: int = 8
     tile_rows: int = 128
     select_elements: int = 1024  # pages a warp
-    attend_rows: int = 128
+    attend_rows: int = 64
     attend_programs: int = 2  # a multiprocessor
     attend_stages: int = 2
-    attend_warps: int = 8
+    attend_warps: int = 4
     merge_stages: int = 3
     merge_warps: int = 8
     state_slice: int = 16
@@ -327,24 +328,25 @@ class TritonPrefill:
         groups = (triton.cdiv(max_pages, 128), heads, num_runs)
 
         def score(mode: str, splits: int) -> None:
+            chunk = tuning.share_chunk if mode == "share" else tuning.score_chunk
             prefill_score_kernel[(heads, num_tiles, splits)](
                 query, kv_cache, block_table, step.tiles, pool["lse"], grouped, pool["words"], pool["count"], base.gain,
                 pool["tail"], query.stride(0), query.stride(1), *page_strides, table_stride, kv_cache.shape[0] - 1,
                 max_pages, heads, base.scale, MODE=MODES[mode], PAGE=params.page_size,
-                LOG_PAGE=math.log(params.page_size), CHUNK=tuning.score_chunk, STAGES=tuning.score_stages,
+                LOG_PAGE=math.log(params.page_size), CHUNK=chunk, STAGES=tuning.score_stages,
                 SELECTOR=SELECTOR_CODES[params.selector], num_warps=tuning.score_warps, **shape,
             )  # fmt: skip
 
         score("normalise", 1)
-        score("share", max(1, min(step.max_complete // (4 * tuning.score_chunk), 8)))
+        score("share", max(1, min(step.max_complete // (4 * tuning.share_chunk), 8)))
         pages = max(16, triton.next_power_of_2(step.max_complete))
-        rows = min(8, self.tile_tokens)
+        rows, warps = min(8, self.tile_tokens), max(1, pages // tuning.select_elements)
         prefill_select_kernel[(heads, num_tiles, self.tile_tokens // rows)](
             step.tiles, grouped, pool["table"], pool["count"], pool["words"].view(torch.int8), max_pages, heads,
             TQ=self.tile_tokens, ROWS=rows,
             PAGE=params.page_size, SLOTS=self._slots, FIRST=params.first_blocks, LAST=params.last_blocks, PAGES=pages,
-            TOP_P=params.top_p if params.top_p is not None and params.top_p < 1 else 0.0,
-            num_warps=max(1, pages // tuning.select_elements),
+            LANES=min(pages, 128 * warps), TOP_P=params.top_p if params.top_p is not None and params.top_p < 1 else 0.0,
+            num_warps=warps,
         )  # fmt: skip
         prefill_count_kernel[groups](
             step.tiles, step.runs, pool["words"], pool["offsets"], totals, items, max_pages, heads,
@@ -366,12 +368,12 @@ class TritonPrefill:
             if base.has_mass:
                 score("rest", 1)
             kv_int, state = kv_cache.view(torch.int32), state_cache.view(torch.float32)
-            prefill_state_kernel[(triton.cdiv(d, tuning.state_slice), heads, num_runs)](
+            prefill_state_kernel[(triton.cdiv(self._s_rows, tuning.state_slice), heads, num_runs)](
                 kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
                 step.tile_state, pool["states"], pool["arrivals"], heads, *page_strides, kv_int.stride(0),
                 kv_int.stride(1), state.stride(0), state.stride(1), table_stride, state_table.stride(0),
                 kv_cache.shape[0] - 1, MAGIC=STATE_MAGIC, STAMP_WORD=base._stamp_word, NUM_BLOCKS=base.state_layout.num_blocks,
-                BODY=base.state_layout.rows_per_block - 1, PARTS=triton.cdiv(d, tuning.state_slice),
+                BODY=base.state_layout.rows_per_block - 1, PARTS=triton.cdiv(self._s_rows, tuning.state_slice),
                 SLICE=tuning.state_slice, D=d, DP=self._dp, PAGE=params.page_size, TILE=base._fold_tile,
                 S_ROWS=self._s_rows, STAGES=tuning.state_stages, LINEAR=self._linear,
                 num_warps=tuning.state_warps,

@@ -203,10 +203,25 @@ def prefill_score_kernel(
 
 
 @triton.jit
+def _sum(x):
+    return tl.sum(tl.sum(x, axis=0), axis=0)
+
+
+@triton.jit
+def _max(x):
+    return tl.max(tl.max(x, axis=0), axis=0)
+
+
+@triton.jit
+def _min(x):
+    return tl.min(tl.min(x, axis=0), axis=0)
+
+
+@triton.jit
 def prefill_select_kernel(
     tiles_ptr,
     grouped_ptr,  # [tiles, G, TQ, max_pages] float32
-    table_ptr,  # [tiles, G, TQ, SLOTS] int32: complete pages that a token selected, by their place in the row, ascending
+    table_ptr,  # [tiles, G, TQ, SLOTS] int32: complete pages that a token selected, by their place in the row, unordered
     count_ptr,  # [tiles, G, TQ] int32
     bytes_ptr,  # [tiles, G, max_pages, 4] int8, the bytes of `words`
     max_pages,
@@ -218,6 +233,7 @@ def prefill_select_kernel(
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     PAGES: tl.constexpr,  # a power of two, at least the complete pages of every tile
+    LANES: tl.constexpr,
     TOP_P: tl.constexpr,  # 0 where there is none
 ):
     """Grid (G, tiles, TQ / ROWS): every tile has more complete pages than SLOTS.
@@ -230,22 +246,23 @@ def prefill_select_kernel(
     num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
     current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
     pair = tile * num_kv_heads + head
-    index = tl.arange(0, PAGES)
+    # Two dimensions, the first of which a thread has to itself: running sums along it need no other thread.
+    index = tl.arange(0, PAGES // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # [PAGES / LANES, LANES]
     complete = index < current
     forced = complete & ((index < FIRST) | (index > current - LAST))
     NUM_FORCED: tl.constexpr = FIRST + (LAST - 1 if LAST > 1 else 0)
-    word = tl.zeros([PAGES], dtype=tl.int32)
+    word = tl.zeros([PAGES // LANES, LANES], dtype=tl.int32)
     for step in tl.range(0, ROWS):
         token = byte * ROWS + step
         if token < num_tokens:
             row = pair * TQ + token
-            grouped = tl.load(grouped_ptr + row * max_pages + index, mask=complete, other=0.0)  # [PAGES]
+            grouped = tl.load(grouped_ptr + row * max_pages + index, mask=complete, other=0.0)
             # Not negative, so that its bits compare as it does. Forced pages above, pages that do not exist below all.
             key = tl.where(complete, grouped.to(tl.int32, bitcast=True), -1)
             key = tl.where(forced, 2147483647, key)
             # Invariant: count(key >= low) >= SLOTS > count(key >= high), or the forced pages alone are as many.
-            low = tl.min(tl.where(complete, key, 2147483647), axis=0)
-            high = tl.max(tl.where(forced, -1, key), axis=0) + 1
+            low = _min(tl.where(complete, key, 2147483647))
+            high = _max(tl.where(forced, -1, key)) + 1
             low = tl.where(NUM_FORCED >= SLOTS, high, low)
             count = tl.where(NUM_FORCED >= SLOTS, NUM_FORCED, current)
             span = high - low
@@ -253,7 +270,7 @@ def prefill_select_kernel(
                 # Two thresholds a step, their counts in the halves of one number.
                 lower = low + tl.maximum(span // 3, 1)
                 upper = low + tl.maximum(span - span // 3, 1)
-                above = tl.sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0), axis=0)
+                above = _sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0))
                 above_upper = (above >> 16) & 65535
                 above_lower = above & 65535
                 at_upper = above_upper >= SLOTS
@@ -264,40 +281,53 @@ def prefill_select_kernel(
                 span = high - low
             selected = key >= low
             if count > SLOTS:
-                # Ties at the threshold: the lower page goes first.
+                # Ties at the threshold: the lower page goes first. Bisect for the last page that does.
                 tied = key == low
-                rank = tl.cumsum(tied.to(tl.int32), axis=0)
-                allowed = SLOTS - (count - tl.sum(tied.to(tl.int32), axis=0))
-                selected = (key > low) | (tied & (rank <= allowed))
+                allowed = SLOTS - (count - _sum(tied.to(tl.int32)))
+                bound = current * 0
+                beyond = current
+                while beyond - bound > 1:
+                    middle = (bound + beyond) // 2
+                    fits = _sum((tied & (index < middle)).to(tl.int32)) <= allowed
+                    bound = tl.where(fits, middle, bound)
+                    beyond = tl.where(fits, beyond, middle)
+                selected = (key > low) | (tied & (index < bound))
 
             if TOP_P > 0:
                 # As in `triton_select`: bisect for the least key with too little mass above it.
-                enough = TOP_P * tl.sum(grouped, axis=0)
+                enough = TOP_P * _sum(grouped)
                 chosen = tl.where(selected, grouped, 0.0)
-                low_key = tl.min(tl.where(selected, key, 2147483647), axis=0) - 1
+                low_key = _min(tl.where(selected, key, 2147483647)) - 1
                 high_key = tl.full([], 2147483647, dtype=tl.int32)
                 middle = _middle(low_key, high_key)
                 while middle != low_key:
-                    short = tl.sum(tl.where(key > middle, chosen, 0.0), axis=0) < enough
+                    short = _sum(tl.where(key > middle, chosen, 0.0)) < enough
                     high_key = tl.where(short, middle, high_key)
                     low_key = tl.where(short, low_key, middle)
                     middle = _middle(low_key, high_key)
+                # Of its ties the lower page goes first, while the mass before it is too little.
                 tied = selected & (key == high_key)
-                tied_mass = tl.where(tied, chosen, 0.0)
-                before = tl.sum(tl.where(key > high_key, chosen, 0.0), axis=0)
-                before += tl.cumsum(tied_mass, axis=0) - tied_mass
-                selected &= forced | (key > high_key) | (tied & (before < enough))
+                above_mass = _sum(tl.where(key > high_key, chosen, 0.0))
+                bound = current * 0
+                beyond = current
+                while beyond - bound > 1:
+                    middle = (bound + beyond) // 2
+                    short = above_mass + _sum(tl.where(tied & (index < middle), chosen, 0.0)) < enough
+                    bound = tl.where(short, middle, bound)
+                    beyond = tl.where(short, beyond, middle)
+                selected &= forced | (key > high_key) | (tied & (index <= bound))
 
             taken = selected.to(tl.int32)
-            slot = tl.cumsum(taken, axis=0) - 1
+            column = tl.sum(taken, axis=0)  # [LANES]
+            slot = tl.cumsum(taken, axis=0) - 1 + (tl.cumsum(column, axis=0) - column)[None, :]
             tl.store(table_ptr + row * SLOTS + slot, index, mask=selected)
-            tl.store(count_ptr + row, tl.sum(taken, axis=0))
+            tl.store(count_ptr + row, tl.sum(column, axis=0))
             word += taken << step
     target = bytes_ptr + (pair * max_pages + index) * 4
     tl.store(target + byte, word.to(tl.int8), mask=complete)
     if byte == 0:  # tokens that a tile cannot have
         for absent in tl.static_range(TQ // ROWS, 4):
-            tl.store(target + absent, tl.zeros([PAGES], dtype=tl.int8), mask=complete)
+            tl.store(target + absent, tl.zeros_like(word).to(tl.int8), mask=complete)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def prefill_state_kernel(
     runs_ptr,  # [runs, 3] int32: first tile, tiles, row
     tiles_ptr,  # [tiles, 4] int32
     tile_state_ptr,  # [tiles] int32: place in `states_ptr` of the state at a tile's page; ascending within a run
-    states_ptr,  # [states, G, S_ROWS + 1, D] float32
+    states_ptr,  # [states, G, S_ROWS + 1, D] float32; the last row is z, for `linear` only
     arrivals_ptr,  # [runs, G] int32, zero between launches
     num_kv_heads,
     page_stride,
@@ -64,39 +64,36 @@ def prefill_state_kernel(
     blocks = state_table_ptr + row * state_table_stride
     dtype = kv_ptr.dtype.element_ty
     state = state_ptr + head * block_head_stride
+    # `regression` has a constant feature behind those of the key: its row of S is the sum of the values.
     feature = part * SLICE + tl.arange(0, SLICE)
-    in_slice = feature < D
+    in_slice = feature < S_ROWS
+    of_key = feature < D
     column = tl.arange(0, DP)
     in_head = column < D
     token = tl.arange(0, TILE)
-    s_mask = in_slice[:, None] & in_head[None, :]
     s_rows = state + state_row_offset(blocks, feature, block_stride, BODY, D, in_slice)[:, None] + column[None, :]
-    Z_ROW: tl.constexpr = D if LINEAR else D + 1
-    z_block = tl.maximum(tl.load(blocks + Z_ROW // BODY), 0).to(tl.int64)
-    z_row = state + z_block * block_stride + (1 + Z_ROW % BODY) * D + feature  # [SLICE]
-    v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
-    v_row = state + v_block * block_stride + (1 + D % BODY) * D + column  # [DP]
+    z_block = tl.maximum(tl.load(blocks + S_ROWS // BODY), 0).to(tl.int64)
+    z_row = state + z_block * block_stride + (1 + S_ROWS % BODY) * D + feature  # [SLICE]
 
     covered = trusted_pages(
         kv_int_ptr, state_int_ptr, pages, blocks, head, first_page, int_page_stride, int_head_stride,
         block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
     )  # fmt: skip
     # Old bytes must not be used where they are not trusted: they may be NaN, and 0 * NaN is NaN.
-    kept = tl.where(covered > 0, D, 0)
+    kept = tl.where(covered > 0, S_ROWS, 0)
     s = tl.load(s_rows, mask=(feature < kept)[:, None] & in_head[None, :], other=0.0)  # [SLICE, DP]
-    z = tl.load(z_row, mask=feature < kept, other=0.0)
-    sum_v = tl.load(v_row, mask=column < (0 if LINEAR else kept), other=0.0)
+    z = tl.load(z_row, mask=of_key & (feature < kept), other=0.0)
+    folded = tl.zeros([SLICE, TILE], dtype=tl.float32)  # keys that z lacks, one sum a place in a tile
     states = states_ptr + (first_state.to(tl.int64) * num_kv_heads + head) * (S_ROWS + 1) * D
     begin = tl.minimum(covered, first_page)
     # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
     page = tl.load(pages + begin)
     for index in tl.range(begin, target, num_stages=STAGES):
         out = states + (index - first_page).to(tl.int64) * num_kv_heads * (S_ROWS + 1) * D
-        put = tl.where(index >= first_page, D, 0)
-        tl.store(out + feature[:, None] * D + column[None, :], s, mask=s_mask & (feature < put)[:, None])
-        tl.store(out + S_ROWS * D + feature, z, mask=feature < put)
-        if not LINEAR:
-            tl.store(out + D * D + column, sum_v, mask=column < tl.where(part == 0, put, 0))
+        put = feature < tl.where(index >= first_page, S_ROWS, 0)
+        tl.store(out + feature[:, None] * D + column[None, :], s, mask=put[:, None] & in_head[None, :])
+        if LINEAR:
+            tl.store(out + S_ROWS * D + feature, z, mask=put & of_key)
         base = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + head * head_stride
         page = tl.load(pages + tl.minimum(index + 1, target - 1))
         for first in tl.static_range(0, PAGE, TILE):
@@ -107,24 +104,23 @@ def prefill_state_kernel(
                 k_all = tl.where(in_head[:, None], k_all.to(tl.float32), float("-inf"))  # [DP, TILE]
                 top = tl.max(k_all, axis=0)
                 norm = tl.sum(tl.exp(k_all - top[None, :]), axis=0)
-            k = tl.load(rows[None, :] + feature[:, None], mask=in_slice[:, None], other=0.0)
+            k = tl.load(rows[None, :] + feature[:, None], mask=of_key[:, None], other=0.0)  # [SLICE, TILE]
             if LINEAR:
                 k = (tl.exp(k.to(tl.float32) - top[None, :]) / norm[None, :]).to(dtype)
-                k = tl.where(in_slice[:, None], k, 0.0).to(dtype)  # [SLICE, TILE]
+                k = tl.where(of_key[:, None], k, 0.0).to(dtype)
+                z += tl.sum(k.to(tl.float32), axis=1)
             else:
-                sum_v += tl.sum(v.to(tl.float32), axis=0)
+                folded += k.to(tl.float32)
+                k = tl.where((feature == D)[:, None], 1.0, k).to(dtype)
             s = tl.dot(k, v, s)
-            z += tl.sum(k.to(tl.float32), axis=1)
+    z += tl.sum(folded, axis=1)
     out = states + (target - first_page).to(tl.int64) * num_kv_heads * (S_ROWS + 1) * D
-    tl.store(out + feature[:, None] * D + column[None, :], s, mask=s_mask)
-    tl.store(out + S_ROWS * D + feature, z, mask=in_slice)
-    if (part == 0) & (not LINEAR):
-        tl.store(out + D * D + column, sum_v, mask=in_head)
+    tl.store(out + feature[:, None] * D + column[None, :], s, mask=in_slice[:, None] & in_head[None, :])
+    if LINEAR:
+        tl.store(out + S_ROWS * D + feature, z, mask=of_key)
     if covered < target:
-        tl.store(s_rows, s, mask=s_mask)
-        tl.store(z_row, z, mask=in_slice)
-        if (part == 0) & (not LINEAR):
-            tl.store(v_row, sum_v, mask=in_head)
+        tl.store(s_rows, s, mask=in_slice[:, None] & in_head[None, :])
+        tl.store(z_row, z, mask=of_key)
         # All slices have read the headers before the last of them arrives here, so it may replace them.
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals_ptr + run * num_kv_heads + head, 1, sem="acq_rel")
