@@ -3,7 +3,9 @@
     python benchmarks/prefill.py --out benchmarks/results/prefill_h200.json
 
 One row of `context` tokens, nothing cached before, over one paged cache in one process. A measurement is the median of
-several calls between CUDA events, and the spread (10th to 90th percentile). `uniform` inputs are independent random
+several calls between CUDA events, and the spread (10th to 90th percentile); what an engine plans once a step for all
+layers, for SPLA and FA3 alike, is planned before. Tokens below `--dense-below` attend densely, through FA3, as in the
+backend. `uniform` inputs are independent random
 vectors, so that neighbouring tokens choose unrelated pages: the hardest case. In `drifting` inputs the queries of
 neighbouring tokens are alike, as a model's are. SPLA outputs of sampled tokens are checked against the float64
 reference before they are timed. A short table comes last.
@@ -32,8 +34,9 @@ from decode import DTYPE, HEAD_SIZE, HEADS, KV_HEADS, SCALE, Pool, copy_bandwidt
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
+from spla_backend.kernels.cuda import PREFILL_DENSE_BELOW
 from spla_backend.kernels.triton_decode import TritonPagedSpla, _Scratch
-from spla_backend.kernels.triton_prefill import PrefillTuning, TritonPrefill
+from spla_backend.kernels.triton_prefill import SCRATCH_BYTES, PrefillTuning, TritonPrefill
 
 
 def matmul_rate() -> float:
@@ -86,12 +89,13 @@ def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0) -
 def spla(
     op: TritonPrefill, pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0
 ) -> Callable[[], None]:
-    """Planned in every call, as in an engine's step; the dense beginning through FA3."""
+    """One layer of a step, which is planned once for all layers; the dense beginning through FA3."""
+    plan = op.plan(0, [0, len(query)], [start + len(query)])
+    dense = [fa3(pool, query[: rows.num_tokens], output[: rows.num_tokens], start) for rows in plan.dense]
 
     def run() -> None:
-        plan = op.plan(0, [0, len(query)], [start + len(query)])
-        for rows in plan.dense:
-            fa3(pool, query[: rows.num_tokens], output[: rows.num_tokens], start)()
+        for attend in dense:
+            attend()
         for step in plan.passes:
             op.run(step, query, pool.kv_cache, pool.kv_cache, pool.block_table, pool.state_table, output)
 
@@ -136,7 +140,10 @@ def main() -> None:
     parser.add_argument("--budgets", default="2048")
     parser.add_argument("--page", type=int, default=64)
     parser.add_argument("--kinds", default="uniform,drifting")
-    parser.add_argument("--dense-below", type=int, default=0, help="tokens; at least the budget")
+    parser.add_argument(
+        "--dense-below", type=int, default=PREFILL_DENSE_BELOW, help="tokens; at least the budget (%(default)s)"
+    )
+    parser.add_argument("--scratch", type=int, default=SCRATCH_BYTES >> 20, help="MiB for the parts of a pass")
     parser.add_argument("--options", default="{}", help="parameters of SPLA as JSON")
     parser.add_argument("--tuning", default="{}", help="launch shapes as JSON")
     parser.add_argument("--breakdown", action="store_true", help="time of each kernel, from the profiler")
@@ -177,8 +184,8 @@ def main() -> None:
                 max_num_rows=1, max_model_len=context, device="cuda",
             )  # fmt: skip
             op = TritonPrefill(
-                base, dense_below=args.dense_below, max_num_tokens=context, max_num_rows=1, device=device,
-                tuning=PrefillTuning(**json.loads(args.tuning)),
+                base, dense_below=args.dense_below, max_num_tokens=context, max_num_rows=1, max_model_len=1 << 30,
+                device=device, tuning=PrefillTuning(**json.loads(args.tuning)), scratch_bytes=args.scratch << 20,
             )  # fmt: skip
             pool = Pool(base, context, 1)
             where = {"batch": 1, "context": context, "budget": budget, "page": args.page}

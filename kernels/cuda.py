@@ -1,7 +1,5 @@
-"""SPLA over paged memory on a CUDA GPU: Triton kernels for decode rows, FlashAttention for prefill rows.
-
-Prefill rows attend densely for now: the answer of dense attention, at its speed. Decode rows are sparse.
-"""
+"""SPLA over paged memory on a CUDA GPU: Triton kernels for decode rows and for the tokens of a prefill, FlashAttention
+for the prefill tokens that attend to everything."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +8,10 @@ import torch
 
 from ..algorithm.parameters import SplaParameters
 from .triton_decode import TritonPagedSpla
+from .triton_prefill import DenseRows, PrefillPlan, TritonPrefill
+
+PREFILL_DENSE_BELOW = 16384
+"""Position from which on a sparse prefill token is cheaper than a dense one (benchmarks/NOTES.md)."""
 
 
 @dataclass(frozen=True)
@@ -20,26 +22,41 @@ class Plan:
     num_decode_tokens: int
     decode_query_len: int
     query_start_loc: torch.Tensor  # [rows + 1] int32
-    prefill_start_loc: torch.Tensor | None  # [prefill rows + 1] int32, offsets within the prefill tokens
     seq_lens: torch.Tensor  # [rows] int32
     block_table: torch.Tensor  # [rows, max_pages] int32
-    num_tokens: int
-    max_query_len: int
-    max_seq_len: int
+    prefill: PrefillPlan | None
 
 
 class CudaPagedSpla:
-    """The interface of `TorchPagedSpla` on a GPU; arguments as `TritonPagedSpla`."""
+    """The interface of `TorchPagedSpla` on a GPU.
 
-    def __init__(self, params: SplaParameters, **arguments: Any) -> None:
+    Args:
+        params: What to compute.
+        max_num_tokens: The most tokens of a step.
+        prefill_dense_below: Prefill tokens at positions below it attend to everything; None for `PREFILL_DENSE_BELOW`.
+        arguments: See `TritonPagedSpla`.
+    """
+
+    def __init__(
+        self, params: SplaParameters, *, max_num_tokens: int, prefill_dense_below: int | None, **arguments: Any
+    ) -> None:
         self._decode = TritonPagedSpla(params, **arguments)
+        self._prefill = TritonPrefill(
+            self._decode,
+            dense_below=PREFILL_DENSE_BELOW if prefill_dense_below is None else prefill_dense_below,
+            max_num_tokens=max_num_tokens,
+            max_num_rows=arguments["max_num_rows"],
+            max_model_len=arguments["max_model_len"],
+            device=torch.device(arguments["device"]),
+        )
         self.page_layout, self.state_layout = self._decode.page_layout, self._decode.state_layout
         self.update_cache = self._decode.update_cache
+        self._prefill.warm_up()
 
     @property
     def scratch_bytes(self) -> int:
         """Bytes of scratch, shared by all layers of one geometry."""
-        return self._decode.scratch_bytes
+        return self._decode.scratch_bytes + self._prefill.scratch_bytes
 
     def plan(
         self,
@@ -50,9 +67,8 @@ class CudaPagedSpla:
         num_decodes: int,
         num_decode_tokens: int,
         decode_query_len: int,
-        num_tokens: int,
-        max_query_len: int,
-        max_seq_len: int,
+        prefill_starts: list[int],
+        prefill_lens: list[int],
     ) -> Plan:
         """What a step needs whatever the layer; lengths on the device are read by no one here.
 
@@ -63,16 +79,12 @@ class CudaPagedSpla:
             num_decodes: Leading rows of at most `decode_query_len` query tokens, padding included.
             num_decode_tokens: Their tokens, padding included.
             decode_query_len: Query tokens of a decode row.
-            num_tokens: Tokens of the batch.
-            max_query_len: The most query tokens of a row.
-            max_seq_len: The most tokens of a sequence.
+            prefill_starts: Offsets of the other rows' query tokens in the batch, and the end of the last.
+            prefill_lens: Tokens of the other rows' sequences, this step's included.
         """
-        prefill_start_loc = None
-        if num_decodes < seq_lens.shape[0]:
-            prefill_start_loc = query_start_loc[num_decodes:] - query_start_loc[num_decodes]
+        prefill = self._prefill.plan(num_decodes, prefill_starts, prefill_lens) if prefill_lens else None
         return Plan(
-            num_decodes, num_decode_tokens, decode_query_len, query_start_loc, prefill_start_loc, seq_lens, block_table,
-            num_tokens, max_query_len, max_seq_len,
+            num_decodes, num_decode_tokens, decode_query_len, query_start_loc, seq_lens, block_table, prefill
         )  # fmt: skip
 
     def run(
@@ -98,25 +110,36 @@ class CudaPagedSpla:
                 output[:tokens],
                 plan.decode_query_len,
             )
-        if plan.prefill_start_loc is not None:
-            self._prefill(plan, query[tokens : plan.num_tokens], kv_cache, output[tokens : plan.num_tokens])
+        if plan.prefill is not None:
+            for rows in plan.prefill.dense:
+                self._attend_densely(rows, query, kv_cache, plan.block_table, output)
+            for step in plan.prefill.passes:
+                self._prefill.run(step, query, kv_cache, state_cache, plan.block_table, state_table, output)
 
-    def _prefill(self, plan: Plan, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> None:
+    def _attend_densely(
+        self,
+        rows: DenseRows,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
         d, page_size = self._decode.head_size, self._decode.params.page_size
         pages = kv_cache[:, :, :page_size].transpose(1, 2)  # [num_pages, page_size, kv_heads, 2 d]
+        tokens = slice(rows.first_token, rows.first_token + rows.num_tokens)
         flash_attn_varlen_func(
-            q=query,
+            q=query[tokens],
             k=pages[..., :d],
             v=pages[..., d:],
-            out=output,
-            cu_seqlens_q=plan.prefill_start_loc,
-            max_seqlen_q=plan.max_query_len,
-            seqused_k=plan.seq_lens[plan.num_decodes :],
-            max_seqlen_k=plan.max_seq_len,
+            out=output[tokens],
+            cu_seqlens_q=rows.start_loc,
+            max_seqlen_q=rows.max_query_len,
+            seqused_k=rows.seq_lens,
+            max_seqlen_k=rows.max_seq_len,
             softmax_scale=self._decode.scale,
             causal=True,
-            block_table=plan.block_table[plan.num_decodes :],
+            block_table=block_table[rows.first_row : rows.first_row + rows.seq_lens.shape[0]],
             fa_version=get_flash_attn_version(head_size=d),
         )

@@ -16,6 +16,8 @@ class Limits:
     max_num_rows: int
     max_query_len: int
     max_model_len: int
+    max_num_tokens: int
+    prefill_dense_below: int | None  # None: what the device's kernels were measured to want
 
 
 def make(device: torch.device, params: SplaParameters, limits: Limits, **shape: Any) -> Any:
@@ -24,7 +26,7 @@ def make(device: torch.device, params: SplaParameters, limits: Limits, **shape: 
     Args:
         device: Where the cache lives.
         params: What to compute.
-        limits: The largest step.
+        limits: The largest step, and which tokens attend to everything.
         shape: See `TorchPagedSpla`.
 
     Raises:
@@ -33,7 +35,7 @@ def make(device: torch.device, params: SplaParameters, limits: Limits, **shape: 
     if device.type == "cpu":
         from .torch_paged import TorchPagedSpla
 
-        return TorchPagedSpla(params, **shape)
+        return TorchPagedSpla(params, prefill_dense_below=limits.prefill_dense_below or 0, **shape)
     if device.type == "cuda":
         from .cuda import CudaPagedSpla
 

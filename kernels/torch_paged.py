@@ -140,6 +140,7 @@ class TorchPagedSpla:
         scale: Softmax scale; queries arrive unscaled.
         gain: Per-head weight of the tail, `[H]`; 1 where None.
         norm_weights: `(exact [H, d], tail [H, d])` of the double RMSNorm; 1 where None.
+        prefill_dense_below: Prefill tokens at positions below it attend to everything, as those below the budget do.
     """
 
     def __init__(
@@ -153,8 +154,10 @@ class TorchPagedSpla:
         scale: float,
         gain: torch.Tensor | None = None,
         norm_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prefill_dense_below: int = 0,
     ) -> None:
         self.params = params
+        self._dense_below = max(prefill_dense_below, params.budget_blocks * params.selection_block)
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.group = num_heads // num_kv_heads
         self.scale = scale
@@ -285,7 +288,7 @@ class TorchPagedSpla:
     def _plan_prefill(self, row: int, first_token: int, start: int, end: int, table: torch.Tensor) -> PrefillRow:
         params = self.params
         page_size = params.page_size
-        dense_end = max(start, min(end, params.budget_blocks * params.selection_block))
+        dense_end = max(start, min(end, self._dense_below))
         tiles = []
         position = dense_end
         while position < end:

@@ -1,7 +1,7 @@
 """SPLA prefill over the engine's paged cache on a GPU: what a step needs, and the launches of one layer.
 
-Every token selects for itself the pages that it would select in decode. Tokens below `dense_below` attend to everything,
-through FlashAttention (`kernels/cuda.py`); all others go through the passes planned here, whatever rows and chunks they
+Every token selects for itself the pages that it would select in decode. Tokens below `dense_below` attend to
+everything, through FlashAttention (`kernels/cuda.py`); all others go through the passes planned here, whatever rows and chunks they
 come in. The plain reference of the whole is `reference.spla_sequence`.
 
 A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch. Its launches:
@@ -15,6 +15,7 @@ A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch
 What depends on lengths is planned on the host, from lengths that the host knows; nothing waits for the device.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 import triton
+from tqdm import tqdm
 
 from .layout import STATE_MAGIC
 from .triton_attend import RESIDUAL_CODES
@@ -104,6 +106,12 @@ def _round_up(pages: int) -> int:
     return -(-pages // 16) * 16
 
 
+def _align(numbers: list[int]) -> int:
+    """Fill up to a multiple of 16 bytes, which kernels are specialised for; the length then."""
+    numbers += [0] * (-len(numbers) % 4)
+    return len(numbers)
+
+
 class TritonPrefill:
     """Sparse prefill of one layer shape.
 
@@ -112,11 +120,13 @@ class TritonPrefill:
         dense_below: Tokens at positions below it attend to everything; at least the budget.
         max_num_tokens: The most tokens of a step.
         max_num_rows: The most rows of a step.
+        max_model_len: The most tokens of a sequence; where all of them attend to everything, no scratch is taken.
         tuning: Launch shapes.
         scratch_bytes: What the parts of a pass may take.
     """
 
     _pools: ClassVar[dict[tuple, dict[str, torch.Tensor]]] = {}
+    _warm: ClassVar[set[tuple]] = set()
 
     def __init__(
         self,
@@ -125,6 +135,7 @@ class TritonPrefill:
         dense_below: int,
         max_num_tokens: int,
         max_num_rows: int,
+        max_model_len: int,
         device: torch.device,
         tuning: PrefillTuning | None = None,
         scratch_bytes: int = SCRATCH_BYTES,
@@ -151,7 +162,38 @@ class TritonPrefill:
         # Lists are a row's own; many rows in one pass would need room for many unfilled work items.
         room = scratch_bytes // 16 // (base.num_kv_heads * self._max_pages * self._attend_tokens * 8)
         self.max_runs = max(1, min(max_num_rows, self.max_tiles, room))
-        self._pool = self._shared_pool()
+        self._sparse = max_model_len > self.dense_below
+        self._pool = self._shared_pool() if self._sparse else {}
+
+    def warm_up(self) -> None:
+        """Compile what the passes of every length need, so that no request has to wait for it."""
+        if not self._sparse or self.device.type != "cuda":
+            return
+        base, params = self.base, self.base.params
+        key = (type(self), self.device, self._shapes_key(), params, base.cache_dtype)
+        if key in self._warm:
+            return
+        self._warm.add(key)
+        shape = (1 + base.state_layout.num_blocks, base.num_kv_heads, base.page_layout.rows, 2 * base.head_size)
+        kv_cache = torch.zeros(shape, dtype=base.cache_dtype, device=self.device)
+        query = torch.zeros(1, base.num_heads, base.head_size, dtype=base.cache_dtype, device=self.device)
+        block_table = torch.zeros(1, base.max_pages + 1, dtype=torch.int32, device=self.device)
+        state_table = torch.arange(1, len(kv_cache), dtype=torch.int32, device=self.device).repeat(1, 1)
+        if state_table.shape[1] == 0:
+            state_table = block_table
+        # One length for every power of two that `prefill_select_kernel` is compiled for.
+        positions = [max(self.dense_below, 1)]
+        pages = triton.next_power_of_2(_round_up(positions[0] // params.page_size))
+        while (pages + 1) * params.page_size < base.max_pages * params.page_size:
+            positions.append((pages + 1) * params.page_size)
+            pages *= 2
+        for position in tqdm(positions, desc="Compiling SPLA prefill kernels", disable=len(positions) < 2):
+            for step in self.plan(0, [0, 1], [position + 1]).passes:
+                self.run(step, query, kv_cache, kv_cache, block_table, state_table, torch.empty_like(query))
+        torch.cuda.synchronize(self.device)
+
+    def _shapes_key(self) -> tuple:
+        return tuple(sorted(self._shapes().items()))
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         base, tiles, heads = self.base, self.max_tiles, self.base.num_kv_heads
@@ -184,7 +226,7 @@ class TritonPrefill:
     def _shared_pool(self) -> dict[str, torch.Tensor]:
         """Scratch, one for all layers of one geometry: layers run one after another."""
         shapes = self._shapes()
-        key = (str(self.device), *sorted(shapes.items()))
+        key = (str(self.device), *self._shapes_key())
         if key not in self._pools:
             # Arrival counters start at zero and every launch leaves them so; nothing else is read before it is written.
             self._pools[key] = {n: torch.zeros(s, dtype=t, device=self.device) for n, (s, t) in shapes.items()}
@@ -226,11 +268,11 @@ class TritonPrefill:
                 position = end
         plans: list[tuple[int, int, Any]] = []
         for first, members, stop in dense:
-            at = len(numbers)
+            at = _align(numbers)
             numbers += [token - first for _, token, _, _ in members] + [stop - first]
             numbers += [seq_len for *_, seq_len in members]
             plans.append((at, len(members), (first, stop - first, members)))
-        passes = []
+        passes: list[tuple[list[int], int, int, int]] = []
         for some in self._cut(tiles):
             runs: list[list[int]] = []
             tile_run, tile_state, states, last = [], [], -1, None
@@ -242,9 +284,11 @@ class TritonPrefill:
                 if last != (row, position // page):
                     states, last = states + 1, (row, position // page)
                 tile_state.append(states)
-            at = len(numbers)
-            numbers += [n for tile in some for n in tile] + tile_run + tile_state + [n for run in runs for n in run]
-            passes.append((at, len(some), len(runs), _round_up(max(position for *_, position in some) // page)))
+            where = []
+            for values in (itertools.chain(*some), tile_run, tile_state, itertools.chain(*runs)):
+                where.append(_align(numbers))
+                numbers += values
+            passes.append((where, len(some), len(runs), _round_up(max(position for *_, position in some) // page)))
         host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         buffer = host.to(self.device, non_blocking=True)
         dense_rows = [
@@ -263,13 +307,13 @@ class TritonPrefill:
             dense_rows,
             [
                 Pass(
-                    tiles=buffer[at : at + 4 * n].view(n, 4),
-                    tile_run=buffer[at + 4 * n : at + 5 * n],
-                    tile_state=buffer[at + 5 * n : at + 6 * n],
-                    runs=buffer[at + 6 * n : at + 6 * n + 3 * r].view(r, 3),
+                    tiles=buffer[tiles_at : tiles_at + 4 * n].view(n, 4),
+                    tile_run=buffer[run_at : run_at + n],
+                    tile_state=buffer[state_at : state_at + n],
+                    runs=buffer[runs_at : runs_at + 3 * r].view(r, 3),
                     max_complete=complete,
                 )
-                for at, n, r, complete in passes
+                for (tiles_at, run_at, state_at, runs_at), n, r, complete in passes
             ],
         )
 
@@ -372,7 +416,8 @@ class TritonPrefill:
                 kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
                 step.tile_state, pool["states"], pool["arrivals"], heads, *page_strides, kv_int.stride(0),
                 kv_int.stride(1), state.stride(0), state.stride(1), table_stride, state_table.stride(0),
-                kv_cache.shape[0] - 1, MAGIC=STATE_MAGIC, STAMP_WORD=base._stamp_word, NUM_BLOCKS=base.state_layout.num_blocks,
+                kv_cache.shape[0] - 1, MAGIC=STATE_MAGIC, STAMP_WORD=base._stamp_word,
+                NUM_BLOCKS=base.state_layout.num_blocks,
                 BODY=base.state_layout.rows_per_block - 1, PARTS=triton.cdiv(self._s_rows, tuning.state_slice),
                 SLICE=tuning.state_slice, D=d, DP=self._dp, PAGE=params.page_size, TILE=base._fold_tile,
                 S_ROWS=self._s_rows, STAGES=tuning.state_stages, LINEAR=self._linear,
@@ -380,14 +425,14 @@ class TritonPrefill:
             )  # fmt: skip
         parts = pool["out"], pool["sums"], pool["part_tail"], pool["part_z"]
         page_attend_kernel[(tuning.attend_programs * base._num_sms,)](
-            query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["tail"], *parts, query.stride(0), query.stride(1),
-            *page_strides, kv_cache.shape[0] - 1, heads, num_parts, base.scale, params.residual_scale,
+            query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["tail"], *parts,
+            query.stride(0), query.stride(1), *page_strides, kv_cache.shape[0] - 1, heads, num_parts, base.scale, params.residual_scale,
             TM=self._attend_tokens, PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots,
             STAGES=tuning.attend_stages, RESIDUAL=residual, num_warps=tuning.attend_warps, **shape,
         )  # fmt: skip
         prefill_merge_kernel[(heads, num_tiles)](
-            query, kv_cache, block_table, step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"], *parts,
-            *base.norm_weights, output, query.stride(0), query.stride(1), output.stride(0), output.stride(1),
+            query, kv_cache, block_table, step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"],
+            *parts, *base.norm_weights, output, query.stride(0), query.stride(1), output.stride(0), output.stride(1),
             *page_strides, table_stride, heads, num_parts, base.scale, params.residual_scale, params.rms_norm_eps,
             PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots, S_ROWS=self._s_rows, STAGES=tuning.merge_stages,
             RESIDUAL=residual, DOUBLE_NORM=params.combine == "double_rmsnorm", num_warps=tuning.merge_warps, **shape,

@@ -1,16 +1,16 @@
 """Attention of prefill tokens over the pages that each of them selected, page by page, and the merge.
 
 Plain reference: `reference.exact_attention`, `residual_direction`, `combine_shared_normalizer`, `rms_norm`. Sources:
-residual by subtraction, SPLA (arXiv 2601.22379); a page gathers the tokens that chose it, partial results merged by their
-LSE, as in block-sparse prefill of MoBA (arXiv 2502.13189).
+residual by subtraction, SPLA (arXiv 2601.22379); a page gathers the tokens that chose it, partial results merged by
+their LSE, as in block-sparse prefill of MoBA (arXiv 2502.13189).
 
 A decode-like gather would read `2 B d` elements for every (token, kv head, page), more than the second-level cache can
-deliver. So `page_attend_kernel` keeps a page on the chip and lets the tokens of its list stream past it, as full tiles of
-the tensor cores; what it writes for each (token, page) is one row a head, `d` elements and two floats, which
+deliver. So `page_attend_kernel` lets the tokens that selected a page attend to it together, as full tiles of the tensor
+cores; what it writes for each (token, page) is one row a head, `d` elements and two floats, which
 `prefill_merge_kernel` reads once.
 
-The regression residual costs nothing there. With `D` the tail mass, `n` the tokens left out, `l = q . k`, `c` the mean of
-`l` over those tokens, all known before, the tail's numerator is
+The regression residual costs nothing there. With `D` the tail mass, `n` the tokens left out, `l = q . k`, `c` the mean
+of `l` over those tokens, all known before, the tail's numerator is
 
     D o_tail = (D / n) sum over the rest of (1 + rs (l - c)) v
              = (D / n) [ from the state: all tokens ] - (D / n) [ the selected tokens ],
@@ -18,7 +18,8 @@ The regression residual costs nothing there. With `D` the tail mass, `n` the tok
 so that a selected token's weight is `exp(l) - (D / n) (1 + rs (l - c))`: one product with the values does both. The
 `linear` residual needs a second product.
 
-Floor, bytes a (token, kv head, selected page): `2 GROUP d` elements written and read. FLOP: `4 GROUP B d`, or `8 GROUP B d`.
+Floor, bytes a (token, kv head, selected page): `2 GROUP d` elements written and read. FLOP: `4 GROUP B d`, or
+`8 GROUP B d`.
 """
 
 import triton
@@ -29,7 +30,7 @@ from .triton_prefill_select import LOG2E, tile_queries
 from .triton_state import softmax_features
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last_page", "num_parts"])
 def page_attend_kernel(
     query_ptr,  # [tokens, H, D]
     kv_ptr,
@@ -75,7 +76,7 @@ def page_attend_kernel(
     num_items = tl.load(num_items_ptr)
     first = tl.program_id(0)
     if first < num_items:
-        # What a step's addresses come from is fetched a step ahead: a load that waits for another load is not pipelined.
+        # What a step's addresses come from is fetched a step ahead: a load that waits for a load is not pipelined.
         about = tl.load(work_ptr + first)
         entry = tl.load(list_ptr + (first * TM + m // GROUP_P).to(tl.int64) * 2)
         token = tl.load(list_ptr + (first * TM + m // GROUP_P).to(tl.int64) * 2 + 1)
@@ -140,7 +141,7 @@ def page_attend_kernel(
                 tl.store(part_z_ptr + part * GROUP_P + member, tl.sum(feature, axis=1), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride", "num_parts"])
 def prefill_merge_kernel(
     query_ptr,
     kv_ptr,

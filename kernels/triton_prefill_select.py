@@ -1,11 +1,10 @@
 """Block selection for the tokens of a prefill: scores, selection, and what the pages left out weigh.
 
 Plain reference: `reference.selection_score`, `share_in_group`, `select_blocks`, `mass_score`. Sources: SPLA (arXiv
-2601.22379) and those of `triton_score`, whose second-order terms are used here, so that a token chooses the pages that it
-would choose in decode.
+2601.22379) and those of `triton_score`. A token chooses the pages that it would choose in decode.
 
-A *tile* is up to `TQ` <= 32 query tokens of one page of one row: they share their complete pages, their forced pages and
-the recurrent state, and one int32 holds which of them selected a page. The `M = TQ * GROUP_P` rows of a tile's matrices
+A *tile* is up to `TQ` <= 32 query tokens of one page of one row: they share their complete pages, their forced pages
+and the recurrent state, and one int32 holds which of them selected a page. The `M = TQ * GROUP_P` rows of a tile's matrices
 are its tokens' heads, heads innermost.
 
 Scores are never stored for each head: `prefill_score_kernel` goes over the pages three times, for the heads'
@@ -43,7 +42,7 @@ def tile_queries(
     return tl.load(row[:, None] + column[None, :], mask=exists[:, None] & (column < D)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride", "last_page"])
 def prefill_score_kernel(
     query_ptr,  # [tokens, H, D]
     kv_ptr,
@@ -221,7 +220,7 @@ def _min(x):
 def prefill_select_kernel(
     tiles_ptr,
     grouped_ptr,  # [tiles, G, TQ, max_pages] float32
-    table_ptr,  # [tiles, G, TQ, SLOTS] int32: complete pages that a token selected, by their place in the row, unordered
+    table_ptr,  # [tiles, G, TQ, SLOTS] int32: complete pages that a token selected, places in the row, unordered
     count_ptr,  # [tiles, G, TQ] int32
     bytes_ptr,  # [tiles, G, max_pages, 4] int8, the bytes of `words`
     max_pages,
@@ -372,7 +371,7 @@ def prefill_count_kernel(
     tl.store(items_ptr + where, (running + TM - 1) // TM, mask=index < max_pages)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride"])
 def prefill_work_kernel(
     block_table_ptr,
     runs_ptr,

@@ -1,8 +1,8 @@
 """The recurrent state at the beginning of every page of a prefill (docs/design.md, 6), and behind the last of them.
 
-Plain reference: `reference.recurrent_state` over the complete pages below a page. Source: residual linear attention, SPLA
-(arXiv 2601.22379). The state's blocks are brought up to the first tile's page by the rule that decode follows (`trusted_pages`);
-then each page's state is put aside before the page is folded.
+Plain reference: `reference.recurrent_state` over the complete pages below a page. Source: residual linear attention,
+SPLA (arXiv 2601.22379). The state's blocks are brought up to the first tile's page by the rule that decode follows
+(`trusted_pages`); then each page's state is put aside before the page is folded.
 
 Floor, bytes a page and kv head: `2 B d` elements read, `(F_S + F_z / d) d` float32 written. FLOP: `2 B F_S d`.
 """
@@ -13,7 +13,7 @@ import triton.language as tl
 from .triton_state import state_row_offset, trusted_pages
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride", "state_table_stride", "last_page"])
 def prefill_state_kernel(
     kv_ptr,
     kv_int_ptr,

@@ -28,6 +28,8 @@ class SplaOptions:
         residual_scale: Factor on the covariance term of the `regression` residual.
         combine: `shared_normalizer`, or `double_rmsnorm` for models trained with it.
         rms_norm_eps: Epsilon of `double_rmsnorm`.
+        prefill_dense_below: Prompt tokens at positions below this attend to everything; None means where that was
+            measured to be faster: 16384 on a GPU, the budget on a CPU.
     """
 
     budget: int = 2048
@@ -41,6 +43,7 @@ class SplaOptions:
     residual_scale: float = 0.5
     combine: str = "shared_normalizer"
     rms_norm_eps: float = 1e-6
+    prefill_dense_below: int | None = None
 
     @classmethod
     def from_sources(cls, *sources: Mapping[str, Any] | None) -> "SplaOptions":
@@ -73,6 +76,8 @@ class SplaOptions:
         self._check_integer("budget", 1)
         self._check_integer("first_blocks", 0)
         self._check_integer("last_blocks", 1)
+        if self.prefill_dense_below is not None:
+            self._check_integer("prefill_dense_below", 0)
         if self.selection_block_size is not None:
             self._check_integer("selection_block_size", 16)
             if self.selection_block_size % 16:

@@ -78,6 +78,8 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             max_num_rows=scheduler.max_num_seqs,
             max_query_len=max_decode_query_len(self.vllm_config),
             max_model_len=self.vllm_config.model_config.max_model_len,
+            max_num_tokens=scheduler.max_num_batched_tokens,
+            prefill_dense_below=get_options().prefill_dense_below,
         )
         self.op = dispatch.make(
             torch.device(device),

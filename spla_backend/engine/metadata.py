@@ -56,19 +56,27 @@ class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
         plan = self.op.plan(common.query_start_loc, common.seq_lens, common.block_table_tensor, **split)
         return SplaMetadata(common.num_actual_tokens, plan)
 
-    def _split(self, common: CommonAttentionMetadata) -> dict[str, int]:
+    def _split(self, common: CommonAttentionMetadata) -> dict[str, Any]:
         """Decode rows, which vLLM puts first, and prefill rows, from what the host knows."""
         threshold = self.reorder_batch_threshold
         assert threshold is not None
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=threshold, require_uniform=True
         )
+        prefill_lens: list[int] = []
+        if num_prefills:
+            if common.seq_lens_cpu_upper_bound is None:
+                raise RuntimeError(
+                    "SPLA plans prefill on the host and this model runner does not say how long the sequences are: "
+                    "use vLLM's own model runner"
+                )
+            # Exact for rows of a prefill.
+            prefill_lens = common.seq_lens_cpu_upper_bound[num_decodes : common.num_reqs].tolist()
         return {
+            "prefill_starts": common.query_start_loc_cpu[num_decodes : common.num_reqs + 1].tolist(),
+            "prefill_lens": prefill_lens,
             "num_decodes": num_decodes,
             "num_decode_tokens": num_decode_tokens,
             # Rows of a mixed batch may be shorter than a verification row, never longer.
             "decode_query_len": threshold if num_prefills else min(threshold, common.max_query_len),
-            "num_tokens": common.num_actual_tokens,
-            "max_query_len": common.max_query_len,
-            "max_seq_len": common.max_seq_len,
         }
