@@ -1,8 +1,8 @@
 """SPLA prefill over the engine's paged cache on a GPU: what a step needs, and the launches of one layer.
 
 Every token selects for itself the pages that it would select in decode. Tokens below `dense_below` attend to
-everything, through FlashAttention (`kernels/cuda.py`); all others go through the passes planned here, whatever rows and chunks they
-come in. The plain reference of the whole is `reference.spla_sequence`.
+everything, through FlashAttention (`kernels/cuda.py`); all others go through the passes planned here, whatever rows
+and chunks they come in. The plain reference of the whole is `reference.spla_sequence`.
 
 A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch. Its launches:
 
@@ -426,8 +426,8 @@ class TritonPrefill:
         parts = pool["out"], pool["sums"], pool["part_tail"], pool["part_z"]
         page_attend_kernel[(tuning.attend_programs * base._num_sms,)](
             query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["tail"], *parts,
-            query.stride(0), query.stride(1), *page_strides, kv_cache.shape[0] - 1, heads, num_parts, base.scale, params.residual_scale,
-            TM=self._attend_tokens, PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots,
+            query.stride(0), query.stride(1), *page_strides, kv_cache.shape[0] - 1, heads, num_parts, base.scale,
+            params.residual_scale, TM=self._attend_tokens, PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots,
             STAGES=tuning.attend_stages, RESIDUAL=residual, num_warps=tuning.attend_warps, **shape,
         )  # fmt: skip
         prefill_merge_kernel[(heads, num_tiles)](

@@ -4,8 +4,8 @@ Plain reference: `reference.selection_score`, `share_in_group`, `select_blocks`,
 2601.22379) and those of `triton_score`. A token chooses the pages that it would choose in decode.
 
 A *tile* is up to `TQ` <= 32 query tokens of one page of one row: they share their complete pages, their forced pages
-and the recurrent state, and one int32 holds which of them selected a page. The `M = TQ * GROUP_P` rows of a tile's matrices
-are its tokens' heads, heads innermost.
+and the recurrent state, and one int32 holds which of them selected a page. The `M = TQ * GROUP_P` rows of a tile's
+matrices are its tokens' heads, heads innermost.
 
 Scores are never stored for each head: `prefill_score_kernel` goes over the pages three times, for the heads'
 normalisers, for the group's shared scores, and, once the selection is known, for the mass that was left out. Storing

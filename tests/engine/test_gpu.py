@@ -26,6 +26,8 @@ MODEL = {
 LENGTHS = (5, 63, 64, 65, 500, 512, 513, 1000, 2049, 3000)
 BUDGET = 512
 NEAR_TIE = 0.03  # nats between the two best tokens: float16 may go either way
+# Pages of random weights weigh much the same: rounding decides between two of them, and a page more or less moves logits.
+SPARSE_NEAR_TIE = 0.3
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def ask(model, backend, options=None, rounds=1, **engine_args):
         return answers
 
 
-def assert_same(actual, expected):
+def assert_same(actual, expected, near_tie=NEAR_TIE):
     """Equal tokens up to a near-tie; few rows may end in one."""
     ties = 0
     for length, (a, a_gaps), (e, e_gaps) in zip(LENGTHS, actual, expected, strict=True):
@@ -80,7 +82,7 @@ def assert_same(actual, expected):
             i = differing[0]
             gap = min(a_gaps[i], e_gaps[i])
             print(f"prompt of {length}: first difference at token {i}, where the two best are {gap:.4f} nats apart")
-            assert gap < NEAR_TIE, f"prompt of {length}: token {i} differs, gap {gap}"
+            assert gap < near_tie, f"prompt of {length}: token {i} differs, gap {gap}"
             ties += 1
     assert ties <= len(LENGTHS) // 2
 
@@ -96,20 +98,20 @@ def test_whole_budget_is_dense(model):
 
 
 def test_eager_equals_graphs(model, sparse):
-    assert_same(ask(model, "spla", {"budget": BUDGET}, enforce_eager=True)[0], sparse)
+    assert_same(ask(model, "spla", {"budget": BUDGET}, enforce_eager=True)[0], sparse, SPARSE_NEAR_TIE)
 
 
 def test_chunked_prefill(model, sparse):
-    assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_batched_tokens=256)[0], sparse)
+    assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_batched_tokens=256)[0], sparse, SPARSE_NEAR_TIE)
 
 
 def test_prefix_caching(model, sparse):
     for answers in ask(model, "spla", {"budget": BUDGET}, rounds=3, enable_prefix_caching=True):
-        assert_same(answers, sparse)
+        assert_same(answers, sparse, SPARSE_NEAR_TIE)
 
 
 def test_small_batches(model, sparse):
-    assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_seqs=3)[0], sparse)
+    assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_seqs=3)[0], sparse, SPARSE_NEAR_TIE)
 
 
 def test_sparse_is_sparse(model, sparse):

@@ -183,3 +183,48 @@ def test_chunks_agree_bit_for_bit() -> None:
     _, whole, _ = attend(batch, [(64, 176)])
     _, cut, _ = attend(batch, [(64, 176)], max_tiles=2)
     assert torch.equal(whole, cut)
+
+
+def test_decode_agrees() -> None:
+    """Tokens through decode, one after the other, and the same tokens through prefill."""
+    params = SplaParameters(16, 16, 4)
+    batch = case(params, [112])
+    query, output, _ = attend(batch, [(96, 112)])
+    for step, position in enumerate(range(96, 112)):
+        batch.query, batch.lengths = query[step : step + 1], [position + 1]
+        batch.seq_lens.fill_(position + 1)
+        # Decode sees the page as it is at this token: what lies behind it is masked, not absent.
+        got = batch.decode()[0].double()
+        error = float((got - output[step].double()).norm() / got.norm())
+        assert error < 3e-3, f"position {position}: relative error {error:.2e}"
+
+
+# Real sizes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("heads", "page", "dtype", "more"),
+    [
+        ((4, 4, 64), 16, torch.bfloat16, {}),
+        ((8, 2, 80), 64, torch.float16, {"selector": "taylor2"}),
+        ((7, 1, 96), 32, torch.bfloat16, {"top_p": 0.8}),
+        ((16, 1, 128), 128, torch.bfloat16, {"selector": "mean"}),
+        ((8, 2, 256), 64, torch.bfloat16, {"residual": "none"}),
+        ((16, 2, 128), 64, torch.bfloat16, {"residual": "linear", "combine": "double_rmsnorm"}),
+        ((16, 4, 128), 64, torch.bfloat16, {}),
+    ],
+    ids=["g1-d64-p16", "g4-d80-p64", "g7-d96-p32", "g16-d128-p128", "g4-d256-p64", "paper", "g4-d128-p64"],
+)
+def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype, more: dict) -> None:
+    num_heads, num_kv_heads, head_size = heads
+    params = SplaParameters(page, page, 6, **more)
+    edge = 6 * page
+    lengths = [edge * 5 + 5, edge + 1, edge * 3 + page - 1]
+    batch = make_batch(
+        params, lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, dtype=dtype,
+        device=DEVICE, seed=int(torch.seed() % 2**31), chunk=0,
+    )  # fmt: skip
+    ranges = [(edge * 2 + 3, lengths[0]), (0, lengths[1]), (edge * 3 - 9, lengths[2])]
+    check(batch, ranges, 6e-3 if dtype is torch.float16 else 2e-2, sample=page * 2 - 1, max_tiles=17)
