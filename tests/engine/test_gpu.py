@@ -26,7 +26,7 @@ MODEL = {
 LENGTHS = (5, 63, 64, 65, 500, 512, 513, 1000, 2049, 3000)
 BUDGET = 512
 NEAR_TIE = 0.03  # nats between the two best tokens: float16 may go either way
-# Pages of random weights weigh much the same: rounding decides between two of them, and a page more or less moves logits.
+# Pages of random weights weigh much the same: rounding decides between two of them, and that moves logits.
 SPARSE_NEAR_TIE = 0.3
 
 
