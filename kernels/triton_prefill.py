@@ -7,8 +7,9 @@ and chunks they come in. The plain reference of the whole is `reference.spla_seq
 A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch. Its launches:
 
 1. `prefill_score_kernel`, NORMALISE, then SHARE; `prefill_select_kernel`
-2. `prefill_count_kernel`, a running sum, `prefill_list_kernel`: the tokens that selected a page, as a list
-3. `prefill_score_kernel`, REST: mass and mean logit of what was not selected
+2. `prefill_score_kernel`, REST: mass and mean logit of what was not selected
+3. `prefill_count_kernel`, a running sum, `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a page,
+   as a list cut into work items
 4. `prefill_state_kernel`: the recurrent state at every page
 5. `page_attend_kernel`, `prefill_merge_kernel`
 
@@ -201,6 +202,7 @@ class TritonPrefill:
         parts = heads * tokens * self._slots
         grouped = heads * tokens * self._max_pages * 4 // base.cache_dtype.itemsize
         rest = base.params.residual != "none"
+        regression = base.params.residual == "regression"
         lists = self.max_runs * heads * self._max_pages
         items = min(parts, parts // self._attend_tokens + lists)  # every list ends with an item that is not full
         return {
@@ -218,6 +220,7 @@ class TritonPrefill:
             "items": ((lists,), torch.int32),
             "ends": ((lists,), torch.int32),
             "list": ((items, self._attend_tokens, 2), torch.int32),
+            "list_tail": ((items if regression else 1, self._attend_tokens, 2, self._group_p), torch.float32),
             "work": ((items,), torch.int32),
             "states": ((tiles if rest else 1, heads, self._s_rows + 1, base.head_size), torch.float32),
             "arrivals": ((self.max_runs, heads), torch.int32),
@@ -392,6 +395,8 @@ class TritonPrefill:
             LANES=min(pages, 128 * warps), TOP_P=params.top_p if params.top_p is not None and params.top_p < 1 else 0.0,
             num_warps=warps,
         )  # fmt: skip
+        if base.has_mass:
+            score("rest", 1)
         prefill_count_kernel[groups](
             step.tiles, step.runs, pool["words"], pool["offsets"], totals, items, max_pages, heads,
             PAGE=params.page_size, TM=self._attend_tokens, WIDTH=128, num_warps=1,
@@ -403,14 +408,13 @@ class TritonPrefill:
         )  # fmt: skip
         prefill_list_kernel[(heads, num_tiles, self.tile_tokens)](
             step.tiles, step.tile_run, pool["table"], pool["count"], pool["words"], pool["offsets"], items, ends,
-            pool["list"], max_pages, heads, TQ=self.tile_tokens, TM=self._attend_tokens, SLOTS=self._slots,
-            SLOTS_P=triton.next_power_of_2(self._slots), num_warps=1,
+            pool["list"], pool["tail"], pool["list_tail"], max_pages, heads, GROUP_P=self._group_p,
+            TQ=self.tile_tokens, TM=self._attend_tokens, SLOTS=self._slots,
+            SLOTS_P=triton.next_power_of_2(self._slots), TAIL=residual == RESIDUAL_CODES["regression"], num_warps=1,
         )  # fmt: skip
         if params.residual != "none":
             if state_cache is None or state_table is None:
                 raise ValueError(f"residual {params.residual!r} needs a state cache and its table")
-            if base.has_mass:
-                score("rest", 1)
             kv_int, state = kv_cache.view(torch.int32), state_cache.view(torch.float32)
             prefill_state_kernel[(triton.cdiv(self._s_rows, tuning.state_slice), heads, num_runs)](
                 kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
@@ -425,10 +429,11 @@ class TritonPrefill:
             )  # fmt: skip
         parts = pool["out"], pool["sums"], pool["part_tail"], pool["part_z"]
         page_attend_kernel[(tuning.attend_programs * base._num_sms,)](
-            query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["tail"], *parts,
+            query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["list_tail"], *parts,
             query.stride(0), query.stride(1), *page_strides, kv_cache.shape[0] - 1, heads, num_parts, base.scale,
-            params.residual_scale, TM=self._attend_tokens, PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots,
-            STAGES=tuning.attend_stages, RESIDUAL=residual, num_warps=tuning.attend_warps, **shape,
+            params.residual_scale, GROUP=base.group, GROUP_P=self._group_p, TM=self._attend_tokens, D=d, DP=self._dp,
+            PAGE=params.page_size, PAGE_P=page_p, STAGES=tuning.attend_stages, RESIDUAL=residual,
+            num_warps=tuning.attend_warps,
         )  # fmt: skip
         prefill_merge_kernel[(heads, num_tiles)](
             query, kv_cache, block_table, step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"],

@@ -37,7 +37,7 @@ def page_attend_kernel(
     work_ptr,  # [items] int32: page * G + kv head
     num_items_ptr,  # [1] int32
     list_ptr,  # [items, TM, 2] int32: part and token of each entry; -1 where there is none
-    tail_ptr,  # [tiles, G, 2, M] float32
+    list_tail_ptr,  # [items, TM, 2, GROUP_P] float32, for REGRESSION
     part_out_ptr,  # [G, tiles * TQ * SLOTS, GROUP, D] cache dtype
     part_sum_ptr,  # [G, tiles * TQ * SLOTS, 2, GROUP_P] float32: maxima in powers of two, sums
     part_tail_ptr,  # as part_out, float32: phi(q) S of the page, for LINEAR
@@ -53,13 +53,11 @@ def page_attend_kernel(
     residual_scale,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
-    TQ: tl.constexpr,
     TM: tl.constexpr,  # tokens of a work item
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
     PAGE_P: tl.constexpr,
-    SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
@@ -80,6 +78,10 @@ def page_attend_kernel(
         about = tl.load(work_ptr + first)
         entry = tl.load(list_ptr + (first * TM + m // GROUP_P).to(tl.int64) * 2)
         token = tl.load(list_ptr + (first * TM + m // GROUP_P).to(tl.int64) * 2 + 1)
+        if RESIDUAL == REGRESSION:
+            tail = list_tail_ptr + (first * TM + m // GROUP_P).to(tl.int64) * 2 * GROUP_P + member
+            next_mean = tl.load(tail)
+            next_center = tl.load(tail + GROUP_P)
         for item in tl.range(first, num_items, tl.num_programs(0), num_stages=STAGES):
             # Beyond the last step the pipeline computes addresses, without reading, from undefined ids.
             head = tl.maximum(about, 0) % num_kv_heads
@@ -92,6 +94,12 @@ def page_attend_kernel(
             about = tl.load(work_ptr + ahead)
             entry = tl.load(list_ptr + (ahead * TM + m // GROUP_P).to(tl.int64) * 2)
             token = tl.load(list_ptr + (ahead * TM + m // GROUP_P).to(tl.int64) * 2 + 1)
+            if RESIDUAL == REGRESSION:
+                log_mean = tl.where(exists, next_mean, float("-inf"))
+                center = tl.where(exists, next_center, 0.0)
+                tail = list_tail_ptr + (ahead * TM + m // GROUP_P).to(tl.int64) * 2 * GROUP_P + member
+                next_mean = tl.load(tail)
+                next_center = tl.load(tail + GROUP_P)
 
             rows = kv_ptr + page * page_stride + head * head_stride + (t * 2 * D)[:, None] + column[None, :]
             if (D == DP) & (PAGE == PAGE_P):
@@ -109,11 +117,6 @@ def page_attend_kernel(
                 exposed = tl.where((t < PAGE)[None, :], logit, float("-inf"))
             top = tl.max(exposed, axis=1) * unit  # [M]
             if RESIDUAL == REGRESSION:
-                tile_token = mine // SLOTS
-                where = ((tile_token // TQ).to(tl.int64) * num_kv_heads + head) * (2 * TQ * GROUP_P)
-                where += (tile_token % TQ) * GROUP_P + member
-                log_mean = tl.load(tail_ptr + where, mask=exists, other=float("-inf"))
-                center = tl.load(tail_ptr + where + TQ * GROUP_P, mask=exists, other=0.0)
                 top = tl.maximum(top, log_mean)
             weight = tl.exp2(exposed * unit - top[:, None])
             total = tl.sum(weight, axis=1)
@@ -136,8 +139,8 @@ def page_attend_kernel(
                     feature = tl.where((t < PAGE)[None, :], feature, 0.0)
                 high = feature.to(dtype)
                 low = (feature - high.to(tl.float32)).to(dtype)
-                tail = tl.dot(low, v, tl.dot(high, v))
-                tl.store(part_tail_ptr + out_row[:, None] + column[None, :], tail, mask=stored)
+                read = tl.dot(low, v, tl.dot(high, v))
+                tl.store(part_tail_ptr + out_row[:, None] + column[None, :], read, mask=stored)
                 tl.store(part_z_ptr + part * GROUP_P + member, tl.sum(feature, axis=1), mask=exists)
 
 

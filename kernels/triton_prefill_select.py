@@ -419,12 +419,16 @@ def prefill_list_kernel(
     items_ptr,
     ends_ptr,
     list_ptr,  # [items, TM, 2] int32: (tile * TQ + token) * SLOTS + slot, and the token's place in the batch
+    tail_ptr,  # [tiles, G, 2, M] float32
+    list_tail_ptr,  # [items, TM, 2, GROUP_P] float32: the same, beside the entries, where attention needs it
     max_pages,
     num_kv_heads,
+    GROUP_P: tl.constexpr,
     TQ: tl.constexpr,
     TM: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOTS_P: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """Grid (G, tiles, TQ): every selected (token, page) into the list of its page."""
     head = tl.program_id(0)
@@ -446,3 +450,11 @@ def prefill_list_kernel(
         batch_token = tl.load(tiles_ptr + tile * 4 + 1) + token
         tl.store(list_ptr + place * 2, entry, mask=taken)
         tl.store(list_ptr + place * 2 + 1, tl.zeros_like(entry) + batch_token, mask=taken)
+        if TAIL:
+            member = tl.arange(0, GROUP_P)
+            source = tail_ptr + pair * 2 * TQ * GROUP_P + token * GROUP_P + member  # [GROUP_P]
+            target = list_tail_ptr + place[:, None] * 2 * GROUP_P + member[None, :]  # [SLOTS_P, GROUP_P]
+            for part in tl.static_range(2):
+                value = tl.load(source + part * TQ * GROUP_P)
+                value = tl.broadcast_to(value[None, :], [SLOTS_P, GROUP_P])
+                tl.store(target + part * GROUP_P, value, mask=taken[:, None])
