@@ -8,7 +8,7 @@ import torch
 
 from ..algorithm.parameters import SplaParameters
 from .triton_decode import TritonPagedSpla
-from .triton_prefill import DenseRows, PrefillPlan, TritonPrefill
+from .triton_prefill import DenseRows, PrefillPlan, TritonPrefill, covers
 
 PREFILL_DENSE_BELOW = 16384
 """Position from which on a sparse prefill token is cheaper than a dense one (benchmarks/NOTES.md)."""
@@ -34,6 +34,7 @@ class CudaPagedSpla:
         params: What to compute.
         max_num_tokens: The most tokens of a step.
         prefill_dense_below: Prefill tokens at positions below it attend to everything; None for `PREFILL_DENSE_BELOW`.
+            All of them do where the prefill kernels do not cover `params`.
         arguments: See `TritonPagedSpla`.
     """
 
@@ -41,6 +42,8 @@ class CudaPagedSpla:
         self, params: SplaParameters, *, max_num_tokens: int, prefill_dense_below: int | None, **arguments: Any
     ) -> None:
         self._decode = TritonPagedSpla(params, **arguments)
+        if not covers(params):
+            prefill_dense_below = arguments["max_model_len"]
         self._prefill = TritonPrefill(
             self._decode,
             dense_below=PREFILL_DENSE_BELOW if prefill_dense_below is None else prefill_dense_below,

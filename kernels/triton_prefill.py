@@ -26,6 +26,7 @@ import torch
 import triton
 from tqdm import tqdm
 
+from ..algorithm.parameters import SplaParameters
 from .layout import STATE_MAGIC
 from .triton_attend import RESIDUAL_CODES
 from .triton_cache import SELECTOR_CODES
@@ -105,6 +106,17 @@ class PrefillTuning:
 def _round_up(pages: int) -> int:
     """Pages that rows of scratch are laid out for, so that they begin at aligned addresses."""
     return -(-pages // 16) * 16
+
+
+def covers(params: SplaParameters) -> bool:
+    """Whether these kernels compute such parameters; decode covers more (`triton_decode`)."""
+    return params.selection_block == params.page_size and params.selector in (
+        "mean",
+        "taylor2",
+        "cumulant2",
+        "rem",
+        "quest",
+    )
 
 
 def _align(numbers: list[int]) -> int:
