@@ -34,7 +34,6 @@ from decode import DTYPE, HEAD_SIZE, HEADS, KV_HEADS, SCALE, Pool, copy_bandwidt
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
-from spla_backend.kernels.cuda import PREFILL_DENSE_BELOW
 from spla_backend.kernels.triton_decode import TritonPagedSpla, _Scratch
 from spla_backend.kernels.triton_prefill import SCRATCH_BYTES, PrefillTuning, TritonPrefill
 
@@ -139,9 +138,7 @@ def main() -> None:
     parser.add_argument("--budgets", default="2048")
     parser.add_argument("--page", type=int, default=64)
     parser.add_argument("--kinds", default="uniform,drifting")
-    parser.add_argument(
-        "--dense-below", type=int, default=PREFILL_DENSE_BELOW, help="tokens; at least the budget (%(default)s)"
-    )
+    parser.add_argument("--dense-below", type=int, default=16384, help="tokens; at least the budget (%(default)s)")
     parser.add_argument("--scratch", type=int, default=SCRATCH_BYTES >> 20, help="MiB for the parts of a pass")
     parser.add_argument("--options", default="{}", help="parameters of SPLA as JSON")
     parser.add_argument("--tuning", default="{}", help="launch shapes as JSON")

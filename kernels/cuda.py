@@ -8,10 +8,7 @@ import torch
 
 from ..algorithm.parameters import SplaParameters
 from .triton_decode import TritonPagedSpla
-from .triton_prefill import DenseRows, PrefillPlan, TritonPrefill, covers
-
-PREFILL_DENSE_BELOW = 16384
-"""Position from which on a sparse prefill token is cheaper than a dense one (benchmarks/NOTES.md)."""
+from .triton_prefill import DenseRows, PrefillPlan, TritonPrefill
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,7 @@ class CudaPagedSpla:
     Args:
         params: What to compute.
         max_num_tokens: The most tokens of a step.
-        prefill_dense_below: Prefill tokens at positions below it attend to everything; None for `PREFILL_DENSE_BELOW`.
-            All of them do where the prefill kernels do not cover `params`.
+        prefill_dense_below: Prefill tokens at positions below it attend to everything; None: all of them do.
         arguments: See `TritonPagedSpla`.
     """
 
@@ -42,11 +38,9 @@ class CudaPagedSpla:
         self, params: SplaParameters, *, max_num_tokens: int, prefill_dense_below: int | None, **arguments: Any
     ) -> None:
         self._decode = TritonPagedSpla(params, **arguments)
-        if not covers(params):
-            prefill_dense_below = arguments["max_model_len"]
         self._prefill = TritonPrefill(
             self._decode,
-            dense_below=PREFILL_DENSE_BELOW if prefill_dense_below is None else prefill_dense_below,
+            dense_below=arguments["max_model_len"] if prefill_dense_below is None else prefill_dense_below,
             max_num_tokens=max_num_tokens,
             max_num_rows=arguments["max_num_rows"],
             max_model_len=arguments["max_model_len"],

@@ -17,7 +17,7 @@ class Limits:
     max_query_len: int
     max_model_len: int
     max_num_tokens: int
-    prefill_dense_below: int | None  # None: what the device's kernels were measured to want
+    prefill_dense_below: int | None  # None: the device's habit
 
 
 def make(device: torch.device, params: SplaParameters, limits: Limits, **shape: Any) -> Any:

@@ -26,7 +26,6 @@ import torch
 import triton
 from tqdm import tqdm
 
-from ..algorithm.parameters import SplaParameters
 from .layout import STATE_MAGIC
 from .triton_attend import RESIDUAL_CODES
 from .triton_cache import SELECTOR_CODES
@@ -108,17 +107,6 @@ def _round_up(pages: int) -> int:
     return -(-pages // 16) * 16
 
 
-def covers(params: SplaParameters) -> bool:
-    """Whether these kernels compute such parameters; decode covers more (`triton_decode`)."""
-    return params.selection_block == params.page_size and params.selector in (
-        "mean",
-        "taylor2",
-        "cumulant2",
-        "rem",
-        "quest",
-    )
-
-
 def _align(numbers: list[int]) -> int:
     """Fill up to a multiple of 16 bytes, which kernels are specialised for; the length then."""
     numbers += [0] * (-len(numbers) % 4)
@@ -168,8 +156,7 @@ class TritonPrefill:
         # Bytes a token: its parts, or the group's scores that stand in the same place before.
         part = base.group * d * base.cache_dtype.itemsize + 2 * self._group_p * 4
         part += (base.group * d + self._group_p) * 4 if self._linear else 0
-        self._num_pages = base.max_blocks // params.blocks_per_page  # of the longest row
-        self._max_pages = _round_up(self._num_pages)
+        self._max_pages = _round_up(base.max_pages)
         per_token = base.num_kv_heads * max(self._slots * part, self._max_pages * 4)
         limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows
         self.max_tiles = max(1, min(limit, scratch_bytes // (per_token * self.tile_tokens)))
@@ -191,14 +178,14 @@ class TritonPrefill:
         shape = (1 + base.state_layout.num_blocks, base.num_kv_heads, base.page_layout.rows, 2 * base.head_size)
         kv_cache = torch.zeros(shape, dtype=base.cache_dtype, device=self.device)
         query = torch.zeros(1, base.num_heads, base.head_size, dtype=base.cache_dtype, device=self.device)
-        block_table = torch.zeros(1, self._num_pages + 1, dtype=torch.int32, device=self.device)
+        block_table = torch.zeros(1, base.max_pages + 1, dtype=torch.int32, device=self.device)
         state_table = torch.arange(1, len(kv_cache), dtype=torch.int32, device=self.device).repeat(1, 1)
         if state_table.shape[1] == 0:
             state_table = block_table
         # One length for every power of two that `prefill_select_kernel` is compiled for.
         positions = [max(self.dense_below, 1)]
         pages = triton.next_power_of_2(_round_up(positions[0] // params.page_size))
-        while (pages + 1) * params.page_size < self._num_pages * params.page_size:
+        while (pages + 1) * params.page_size < base.max_pages * params.page_size:
             positions.append((pages + 1) * params.page_size)
             pages *= 2
         for position in tqdm(positions, desc="Compiling SPLA prefill kernels", disable=len(positions) < 2):

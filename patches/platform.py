@@ -7,6 +7,8 @@ Upstream cause, vLLM 0.32 and 0.33:
   sliding windows or encoders could not use a backend for full attention only (`backend_per_kind` can say so, but
   the user would have to).
 * No hook lets a backend look at the whole configuration at start-up; `check_and_update_config` is where platforms do.
+* vLLM asks a backend for its preferred page size only where all layers share one backend, and the companion layers of
+  the recurrent state count as another: without this patch pages would be of 16 tokens.
 
 Remove when the CPU platform honours `attention_config.backend` for registered backends, and backends have a hook
 for validation and for the layers they decline.
@@ -53,8 +55,11 @@ def _get_attn_backend_cls(
 
 
 def _check_and_update_config(original: Any, vllm_config: Any) -> None:
-    original(vllm_config)
-    from ..engine.checks import check_config, is_chosen
+    from ..engine.checks import check_config, choose_page_size, is_chosen
 
-    if is_chosen(vllm_config):
+    chosen = is_chosen(vllm_config)
+    if chosen:
+        choose_page_size(vllm_config)
+    original(vllm_config)
+    if chosen:
         check_config(vllm_config)
