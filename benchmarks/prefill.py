@@ -132,6 +132,26 @@ def floor_ms(op: TritonPrefill, context: int, flops: float, bandwidth: float) ->
     return max(products / flops, moved / bandwidth) * 1e3
 
 
+def plot(path: Path) -> None:
+    """Time of a layer over the length of the prompt."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    result = json.loads(path.read_text())
+    figure, axis = pyplot.subplots(figsize=(5.5, 4))
+    for impl, label in {"fa3": "FA3, dense", "spla": "SPLA", "floor": "SPLA, floor"}.items():
+        rows = [r for r in result["rows"] if r["impl"] == impl and r["budget"] == 2048]
+        points = sorted({r["context"]: r["ms"] for r in rows if r.get("kind", "uniform") == "uniform"}.items())
+        axis.loglog(*zip(*points, strict=True), marker="o", label=label, base=2)
+    axis.set(xlabel="prompt, tokens", ylabel="one layer, milliseconds", title=result["hardware"]["gpu"])
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="8192,16384,32768,65536,131072,524288")
@@ -144,7 +164,11 @@ def main() -> None:
     parser.add_argument("--tuning", default="{}", help="launch shapes as JSON")
     parser.add_argument("--breakdown", action="store_true", help="time of each kernel, from the profiler")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path, help="only draw the rows of this file, as a PNG beside it")
     args = parser.parse_args()
+    if args.plot:
+        plot(args.plot)
+        return
     import triton
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
