@@ -14,7 +14,7 @@ With `C` the heads of a group, padded, the `N = 4 C` columns of `W` are
     3C            ones                                                 -> the sum of the selected values
 
 The last program of a (token, kv head) to arrive merges the splits, takes the state's share from `triton_state`, and
-combines. One more program sums the mass of the pages that were not selected.
+combines. Programs beside the splits sum the mass of the pages that were not selected.
 
 Floor, bytes a (token, kv head): the selected pages' `2 B d` elements each, 5 bytes a page and head for mass and flag,
 `GROUP d` output elements. FLOP: `4 N d` a selected token.
@@ -183,21 +183,23 @@ def attend_split(
 @triton.jit
 def mass_of_rest(
     pair,  # token * G + head
+    part,  # of MASS_PARTS
     num_complete,
     flags_ptr,
     mass_ptr,
-    rest_mass_ptr,  # [tokens, G, GROUP_P] float32
+    rest_mass_ptr,  # [tokens, G, MASS_PARTS, GROUP_P] float32
     max_pages,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     WIDTH: tl.constexpr,
+    MASS_PARTS: tl.constexpr,
 ):
-    """Log of the estimated mass of the complete pages that were not selected, for each head of a group."""
+    """Log of the estimated mass of the complete pages that were not selected, one share of the pages, each head."""
     member = tl.arange(0, GROUP_P)
     in_group = (member < GROUP)[None, :]
     top = tl.full([WIDTH, GROUP_P], float("-inf"), dtype=tl.float32)
     total = tl.zeros([WIDTH, GROUP_P], dtype=tl.float32)
-    for first in tl.range(0, num_complete, WIDTH):
+    for first in tl.range(part * WIDTH, num_complete, MASS_PARTS * WIDTH):
         page = first + tl.arange(0, WIDTH)
         exists = page < num_complete
         # Both loads depend on nothing but the page, so they are in flight together.
@@ -213,7 +215,7 @@ def mass_of_rest(
     safe = tl.where(best == float("-inf"), 0.0, best)
     norm = tl.sum(total * tl.exp(top - safe[None, :]), axis=0)
     result = tl.where(norm > 0, safe + tl.log(tl.where(norm > 0, norm, 1.0)), float("-inf"))
-    tl.store(rest_mass_ptr + pair * GROUP_P + member, result)
+    tl.store(rest_mass_ptr + (pair * MASS_PARTS + part) * GROUP_P + member, result)
 
 
 @triton.jit
@@ -248,6 +250,7 @@ def merge_splits(
     PAGE: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
+    MASS_PARTS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_MASS: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
@@ -269,6 +272,29 @@ def merge_splits(
     rest_mask = rest_group[:, None] & in_head[None, :]
     rest_columns = column < tl.where(has_rest, D, 0)
 
+    # What the launch before and the mass programs say, on its way while the splits are merged.
+    minus = tl.zeros([C, DP], dtype=tl.float32)  # (selected - all) of phi(q) S
+    minus_z = tl.zeros([C], dtype=tl.float32)
+    minus_v = tl.zeros([DP], dtype=tl.float32)  # (selected - all) of sum v
+    if RESIDUAL != NO_RESIDUAL:
+        for index in tl.static_range(PARTS):
+            read = (pair * PARTS + index) * GROUP_P + c  # [C]
+            minus -= tl.load(read_ptr + read[:, None] * DP + column[None, :], mask=rest_mask, other=0.0)
+            minus_z -= tl.load(read_z_ptr + read, mask=rest_group, other=0.0)
+        if RESIDUAL == REGRESSION:
+            minus_v -= tl.load(read_v_ptr + pair * DP + column, mask=rest_columns, other=0.0)
+    if HAS_MASS:
+        gain = tl.load(gain_ptr + head_row, mask=in_group, other=0.0)
+        log_mass = tl.full([C], float("-inf"), dtype=tl.float32)
+        for index in tl.static_range(MASS_PARTS):
+            mass_row = rest_mass_ptr + (pair * MASS_PARTS + index) * GROUP_P + c
+            more = tl.load(mass_row, mask=rest_group, other=float("-inf"))
+            larger = tl.maximum(log_mass, more)
+            anchor = tl.where(larger == float("-inf"), 0.0, larger)
+            both = tl.exp(log_mass - anchor) + tl.exp(more - anchor)
+            log_mass = tl.where(both > 0, anchor + tl.log(tl.where(both > 0, both, 1.0)), float("-inf"))
+        log_mass += tl.where(gain > 0, tl.log(tl.where(gain > 0, gain, 1.0)), float("-inf"))
+
     top = tl.full([C], float("-inf"), dtype=tl.float32)
     for s in tl.static_range(SPLITS):
         exists = c < tl.where(s < num_splits, GROUP, 0)
@@ -276,9 +302,6 @@ def merge_splits(
     safe = tl.where(in_group, top, 0.0)
     norm = tl.zeros([C], dtype=tl.float32)
     exact = tl.zeros([C, DP], dtype=tl.float32)
-    minus = tl.zeros([C, DP], dtype=tl.float32)  # (selected - all) of phi(q) S
-    minus_z = tl.zeros([C], dtype=tl.float32)
-    minus_v = tl.zeros([DP], dtype=tl.float32)  # (selected - all) of sum v
     for s in tl.static_range(SPLITS):
         rows = tl.where(s < num_splits, GROUP, 0)
         exists = c < rows
@@ -299,13 +322,8 @@ def merge_splits(
     exact = exact / norm[:, None]
 
     if RESIDUAL != NO_RESIDUAL:
-        for index in tl.static_range(PARTS):
-            read = (pair * PARTS + index) * GROUP_P + c  # [C]
-            minus -= tl.load(read_ptr + read[:, None] * DP + column[None, :], mask=rest_mask, other=0.0)
-            minus_z -= tl.load(read_z_ptr + read, mask=rest_group, other=0.0)
         tail = tl.zeros([C, DP], dtype=tl.float32)
         if RESIDUAL == REGRESSION:
-            minus_v -= tl.load(read_v_ptr + pair * DP + column, mask=rest_columns, other=0.0)
             scaled = 1.0 / tl.maximum((num_complete - count + 1) * PAGE, 1).to(tl.float32)
             mean_v = -minus_v * scaled
             mean_qk = -minus_z * scaled
@@ -326,9 +344,6 @@ def merge_splits(
             tail = tail / tl.sqrt(variance + norm_eps)[:, None]
             result += tail * tl.load(tail_weight_ptr + weight_row, mask=mask, other=0.0)
     elif HAS_MASS:
-        log_mass = tl.load(rest_mass_ptr + pair * GROUP_P + c, mask=rest_group, other=float("-inf"))
-        gain = tl.load(gain_ptr + head_row, mask=in_group, other=0.0)
-        log_mass += tl.where(gain > 0, tl.log(tl.where(gain > 0, gain, 1.0)), float("-inf"))
         lse = safe + tl.log(norm)
         share = 1.0 / (1.0 + tl.exp(lse - log_mass))  # [C], 0 where there is no rest or no gain
         share = tl.where(rest_group, share, 0.0)
@@ -386,13 +401,14 @@ def attend_kernel(
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
+    MASS_PARTS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_MASS: tl.constexpr,
     MASS_WIDTH: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
 ):
-    """Grid (SPLITS + HAS_MASS, G, rows * QUERY_LEN)."""
+    """Grid (SPLITS + MASS_PARTS, G, rows * QUERY_LEN); without a mass, MASS_PARTS is 0."""
     split = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2) // QUERY_LEN
@@ -417,15 +433,15 @@ def attend_kernel(
         part = (tl.program_id(2).to(tl.int64) * num_kv_heads + head) * SPLITS
         programs = splits
         if HAS_MASS:
-            programs = tl.where(num_complete >= count, splits + 1, splits)
+            programs = tl.where(num_complete >= count, splits + MASS_PARTS, splits)
         works = split < splits
         if HAS_MASS:  # noqa: SIM102, compile-time and run-time conditions stay apart
-            if (split == SPLITS) & (num_complete >= count):
+            if (split >= SPLITS) & (num_complete >= count):
                 mass_of_rest(
-                    token * num_kv_heads + head, num_complete, flags_ptr, mass_ptr, rest_mass_ptr, max_pages,
-                    GROUP, GROUP_P, MASS_WIDTH,
+                    token * num_kv_heads + head, split - SPLITS, num_complete, flags_ptr, mass_ptr, rest_mass_ptr,
+                    max_pages, GROUP, GROUP_P, MASS_WIDTH, MASS_PARTS,
                 )  # fmt: skip
-                works = split == SPLITS
+                works = split >= SPLITS
         if split < splits:
             attend_split(
                 split, splits, token, head, count, limit, num_subtract, query_ptr, kv_ptr, table_ptr,
@@ -443,7 +459,7 @@ def attend_kernel(
                     splits, token, head, count, num_complete, part_out_ptr, part_sum_ptr, part,
                     rest_mass_ptr, read_ptr, read_z_ptr, read_v_ptr, gain_ptr, exact_weight_ptr, tail_weight_ptr,
                     output_ptr, output_token_stride, output_head_stride, num_kv_heads, residual_scale, norm_eps,
-                    GROUP, GROUP_P, C, N, D, DP, PAGE, SPLITS, PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
+                    GROUP, GROUP_P, C, N, D, DP, PAGE, SPLITS, PARTS, MASS_PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
                 )  # fmt: skip
     else:
         # Padding. Its output row is ours to clear only behind the tokens of all real rows.

@@ -31,6 +31,8 @@ from .triton_score import score_pages
 from .triton_select import select_pages
 from .triton_state import fold_slice
 
+_SELECT_ELEMENTS = 32768  # scores that selection keeps in registers; more are gone through in pieces
+
 
 @triton.jit
 def prepare_kernel(
@@ -191,6 +193,7 @@ class Tuning:
     tile: int = 64  # tokens an attention step
     attend_stages: int = 3
     attend_warps: int = 4
+    mass_parts: int = 1  # programs that sum the mass of the pages left out
     select_warps: int = 8
     score_registers: int | None = 168  # cap, for more programs on a multiprocessor
     fuse_select: bool = False
@@ -221,7 +224,7 @@ class _Scratch:
     flags: torch.Tensor  # [tokens, G, max_pages] int8
     part_out: torch.Tensor  # [parts, N, DP] float32
     part_sum: torch.Tensor  # [parts, 2, N] float32
-    rest_mass: torch.Tensor  # [tokens, G, GROUP_P] float32
+    rest_mass: torch.Tensor  # [tokens, G, MASS_PARTS, GROUP_P] float32
     read: torch.Tensor  # [tokens, G, PARTS, GROUP_P, DP] float32
     read_z: torch.Tensor  # [tokens, G, PARTS, GROUP_P] float32
     read_v: torch.Tensor  # [tokens, G, DP] float32
@@ -324,7 +327,7 @@ class TritonPagedSpla:
         self._parts = -(-head_size // self._slice) if params.residual != "none" else 0
         self._fold_tile = min(64, params.page_size & -params.page_size)
         self._pages_p = triton.next_power_of_2(self.max_pages)
-        self._width = self._pages_p if self._pages_p <= 8192 else 2048
+        self._width = min(self._pages_p, max(16, _SELECT_ELEMENTS // self._group_p))
         self._scratch = _Scratch.shared(self._scratch_shapes(), device)
         self.page_table, self.page_counts = self._scratch.table, self._scratch.count
 
@@ -339,6 +342,7 @@ class TritonPagedSpla:
         tunings = [(n, q, self.tuning(n, q)) for n in range(1, rows + 1) for q in range(1, self.max_query_len + 1)]
         parts = max(n * q * kv_heads * tuning.attend_splits for n, q, tuning in tunings)
         lse = max(n * q * tuning.score_splits for n, q, tuning in tunings)
+        mass = max(n * q * tuning.mass_parts for n, q, tuning in tunings)
         return {
             "scores": ((tokens, kv_heads, pages, group), torch.float32),
             "mass": ((tokens, kv_heads, pages, group) if self.write_mass else (1,), torch.float32),
@@ -349,7 +353,7 @@ class TritonPagedSpla:
             "flags": ((tokens, kv_heads, pages), torch.int8),
             "part_out": ((parts, self._attend_n, self._dp), torch.float32),
             "part_sum": ((parts, 2, self._attend_n), torch.float32),
-            "rest_mass": ((tokens, kv_heads, group), torch.float32),
+            "rest_mass": ((mass, kv_heads, group), torch.float32),
             "read": ((tokens, kv_heads, max(1, self._parts), group, self._dp), torch.float32),
             "read_z": ((tokens, kv_heads, max(1, self._parts), group), torch.float32),
             "read_v": ((tokens, kv_heads, self._dp), torch.float32),
@@ -375,6 +379,8 @@ class TritonPagedSpla:
             attend_splits,
             chunk=chunk,
             tile=tile,
+            mass_parts=min(8, _power(64 / units)),
+            select_warps=min(32, max(4, min(self._pages_p * self._group_p, _SELECT_ELEMENTS) // 1024)),
         )
 
     # Writing ----------------------------------------------------------------------------------------------------
@@ -576,7 +582,8 @@ class TritonPagedSpla:
                 **selection,
                 **dependent,
             )
-        attend_kernel[(tuning.attend_splits + self.has_mass, kv_heads, tokens)](
+        mass_parts = tuning.mass_parts if self.has_mass else 0
+        attend_kernel[(tuning.attend_splits + mass_parts, kv_heads, tokens)](
             query,
             kv_cache,
             query_start_loc,
@@ -619,7 +626,8 @@ class TritonPagedSpla:
             PARTS=self._parts,
             RESIDUAL=RESIDUAL_CODES[params.residual],
             HAS_MASS=self.has_mass,
-            MASS_WIDTH=min(self._pages_p, max(64, 8192 // self._group_p)),
+            MASS_PARTS=mass_parts,
+            MASS_WIDTH=max(64, 1024 // self._group_p),
             DOUBLE_NORM=params.combine == "double_rmsnorm",
             DEPENDENT=self._dependent,
             num_warps=tuning.attend_warps,
