@@ -31,9 +31,9 @@ def make(device: torch.device, params: SplaParameters, limits: Limits, **shape: 
         ValueError: There is none for this device, or not for these parameters.
     """
     if device.type == "cpu":
-        from .torch_paged import TorchPagedSpla
+        from .cpu import CpuPagedSpla
 
-        return TorchPagedSpla(params, **shape)
+        return CpuPagedSpla(params, **shape)
     if device.type == "cuda":
         from .cuda import CudaPagedSpla
 
