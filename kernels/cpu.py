@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 
 from ..algorithm import selectors
 from ..algorithm.parameters import SplaParameters
+from ..patches import llvmlite_wrapper
 from . import cpu_dense, numba_decode
 from .torch_paged import Plan, PrefillRow, TorchPagedSpla
+
+llvmlite_wrapper.apply()  # numba, which was just imported, brings llvmlite
 
 # The dtype under which the compiled code sees elements of a cache.
 _AS_NUMPY = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
