@@ -123,7 +123,7 @@ class CpuPagedSpla(TorchPagedSpla):
             if self.residual is not None and tokens.sparse_rows.size:
                 assert state_cache is not None and state_table is not None
                 state = self._by_row(self._read_bodies(state_cache, state_table, tokens.sparse_rows))
-            self._attend(tokens, query, kv_cache, plan.block_table, state, output)
+            self.blocks_read = self._attend(tokens, query, kv_cache, plan.block_table, state, output)
         for row in plan.prefill:
             if row.dense_end > row.start:
                 self._dense(row, query, kv_cache, output)
@@ -166,8 +166,8 @@ class CpuPagedSpla(TorchPagedSpla):
         block_table: torch.Tensor,
         state: NDArray[np.float32],
         output: torch.Tensor,
-    ) -> None:
-        """`numba_decode.attend` on tokens of the batch."""
+    ) -> NDArray[np.int32]:
+        """`numba_decode.attend` on tokens of the batch; returns the blocks read `[tokens, kv_heads]`."""
         q = query[tokens.where].float().contiguous()
         out = torch.empty_like(q)
         steps = kv_cache.stride()[:3]
@@ -193,6 +193,7 @@ class CpuPagedSpla(TorchPagedSpla):
             num_read,
         )
         output[tokens.where] = out.to(output.dtype)
+        return num_read
 
     def _causal(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `TorchPagedSpla._causal`."""

@@ -32,7 +32,7 @@ from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import Reading, make_residual
 from ..algorithm.selection import group_scores, select_blocks
 from ..algorithm.selectors import get_selector
-from .layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, PageLayout, StateLayout
+from .layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, layouts
 
 _FOLD_PAGES = 64  # pages folded at a time: bounds the scratch of a rebuild
 _DECODE_ELEMENTS = 1 << 21  # keys and values of decode rows attended to at a time: their float32 stays in the cache
@@ -165,21 +165,15 @@ class TorchPagedSpla:
         self.norm_weights = (ones, ones) if norm_weights is None else norm_weights
         self.selector = get_selector(params.selector)
         self.residual = make_residual(params, head_size)
-        self.page_layout = PageLayout(
-            params.page_size,
-            head_size,
-            cache_dtype.itemsize,
-            params.selection_block,
-            self.selector.width(head_size),
-        )
-        s_rows, z_size = (self.residual.s_rows, self.residual.z_size) if self.residual else (0, 0)
-        self.state_layout = StateLayout(self.page_layout, s_rows, z_size)
+        self.page_layout, self.state_layout = layouts(params, head_size, cache_dtype)
         body = torch.arange(self.state_layout.body_rows)
         rows = self.state_layout.rows_per_block - 1
         self._body_block, self._body_row = body // rows, 1 + body % rows
         self._head = np.arange(num_kv_heads)[:, None]
         self._salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
         self._counter = 0
+        self.blocks_read: NDArray[np.int32] | None = None
+        """`[rows, kv_heads]`, selection blocks that the exact part of the last decode rows read."""
 
     # Writing ----------------------------------------------------------------------------------------------------
 
@@ -449,6 +443,7 @@ class TorchPagedSpla:
         slots = rows.slots
         if slots is None:
             slots = pad_slots(table.indptr, table.last_page_len, rows.num_current, self.params.selection_block)
+        self.blocks_read = table.indptr.diff().view(-1, self.num_kv_heads).numpy()
         keys, values = self._read_slots(kv_cache, table, slots)  # [requests, tokens, head_size]
         logits = q @ keys.mT  # [requests, group, tokens]
         weights: list[torch.Tensor] = []

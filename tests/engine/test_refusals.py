@@ -97,6 +97,36 @@ def test_mla():
         check_config(config)
 
 
+def test_what_cuda_kernels_lack(monkeypatch):
+    """A user of a GPU is told at start-up, not when weights are loaded."""
+    from types import SimpleNamespace as Namespace
+
+    import torch
+    from vllm.platforms import current_platform
+
+    from spla_backend.engine.checks import check_config
+
+    config = Namespace(
+        model_config=Namespace(
+            use_mla=False,
+            hf_text_config=None,
+            dtype=torch.bfloat16,
+            get_num_attention_heads=lambda parallel: 32,
+            get_num_kv_heads=lambda parallel: 8,
+            get_head_size=lambda: 128,
+        ),
+        cache_config=Namespace(user_specified_block_size=False, cache_dtype="auto"),
+        parallel_config=Namespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        scheduler_config=Namespace(disable_hybrid_kv_cache_manager=False),
+        kv_transfer_config=None,
+        additional_config={"spla": {"residual": "linear", "feature_map": "elu1"}},
+    )
+    check_config(config)  # the CPU engine computes them
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    with pytest.raises(ValueError, match=r"SPLA on a GPU does not compute these options: feature_map 'elu1' has no"):
+        check_config(config)
+
+
 def test_model_config_options(tmp_path, start):
     """`spla_config` in config.json counts, and the command line goes before it."""
     model = save_random_model(tmp_path / "configured", {**LLAMA, "spla_config": {"budget": 320, "selector": "mean"}})
