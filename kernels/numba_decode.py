@@ -17,6 +17,8 @@ from numba import njit, prange, types
 from numba.core.extending import overload
 from numba.extending import intrinsic
 
+from .layout import STAMP_WORDS
+
 SELECTORS = ("mean", "taylor2", "cumulant2", "rem", "quest", "km2-rem")
 """The selectors that are compiled; `attend` knows them by their place here."""
 
@@ -318,8 +320,9 @@ def _attend_one(
     sizes,
     rule,
     mass_wanted,
-    state_rows,
     state,
+    state_steps,
+    state_starts,
     residual_scale,
     log_gain,
     output,
@@ -330,6 +333,7 @@ def _attend_one(
     page_size, block, width = sizes
     selector, budget, first_blocks, last_blocks = rule
     page_step, head_step, row_step = steps
+    state_step, together = state_steps
     group = heads // num_read.shape[1]
     per_page = page_size // block
     position = positions[token]
@@ -342,7 +346,7 @@ def _attend_one(
             q[h, e] = query[token, kv_head * group + h, e] * np.float32(scale)
             q2[h, e] = q[h, e] * q[h, e]
     sparse = current + 1 > budget
-    tail = sparse and state.shape[0] > 0
+    tail = sparse and state_starts.shape[1] > 0
 
     chosen = np.ones(num_complete, np.bool_)
     log_mass = np.empty(group, np.float32)
@@ -410,6 +414,10 @@ def _attend_one(
     _sum_values(weights[:group], complete_tokens, cache, starts[num_chosen:], lengths[num_chosen:], d, row_step, sums)
 
     num_rest = (num_complete - num_chosen) * block
+    body = np.empty((d + 2 if tail else 0, d), np.float32)
+    for r in range(body.shape[0]):
+        start = state_starts[token, r // together] + kv_head * state_step + r % together * d
+        _load(state, start, body[r])
     qkv = np.empty(d, np.float32)
     first = kv_head * group
     for h in range(group):
@@ -417,7 +425,6 @@ def _attend_one(
             sums[h, e] /= total[h]
         if not tail or num_rest == 0:
             continue
-        body = state[state_rows[token], kv_head]
         part = np.float32(1) / np.float32(num_rest)
         qk = (_dot(q[h], body[d + 1]) - read_qk[h]) * part
         for e in range(d):
@@ -450,8 +457,9 @@ def attend(
     sizes,
     rule,
     mass_wanted,
-    state_rows,
     state,
+    state_steps,
+    state_starts,
     residual_scale,
     log_gain,
     output,
@@ -470,9 +478,10 @@ def attend(
         sizes: `(page size, selection block, statistics width)`.
         rule: `(selector, budget in blocks, first blocks, last blocks)`.
         mass_wanted: Share of the mass at which selection stops; infinite where the budget alone counts.
-        state_rows: `[tokens]` int64, rows of `state`; not read for tokens whose blocks all fit into the budget.
-        state: `[states, kv_heads, >= head_size + 2, head_size]` float32, body of the regression residual; without one
-            there are no states.
+        state: Flat float32 array with the bodies of the regression residual's states.
+        state_steps: Elements from kv head to kv head, and body rows that stand together in a block.
+        state_starts: `[tokens, blocks]` int64, where the first body row of the first kv head is, for every block of a
+            token's state; not read for tokens whose blocks all fit into the budget. `[tokens, 0]` without a residual.
         residual_scale: Factor on the covariance.
         log_gain: `[heads]` float32, log of the weight of the tail.
         output: Output `[tokens, heads, head_size]` float32.
@@ -493,10 +502,66 @@ def attend(
             sizes,
             rule,
             mass_wanted,
-            state_rows,
             state,
+            state_steps,
+            state_starts,
             residual_scale,
             log_gain,
             output,
             num_read,
         )
+
+
+@njit(error_model="numpy", cache=True)
+def store(key, value, cache, steps, slots, page_size):
+    """Write keys and values into their slots.
+
+    Args:
+        key: `[tokens, kv_heads, head_size]`, elements of the cache.
+        value: `[tokens, kv_heads, head_size]`.
+        cache: Flat cache.
+        steps: As in `attend`.
+        slots: `[>= tokens]` int64, `page * page_size + offset`, negative for padding.
+        page_size: Tokens a page.
+    """
+    page_step, head_step, row_step = steps
+    tokens, kv_heads, d = key.shape
+    for token in range(tokens):
+        if slots[token] < 0:
+            continue
+        start = slots[token] // page_size * page_step + slots[token] % page_size * row_step
+        for g in range(kv_heads):
+            row = cache[start + g * head_step : start + g * head_step + 2 * d]
+            for e in range(d):
+                row[e] = key[token, g, e]
+                row[d + e] = value[token, g, e]
+
+
+@njit(error_model="numpy", cache=True)
+def find_stale(cache, steps, stamp, last_pages, state, state_steps, blocks, expected, stale):
+    """Which states do not cover just what is wanted (docs/design.md, 6).
+
+    Args:
+        cache: Flat cache, as int32.
+        steps: int32 words from page to page and from kv head to kv head.
+        stamp: Word at which the stamp of page 0, kv head 0, begins.
+        last_pages: `[rows]` int64, the last pages to be covered.
+        state: Flat state cache, as int32.
+        state_steps: Words from block to block and from kv head to kv head.
+        blocks: `[rows, K]` int, state blocks.
+        expected: `[rows, K, kv_heads, words]` int32, headers with nothing in place of the stamp.
+        stale: Output `[rows]` bool.
+    """
+    rows, num_blocks, kv_heads, words = expected.shape
+    for row in range(rows):
+        same = True
+        for k in range(num_blocks):
+            for g in range(kv_heads):
+                header = np.int64(blocks[row, k]) * state_steps[0] + g * state_steps[1]
+                at = last_pages[row] * steps[0] + g * steps[1] + stamp
+                for i in range(words):
+                    word = expected[row, k, g, i]
+                    if 2 <= i < 2 + STAMP_WORDS:
+                        word = cache[at + i - 2]
+                    same = same and state[header + i] == word
+        stale[row] = not same
