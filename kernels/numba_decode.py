@@ -26,7 +26,6 @@ _MEAN, _TAYLOR2, _CUMULANT2, _REM, _QUEST, _KM2_REM = range(len(SELECTORS))
 
 # Sums may be reordered, so that they vectorise; infinities and NaN keep their meaning.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
-_UNROLL = 4  # values added to the sums at a time, which are then loaded and stored a quarter as often
 
 _LOG2E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -79,7 +78,7 @@ def _number_overload(element):
 def _exp(x):
     """`exp(x)` for `x <= 0` to float32 rounding, in operations that vectorise; 0 far below."""
     x = max(x, np.float32(-87.0))
-    n = np.float32(math.floor(x * _LOG2E + np.float32(0.5)))
+    n = np.floor(x * _LOG2E + np.float32(0.5))
     r = x - n * _LN2_HIGH
     r = r - n * _LN2_LOW
     y = np.float32(1.9875691500e-4)
@@ -274,36 +273,78 @@ def _log_mass(linear, variance, chosen):
 def _logits(q, cache, starts, lengths, row_step, logits):
     """`q . k` of the tokens of some blocks, side by side in `logits [group, tokens]`."""
     group, d = q.shape
-    key = np.empty(d, np.float32)
+    keys = np.zeros((4, d), np.float32)
     token = 0
     for i in range(starts.shape[0]):
-        for t in range(lengths[i]):
-            _load(cache, starts[i] + t * row_step, key)
+        for first in range(0, lengths[i], 4):
+            some = min(4, lengths[i] - first)
+            for t in range(some):
+                _load(cache, starts[i] + (first + t) * row_step, keys[t])
             for h in range(group):
-                logits[h, token] = _dot(q[h], key)
-            token += 1
+                s0 = s1 = s2 = s3 = np.float32(0)  # four sums at a time, none of which waits for another
+                for e in range(d):
+                    x = q[h, e]
+                    s0 += x * keys[0, e]
+                    s1 += x * keys[1, e]
+                    s2 += x * keys[2, e]
+                    s3 += x * keys[3, e]
+                logits[h, token] = s0
+                if some > 1:
+                    logits[h, token + 1] = s1
+                if some > 2:
+                    logits[h, token + 2] = s2
+                if some > 3:
+                    logits[h, token + 3] = s3
+            token += some
 
 
 @njit(fastmath=_FAST, error_model="numpy")
 def _sum_values(weights, token, cache, starts, lengths, d, row_step, out):
     """`weights [n, tokens]` from `token` on times the values of the tokens of some blocks, added to the first `n` of
     `out [>= n, head_size]`."""
-    n = weights.shape[0]
-    values = np.zeros((_UNROLL, d), np.float32)
+    v = np.zeros((8, d), np.float32)
     for i in range(starts.shape[0]):
-        length = lengths[i]
-        for first in range(0, length, _UNROLL):
-            some = min(_UNROLL, length - first)
+        for first in range(0, lengths[i], 8):
+            some = min(8, lengths[i] - first)
             for t in range(some):
-                _load(cache, starts[i] + (first + t) * row_step + d, values[t])
-            for h in range(n):
-                w0 = weights[h, token]
-                w1 = weights[h, token + 1] if some > 1 else np.float32(0)
-                w2 = weights[h, token + 2] if some > 2 else np.float32(0)
-                w3 = weights[h, token + 3] if some > 3 else np.float32(0)
-                for e in range(d):
-                    out[h, e] += w0 * values[0, e] + w1 * values[1, e] + w2 * values[2, e] + w3 * values[3, e]
+                _load(cache, starts[i] + (first + t) * row_step + d, v[t])
+            for h in range(weights.shape[0]):
+                total, w = out[h], weights[h, token : token + some]
+                if some == 8:  # the sums are loaded and stored once for eight values
+                    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+                    for e in range(d):
+                        total[e] += (
+                            w0 * v[0, e] + w1 * v[1, e] + w2 * v[2, e] + w3 * v[3, e]
+                            + w4 * v[4, e] + w5 * v[5, e] + w6 * v[6, e] + w7 * v[7, e]
+                        )  # fmt: skip
+                else:
+                    for t in range(some):
+                        for e in range(d):
+                            total[e] += w[t] * v[t, e]
             token += some
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _copy(x, out):
+    """Copy a vector; returns its sum."""
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        out[i] = x[i]
+        total += x[i]
+    return total
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _exponentiate(x):
+    """Make `exp(x - max x)` of a vector; returns the maximum and the sum."""
+    peak = np.float32(-np.inf)
+    for i in range(x.shape[0]):
+        peak = max(peak, x[i])
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        x[i] = _exp(x[i] - peak)
+        total += x[i]
+    return peak, total
 
 
 @njit(fastmath=_FAST, error_model="numpy")
@@ -391,23 +432,16 @@ def _attend_one(
     weights = np.empty((2 * group + 1 if tail else group, num_tokens), np.float32)
     _logits(q, cache, starts, lengths, row_step, weights)
     lse = np.empty(group, np.float32)
-    total = np.zeros(group, np.float32)
+    total = np.empty(group, np.float32)
     read_qk = np.zeros(group, np.float32)
+    for h in range(group):
+        if tail:
+            read_qk[h] = _copy(weights[h, :complete_tokens], weights[group + h, :complete_tokens])
+        peak, total[h] = _exponentiate(weights[h])
+        lse[h] = peak + np.float32(math.log(total[h]))
     if tail:
-        for h in range(group):
-            for t in range(complete_tokens):
-                weights[group + h, t] = weights[h, t]
-                read_qk[h] += weights[h, t]
         for t in range(complete_tokens):
             weights[2 * group, t] = 1
-    for h in range(group):
-        peak = np.float32(-np.inf)
-        for t in range(num_tokens):
-            peak = max(peak, weights[h, t])
-        for t in range(num_tokens):
-            weights[h, t] = _exp(weights[h, t] - peak)
-            total[h] += weights[h, t]
-        lse[h] = peak + np.float32(math.log(total[h]))
     # Blocks of complete pages come first, those of the current page last; only the former are in the state.
     sums = np.zeros((weights.shape[0], d), np.float32)
     _sum_values(weights, 0, cache, starts[:num_chosen], lengths, d, row_step, sums)

@@ -46,6 +46,32 @@ def test_head_size(tmp_path, start):
         pass
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("dtype", "torch.float64", r"dtype float64 \(supported: float16, bfloat16, float32\)"),
+        ("kv_cache_dtype", "fp8", r"kv-cache dtype fp8 \(supported: auto, float16, bfloat16\)"),
+        ("head_size", 72, "head size 72"),
+        ("use_mla", True, "MLA layers"),
+        ("use_sparse", True, "sparse attention of their own"),
+        ("has_sink", True, "learned attention sinks"),
+        ("use_non_causal", True, "attention that is not causal"),
+    ],
+)
+def test_layer(field, value, message):
+    """Layers of a model that has others beside: each is looked at."""
+    from types import SimpleNamespace as Namespace
+
+    from spla_backend.engine.checks import refuse_layer
+
+    flags = ("use_mla", "use_sparse", "has_sink", "use_mm_prefix", "use_non_causal", "use_rswa")
+    flags = dict.fromkeys((*flags, "use_per_head_quant_scales", "use_adaptive_verification"), False)
+    layer = {"dtype": "torch.bfloat16", "kv_cache_dtype": "auto", "head_size": 64, **flags}
+    refuse_layer(Namespace(**layer))
+    with pytest.raises(ValueError, match=f"SPLA does not support {message}.*: remove --attention-backend spla"):
+        refuse_layer(Namespace(**{**layer, field: value}))
+
+
 def test_untested_vllm(tiny_llama, start, monkeypatch):
     import vllm
 
