@@ -1,4 +1,5 @@
-"""SPLA over paged memory in vectorised torch: what the CPU engine runs, and the peer of the GPU kernels.
+"""SPLA over paged memory in vectorised torch: the plain peer of the compiled kernels, and what the CPU engine runs
+where they do not reach.
 
 Decode rows are a batch; prefill rows go one after the other in tiles of the tokens of one page, so that all
 tokens of a tile share their complete pages and the recurrent state. `plan` does once a step what all layers share.

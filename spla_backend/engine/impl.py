@@ -79,6 +79,8 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             max_query_len=max_decode_query_len(self.vllm_config),
             max_model_len=self.vllm_config.model_config.max_model_len,
         )
+        if torch.device(device).type == "cpu":
+            logger.info_once("SPLA loads its CPU kernels; the first time they are compiled, for half a minute")
         self.op = dispatch.make(
             torch.device(device),
             get_options().parameters(page_size),

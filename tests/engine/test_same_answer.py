@@ -31,20 +31,23 @@ class Plain:
     batch: list[Answer]  # sixteen at once, in `order`
     prefixed: dict[int, list[Answer]]  # by length of the prefix, one by one
     folded: list[int]  # pages added to a state at a time: a long prompt, then a long answer to it
+    pages_read: list[float]  # by each worker in the last of these steps
 
 
 @pytest.fixture(scope="module")
 def plain(tiny_llama):
     order = [*range(len(PROMPTS)), 9, 8, 7, 3, 2, 0]
     random.Random(0).shuffle(order)
-    with start_engine(tiny_llama) as engine:
+    extension = "spla_backend.engine.statistics.ReadStatistics"
+    with start_engine(tiny_llama, worker_extension_cls=extension) as engine:
         alone = [engine.answer([p])[0] for p in PROMPTS]
         batch = engine.answer([PROMPTS[i] for i in order])
         prefixed = {
             shared: [engine.answer([p], logprobs=False)[0] for p in prompts_with_prefix(shared)] for shared in SHARED
         }
         folded = folded_pages(engine)
-    return Plain(alone, order, batch, prefixed, folded)
+        pages_read = engine.llm.collective_rpc("spla_pages_read")
+    return Plain(alone, order, batch, prefixed, folded, pages_read)
 
 
 def folded_pages(engine):
@@ -180,3 +183,7 @@ def test_state_is_kept(plain):
     # Prefill adds the pages beyond the budget once, decode the pages before it once and then each new one once.
     assert sum(plain.folded) <= layers * (2 * pages + 4), sum(plain.folded)
     assert plain.folded.count(1) >= 3 * layers
+
+
+def test_reads_are_counted(plain):
+    assert plain.pages_read == [BUDGET / PAGE]
