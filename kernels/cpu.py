@@ -98,7 +98,7 @@ class CpuPagedSpla(TorchPagedSpla):
             )
         self._sizes = params.page_size, params.selection_block, self.page_layout.statistics_width
         # All of the mass takes all of the budget, whatever the rounding.
-        self._mass_wanted = np.inf if params.top_p is None or params.top_p >= 1 else params.top_p
+        self._mass_wanted = np.inf if params.top_p is None or params.top_p >= 1 else float(params.top_p)
         gain = torch.zeros(self.num_heads) if self._log_gain is None else self._log_gain
         self._flat_log_gain = gain.reshape(-1).numpy()
         stamp = self.page_layout.rows * 2 * self.head_size * self.page_layout.itemsize // 4 - STAMP_WORDS
@@ -286,7 +286,7 @@ class CpuPagedSpla(TorchPagedSpla):
             bodies.floats,
             bodies.steps,
             bodies.starts,
-            self.params.residual_scale,
+            float(self.params.residual_scale),
             self._flat_log_gain,
             out.numpy(),
             num_read,

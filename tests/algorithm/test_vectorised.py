@@ -591,14 +591,19 @@ def test_every_position_of_a_prefill(start: int, combine: str) -> None:
         assert error < TOLERANCE, f"position {position}"
 
 
-@both
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [(TorchPagedSpla, torch.bfloat16), (CpuPagedSpla, torch.bfloat16), (CpuPagedSpla, torch.float16)],
+)
 @settings(PROFILE, max_examples=60)
 @given(data=st.data())
-def test_decode_with_a_bfloat16_cache(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
+def test_decode_with_a_small_cache(
+    implementation: type[TorchPagedSpla], dtype: torch.dtype, data: st.DataObject
+) -> None:
     """On what the cache holds, keys and statistics rounded, decode is as exact as with a float32 cache."""
     shape = data.draw(shapes(implementation=implementation))
     length = data.draw(lengths(shape.params), label="length")
-    layer = Layer(shape, [length], dtype=torch.bfloat16)
+    layer = Layer(shape, [length], dtype=dtype)
     layer.write((0, 0, length))
     (got,) = layer.forward([(0, length - 1, length)])
     stored = layer.stored_statistics(0, (length - 1) // shape.params.page_size)
