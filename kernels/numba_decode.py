@@ -153,6 +153,7 @@ def _score(selector, q, q2, cache, pages, page_step, start, area, block_size, sc
     per_page, width = area
     log_block = np.float32(math.log(block_size))
     statistics = np.empty(width, np.float32)
+    zeros = np.zeros(d, np.float32)
     for i in range(score.shape[1]):
         _load(cache, start + pages[i // per_page] * page_step + i % per_page * width, statistics)
         if selector == _QUEST:
@@ -169,14 +170,15 @@ def _score(selector, q, q2, cache, pages, page_step, start, area, block_size, sc
             if selector == _KM2_REM:
                 count = statistics[4 * d + c]
                 log_count = np.float32(math.log(count)) if count > 0 else np.float32(-np.inf)
+            spread = statistics[(2 * c + 1) * d : (2 * c + 2) * d] if selector != _MEAN else zeros
             for h in range(group):
-                linear[c, h, i] = log_count + _dot(q[h], mean)
-                if selector == _MEAN:
-                    variance[c, h, i] = 0
-                    one = linear[c, h, i]
-                else:
-                    variance[c, h, i] = _dot(q2[h], statistics[(2 * c + 1) * d : (2 * c + 2) * d])
-                    one = linear[c, h, i] + _second_order(selector, variance[c, h, i], max(log_count, np.float32(0)))
+                of_mean = of_spread = np.float32(0)
+                for e in range(d):
+                    of_mean += q[h, e] * mean[e]
+                    of_spread += q2[h, e] * spread[e]
+                linear[c, h, i] = log_count + of_mean
+                variance[c, h, i] = of_spread
+                one = linear[c, h, i] + _second_order(selector, of_spread, max(log_count, np.float32(0)))
                 if c == 0:
                     score[h, i] = one
                 else:  # log-add-exp of the clusters, one of which is never empty

@@ -53,7 +53,7 @@ def test_head_size(tmp_path, start):
         ("kv_cache_dtype", "fp8", r"kv-cache dtype fp8 \(supported: auto, float16, bfloat16\)"),
         ("head_size", 72, "head size 72"),
         ("use_mla", True, "MLA layers"),
-        ("use_sparse", True, "sparse attention of their own"),
+        ("use_sparse", True, "layers with sparse attention of their own"),
         ("has_sink", True, "learned attention sinks"),
         ("use_non_causal", True, "attention that is not causal"),
     ],
