@@ -22,7 +22,8 @@ from spla_backend.algorithm.feature_maps import feature_map_names, get_feature_m
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.selection import group_scores, select_blocks
 from spla_backend.algorithm.selectors import get_selector, selector_names
-from spla_backend.kernels.cpu import CpuPagedSpla
+from spla_backend.kernels import numba_decode
+from spla_backend.kernels.cpu import CpuPagedSpla, FlatCache
 from spla_backend.kernels.torch_paged import TorchPagedSpla
 
 torch.set_num_threads(1)
@@ -591,19 +592,14 @@ def test_every_position_of_a_prefill(start: int, combine: str) -> None:
         assert error < TOLERANCE, f"position {position}"
 
 
-@pytest.mark.parametrize(
-    ("implementation", "dtype"),
-    [(TorchPagedSpla, torch.bfloat16), (CpuPagedSpla, torch.bfloat16), (CpuPagedSpla, torch.float16)],
-)
+@both
 @settings(PROFILE, max_examples=60)
 @given(data=st.data())
-def test_decode_with_a_small_cache(
-    implementation: type[TorchPagedSpla], dtype: torch.dtype, data: st.DataObject
-) -> None:
+def test_decode_with_a_bfloat16_cache(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
     """On what the cache holds, keys and statistics rounded, decode is as exact as with a float32 cache."""
     shape = data.draw(shapes(implementation=implementation))
     length = data.draw(lengths(shape.params), label="length")
-    layer = Layer(shape, [length], dtype=dtype)
+    layer = Layer(shape, [length], dtype=torch.bfloat16)
     layer.write((0, 0, length))
     (got,) = layer.forward([(0, length - 1, length)])
     stored = layer.stored_statistics(0, (length - 1) // shape.params.page_size)
@@ -614,3 +610,12 @@ def test_decode_with_a_small_cache(
     Ties.compared += 1
     error = relative_error(got[0], want.output)
     assert error < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_code_reads_every_number(dtype: torch.dtype) -> None:
+    """All bit patterns of the small dtypes, subnormal numbers, infinities and NaN among them."""
+    cache = FlatCache.of(torch.arange(1 << 16).to(torch.uint16).view(dtype).view(1, 1, 256, 256))
+    got = torch.empty(1 << 16)
+    numba_decode._load(cache.elements, 0, got.numpy())
+    torch.testing.assert_close(got, cache.tensor.flatten().float(), rtol=0, atol=0, equal_nan=True)
