@@ -23,18 +23,6 @@ PAGE_SIZE = 64
 OPTIONS = {"selector": "km2-rem", "selection_block_size": 16}
 
 
-def pages_read(seq_len: int, budget: int, page_size: int) -> int:
-    """Pages' worth of keys and values that a decode step reads, for each layer and kv head.
-
-    Args:
-        seq_len: Tokens of the sequence, the current one included.
-        budget: Tokens a query attends to exactly.
-        page_size: Tokens a page.
-    """
-    held = -(-seq_len // page_size)
-    return min(held, budget // page_size)
-
-
 def tokens_of(model: str, text: str, question: str) -> list[int]:
     """The prompt: `text`, then `question`, in the model's chat template where it has one."""
     from transformers import AutoTokenizer
@@ -55,7 +43,11 @@ def answer(backend: str, args: argparse.Namespace, prompt: list[int]) -> dict[st
 
     chosen: dict[str, Any] = {}
     if backend == "spla":
-        chosen = {"attention_backend": "spla", "additional_config": {"spla": {"budget": args.budget, **OPTIONS}}}
+        chosen = {
+            "attention_backend": "spla",
+            "additional_config": {"spla": {"budget": args.budget, **OPTIONS}},
+            "worker_extension_cls": "spla_backend.engine.statistics.ReadStatistics",
+        }
     llm = LLM(
         args.model,
         block_size=PAGE_SIZE,
@@ -70,19 +62,19 @@ def answer(backend: str, args: argparse.Namespace, prompt: list[int]) -> dict[st
         sampling = SamplingParams(temperature=0, max_tokens=args.max_tokens)
         (result,) = llm.generate({"prompt_token_ids": prompt}, sampling)
         stats, completion = result.metrics, result.outputs[0]
+        read = llm.collective_rpc("spla_pages_read")[0] if backend == "spla" else None
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
     steps = len(completion.token_ids) - 1
-    seq_len = len(prompt) + len(completion.token_ids)
-    held = -(-seq_len // PAGE_SIZE)
+    held = -(-(len(prompt) + steps) // PAGE_SIZE)  # in the last step; the last token itself is not fed back
     return {
         "backend": backend,
         "text": completion.text.strip(),
         "tokens": len(completion.token_ids),
         "pages_held": held,
-        "pages_read": pages_read(seq_len, args.budget, PAGE_SIZE) if backend == "spla" else held,
+        "pages_read": read if backend == "spla" else held,  # dense attention reads everything
         "first_token_seconds": stats.first_token_latency,
         "seconds_per_token": (stats.last_token_ts - stats.first_token_ts) / steps if steps else None,
     }
@@ -115,9 +107,10 @@ def main() -> None:
     print(f"Question: {args.question}\n")
     for r in results:
         print(textwrap.fill(r["text"], 110, initial_indent=f"{r['backend']:7}", subsequent_indent=" " * 7))
+    # Counted in the last decode step: pages' worth of keys and values for a layer and kv head, on average.
     print(f"\n{'':7}{'pages read of held':>20}{'first token':>15}{'per token':>15}")
     for r in results:
-        pages = f"{r['pages_read']} of {r['pages_held']}"
+        pages = "not counted" if r["pages_read"] is None else f"{r['pages_read']:g} of {r['pages_held']}"
         per_token = "" if r["seconds_per_token"] is None else f"{r['seconds_per_token']:.3f} s"
         print(f"{r['backend']:7}{pages:>20}{r['first_token_seconds']:>13.2f} s{per_token:>15}")
 

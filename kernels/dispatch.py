@@ -20,6 +20,36 @@ class Limits:
     prefill_dense_below: int | None  # None: the device's habit
 
 
+def check_cuda(
+    params: SplaParameters,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    cache_dtype: torch.dtype,
+    max_query_len: int,
+) -> None:
+    """Refuse what the CUDA kernels do not compute, before there is a device to make them on.
+
+    Args:
+        params: What to compute.
+        num_heads: Query heads.
+        num_kv_heads: Kv heads.
+        head_size: `d`.
+        cache_dtype: Dtype of the cache.
+        max_query_len: The most query tokens of a decode row.
+
+    Raises:
+        ValueError: These parameters, by name.
+    """
+    from .triton_decode import _check
+
+    try:
+        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len)
+    except ValueError as error:
+        raise ValueError(f"SPLA on a GPU does not compute these options: {error}") from None
+
+
 def make(device: torch.device, params: SplaParameters, limits: Limits, **shape: Any) -> Any:
     """The implementation for a device.
 
@@ -33,9 +63,9 @@ def make(device: torch.device, params: SplaParameters, limits: Limits, **shape: 
         ValueError: There is none for this device, or not for these parameters.
     """
     if device.type == "cpu":
-        from .torch_paged import TorchPagedSpla
+        from .cpu import CpuPagedSpla
 
-        return TorchPagedSpla(params, prefill_dense_below=limits.prefill_dense_below or 0, **shape)
+        return CpuPagedSpla(params, prefill_dense_below=limits.prefill_dense_below or 0, **shape)
     if device.type == "cuda":
         from .cuda import CudaPagedSpla
 

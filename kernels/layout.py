@@ -2,6 +2,12 @@
 
 from dataclasses import dataclass
 
+import torch
+
+from ..algorithm.parameters import SplaParameters
+from ..algorithm.residual import make_residual
+from ..algorithm.selectors import get_selector
+
 STAMP_WORDS = 4  # int32: salt_lo, salt_hi, counter, page id
 STATE_MAGIC = 0x53504C41  # "SPLA"
 STATE_HEADER_WORDS = 8  # int32: magic, covered pages, stamp[4], block ordinal, 0
@@ -85,3 +91,12 @@ class StateLayout:
     def num_blocks(self) -> int:
         """Blocks a request holds (`K`)."""
         return _ceil_div(self.body_rows, self.rows_per_block - 1)
+
+
+def layouts(params: SplaParameters, head_size: int, dtype: torch.dtype) -> tuple[PageLayout, StateLayout]:
+    """Pages and recurrent states of a layer whose cache is of `dtype`; without a residual the state has no rows."""
+    width = get_selector(params.selector).width(head_size)
+    page = PageLayout(params.page_size, head_size, dtype.itemsize, params.selection_block, width)
+    residual = make_residual(params, head_size)
+    s_rows, z_size = (residual.s_rows, residual.z_size) if residual else (0, 0)
+    return page, StateLayout(page, s_rows, z_size)

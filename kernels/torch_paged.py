@@ -1,4 +1,5 @@
-"""SPLA over paged memory in vectorised torch: what the CPU engine runs, and the peer of the GPU kernels.
+"""SPLA over paged memory in vectorised torch: the plain peer of the compiled kernels, and what the CPU engine runs
+where they do not reach.
 
 Decode rows are a batch; prefill rows go one after the other in tiles of the tokens of one page, so that all
 tokens of a tile share their complete pages and the recurrent state. `plan` does once a step what all layers share.
@@ -11,6 +12,7 @@ made in `plan`, numpy for arithmetic on a few indices, and leading dimensions of
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import Reading, make_residual
 from ..algorithm.selection import group_scores, select_blocks
 from ..algorithm.selectors import get_selector
-from .layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, PageLayout, StateLayout
+from .layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, layouts
 
 _FOLD_PAGES = 64  # pages folded at a time: bounds the scratch of a rebuild
 _DECODE_ELEMENTS = 1 << 21  # keys and values of decode rows attended to at a time: their float32 stays in the cache
@@ -63,7 +65,7 @@ class Plan:
     """One step's geometry, shared by all layers."""
 
     block_table: torch.Tensor  # [rows, max_pages] int64
-    decode: list["DecodeRows"]
+    decode: list[Any]  # `DecodeRows`, or what a subclass makes of them
     prefill: list["PrefillRow"]
     states: "StatePlan | None"  # None where no row needs its state
 
@@ -96,7 +98,7 @@ class PrefillRow:
     first_token: int
     start: int  # position of the first query token
     dense_end: int  # positions below attend to everything
-    tiles: list[Tile]
+    tiles: list[Any]  # `Tile`, or what a subclass makes of them
     pages: torch.Tensor  # [pages] int64, all pages of the row
 
 
@@ -161,26 +163,21 @@ class TorchPagedSpla:
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.group = num_heads // num_kv_heads
         self.scale = scale
+        self._cache_dtype = cache_dtype
         self._log_gain = None if gain is None else self._by_kv_head(gain.float().log())
         ones = torch.ones(num_heads, head_size)
         self.norm_weights = (ones, ones) if norm_weights is None else norm_weights
         self.selector = get_selector(params.selector)
         self.residual = make_residual(params, head_size)
-        self.page_layout = PageLayout(
-            params.page_size,
-            head_size,
-            cache_dtype.itemsize,
-            params.selection_block,
-            self.selector.width(head_size),
-        )
-        s_rows, z_size = (self.residual.s_rows, self.residual.z_size) if self.residual else (0, 0)
-        self.state_layout = StateLayout(self.page_layout, s_rows, z_size)
+        self.page_layout, self.state_layout = layouts(params, head_size, cache_dtype)
         body = torch.arange(self.state_layout.body_rows)
         rows = self.state_layout.rows_per_block - 1
         self._body_block, self._body_row = body // rows, 1 + body % rows
         self._head = np.arange(num_kv_heads)[:, None]
         self._salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
         self._counter = 0
+        self.blocks_read: NDArray[np.int32] | None = None
+        """`[rows, kv_heads]`, selection blocks that the exact part of the last decode rows read."""
 
     # Writing ----------------------------------------------------------------------------------------------------
 
@@ -247,14 +244,20 @@ class TorchPagedSpla:
                 prefill.append(self._plan_prefill(row, starts[row], seq_len - query_len, seq_len, table))
             if seq_len > budget_tokens and seq_len - query_len >= params.page_size:
                 targets.append((row, (seq_len - query_len) // params.page_size))
-        # Rows of much the same length go together: a short one is padded to the longest.
-        decode_rows.sort(key=lambda row: lens[row])
-        at_once = max(1, _DECODE_ELEMENTS // (budget_tokens * self.num_kv_heads * 2 * self.head_size))
-        decode = [
-            self._plan_decode(decode_rows[first : first + at_once], starts, lens, table)
-            for first in range(0, len(decode_rows), at_once)
-        ]
+        decode = self._plan_decodes(decode_rows, starts, lens, table)
         return Plan(table, decode, prefill, self._plan_states(targets, table))
+
+    def _plan_decodes(
+        self, batch_rows: list[int], starts: list[int], lens: list[int], table: torch.Tensor
+    ) -> list["DecodeRows"]:
+        # Rows of much the same length go together: a short one is padded to the longest.
+        batch_rows = sorted(batch_rows, key=lambda row: lens[row])
+        budget_tokens = self.params.budget_blocks * self.params.selection_block
+        at_once = max(1, _DECODE_ELEMENTS // (budget_tokens * self.num_kv_heads * 2 * self.head_size))
+        return [
+            self._plan_decode(batch_rows[first : first + at_once], starts, lens, table)
+            for first in range(0, len(batch_rows), at_once)
+        ]
 
     def _plan_states(self, targets: list[tuple[int, int]], table: torch.Tensor) -> StatePlan | None:
         """Plan for `(row, complete pages before this step)`."""
@@ -294,9 +297,13 @@ class TorchPagedSpla:
         while position < end:
             stop = min(end, (position // page_size + 1) * page_size)
             tokens = slice(position - start + first_token, stop - start + first_token)
-            tiles.append(self._tile(torch.tensor([row]), tokens, torch.arange(position, stop)[None], table))
+            tiles.append(self._plan_tile(row, tokens, position, stop, table))
             position = stop
         return PrefillRow(row, first_token, start, dense_end, tiles, table[row, : -(-end // page_size)])
+
+    def _plan_tile(self, row: int, tokens: slice, start: int, stop: int, table: torch.Tensor) -> Any:
+        """The tokens at positions `start .. stop - 1` of a row, all of one page; their queries are at `tokens`."""
+        return self._tile(torch.tensor([row]), tokens, torch.arange(start, stop)[None], table)
 
     def _tile(
         self, rows: torch.Tensor, tokens: torch.Tensor | slice, positions: torch.Tensor, table: torch.Tensor
@@ -380,13 +387,13 @@ class TorchPagedSpla:
             states = None
             if self.residual is not None and rows.tile.sparse:
                 assert state_cache is not None and state_table is not None
-                states = self._read_states(state_cache, state_table, rows.tile.rows)
+                states = self._states(self._read_bodies(state_cache, state_table, rows.tile.rows))
             self._decode(rows, query, kv_cache, states, output)
         for row in plan.prefill:
             states = None
             if self.residual is not None and row.tiles:
                 assert state_cache is not None and state_table is not None
-                states = self._read_states(state_cache, state_table, row.tiles[0].rows)
+                states = self._states(self._read_bodies(state_cache, state_table, row.tiles[0].rows))
                 if row.start < self.params.page_size:  # nothing was folded: what the blocks hold is another's
                     states = (torch.zeros_like(states[0]), torch.zeros_like(states[1]))
             self._prefill(row, query, kv_cache, states, output)
@@ -440,6 +447,7 @@ class TorchPagedSpla:
         slots = rows.slots
         if slots is None:
             slots = pad_slots(table.indptr, table.last_page_len, rows.num_current, self.params.selection_block)
+        self.blocks_read = table.indptr.diff().view(-1, self.num_kv_heads).numpy()
         keys, values = self._read_slots(kv_cache, table, slots)  # [requests, tokens, head_size]
         logits = q @ keys.mT  # [requests, group, tokens]
         weights: list[torch.Tensor] = []
@@ -488,32 +496,46 @@ class TorchPagedSpla:
         covered = None
         for tile in row.tiles:
             if states is not None:
-                covered = self._advance(row, tile, covered, kv_cache, states)
+                covered = self._advance(row, tile.pages.shape[1], covered, kv_cache, states)
             self._prefill_tile(tile, row, query, kv_cache, states, output)
 
     def _dense(self, row: PrefillRow, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> None:
         """Causal attention of the positions `start .. dense_end - 1`, whose every block fits into the budget."""
         pages = row.pages[: -(-row.dense_end // self.params.page_size)]
-        kv = kv_cache[pages, :, : self.params.page_size].transpose(0, 1).flatten(1, 2)[:, : row.dense_end]
-        keys, values = kv.split(self.head_size, -1)  # [kv_heads, tokens, head_size]
         tokens = slice(row.first_token, row.first_token + row.dense_end - row.start)
-        q = query[tokens].transpose(0, 1).to(kv.dtype)  # [heads, queries, head_size]
-        positions = torch.arange(row.start, row.dense_end)
-        mask = None if row.start == 0 else torch.arange(row.dense_end) <= positions[:, None]
+        # In the order of the tokens [dense_end, kv_heads, 2 d].
+        kv = kv_cache[pages, :, : self.params.page_size].transpose(1, 2).flatten(0, 1)[: row.dense_end]
+        exact = self._causal(query[tokens], *kv.split(self.head_size, -1))
+        if self.params.combine == "double_rmsnorm":
+            exact = exact.float()
+            exact = double_rmsnorm(exact, torch.zeros_like(exact), *self.norm_weights, self.params.rms_norm_eps)
+        output[tokens] = exact.to(output.dtype)
+
+    def _causal(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Dense causal attention of the last tokens of a sequence.
+
+        Args:
+            query: `[queries, heads, head_size]`, unscaled.
+            keys: `[tokens, kv_heads, head_size]`.
+            values: `[tokens, kv_heads, head_size]`.
+
+        Returns:
+            `[queries, heads, head_size]` in the dtype of the keys.
+        """
+        queries, tokens = query.shape[0], keys.shape[0]
+        mask = None
+        if queries < tokens:
+            mask = torch.arange(tokens) <= torch.arange(tokens - queries, tokens)[:, None]
         out = F.scaled_dot_product_attention(
-            q[None],
-            keys[None],
-            values[None],
+            query.transpose(0, 1).to(keys.dtype)[None],  # [1, heads, queries, head_size]
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.scale,
             enable_gqa=True,
         )
-        exact = out[0].transpose(0, 1)  # [queries, heads, head_size]
-        if self.params.combine == "double_rmsnorm":
-            exact = exact.float()
-            exact = double_rmsnorm(exact, torch.zeros_like(exact), *self.norm_weights, self.params.rms_norm_eps)
-        output[tokens] = exact.to(output.dtype)
+        return out[0].transpose(0, 1)
 
     def _prefill_tile(
         self,
@@ -688,13 +710,19 @@ class TorchPagedSpla:
             self._add_pages(s, z, kv_cache, pages[first : min(first + _FOLD_PAGES, target)])
         self._write_state(rows_view, blocks, target, self._stamp(kv_cache, pages[target - 1 : target])[0], s, z)
 
-    def _read_states(self, state_cache: torch.Tensor, state_table: torch.Tensor, rows: NDArray[np.int64]) -> States:
-        """The stored states of rows of the batch."""
+    def _read_bodies(
+        self, state_cache: torch.Tensor, state_table: torch.Tensor, rows: NDArray[np.int64]
+    ) -> torch.Tensor:
+        """A copy of the bodies of the stored states of rows of the batch `[requests, >= body_rows, head_size]`."""
         layout = self.state_layout
         blocks = state_table.numpy()[rows, : layout.num_blocks].astype(np.int64)[:, None]  # [rows, 1, K]
         per_block = layout.rows_per_block - 1 if layout.num_blocks > 1 else layout.body_rows
         body = _gather(self._state_rows(state_cache), blocks, self._head, 1, per_block * self.head_size)
-        body = body.view(-1, layout.num_blocks * per_block, self.head_size)
+        return body.view(-1, layout.num_blocks * per_block, self.head_size)
+
+    def _states(self, body: torch.Tensor) -> States:
+        """Views of bodies from `_read_bodies`."""
+        layout = self.state_layout
         z = body[:, layout.s_rows : layout.body_rows].flatten(1)
         return body[:, : layout.s_rows], z[:, : layout.z_size]
 
@@ -746,14 +774,13 @@ class TorchPagedSpla:
     def _advance(
         self,
         row: PrefillRow,
-        tile: Tile,
+        needed: int,
         covered: int | None,
         kv_cache: torch.Tensor,
         states: States,
     ) -> int:
-        """Add to a prefill row's state the pages that this very step completed, up to those of `tile`."""
+        """Add to a prefill row's state the pages that this very step completed, up to the first `needed`."""
         covered = row.start // self.params.page_size if covered is None else covered
-        needed = tile.pages.shape[1]
         if needed > covered:
             self._add_pages(*states, kv_cache, row.pages[covered:needed])
         return needed

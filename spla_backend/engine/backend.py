@@ -8,18 +8,14 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, KVCacheSpec
 
-from ..algorithm.residual import make_residual
-from ..algorithm.selectors import get_selector
-from ..kernels.layout import PageLayout, StateLayout
+from ..kernels.layout import PageLayout, StateLayout, layouts
 from ..options import SplaOptions
 from ..plugin import BACKEND_NAME
-from .checks import SUPPORTED_HEAD_SIZES, SUPPORTED_KV_CACHE_DTYPES
+from .checks import PREFERRED_PAGE_SIZE, SUPPORTED_HEAD_SIZES, SUPPORTED_KV_CACHE_DTYPES
 
 if TYPE_CHECKING:
     from .impl import SplaImpl
     from .metadata import SplaMetadataBuilder
-
-PREFERRED_PAGE_SIZE = 64
 
 _options: SplaOptions | None = None
 
@@ -41,18 +37,9 @@ def get_options() -> SplaOptions:
     return _options
 
 
-def page_layout(spec: AttentionSpec) -> PageLayout:
-    """Bytes of the pages of an attention layer."""
-    params = get_options().parameters(spec.block_size)
-    width = get_selector(params.selector).width(spec.head_size)
-    return PageLayout(spec.block_size, spec.head_size, spec.dtype.itemsize, params.selection_block, width)
-
-
-def state_layout(spec: AttentionSpec) -> StateLayout:
-    """Bytes of the recurrent state of an attention layer."""
-    residual = make_residual(get_options().parameters(spec.block_size), spec.head_size)
-    assert residual is not None, "a companion layer exists only with a residual"
-    return StateLayout(page_layout(spec), residual.s_rows, residual.z_size)
+def spec_layouts(spec: AttentionSpec) -> tuple[PageLayout, StateLayout]:
+    """Bytes of the pages and of the recurrent state of an attention layer."""
+    return layouts(get_options().parameters(spec.block_size), spec.head_size, spec.dtype)
 
 
 class SplaBackend(AttentionBackend):
@@ -120,5 +107,5 @@ class SplaBackend(AttentionBackend):
         """
         if type(spec) is not FullAttentionSpec or spec.block_size < 16:
             return spec
-        layout = page_layout(spec)
+        layout, _ = spec_layouts(spec)
         return replace(spec, tokens_per_state=Fraction(layout.page_size, layout.rows))

@@ -1,4 +1,4 @@
-"""What SPLA refuses, each with one sentence: what, why, what to do. Imports neither torch kernels nor Triton."""
+"""What SPLA refuses, each with one sentence: what, why, what to do. Imports no kernels, but on a GPU to ask them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ SUPPORTED_VLLM = ("0.32", "0.33")
 SUPPORTED_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 256)
 SUPPORTED_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 SUPPORTED_DTYPES = ("float16", "bfloat16", "float32")
+PREFERRED_PAGE_SIZE = 64
 
 
 def is_chosen(vllm_config: "VllmConfig") -> bool:
@@ -107,6 +108,30 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "have to carry page statistics: remove --kv-transfer-config"
         )
     check_hybrid_manager(vllm_config, options)
+    check_cuda_kernels(vllm_config, options)
+
+
+def check_cuda_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
+    """Raises:
+    ValueError: The kernels of a GPU do not compute these options.
+    """
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+    from vllm.v1.attention.backend import max_decode_query_len
+
+    from ..kernels import dispatch
+
+    model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    if model is None or not current_platform.is_cuda():
+        return
+    dispatch.check_cuda(
+        options.parameters(cache.block_size if cache.user_specified_block_size else PREFERRED_PAGE_SIZE),
+        num_heads=model.get_num_attention_heads(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_size=model.get_head_size(),
+        cache_dtype=kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
+        max_query_len=max_decode_query_len(vllm_config),
+    )
 
 
 def check_hybrid_manager(vllm_config: "VllmConfig", options: SplaOptions) -> None:

@@ -9,8 +9,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType, max_decode_query_len
 
 from ..kernels import dispatch
-from .backend import PREFERRED_PAGE_SIZE, get_options, set_options
-from .checks import check_hybrid_manager, refuse_arguments, resolve_options
+from .backend import get_options, set_options
+from .checks import PREFERRED_PAGE_SIZE, check_hybrid_manager, refuse_arguments, resolve_options
 from .logger import logger
 from .state import RecurrentStateLayer, companion_name
 
@@ -81,6 +81,8 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             max_num_tokens=scheduler.max_num_batched_tokens,
             prefill_dense_below=get_options().prefill_dense_below,
         )
+        if torch.device(device).type == "cpu":
+            logger.info_once("SPLA loads its CPU kernels; the first time they are compiled, for half a minute")
         self.op = dispatch.make(
             torch.device(device),
             get_options().parameters(page_size),

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 class SplaMetadata(AttentionMetadata):
     """One step of one group of layers."""
 
-    num_actual_tokens: int
     plan: Any
     """What the kernels planned for this step; see `spla_backend.kernels`."""
 
@@ -54,7 +53,7 @@ class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
         common = common_attn_metadata
         split = {} if self.device.type == "cpu" else self._split(common)
         plan = self.op.plan(common.query_start_loc, common.seq_lens, common.block_table_tensor, **split)
-        return SplaMetadata(common.num_actual_tokens, plan)
+        return SplaMetadata(plan)
 
     def _split(self, common: CommonAttentionMetadata) -> dict[str, Any]:
         """Decode rows, which vLLM puts first, and prefill rows, from what the host knows."""

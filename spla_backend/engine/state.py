@@ -134,7 +134,7 @@ class RecurrentStateLayer(AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> RecurrentStateSpec:
         """The attention layer's page geometry with as many blocks a request as its state needs."""
-        from .backend import state_layout
+        from .backend import spec_layouts
 
         layer = self.attention_layer
         page = layer.get_attn_backend().customize_spec(layer.get_kv_cache_spec(vllm_config))
@@ -144,7 +144,7 @@ class RecurrentStateLayer(AttentionLayerBase):
             head_size=page.head_size,
             dtype=page.dtype,
             tokens_per_state=page.tokens_per_state,
-            blocks_per_request=state_layout(page).num_blocks,
+            blocks_per_request=spec_layouts(page)[1].num_blocks,
         )
 
 

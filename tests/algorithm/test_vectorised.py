@@ -1,4 +1,5 @@
-"""Vectorised torch over paged memory against the float64 reference: random shapes, chunks and batches.
+"""What runs on a CPU over paged memory, vectorised torch and its compiled form, against the float64 reference: random
+shapes, chunks and batches.
 
 Memory is hostile: page ids are shuffled, and every page, output and state block holds NaN until it is written.
 A float32 selection may rightly differ from a float64 one where two candidates are all but equal; such examples are told
@@ -21,6 +22,8 @@ from spla_backend.algorithm.feature_maps import feature_map_names, get_feature_m
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.selection import group_scores, select_blocks
 from spla_backend.algorithm.selectors import get_selector, selector_names
+from spla_backend.kernels import numba_decode
+from spla_backend.kernels.cpu import CpuPagedSpla, FlatCache
 from spla_backend.kernels.torch_paged import TorchPagedSpla
 
 torch.set_num_threads(1)
@@ -48,6 +51,7 @@ class Shape:
     heads_outermost: bool  # strides of the cache: [kv_heads, pages, ...] in memory instead of [pages, kv_heads, ...]
     query_std: float
     seed: int
+    implementation: type[TorchPagedSpla] = TorchPagedSpla
 
     @property
     def heads(self) -> int:
@@ -55,15 +59,17 @@ class Shape:
 
 
 @st.composite
-def shapes(draw: st.DrawFn, sparse: bool = True, max_page: int = 128) -> Shape:
-    """Any supported layer."""
+def shapes(draw: st.DrawFn, max_page: int = 128, implementation: type[TorchPagedSpla] = TorchPagedSpla) -> Shape:
+    """Any supported layer; of those that are compiled, where the compiled implementation is asked for."""
+    compiled = implementation is CpuPagedSpla
     page = 16 * draw(st.integers(1, max_page // 16), label="page / 16")
     block = draw(st.sampled_from([b for b in (16, 32, page) if page % b == 0]), label="selection block")
     first, last = draw(st.integers(0, 2)), draw(st.integers(1, 3))
     least = first + max(last, page // block)
-    combine = draw(st.sampled_from(["shared_normalizer", "double_rmsnorm"]))
+    combine = "shared_normalizer" if compiled else draw(st.sampled_from(["shared_normalizer", "double_rmsnorm"]))
     selector = draw(st.sampled_from(ref.SELECTORS))
     with_mass = selector != "quest" or combine == "double_rmsnorm"
+    residuals = ["regression", "none"] if compiled else ["regression", "linear", "none"]
     params = SplaParameters(
         page_size=page,
         selection_block=block,
@@ -72,7 +78,7 @@ def shapes(draw: st.DrawFn, sparse: bool = True, max_page: int = 128) -> Shape:
         last_blocks=last,
         selector=selector,
         top_p=draw(st.sampled_from([None, None, 0.5, 0.9, 1.0])),
-        residual=draw(st.sampled_from(["regression", "linear", "none"] if with_mass else ["none"])),
+        residual=draw(st.sampled_from(residuals if with_mass else ["none"])),
         feature_map=draw(st.sampled_from(ref.FEATURE_MAPS)),
         residual_scale=draw(st.sampled_from([0.5, 1.0])),
         combine=combine,
@@ -86,6 +92,7 @@ def shapes(draw: st.DrawFn, sparse: bool = True, max_page: int = 128) -> Shape:
         heads_outermost=draw(st.booleans()),
         query_std=draw(st.sampled_from([0.3, 1.0, 2.0])),
         seed=draw(st.integers(0, 2**16)),
+        implementation=implementation,
     )
 
 
@@ -122,7 +129,7 @@ class Layer:
         self.scale = d**-0.5
         self.gain = 0.5 + torch.rand(heads, generator=self.gen)
         self.norm_weights = (self.normal(heads, d), self.normal(heads, d))
-        self.op = TorchPagedSpla(
+        self.op = shape.implementation(
             self.params,
             num_heads=heads,
             num_kv_heads=shape.kv_heads,
@@ -413,6 +420,8 @@ def test_group_scores(data: st.DataObject) -> None:
 
 # The whole
 
+both = pytest.mark.parametrize("implementation", [TorchPagedSpla, CpuPagedSpla])
+
 
 @settings(PROFILE, max_examples=40)
 @given(shape=shapes(), data=st.data())
@@ -434,10 +443,12 @@ def test_statistics_in_the_page(shape: Shape, data: st.DataObject) -> None:
     assert bool(layer.kv_cache[others, :, page:].isnan().all()), "an incomplete page was given statistics"
 
 
-@settings(PROFILE, max_examples=300)
-@given(shape=shapes(), data=st.data())
-def test_decode(shape: Shape, data: st.DataObject) -> None:
+@both
+@settings(PROFILE, max_examples=150)
+@given(data=st.data())
+def test_decode(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
     """One query token on a context that somebody else wrote: the state is folded from nothing."""
+    shape = data.draw(shapes(implementation=implementation))
     length = data.draw(lengths(shape.params), label="length")
     layer = Layer(shape, [length])
     layer.write((0, 0, length))
@@ -445,10 +456,12 @@ def test_decode(shape: Shape, data: st.DataObject) -> None:
     compare(layer, 0, length - 1, got, [length - 1])
 
 
-@settings(PROFILE, max_examples=200)
-@given(shape=shapes(max_page=64), data=st.data())
-def test_prefill(shape: Shape, data: st.DataObject) -> None:
+@both
+@settings(PROFILE, max_examples=100)
+@given(data=st.data())
+def test_prefill(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
     """A chunk of query tokens, from the start of the sequence or on an older context."""
+    shape = data.draw(shapes(max_page=64, implementation=implementation))
     length = data.draw(lengths(shape.params), label="length")
     start = data.draw(st.one_of(st.just(0), st.integers(0, length - 1)), label="start")
     layer = Layer(shape, [length])
@@ -457,10 +470,12 @@ def test_prefill(shape: Shape, data: st.DataObject) -> None:
     compare(layer, 0, start, got, sample_positions(start, length, shape.params))
 
 
-@settings(PROFILE, max_examples=120)
-@given(shape=shapes(max_page=48), data=st.data())
-def test_batch(shape: Shape, data: st.DataObject) -> None:
+@both
+@settings(PROFILE, max_examples=70)
+@given(data=st.data())
+def test_batch(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
     """Decode, prefill, short and padded rows in any order."""
+    shape = data.draw(shapes(max_page=48, implementation=implementation))
     seq_lens = data.draw(st.lists(lengths(shape.params), min_size=2, max_size=4), label="lengths")
     rows: list[tuple[int, int, int] | None] = []
     for i, length in enumerate(seq_lens):
@@ -477,10 +492,12 @@ def test_batch(shape: Shape, data: st.DataObject) -> None:
             compare(layer, index, start, got, sample_positions(start, end, shape.params, count=2))
 
 
-@settings(PROFILE, max_examples=100)
-@given(shape=shapes(max_page=48), data=st.data())
-def test_any_steps_give_the_same_answer(shape: Shape, data: st.DataObject) -> None:
+@both
+@settings(PROFILE, max_examples=60)
+@given(data=st.data())
+def test_any_steps_give_the_same_answer(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
     """A sequence in random steps over one state: chunks, single tokens, preemption, and tokens that are taken back."""
+    shape = data.draw(shapes(max_page=48, implementation=implementation))
     length = data.draw(lengths(shape.params), label="length")
     layer = Layer(shape, [length])
     position = 0
@@ -575,10 +592,12 @@ def test_every_position_of_a_prefill(start: int, combine: str) -> None:
         assert error < TOLERANCE, f"position {position}"
 
 
-@settings(PROFILE, max_examples=100)
-@given(shape=shapes(), data=st.data())
-def test_decode_with_a_bfloat16_cache(shape: Shape, data: st.DataObject) -> None:
+@both
+@settings(PROFILE, max_examples=60)
+@given(data=st.data())
+def test_decode_with_a_bfloat16_cache(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
     """On what the cache holds, keys and statistics rounded, decode is as exact as with a float32 cache."""
+    shape = data.draw(shapes(implementation=implementation))
     length = data.draw(lengths(shape.params), label="length")
     layer = Layer(shape, [length], dtype=torch.bfloat16)
     layer.write((0, 0, length))
@@ -591,3 +610,12 @@ def test_decode_with_a_bfloat16_cache(shape: Shape, data: st.DataObject) -> None
     Ties.compared += 1
     error = relative_error(got[0], want.output)
     assert error < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_code_reads_every_number(dtype: torch.dtype) -> None:
+    """All bit patterns of the small dtypes, subnormal numbers, infinities and NaN among them."""
+    cache = FlatCache.of(torch.arange(1 << 16).to(torch.uint16).view(dtype).view(1, 1, 256, 256))
+    got = torch.empty(1 << 16)
+    numba_decode._load(cache.elements, 0, got.numpy())
+    torch.testing.assert_close(got, cache.tensor.flatten().float(), rtol=0, atol=0, equal_nan=True)

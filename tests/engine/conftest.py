@@ -72,6 +72,12 @@ class Answer:
     tokens: list[int]
     logprobs: list[float]  # of the prompt's tokens but the first
     cached_tokens: int
+    margins: list[float]  # by how much each new token was more likely than the next best, in nats
+
+
+def margin(logprobs: list[float]) -> float:
+    best, second = sorted(logprobs, reverse=True)[:2]
+    return best - second
 
 
 class Engine:
@@ -101,6 +107,7 @@ class Engine:
             ignore_eos=True,
             detokenize=False,
             prompt_logprobs=0 if logprobs else None,
+            logprobs=2,
         )
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         return [
@@ -108,6 +115,7 @@ class Engine:
                 list(o.outputs[0].token_ids),
                 [x.logprob for entry in (o.prompt_logprobs or [])[1:] for x in list(entry.values())[:1]],
                 o.num_cached_tokens or 0,
+                [margin([x.logprob for x in entry.values()]) for entry in o.outputs[0].logprobs],
             )
             for o in outputs
         ]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import random_prompt
+from .conftest import random_prompt, start_engine
 
 pytestmark = pytest.mark.engine
 
@@ -29,10 +29,17 @@ if __name__ == "__main__":
 """
 
 
-def test_tensor_parallel_in_spawned_processes(tiny_llama, start, tmp_path):
-    prompts = [random_prompt(n, seed=n) for n in (5, 600)]
-    with start(tiny_llama) as engine:
-        expected = [a.tokens for a in engine.answer(prompts, logprobs=False)]
+PROMPTS = [random_prompt(n, seed=n) for n in (5, 600)]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama):
+    """Tokens of an engine in this process."""
+    with start_engine(tiny_llama) as engine:
+        return [a.tokens for a in engine.answer(PROMPTS, logprobs=False)]
+
+
+def test_tensor_parallel_in_spawned_processes(tiny_llama, expected, tmp_path):
     script = tmp_path / "offline.py"
     script.write_text(OFFLINE)
     arguments = {
@@ -47,7 +54,7 @@ def test_tensor_parallel_in_spawned_processes(tiny_llama, start, tmp_path):
         "additional_config": {"spla": {"budget": 192}},
     }
     done = subprocess.run(
-        [sys.executable, str(script), json.dumps(arguments), json.dumps(prompts)],
+        [sys.executable, str(script), json.dumps(arguments), json.dumps(PROMPTS)],
         # One core a rank: vLLM binds ranks to NUMA nodes of their own unless told otherwise.
         env={**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))},
         capture_output=True,
@@ -59,12 +66,9 @@ def test_tensor_parallel_in_spawned_processes(tiny_llama, start, tmp_path):
     assert json.loads(lines[0].removeprefix("TOKENS")) == expected
 
 
-def test_serve(tiny_llama, start, tmp_path):
+def test_serve(tiny_llama, expected, tmp_path):
     """`vllm serve --attention-backend spla`: answers, refuses a bad request, goes on answering."""
     openai = pytest.importorskip("openai")
-    prompt = random_prompt(600, seed=600)
-    with start(tiny_llama) as engine:
-        expected = engine.answer([prompt], logprobs=False)[0].tokens
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -83,15 +87,15 @@ def test_serve(tiny_llama, start, tmp_path):
         def tokens() -> list[int]:
             # Without a tokenizer the server returns ids through its own extension of the completions API.
             reply = client.completions.create(
-                model="tiny", prompt=prompt, max_tokens=20, temperature=0,
+                model="tiny", prompt=PROMPTS[1], max_tokens=20, temperature=0,
                 extra_body={"ignore_eos": True, "return_token_ids": True, "detokenize": False},
             )  # fmt: skip
             return list(reply.choices[0].token_ids)
 
-        assert tokens() == expected
+        assert tokens() == expected[1]
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="tiny", prompt=[5] * 2000, max_tokens=20)
-        assert tokens() == expected
+        assert tokens() == expected[1]
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)

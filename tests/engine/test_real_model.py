@@ -45,12 +45,10 @@ def test_float32(answers):
 
 
 def test_bfloat16(answers):
-    """No farther from the float32 truth than dense attention is in bfloat16.
-
-    Single logprobs of this model scatter by 3e-2 in bfloat16 whoever computes them (vLLM's dense backend differs
-    from itself by 2e-2 when a prompt is cut into other chunks), so that it is their mean that must agree.
-    """
-    truth = answers["dense", "float32"]
+    """In the dtype of the model, too; greedy tokens equal up to a near-tie, which changes the text from there on."""
     dense, spla = answers["dense", "bfloat16"], answers["spla", "bfloat16"]
-    assert distance(spla, truth)[0] < 1.25 * distance(dense, truth)[0]
-    assert abs(sum(spla.logprobs) - sum(dense.logprobs)) / TOKENS < 2e-2
+    mean, largest = distance(dense, spla)
+    assert largest < 2e-2, (mean, largest)
+    first = next((i for i, (a, b) in enumerate(zip(dense.tokens, spla.tokens, strict=True)) if a != b), None)
+    # Logits of about 16 are 0.06 to 0.125 apart in bfloat16.
+    assert first is None or dense.margins[first] <= 0.125, (first, dense.margins)

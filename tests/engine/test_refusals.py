@@ -46,6 +46,32 @@ def test_head_size(tmp_path, start):
         pass
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("dtype", "torch.float64", r"dtype float64 \(supported: float16, bfloat16, float32\)"),
+        ("kv_cache_dtype", "fp8", r"kv-cache dtype fp8 \(supported: auto, float16, bfloat16\)"),
+        ("head_size", 72, "head size 72"),
+        ("use_mla", True, "MLA layers"),
+        ("use_sparse", True, "layers with sparse attention of their own"),
+        ("has_sink", True, "learned attention sinks"),
+        ("use_non_causal", True, "attention that is not causal"),
+    ],
+)
+def test_layer(field, value, message):
+    """Layers of a model that has others beside: each is looked at."""
+    from types import SimpleNamespace as Namespace
+
+    from spla_backend.engine.checks import refuse_layer
+
+    flags = ("use_mla", "use_sparse", "has_sink", "use_mm_prefix", "use_non_causal", "use_rswa")
+    flags = dict.fromkeys((*flags, "use_per_head_quant_scales", "use_adaptive_verification"), False)
+    layer = {"dtype": "torch.bfloat16", "kv_cache_dtype": "auto", "head_size": 64, **flags}
+    refuse_layer(Namespace(**layer))
+    with pytest.raises(ValueError, match=f"SPLA does not support {message}.*: remove --attention-backend spla"):
+        refuse_layer(Namespace(**{**layer, field: value}))
+
+
 def test_untested_vllm(tiny_llama, start, monkeypatch):
     import vllm
 
@@ -94,6 +120,36 @@ def test_mla():
         additional_config={},
     )
     with pytest.raises(ValueError, match="SPLA does not support MLA models"):
+        check_config(config)
+
+
+def test_what_cuda_kernels_lack(monkeypatch):
+    """A user of a GPU is told at start-up, not when weights are loaded."""
+    from types import SimpleNamespace as Namespace
+
+    import torch
+    from vllm.platforms import current_platform
+
+    from spla_backend.engine.checks import check_config
+
+    config = Namespace(
+        model_config=Namespace(
+            use_mla=False,
+            hf_text_config=None,
+            dtype=torch.bfloat16,
+            get_num_attention_heads=lambda parallel: 32,
+            get_num_kv_heads=lambda parallel: 8,
+            get_head_size=lambda: 128,
+        ),
+        cache_config=Namespace(user_specified_block_size=False, cache_dtype="auto"),
+        parallel_config=Namespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        scheduler_config=Namespace(disable_hybrid_kv_cache_manager=False),
+        kv_transfer_config=None,
+        additional_config={"spla": {"residual": "linear", "feature_map": "elu1"}},
+    )
+    check_config(config)  # the CPU engine computes them
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    with pytest.raises(ValueError, match=r"SPLA on a GPU does not compute these options: feature_map 'elu1' has no"):
         check_config(config)
 
 

@@ -1,10 +1,11 @@
 """The same answer whatever the engine does: chunking, prefix caching, preemption, batching, reused memory."""
 
 import random
+from dataclasses import dataclass
 
 import pytest
 
-from .conftest import BUDGET, PAGE, assert_same, random_prompt
+from .conftest import BUDGET, PAGE, Answer, assert_same, random_prompt, start_engine
 
 pytestmark = pytest.mark.engine
 
@@ -13,27 +14,80 @@ LENGTHS = (5, PAGE - 1, PAGE, PAGE + 1, BUDGET - 1, BUDGET, BUDGET + 1, 333, 640
 PROMPTS = [random_prompt(n, seed=n) for n in LENGTHS]
 
 
+SHARED = (PAGE, 3 * PAGE + 5, 500)  # lengths of prefixes that prompts share
+
+
+def prompts_with_prefix(shared: int) -> list[list[int]]:
+    prefix = random_prompt(shared, seed=1000 + shared)
+    return [prefix + random_prompt(n, seed=shared + n) for n in (1, PAGE - 3, 200)]
+
+
+@dataclass
+class Plain:
+    """What one engine without any trick answers: starting engines is what takes time here."""
+
+    alone: list[Answer]  # every prompt by itself, whole
+    order: list[int]
+    batch: list[Answer]  # sixteen at once, in `order`
+    prefixed: dict[int, list[Answer]]  # by length of the prefix, one by one
+    folded: list[int]  # pages added to a state at a time: a long prompt, then a long answer to it
+    pages_read: list[float]  # by each worker in the last of these steps
+
+
 @pytest.fixture(scope="module")
-def alone(tiny_llama):
-    """Every prompt by itself, whole, without prefix caching."""
-    from .conftest import start_engine
+def plain(tiny_llama):
+    order = [*range(len(PROMPTS)), 9, 8, 7, 3, 2, 0]
+    random.Random(0).shuffle(order)
+    extension = "spla_backend.engine.statistics.ReadStatistics"
+    with start_engine(tiny_llama, worker_extension_cls=extension) as engine:
+        alone = [engine.answer([p])[0] for p in PROMPTS]
+        batch = engine.answer([PROMPTS[i] for i in order])
+        prefixed = {
+            shared: [engine.answer([p], logprobs=False)[0] for p in prompts_with_prefix(shared)] for shared in SHARED
+        }
+        folded = folded_pages(engine)
+        pages_read = engine.llm.collective_rpc("spla_pages_read")
+    return Plain(alone, order, batch, prefixed, folded, pages_read)
 
-    with start_engine(tiny_llama) as engine:
-        return [engine.answer([p])[0] for p in PROMPTS]
+
+def folded_pages(engine):
+    from spla_backend.kernels.torch_paged import TorchPagedSpla
+
+    folded = []
+    original = TorchPagedSpla._add_pages
+
+    def counted(self, s, z, kv_cache, pages):
+        folded.append(pages.numel())
+        return original(self, s, z, kv_cache, pages)
+
+    engine.answer([PROMPTS[8]], max_tokens=1)
+    TorchPagedSpla._add_pages = counted
+    try:
+        engine.answer([PROMPTS[8]], max_tokens=3 * PAGE, logprobs=False)
+    finally:
+        TorchPagedSpla._add_pages = original
+    return folded
 
 
-def test_sparse_differs_from_dense(tiny_llama, start, alone):
+@pytest.fixture(scope="module")
+def alone(plain):
+    return plain.alone
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_llama):
+    with start_engine(tiny_llama, backend=None) as engine:
+        return engine.answer(PROMPTS)
+
+
+def test_sparse_differs_from_dense(alone, dense):
     """Or nothing else in this file would show anything."""
-    with start(tiny_llama, backend=None) as engine:
-        dense = engine.answer(PROMPTS)
     for length, a, d in zip(LENGTHS, alone, dense, strict=True):
         differs = max((abs(x - y) for x, y in zip(a.logprobs, d.logprobs, strict=True)), default=0.0) > 1e-3
         assert differs == (length > BUDGET + PAGE), f"length {length}"
 
 
-def test_whole_budget_is_dense(tiny_llama, start):
-    with start(tiny_llama, backend=None) as engine:
-        dense = engine.answer(PROMPTS)
+def test_whole_budget_is_dense(tiny_llama, start, dense):
     with start(tiny_llama, options={"budget": 1024}) as engine:
         assert_same(engine.answer(PROMPTS), dense)
 
@@ -44,27 +98,22 @@ def test_chunked_prefill(tiny_llama, start, alone, chunk):
         assert_same(engine.answer(PROMPTS), alone)
 
 
-def test_batch_in_any_order(tiny_llama, start, alone):
-    order = [*range(len(PROMPTS)), 9, 8, 7, 3, 2, 0]  # sixteen
-    random.Random(0).shuffle(order)
-    with start(tiny_llama) as engine:
-        assert_same(engine.answer([PROMPTS[i] for i in order]), [alone[i] for i in order])
+def test_batch_in_any_order(plain):
+    assert len(plain.batch) == 16
+    assert_same(plain.batch, [plain.alone[i] for i in plain.order])
 
 
-@pytest.mark.parametrize("shared", [PAGE, 3 * PAGE + 5, 500])
-def test_prefix_caching(tiny_llama, start, shared):
-    prefix = random_prompt(shared, seed=1)
-    prompts = [prefix + random_prompt(n, seed=100 + n) for n in (1, PAGE - 3, 200)]
-    with start(tiny_llama) as engine:
-        expected = [engine.answer([p], logprobs=False)[0] for p in prompts]
+def test_prefix_caching(tiny_llama, start, plain):
     with start(tiny_llama, enable_prefix_caching=True) as engine:
-        # One after the other, then all at once; asking for prompt logprobs would switch the cache's use off.
-        first = [engine.answer([p], logprobs=False)[0] for p in prompts]
-        again = engine.answer(prompts, logprobs=False)
-    assert_same(first, expected)
-    assert_same(again, expected)
-    assert first[1].cached_tokens == shared // PAGE * PAGE
-    assert all(a.cached_tokens >= shared // PAGE * PAGE for a in again)
+        for shared in SHARED:
+            prompts = prompts_with_prefix(shared)
+            # One after the other, then all at once; asking for prompt logprobs would switch the cache's use off.
+            first = [engine.answer([p], logprobs=False)[0] for p in prompts]
+            again = engine.answer(prompts, logprobs=False)
+            assert_same(first, plain.prefixed[shared])
+            assert_same(again, plain.prefixed[shared])
+            assert first[1].cached_tokens == shared // PAGE * PAGE
+            assert all(a.cached_tokens >= shared // PAGE * PAGE for a in again)
 
 
 def test_preemption(tiny_llama, start, alone):
@@ -128,25 +177,13 @@ def _trusting_covered(self, rows_view, blocks, target, kv_cache, pages):
     return max(0, min(int(header[0, 0, 1]), target))
 
 
-def test_state_is_kept(tiny_llama, start):
+def test_state_is_kept(plain):
     """Steady decode folds at most one page a step: the state is trusted, not rebuilt."""
-    from spla_backend.kernels.torch_paged import TorchPagedSpla
-
-    folded = []
-    original = TorchPagedSpla._add_pages
-
-    def counted(self, s, z, kv_cache, pages):
-        folded.append(pages.numel())
-        return original(self, s, z, kv_cache, pages)
-
-    with start(tiny_llama) as engine:
-        engine.answer([PROMPTS[8]], max_tokens=1)
-        TorchPagedSpla._add_pages = counted
-        try:
-            engine.answer([PROMPTS[8]], max_tokens=3 * PAGE, logprobs=False)
-        finally:
-            TorchPagedSpla._add_pages = original
     pages, layers = len(PROMPTS[8]) // PAGE, 3
     # Prefill adds the pages beyond the budget once, decode the pages before it once and then each new one once.
-    assert sum(folded) <= layers * (2 * pages + 4), sum(folded)
-    assert folded.count(1) >= 3 * layers
+    assert sum(plain.folded) <= layers * (2 * pages + 4), sum(plain.folded)
+    assert plain.folded.count(1) >= 3 * layers
+
+
+def test_reads_are_counted(plain):
+    assert plain.pages_read == [BUDGET / PAGE]

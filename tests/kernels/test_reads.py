@@ -4,24 +4,22 @@ import pytest
 import torch
 
 from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.kernels.cpu import CpuPagedSpla
 from spla_backend.kernels.torch_paged import TorchPagedSpla
 
 HEADS, KV_HEADS, HEAD_SIZE, LENGTH = 6, 2, 64, 700
 
 
+@pytest.mark.parametrize("implementation", [TorchPagedSpla, CpuPagedSpla])
 @pytest.mark.parametrize("residual", ["regression", "linear", "none"])
 @pytest.mark.parametrize(("page", "block"), [(64, 64), (64, 16), (16, 16)])
-def test_decode_reads_selected_pages_only(page: int, block: int, residual: str) -> None:
+def test_decode_reads_selected_pages_only(
+    page: int, block: int, residual: str, implementation: type[TorchPagedSpla]
+) -> None:
     torch.manual_seed(page + block)
     params = SplaParameters(page, block, 256 // block, residual=residual)
-    op = TorchPagedSpla(
-        params,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_size=HEAD_SIZE,
-        cache_dtype=torch.float32,
-        scale=HEAD_SIZE**-0.5,
-    )
+    shape = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_size": HEAD_SIZE, "scale": HEAD_SIZE**-0.5}
+    op = implementation(params, cache_dtype=torch.float32, **shape)
     num_pages = -(-LENGTH // page)
     kv_cache = torch.full((num_pages + 1, KV_HEADS, op.page_layout.rows, 2 * HEAD_SIZE), torch.nan)
     states = torch.full((op.state_layout.num_blocks + 1, *kv_cache.shape[1:]), torch.nan)
@@ -41,10 +39,11 @@ def test_decode_reads_selected_pages_only(page: int, block: int, residual: str) 
     expected = decode()  # folds the state: from here on it alone speaks for what is not selected
     assert expected.isfinite().all()
 
-    plan = op.plan(torch.tensor([0, 1]), torch.tensor([LENGTH]), table)
-    tile = plan.decode[0].tile
-    selected = op._select(tile, op._grouped(query[-1:], tile), kv_cache)[0][0, :, 0]  # [kv_heads, blocks]
+    plain = TorchPagedSpla(params, cache_dtype=torch.float32, **shape)
+    tile = plain.plan(torch.tensor([0, 1]), torch.tensor([LENGTH]), table).decode[0].tile
+    selected = plain._select(tile, plain._grouped(query[-1:], tile), kv_cache)[0][0, :, 0]  # [kv_heads, blocks]
     assert 0 < selected.sum() < selected.numel()
+    assert op.blocks_read.tolist() == [[params.budget_blocks] * KV_HEADS]
     for head in range(KV_HEADS):
         for i in (~selected[head]).nonzero().flatten().tolist():
             start = i * block % page

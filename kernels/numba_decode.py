@@ -1,0 +1,603 @@
+"""SPLA of single query tokens on a CPU, compiled by numba: score, select, attend, subtract and combine in one loop
+over tokens and kv heads (docs/design.md, 1 to 4).
+
+A decode step of a layer is a few hundred microseconds of arithmetic, of which a chain of tensor operations would spend
+most on calls and copies. Here every selected key and value is read once, from the page where it lies.
+
+The cache arrives as a flat array whose dtype stands for what it holds: uint16 for bfloat16, int16 for float16, float32
+for itself. All arithmetic is float32. Built-in selectors and residuals without a feature map are compiled;
+`kernels/cpu.py` leaves everything else to `TorchPagedSpla`.
+"""
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core.extending import overload
+from numba.extending import intrinsic
+
+from .layout import STAMP_WORDS
+
+SELECTORS = ("mean", "taylor2", "cumulant2", "rem", "quest", "km2-rem")
+"""The selectors that are compiled; `attend` knows them by their place here."""
+
+_MEAN, _TAYLOR2, _CUMULANT2, _REM, _QUEST, _KM2_REM = range(len(SELECTORS))
+
+# Sums may be reordered, so that they vectorise; infinities and NaN keep their meaning.
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+_LOG2E = np.float32(1.44269504)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+
+
+@intrinsic
+def _float_of_bits(typingctx, bits):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def _bits_of_float(typingctx, value):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+def _number(element):
+    raise NotImplementedError("only in compiled code")
+
+
+@overload(_number, inline="always")
+def _number_overload(element):
+    """An element of a cache as float32; its type says which dtype it is of."""
+    if element == types.uint16:
+
+        def bfloat16(element):
+            return _float_of_bits(np.uint32(element) << np.uint32(16))
+
+        return bfloat16
+    if element == types.int16:
+
+        def float16(element):
+            bits = np.uint32(np.uint16(element))
+            # The exponent is rebiased by a product, which makes normal numbers of subnormal ones, too.
+            size = _float_of_bits((bits & np.uint32(0x7FFF)) << np.uint32(13)) * np.float32(2.0**112)
+            if (bits & np.uint32(0x7C00)) == np.uint32(0x7C00):
+                size = _float_of_bits(((bits & np.uint32(0x7FFF)) << np.uint32(13)) | np.uint32(0x7F800000))
+            return -size if bits & np.uint32(0x8000) else size
+
+        return float16
+    return lambda element: element
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _exp(x):
+    """`exp(x)` for `x <= 0` to float32 rounding, in operations that vectorise; 0 far below."""
+    x = max(x, np.float32(-87.0))
+    n = np.floor(x * _LOG2E + np.float32(0.5))
+    r = x - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    y = np.float32(1.9875691500e-4)
+    y = y * r + np.float32(1.3981999507e-3)
+    y = y * r + np.float32(8.3334519073e-3)
+    y = y * r + np.float32(4.1665795894e-2)
+    y = y * r + np.float32(1.6666665459e-1)
+    y = y * r + np.float32(5.0000001201e-1)
+    y = y * (r * r) + r + np.float32(1.0)
+    return y * _float_of_bits(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _load(cache, start, out):
+    """Copy `len(out)` elements of a cache to float32."""
+    elements = cache[start : start + out.shape[0]]  # an index that may be negative would keep it from vectorising
+    for i in range(out.shape[0]):
+        out[i] = _number(elements[i])
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _dot(a, b):
+    total = np.float32(0)
+    for i in range(a.shape[0]):
+        total += a[i] * b[i]
+    return total
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _logsumexp(x):
+    """Log of the sum of exponentials of a vector; -inf where it is empty."""
+    peak = np.float32(-np.inf)
+    for i in range(x.shape[0]):
+        peak = max(peak, x[i])
+    if peak == -np.inf:
+        return peak
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        total += _exp(x[i] - peak)
+    return peak + np.float32(math.log(total))
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _second_order(selector, s2, log_count):
+    """What a selector adds to `log count + q . mu` for the variance `s2` of the logits."""
+    if selector == _TAYLOR2:
+        return np.float32(math.log1p(np.float32(0.5) * s2))
+    if selector == _CUMULANT2 or s2 < np.float32(2) * log_count:
+        return np.float32(0.5) * s2
+    return np.float32(math.sqrt(s2 * (np.float32(2) * log_count))) - log_count
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _score(selector, q, q2, cache, pages, page_step, start, area, block_size, score, linear, variance):
+    """Score the blocks of complete pages for the heads of a group.
+
+    Args:
+        selector: Place in `SELECTORS`.
+        q: `[group, head_size]`, scaled.
+        q2: The squares of `q`.
+        cache: Flat cache.
+        pages: `[num_pages]` page ids.
+        page_step: Elements from page to page.
+        start: First element of this kv head's statistics in page 0.
+        area: `(blocks a page, width)`.
+        block_size: Tokens a selection block.
+        score: Output `[group, blocks]`.
+        linear: Output `[clusters, group, blocks]`, `log count + q . mu`: all that the mass needs, with `variance`.
+        variance: Output `[clusters, group, blocks]`, `q^T Sigma q`.
+    """
+    group, d = q.shape
+    per_page, width = area
+    log_block = np.float32(math.log(block_size))
+    statistics = np.empty(width, np.float32)
+    zeros = np.zeros(d, np.float32)
+    for i in range(score.shape[1]):
+        _load(cache, start + pages[i // per_page] * page_step + i % per_page * width, statistics)
+        if selector == _QUEST:
+            low, high = statistics[:d], statistics[d:]
+            for h in range(group):
+                total = np.float32(0)
+                for e in range(d):
+                    total += max(q[h, e], np.float32(0)) * high[e] + min(q[h, e], np.float32(0)) * low[e]
+                score[h, i] = total
+            continue
+        for c in range(linear.shape[0]):
+            mean = statistics[2 * c * d : (2 * c + 1) * d]
+            log_count = log_block
+            if selector == _KM2_REM:
+                count = statistics[4 * d + c]
+                log_count = np.float32(math.log(count)) if count > 0 else np.float32(-np.inf)
+            spread = statistics[(2 * c + 1) * d : (2 * c + 2) * d] if selector != _MEAN else zeros
+            for h in range(group):
+                of_mean = of_spread = np.float32(0)
+                for e in range(d):
+                    of_mean += q[h, e] * mean[e]
+                    of_spread += q2[h, e] * spread[e]
+                linear[c, h, i] = log_count + of_mean
+                variance[c, h, i] = of_spread
+                one = linear[c, h, i] + _second_order(selector, of_spread, max(log_count, np.float32(0)))
+                if c == 0:
+                    score[h, i] = one
+                else:  # log-add-exp of the clusters, one of which is never empty
+                    high = max(one, score[h, i])
+                    low = min(one, score[h, i])
+                    score[h, i] = high + np.float32(math.log1p(_exp(low - high)))
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _share(score, shared):
+    """Scores of a group `[group, blocks]` shared in the log domain, into `shared [blocks]`."""
+    group, blocks = score.shape
+    for h in range(group):
+        total = _logsumexp(score[h])
+        for i in range(blocks):
+            score[h, i] -= total
+    for i in range(blocks):
+        shared[i] = score[0, i]
+        for h in range(1, group):
+            high = max(shared[i], score[h, i])
+            shared[i] = high + np.float32(math.log1p(_exp(min(shared[i], score[h, i]) - high)))
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _select(shared, forced, num_free, mass_wanted, chosen):
+    """Choose further blocks by falling score, ties by rising index, until budget or mass is reached.
+
+    What is wanted is the lowest score above which there is still room. The bits of floats are in the floats' order, so
+    that it is found bit by bit.
+
+    Args:
+        shared: `[blocks]` from `_share`.
+        forced: `[blocks]` bool.
+        num_free: Blocks to choose.
+        mass_wanted: Mass at which to stop, of `group`; infinite where the budget alone counts.
+        chosen: Output `[blocks]` bool, the forced ones included.
+    """
+    blocks = shared.shape[0]
+    ranks = np.empty(blocks, np.uint32)  # in the order of the scores, 0 for a forced block
+    mass = np.empty(blocks, np.float32)
+    forced_mass = np.float32(0)
+    for i in range(blocks):
+        chosen[i] = forced[i]
+        bits = _bits_of_float(shared[i])
+        ranks[i] = ~bits if bits >> np.uint32(31) else bits | np.uint32(0x80000000)
+        mass[i] = np.float32(math.exp(shared[i])) if mass_wanted < np.inf else np.float32(0)
+        if forced[i]:
+            forced_mass += mass[i]
+            ranks[i] = 0
+    if num_free <= 0 or forced_mass >= mass_wanted:
+        return
+    least = np.uint32(0xFFFFFFFF)
+    count, covered = 0, forced_mass
+    for bit in range(31, -1, -1):
+        attempt = least ^ (np.uint32(1) << np.uint32(bit))
+        n, m = 0, forced_mass
+        for i in range(blocks):
+            above = ranks[i] > attempt
+            n += above
+            m += mass[i] if above else np.float32(0)
+        if n < num_free and m < mass_wanted:
+            least, count, covered = attempt, n, m
+    for i in range(blocks):
+        if ranks[i] > least:
+            chosen[i] = True
+    for i in range(blocks):
+        if ranks[i] == least and not forced[i] and count < num_free and covered < mass_wanted:
+            chosen[i] = True
+            count += 1
+            covered += mass[i]
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _log_mass(linear, variance, chosen):
+    """Log mass of the blocks that were not chosen, `linear` and `variance` `[clusters, blocks]` of one head:
+    `exp(linear) (1 + variance / 2)` summed."""
+    clusters, blocks = linear.shape
+    peak = np.float32(-np.inf)
+    for c in range(clusters):
+        for i in range(blocks):
+            if not chosen[i]:
+                peak = max(peak, linear[c, i])
+    if peak == -np.inf:
+        return peak
+    total = np.float32(0)
+    for c in range(clusters):
+        for i in range(blocks):
+            if not chosen[i] and linear[c, i] > -np.inf:
+                total += _exp(linear[c, i] - peak) * (np.float32(1) + np.float32(0.5) * variance[c, i])
+    return peak + np.float32(math.log(total))
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _logits(q, cache, starts, lengths, row_step, logits):
+    """`q . k` of the tokens of some blocks, side by side in `logits [group, tokens]`."""
+    group, d = q.shape
+    keys = np.zeros((4, d), np.float32)
+    token = 0
+    for i in range(starts.shape[0]):
+        for first in range(0, lengths[i], 4):
+            some = min(4, lengths[i] - first)
+            for t in range(some):
+                _load(cache, starts[i] + (first + t) * row_step, keys[t])
+            for h in range(group):
+                s0 = s1 = s2 = s3 = np.float32(0)  # four sums at a time, none of which waits for another
+                for e in range(d):
+                    x = q[h, e]
+                    s0 += x * keys[0, e]
+                    s1 += x * keys[1, e]
+                    s2 += x * keys[2, e]
+                    s3 += x * keys[3, e]
+                logits[h, token] = s0
+                if some > 1:
+                    logits[h, token + 1] = s1
+                if some > 2:
+                    logits[h, token + 2] = s2
+                if some > 3:
+                    logits[h, token + 3] = s3
+            token += some
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _sum_values(weights, token, cache, starts, lengths, d, row_step, out):
+    """`weights [n, tokens]` from `token` on times the values of the tokens of some blocks, added to the first `n` of
+    `out [>= n, head_size]`."""
+    v = np.zeros((8, d), np.float32)
+    for i in range(starts.shape[0]):
+        for first in range(0, lengths[i], 8):
+            some = min(8, lengths[i] - first)
+            for t in range(some):
+                _load(cache, starts[i] + (first + t) * row_step + d, v[t])
+            for h in range(weights.shape[0]):
+                total, w = out[h], weights[h, token : token + some]
+                if some == 8:  # the sums are loaded and stored once for eight values
+                    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+                    for e in range(d):
+                        total[e] += (
+                            w0 * v[0, e] + w1 * v[1, e] + w2 * v[2, e] + w3 * v[3, e]
+                            + w4 * v[4, e] + w5 * v[5, e] + w6 * v[6, e] + w7 * v[7, e]
+                        )  # fmt: skip
+                else:
+                    for t in range(some):
+                        for e in range(d):
+                            total[e] += w[t] * v[t, e]
+            token += some
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _copy(x, out):
+    """Copy a vector; returns its sum."""
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        out[i] = x[i]
+        total += x[i]
+    return total
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _exponentiate(x):
+    """Make `exp(x - max x)` of a vector; returns the maximum and the sum."""
+    peak = np.float32(-np.inf)
+    for i in range(x.shape[0]):
+        peak = max(peak, x[i])
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        x[i] = _exp(x[i] - peak)
+        total += x[i]
+    return peak, total
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _attend_one(
+    token,
+    kv_head,
+    query,
+    scale,
+    cache,
+    steps,
+    positions,
+    rows,
+    table,
+    sizes,
+    rule,
+    mass_wanted,
+    state,
+    state_steps,
+    state_starts,
+    residual_scale,
+    log_gain,
+    output,
+    num_read,
+):
+    """One query token of one kv head; the other arguments as in `attend`."""
+    heads, d = query.shape[1:]
+    page_size, block, width = sizes
+    selector, budget, first_blocks, last_blocks = rule
+    page_step, head_step, row_step = steps
+    state_step, together = state_steps
+    group = heads // num_read.shape[1]
+    per_page = page_size // block
+    position = positions[token]
+    pages = table[rows[token]]
+    current = position // block
+    num_complete = position // page_size * per_page
+    q, q2 = np.empty((group, d), np.float32), np.empty((group, d), np.float32)
+    for h in range(group):
+        for e in range(d):
+            q[h, e] = query[token, kv_head * group + h, e] * np.float32(scale)
+            q2[h, e] = q[h, e] * q[h, e]
+    sparse = current + 1 > budget
+    tail = sparse and state_starts.shape[1] > 0
+
+    chosen = np.ones(num_complete, np.bool_)
+    log_mass = np.empty(group, np.float32)
+    if sparse:
+        score = np.empty((group, num_complete), np.float32)
+        clusters = 2 if selector == _KM2_REM else 1
+        linear = np.empty((clusters, group, num_complete), np.float32)
+        variance = np.empty((clusters, group, num_complete), np.float32)
+        start = kv_head * head_step + page_size * row_step
+        _score(selector, q, q2, cache, pages, page_step, start, (per_page, width), block, score, linear, variance)
+        shared = np.empty(num_complete, np.float32)
+        _share(score, shared)
+        forced = np.empty(num_complete, np.bool_)
+        num_forced = 0
+        for i in range(num_complete):
+            forced[i] = i < first_blocks or i > current - last_blocks
+            num_forced += forced[i]
+        free = budget - (current + 1 - num_complete) - num_forced
+        _select(shared, forced, free, mass_wanted * group, chosen)
+        if tail:
+            for h in range(group):
+                log_mass[h] = _log_mass(linear[:, h], variance[:, h], chosen)
+
+    num_chosen = 0
+    for i in range(num_complete):
+        num_chosen += chosen[i]
+    num_blocks = num_chosen + current + 1 - num_complete
+    num_read[token, kv_head] = num_blocks
+    starts = np.empty(num_blocks, np.int64)
+    lengths = np.full(num_blocks, block)
+    lengths[-1] = position % block + 1
+    n = 0
+    for i in range(current + 1):
+        if i >= num_complete or chosen[i]:
+            page = np.int64(pages[i // per_page])
+            starts[n] = page * page_step + kv_head * head_step + i % per_page * block * row_step
+            n += 1
+
+    num_tokens = (num_blocks - 1) * block + lengths[-1]
+    complete_tokens = num_chosen * block
+    # The group's softmax; then, for what the state has to lose, the logits themselves and ones.
+    weights = np.empty((2 * group + 1 if tail else group, num_tokens), np.float32)
+    _logits(q, cache, starts, lengths, row_step, weights)
+    lse = np.empty(group, np.float32)
+    total = np.empty(group, np.float32)
+    read_qk = np.zeros(group, np.float32)
+    for h in range(group):
+        if tail:
+            read_qk[h] = _copy(weights[h, :complete_tokens], weights[group + h, :complete_tokens])
+        peak, total[h] = _exponentiate(weights[h])
+        lse[h] = peak + np.float32(math.log(total[h]))
+    if tail:
+        for t in range(complete_tokens):
+            weights[2 * group, t] = 1
+    # Blocks of complete pages come first, those of the current page last; only the former are in the state.
+    sums = np.zeros((weights.shape[0], d), np.float32)
+    _sum_values(weights, 0, cache, starts[:num_chosen], lengths, d, row_step, sums)
+    _sum_values(weights[:group], complete_tokens, cache, starts[num_chosen:], lengths[num_chosen:], d, row_step, sums)
+
+    num_rest = (num_complete - num_chosen) * block
+    body = np.empty((d + 2 if tail else 0, d), np.float32)
+    for r in range(body.shape[0]):
+        start = state_starts[token, r // together] + kv_head * state_step + r % together * d
+        _load(state, start, body[r])
+    qkv = np.empty(d, np.float32)
+    first = kv_head * group
+    for h in range(group):
+        for e in range(d):
+            sums[h, e] /= total[h]
+        if not tail or num_rest == 0:
+            continue
+        part = np.float32(1) / np.float32(num_rest)
+        qk = (_dot(q[h], body[d + 1]) - read_qk[h]) * part
+        for e in range(d):
+            qkv[e] = 0
+        for r in range(d):
+            for e in range(d):
+                qkv[e] += q[h, r] * body[r, e]
+        gain = log_mass[h] + log_gain[first + h] - lse[h]
+        share = np.float32(1) / (np.float32(1) + np.float32(math.exp(-gain)))
+        if share > 0:
+            for e in range(d):
+                mean = (body[d, e] - sums[2 * group, e]) * part
+                covariance = (qkv[e] - sums[group + h, e]) * part - qk * mean
+                rest = mean + np.float32(residual_scale) * covariance
+                sums[h, e] += share * (rest - sums[h, e])
+    for h in range(group):
+        for e in range(d):
+            output[token, first + h, e] = sums[h, e]
+
+
+@njit(parallel=True, fastmath=_FAST, error_model="numpy", cache=True)
+def attend(
+    query,
+    scale,
+    cache,
+    steps,
+    positions,
+    rows,
+    table,
+    sizes,
+    rule,
+    mass_wanted,
+    state,
+    state_steps,
+    state_starts,
+    residual_scale,
+    log_gain,
+    output,
+    num_read,
+):
+    """Attention of query tokens over paged memory.
+
+    Args:
+        query: `[tokens, heads, head_size]` float32, unscaled.
+        scale: Softmax scale.
+        cache: Flat cache.
+        steps: Elements from page to page, kv head to kv head, row to row.
+        positions: `[tokens]` int64.
+        rows: `[tokens]` int64, rows of `table`.
+        table: `[rows, pages]` int, page ids.
+        sizes: `(page size, selection block, statistics width)`.
+        rule: `(selector, budget in blocks, first blocks, last blocks)`.
+        mass_wanted: Share of the mass at which selection stops; infinite where the budget alone counts.
+        state: Flat float32 array with the bodies of the regression residual's states.
+        state_steps: Elements from kv head to kv head, and body rows that stand together in a block.
+        state_starts: `[tokens, blocks]` int64, where the first body row of the first kv head is, for every block of a
+            token's state; not read for tokens whose blocks all fit into the budget. `[tokens, 0]` without a residual.
+        residual_scale: Factor on the covariance.
+        log_gain: `[heads]` float32, log of the weight of the tail.
+        output: Output `[tokens, heads, head_size]` float32.
+        num_read: Output `[tokens, kv_heads]` int32, selection blocks attended to.
+    """
+    kv_heads = num_read.shape[1]
+    for request in prange(query.shape[0] * kv_heads):
+        _attend_one(
+            request // kv_heads,
+            request % kv_heads,
+            query,
+            scale,
+            cache,
+            steps,
+            positions,
+            rows,
+            table,
+            sizes,
+            rule,
+            mass_wanted,
+            state,
+            state_steps,
+            state_starts,
+            residual_scale,
+            log_gain,
+            output,
+            num_read,
+        )
+
+
+@njit(error_model="numpy", cache=True)
+def store(key, value, cache, steps, slots, page_size):
+    """Write keys and values into their slots.
+
+    Args:
+        key: `[tokens, kv_heads, head_size]`, elements of the cache.
+        value: `[tokens, kv_heads, head_size]`.
+        cache: Flat cache.
+        steps: As in `attend`.
+        slots: `[>= tokens]` int64, `page * page_size + offset`, negative for padding.
+        page_size: Tokens a page.
+    """
+    page_step, head_step, row_step = steps
+    tokens, kv_heads, d = key.shape
+    for token in range(tokens):
+        if slots[token] < 0:
+            continue
+        start = slots[token] // page_size * page_step + slots[token] % page_size * row_step
+        for g in range(kv_heads):
+            row = cache[start + g * head_step : start + g * head_step + 2 * d]
+            for e in range(d):
+                row[e] = key[token, g, e]
+                row[d + e] = value[token, g, e]
+
+
+@njit(error_model="numpy", cache=True)
+def find_stale(cache, steps, stamp, last_pages, state, state_steps, blocks, expected, stale):
+    """Which states do not cover just what is wanted (docs/design.md, 6).
+
+    Args:
+        cache: Flat cache, as int32.
+        steps: int32 words from page to page and from kv head to kv head.
+        stamp: Word at which the stamp of page 0, kv head 0, begins.
+        last_pages: `[rows]` int64, the last pages to be covered.
+        state: Flat state cache, as int32.
+        state_steps: Words from block to block and from kv head to kv head.
+        blocks: `[rows, K]` int, state blocks.
+        expected: `[rows, K, kv_heads, words]` int32, headers with nothing in place of the stamp.
+        stale: Output `[rows]` bool.
+    """
+    rows, num_blocks, kv_heads, words = expected.shape
+    for row in range(rows):
+        same = True
+        for k in range(num_blocks):
+            for g in range(kv_heads):
+                header = np.int64(blocks[row, k]) * state_steps[0] + g * state_steps[1]
+                at = last_pages[row] * steps[0] + g * steps[1] + stamp
+                for i in range(words):
+                    word = expected[row, k, g, i]
+                    if 2 <= i < 2 + STAMP_WORDS:
+                        word = cache[at + i - 2]
+                    same = same and state[header + i] == word
+        stale[row] = not same
