@@ -73,6 +73,14 @@ def check_interfaces() -> None:
         )
 
 
+def choose_page_size(vllm_config: "VllmConfig") -> None:
+    """Pages of `PREFERRED_PAGE_SIZE` tokens unless the user said otherwise (`patches/platform.py` says why here)."""
+    cache = vllm_config.cache_config
+    if not cache.user_specified_block_size:
+        cache.block_size = PREFERRED_PAGE_SIZE
+        cache.user_specified_block_size = True
+
+
 def check_config(vllm_config: "VllmConfig") -> None:
     """Check a whole configuration, before any engine process is started.
 
@@ -90,8 +98,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "SPLA does not support MLA models, whose cache holds latent vectors instead of keys: remove "
             "--attention-backend spla"
         )
-    if cache.user_specified_block_size:
-        options.parameters(cache.block_size)
+    options.parameters(cache.block_size)
     if str(cache.cache_dtype) not in SUPPORTED_KV_CACHE_DTYPES:
         raise ValueError(
             f"SPLA does not support --kv-cache-dtype {cache.cache_dtype}, its page statistics are made from "
@@ -125,7 +132,7 @@ def check_cuda_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
     if model is None or not current_platform.is_cuda():
         return
     dispatch.check_cuda(
-        options.parameters(cache.block_size if cache.user_specified_block_size else PREFERRED_PAGE_SIZE),
+        options.parameters(cache.block_size),
         num_heads=model.get_num_attention_heads(parallel),
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),

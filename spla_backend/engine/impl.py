@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 
 from ..kernels import dispatch
 from .backend import get_options, set_options
-from .checks import PREFERRED_PAGE_SIZE, check_hybrid_manager, refuse_arguments, resolve_options
+from .checks import check_hybrid_manager, refuse_arguments, resolve_options
 from .logger import logger
 from .state import RecurrentStateLayer, companion_name
 
@@ -65,8 +65,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             context.setdefault(companion_name(name), RecurrentStateLayer(layer))
         if current_platform.is_cuda():
             cache = self.vllm_config.cache_config
-            page_size = cache.block_size if cache.user_specified_block_size else PREFERRED_PAGE_SIZE
-            self.bind(page_size, layer.kv_cache_torch_dtype, current_platform.device_type)
+            self.bind(cache.block_size, layer.kv_cache_torch_dtype, current_platform.device_type)
 
     def bind(self, page_size: int, cache_dtype: torch.dtype, device: torch.device | str) -> None:
         """Make the kernels; the metadata builder calls it again with the final page geometry."""

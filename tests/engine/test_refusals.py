@@ -35,6 +35,15 @@ def test_configuration(tiny_llama, start, options, engine_args, message):
         pass
 
 
+@pytest.mark.parametrize(("block_size", "expected"), [(None, 64), (32, 32)])
+def test_page_size(tiny_llama, block_size, expected):
+    """Pages are of 64 tokens where nobody asks for others; vLLM alone would take what suits all backends of a model."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(str(tiny_llama), attention_backend="spla", block_size=block_size).create_engine_config()
+    assert config.cache_config.block_size == expected
+
+
 def test_residual_none_needs_no_hybrid_manager(tiny_llama, start):
     with start(tiny_llama, options={"residual": "none"}, disable_hybrid_kv_cache_manager=True) as engine:
         assert len(engine.answer([[5, 6, 7]])[0].tokens) == 20
