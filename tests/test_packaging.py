@@ -93,6 +93,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     entry_points = read("entry_points.txt")
     assert "spla = spla_backend.plugin:register" in entry_points.split("[vllm.general_plugins]")[1]
     assert "spla-model = spla_backend.models.cli:main" in entry_points
+    assert "spla-eval = spla_backend.evaluate.cli:main" in entry_points
 
 
 def test_install_into_a_folder(source: Path, tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""Queries, keys and values of a transformers model on real text, after RoPE, layer by layer as the model runs."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_serial = itertools.count()  # transformers knows attention functions by name, and each model has its own
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What attention of one layer sees of one document."""
+
+    layer: int
+    q: torch.Tensor
+    """`[num_heads, length, head_size]`, multiplied by the softmax scale."""
+    k: torch.Tensor
+    """`[num_kv_heads, length, head_size]`."""
+    v: torch.Tensor
+    """`[num_kv_heads, length, head_size]`."""
+
+
+Visit = Callable[[AttentionInputs], None]
+
+
+class CapturingModel:
+    """A transformers model whose attention shows its inputs to a visitor and then computes what it always does.
+
+    Nothing is kept: a visitor takes what it needs while the layer runs, so that memory does not grow with the layers.
+
+    Args:
+        model: A local model folder.
+        dtype: Dtype of weights and activations.
+        device: Where the model runs.
+
+    Raises:
+        ValueError: There is no such model here.
+    """
+
+    def __init__(self, model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.masking_utils import sdpa_mask
+
+        def attend(
+            module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, None]:
+            # Layers with a window are not SPLA's.
+            if self._visit is not None and not kwargs.get("sliding_window"):
+                scale = kwargs.get("scaling")
+                scale = query.shape[-1] ** -0.5 if scale is None else scale
+                self._visit(AttentionInputs(module.layer_idx, query[0] * scale, key[0], value[0]))
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+        name = f"spla_capture_{next(_serial)}"
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, sdpa_mask)
+        self._visit: Visit | None = None
+        try:
+            # Without the language model head: nobody looks at the logits.
+            self._model = AutoModel.from_pretrained(model, attn_implementation=name, dtype=dtype, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load {model!r} with transformers: {str(error).splitlines()[0]}") from error
+        self._model.to(device).eval()
+
+    @torch.inference_mode()
+    def run(self, tokens: Sequence[int], visit: Visit) -> None:
+        """Run one document; `visit` is called once for each layer of full attention, in order."""
+        ids = torch.tensor([list(tokens)], device=self._model.device)
+        self._visit = visit
+        try:
+            self._model(input_ids=ids, use_cache=False)
+        finally:
+            self._visit = None

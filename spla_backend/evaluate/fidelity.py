@@ -1,0 +1,234 @@
+"""How much of the true attention a selection holds, and how far the output lies from the dense one.
+
+Both are measured on queries, keys and values of a real model (`capture.py`), with the algorithm's own code. Every
+query sees exactly the tokens before it, as in decoding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..algorithm.attention import masked_attention
+from ..algorithm.combine import double_rmsnorm, shared_normalizer
+from ..algorithm.parameters import SplaParameters
+from ..algorithm.residual import make_residual
+from ..algorithm.selection import group_scores, select_blocks
+from ..algorithm.selectors import get_selector
+from .capture import AttentionInputs
+
+ORACLE = "oracle"
+"""Selects by the true mass of each block, summed over the heads of a group: no selection of these blocks by a group
+captures more."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing to measure.
+
+    Attributes:
+        params: What SPLA computes.
+        oracle: Select by the true mass instead of `params.selector`.
+        output: Whether to measure the output too, which costs far more than the mass.
+    """
+
+    params: SplaParameters
+    oracle: bool = False
+    output: bool = True
+
+    @property
+    def selector(self) -> str:
+        return ORACLE if self.oracle else self.params.selector
+
+
+class HeadGroup:
+    """Attention of some queries in the heads that share one kv head.
+
+    Args:
+        q: `[queries, group, head_size]` float32, scaled.
+        k: `[tokens, head_size]` float32.
+        v: `[tokens, head_size]` float32.
+        positions: `[queries]` int64, position of each query; it sees the tokens `0 .. position`.
+    """
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> None:
+        self.q, self.k, self.v, self.positions = q, k, v, positions
+        self._token = torch.arange(k.shape[0], device=k.device)
+        self._visible = self._token <= positions[:, None, None]  # [queries, 1, tokens]
+        self._logits = q @ k.mT  # [queries, group, tokens]
+        self._share = self._logits.masked_fill(~self._visible, -torch.inf).softmax(-1)  # [queries, group, tokens]
+        self._dense = self._share @ v  # [queries, group, head_size]
+        self._statistics: dict[tuple[str, int], torch.Tensor] = {}
+        self._grouped: dict[tuple[str, int, int], torch.Tensor] = {}
+
+    def statistics(self, selector: str, block: int) -> torch.Tensor:
+        """Statistics of all full blocks `[num_blocks, width]`."""
+        key = (selector, block)
+        if key not in self._statistics:
+            full = self.k.shape[0] // block * block
+            self._statistics[key] = get_selector(selector).statistics(self.k[:full].unflatten(0, (-1, block)))
+        return self._statistics[key]
+
+    def _complete(self, params: SplaParameters) -> torch.Tensor:
+        """`[queries, num_blocks]` bool, the full blocks in pages below each query's."""
+        num_complete = self.positions // params.page_size * params.blocks_per_page
+        num_blocks = self.k.shape[0] // params.selection_block
+        return torch.arange(num_blocks, device=self.k.device) < num_complete[:, None]
+
+    def _group_scores(self, point: Point) -> torch.Tensor:
+        """`[queries, 1, 1, num_blocks]`, -inf where not complete."""
+        params, block = point.params, point.params.selection_block
+        key = (point.selector, block, params.page_size)
+        if key in self._grouped:
+            return self._grouped[key]
+        complete = self._complete(params)
+        if point.oracle:
+            full = complete.shape[1] * block
+            mass = self._share[..., :full].unflatten(-1, (-1, block)).sum(-1).sum(1)  # [queries, num_blocks]
+            grouped = mass.log().clamp(min=torch.finfo(mass.dtype).min).masked_fill(~complete, -torch.inf)
+            grouped = grouped[:, None, None]
+        else:
+            scores = get_selector(params.selector).score(self.q, self.statistics(params.selector, block), block)
+            grouped = group_scores(scores[:, None, None], complete)
+        self._grouped[key] = grouped
+        return grouped
+
+    def select(self, point: Point) -> torch.Tensor:
+        """The blocks left out `[queries, num_blocks]` bool: complete ones that were not selected."""
+        params = point.params
+        complete = self._complete(params)
+        block = torch.arange(complete.shape[1], device=complete.device)
+        current = self.positions[:, None] // params.selection_block
+        in_current_page = current + 1 - complete.sum(-1, keepdim=True)  # blocks, not full and thus without statistics
+        forced = (block < params.first_blocks) | (block > current - params.last_blocks)
+        forced |= params.budget_blocks > current  # everything fits
+        forced &= complete
+        limit = (current + 1).clamp(max=params.budget_blocks)
+        num_free = (limit - in_current_page - forced.sum(-1, keepdim=True)).clamp(min=0)  # [queries, 1]
+        chosen = select_blocks(
+            self._group_scores(point),
+            forced[:, None],
+            num_free,
+            self.q.shape[1],
+            None if point.oracle else params.top_p,
+        )
+        return complete & ~chosen[:, 0, 0]
+
+    def _tokens(self, blocks: torch.Tensor, size: int) -> torch.Tensor:
+        """`[queries, 1, tokens]` bool of blocks `[queries, num_blocks]`."""
+        tokens = blocks.repeat_interleave(size, -1)
+        return torch.nn.functional.pad(tokens, (0, self.k.shape[0] - tokens.shape[1]))[:, None]
+
+    def captured_mass(self, rest: torch.Tensor, block: int) -> torch.Tensor:
+        """Share of the true attention mass that is attended to exactly `[queries, group]`."""
+        left_out = torch.where(self._tokens(rest, block), self._share, 0.0).sum(-1)
+        return 1 - left_out
+
+    def output_error(self, rest: torch.Tensor, params: SplaParameters) -> torch.Tensor:
+        """`|o - dense| / |dense|` of each query and head `[queries, group]`.
+
+        Args:
+            rest: From `select`.
+            params: What to compute. Norms of a `double_rmsnorm` have weight 1.
+        """
+        output = self._output(rest, params)
+        return (output - self._dense).norm(dim=-1) / self._dense.norm(dim=-1)
+
+    def _output(self, rest: torch.Tensor, params: SplaParameters) -> torch.Tensor:
+        rest_tokens = self._tokens(rest, params.selection_block)
+        visible = self._visible & ~rest_tokens
+        residual = make_residual(params, self.q.shape[-1])
+        if residual is None:
+            return masked_attention(self._logits, self.v, visible)[0]
+        # Everything read from the state is linear in it: the reading of the rest, without a detour over all - selected.
+        weights = residual.token_weights(self.q, self.k, self._logits, rest_tokens)
+        exact, lse, products = masked_attention(self._logits, self.v, visible, weights)
+        num_rest = rest_tokens.sum(-1)  # [queries, 1]
+        tail = residual.tail(residual.reading(weights, products), num_rest.to(self.q.dtype))
+        if params.combine == "double_rmsnorm":
+            one = torch.ones((), device=exact.device)
+            tail = torch.where(num_rest[..., None] > 0, tail, 0.0)
+            return double_rmsnorm(exact, tail, one, one, params.rms_norm_eps)
+        statistics = self.statistics(params.selector, params.selection_block)
+        mass = get_selector(params.selector).mass(self.q, statistics, params.selection_block)
+        log_mass = mass.masked_fill(~rest[:, None], -torch.inf).logsumexp(-1)  # [queries, group]
+        return shared_normalizer(exact, lse, tail, log_mass)
+
+
+def measure(
+    inputs: AttentionInputs, positions: torch.Tensor, points: Sequence[Point]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All points on one layer of one document.
+
+    Args:
+        inputs: Of one layer.
+        positions: `[queries]` int64, the tokens whose queries are looked at.
+        points: What to measure. Points that differ in nothing but the residual share their selection.
+
+    Returns:
+        Captured mass and relative L2 error, means over the queries, each `[points, num_heads]` float32; the error is
+        NaN where a point does not want the output.
+    """
+    positions = positions.to(inputs.k.device)
+    num_kv_heads = inputs.k.shape[0]
+    q = inputs.q[:, positions].float().unflatten(0, (num_kv_heads, -1))  # [kv_heads, group, queries, head_size]
+    mass = torch.empty(len(points), num_kv_heads, q.shape[1])
+    error = torch.full_like(mass, math.nan)
+    for g in range(num_kv_heads):
+        group = HeadGroup(q[g].transpose(0, 1).contiguous(), inputs.k[g].float(), inputs.v[g].float(), positions)
+        selections: dict[Point, torch.Tensor] = {}
+        for i, point in enumerate(points):
+            key = Point(replace(point.params, residual="none"), point.oracle, False)
+            if key not in selections:
+                selections[key] = group.select(point)
+            rest = selections[key]
+            mass[i, g] = group.captured_mass(rest, point.params.selection_block).mean(0)
+            if point.output:
+                error[i, g] = group.output_error(rest, point.params).mean(0)
+    return mass.flatten(1), error.flatten(1)
+
+
+def sample_positions(start: int, length: int, count: int, seed: int = 0) -> torch.Tensor:
+    """`count` different positions in `start .. length - 1`, ascending `[count]` int64; all of them where there are
+    fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(length - start, generator=generator)
+    return start + order[:count].sort().values
+
+
+def summary(mass: torch.Tensor, error: torch.Tensor) -> dict[str, Any]:
+    """Numbers of one point.
+
+    Args:
+        mass: `[documents, layers, heads]`.
+        error: The same, NaN where not measured.
+
+    Returns:
+        Mean mass and its standard error over documents, mean mass of the tenth of the heads that captures least, mean
+        error, and both by layer and head (means over documents).
+    """
+    by_head = mass.mean(0)
+    worst = by_head.flatten().sort().values
+    result = {
+        "mass": _round(by_head.mean().item()),
+        "mass_se": standard_error(mass.mean((1, 2))),
+        "mass_worst_decile": _round(worst[: max(1, len(worst) // 10)].mean().item()),
+        "mass_by_layer_and_head": [[_round(x) for x in layer] for layer in by_head.tolist()],
+    }
+    if not error.isnan().any():
+        result["error"] = _round(error.mean().item())
+        result["error_by_layer_and_head"] = [[_round(x) for x in layer] for layer in error.mean(0).tolist()]
+    return result
+
+
+def standard_error(values: torch.Tensor) -> float | None:
+    """Of the mean of independent values `[n]`; None for a single one."""
+    if len(values) < 2:
+        return None
+    return _round((values.std() / math.sqrt(len(values))).item())
+
+
+def _round(x: float) -> float:
+    return round(x, 5)

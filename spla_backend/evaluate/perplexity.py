@@ -1,0 +1,130 @@
+"""`spla-eval perplexity`: loss on long text through the engine, by position, dense and SPLA side by side."""
+
+import argparse
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import engines, report
+from .documents import cut_documents, load_tokenizer
+from .variants import DENSE, ModelShape, bytes_read, parameters_of, parse_variants
+
+SEGMENT = 128
+"""Neighbouring tokens whose mean loss counts as one observation: losses of neighbours are not independent."""
+
+
+def buckets_of(edges: Sequence[int] | None, length: int) -> list[tuple[int, int]]:
+    """Buckets `(start, end)` of positions of the predicted tokens.
+
+    Args:
+        edges: Where buckets begin and end; None doubles from an eighth of the length.
+        length: Tokens a document; the last position is `length - 1`, and position 0 predicts nothing.
+
+    Raises:
+        ValueError: Edges outside the document, or in no ascending order.
+    """
+    if edges is None:
+        edges = [1, length // 8, length // 4, length // 2, length]
+    elif edges[-1] < length:
+        edges = [*edges, length]
+    if len(edges) < 2 or list(edges) != sorted(set(edges)) or edges[-1] > length or edges[0] < 1:
+        raise ValueError(f"--buckets must ascend from 1 or more to at most {length}, the length, not {list(edges)}")
+    return list(itertools.pairwise(edges))
+
+
+def mean_and_error(losses: Sequence[Sequence[float]], start: int, end: int) -> tuple[float, float | None]:
+    """Mean and standard error of what lies at positions `start .. end - 1`.
+
+    Args:
+        losses: By document, of the tokens at positions 1, 2, ...
+        start: First position, at least 1.
+        end: Behind the last position.
+
+    Returns:
+        The mean over tokens, and the standard error of a mean over segments of `SEGMENT` tokens, None for a single
+        segment.
+    """
+    pieces = [torch.tensor(document[start - 1 : end - 1], dtype=torch.float64) for document in losses]
+    mean = torch.cat(pieces).mean().item()
+    segments = torch.stack([segment.mean() for piece in pieces for segment in piece.split(SEGMENT)])
+    if len(segments) < 2:
+        return mean, None
+    return mean, (segments.std() / math.sqrt(len(segments))).item()
+
+
+def compare(
+    losses: Sequence[Sequence[float]], dense: Sequence[Sequence[float]], start: int, end: int
+) -> dict[str, Any]:
+    """Loss, perplexity and the paired difference to dense in a bucket of positions, arguments as `mean_and_error`."""
+    loss, _ = mean_and_error(losses, start, end)
+    differences = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(losses, dense, strict=True)]
+    difference, error = mean_and_error(differences, start, end)
+    return {
+        "start": start,
+        "end": end,
+        "tokens": len(losses) * (end - start),
+        "loss": round(loss, 5),
+        "perplexity": round(math.exp(loss), 4),
+        "difference": round(difference, 5),
+        "difference_se": None if error is None else round(error, 5),
+    }
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The report of `spla-eval perplexity`."""
+    shape = ModelShape.of(args.model)
+    variants = [DENSE, *parse_variants(args.options, args.page_size, shape.spla_config)]
+    # A prompt needs room for the one token that the engine generates behind it.
+    length = min(args.length, shape.max_position - 1)
+    buckets = buckets_of(args.buckets, length)
+    documents = cut_documents(args.text, load_tokenizer(args.model), length, args.documents)
+    tokens = [document.tokens for document in documents]
+    # Logits of a whole long prompt at once would take gigabytes.
+    engine_args = {"max_num_batched_tokens": 2048} | args.engine_args
+    files = [document.file for document in documents]
+
+    dense: list[list[float]] = []
+    rows = []
+    for variant in variants:
+        with engines.start(args.model, variant, args.page_size, length + 1, engine_args) as llm:
+            losses = [[-x for x in document] for document in engines.prompt_logprobs(llm, tokens, variant.name)]
+        dense = dense or losses
+        params = None
+        if variant.options is not None:
+            params = parameters_of(variant, args.page_size, shape.spla_config)
+        for file in dict.fromkeys(["all", *files]):
+            chosen = [i for i, name in enumerate(files) if file in ("all", name)]
+            for start, end in buckets:
+                numbers = compare([losses[i] for i in chosen], [dense[i] for i in chosen], start, end)
+                size = bytes_read(params, end, shape.head_size)
+                rows.append({"variant": variant.name, "file": file, "bytes": size, **numbers})
+    settings = {
+        "model": args.model,
+        "length": length,
+        "documents": {file: files.count(file) for file in dict.fromkeys(files)},
+        "page_size": args.page_size,
+        "engine_args": engine_args,
+        "variants": {variant.name: variant.options for variant in variants},
+        "segment": SEGMENT,
+    }
+    return {**report.header("perplexity", settings), "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Short table of a report."""
+    lines = [
+        f"{'variant':44} {'positions':>12} {'bytes':>7} {'loss':>7} {'ppl':>8} {'- dense':>9} {'+-':>7} {'ppl %':>7}"
+    ]
+    for row in result["rows"]:
+        if row["file"] != "all":
+            continue
+        error = "" if row["difference_se"] is None else f"{row['difference_se']:.4f}"
+        positions = f"{row['start']}-{row['end'] - 1}"
+        lines.append(
+            f"{row['variant']:44} {positions:>12} {row['bytes'] / 1024:6.0f}K {row['loss']:7.4f} "
+            f"{row['perplexity']:8.3f} {row['difference']:+9.4f} {error:>7} {100 * math.expm1(row['difference']):+7.2f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""The plot of a report, by its kind."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Draw a report into an image file.
+
+    Args:
+        report: What `spla-eval` wrote.
+        path: The image; its suffix names the format.
+
+    Raises:
+        ValueError: No report of this project.
+    """
+    kinds = {"perplexity": _perplexity, "fidelity": _fidelity, "tasks": _tasks}
+    if not isinstance(report, dict) or report.get("kind") not in kinds:
+        raise ValueError(f"no report of spla-eval: 'kind' must be one of {', '.join(kinds)}")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    figure = kinds[report["kind"]](report)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained")
+
+
+def _kib(row: dict[str, Any]) -> float:
+    return row["bytes"] / 1024
+
+
+def _perplexity(report: dict[str, Any]) -> Any:
+    """Difference to dense by position, and in the last bucket against the bytes read."""
+    figure, ((left, right),) = _figure(1, 2, 7, 4.5)
+    rows = [row for row in report["rows"] if row["file"] == "all"]
+    last = max(row["end"] for row in rows)
+    for i, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+        mine = [row for row in rows if row["variant"] == variant]
+        error = [row["difference_se"] or 0 for row in mine]
+        centers = [(row["start"] + row["end"]) / 2 for row in mine]
+        left.errorbar(centers, [row["difference"] for row in mine], error, marker="o", capsize=3, color=f"C{i}")
+        final = next(row for row in mine if row["end"] == last)
+        right.errorbar(
+            _kib(final), final["difference"], final["difference_se"] or 0, marker="o", capsize=3, color=f"C{i}",
+            label=variant, linestyle="",
+        )  # fmt: skip
+    left.set(xlabel="position", ylabel="loss above dense (nats a token)", title="by position")
+    right.set(xlabel="KiB read a token, layer and kv head", title=f"positions {final['start']} to {last - 1}")
+    for axes in (left, right):
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
+def _lines(axes: Any, rows: Sequence[dict[str, Any]], value: str) -> None:
+    """One line through the budgets of each selector, block size and residual, against the bytes read."""
+    keys = list(dict.fromkeys((row["selector"], row["block"], row["residual"]) for row in rows))
+    selectors = list(dict.fromkeys(key[0] for key in keys))
+    blocks = sorted({key[1] for key in keys})
+    residuals = sorted({key[2] for key in keys}, key=["none", "regression", "linear"].index)
+    for selector, block, residual in keys:
+        mine = [row for row in rows if (row["selector"], row["block"], row["residual"]) == (selector, block, residual)]
+        mine.sort(key=_kib)
+        style = {
+            "label": f"{selector}, b={block}" + (f", {residual}" if len(residuals) > 1 else ""),
+            "color": f"C{selectors.index(selector)}",
+            "marker": "osD^v"[blocks.index(block) % 5],
+            "linestyle": ("-", "--", ":")[residuals.index(residual)],
+        }
+        axes.plot([_kib(row) for row in mine], [row[value] for row in mine], markersize=4, **style)
+    axes.set(xlabel="KiB read a token, layer and kv head")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.02, 0.5))
+
+
+def _fidelity(report: dict[str, Any]) -> Any:
+    """Mass and error against bytes; mass by layer and head at the budget in the middle, one map a selector."""
+    rows = [row for row in report["rows"] if row["selector"] != "oracle"]
+    budgets = sorted({row["budget"] for row in rows})
+    budget = budgets[len(budgets) // 2]
+    block = max(row["block"] for row in rows)
+    shown = {
+        row["selector"]: row for row in report["rows"] if row["budget"] == budget and row["block"] == block
+    }  # one a selector, whatever the residual: it does not change the selection
+    figure, grid = _figure(2, max(len(shown), 2), 3.2, 4)
+    for axes in grid[0]:
+        axes.remove()
+    errors = [row for row in rows if "error" in row]
+    top = figure.add_gridspec(2, 2)
+    axes = figure.add_subplot(top[0, 0])
+    first = {(row["selector"], row["block"], row["budget"]): row for row in reversed(rows)}
+    _lines(axes, [{**row, "residual": "none"} for row in reversed(first.values())], "mass")
+    axes.set(ylabel="attention mass captured")
+    if errors:
+        axes = figure.add_subplot(top[0, 1])
+        _lines(axes, errors, "error")
+        axes.set(ylabel="relative L2 error of the output", yscale="log")
+    for axes, (selector, row) in zip(grid[1], shown.items(), strict=False):
+        image = axes.imshow(row["mass_by_layer_and_head"], vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set(title=f"{selector}, b={block},\nbudget {budget}", xlabel="head", ylabel="layer")
+    figure.colorbar(image, ax=list(grid[1]), label="mass captured")
+    return figure
+
+
+def _tasks(report: dict[str, Any]) -> Any:
+    """Score by length, a panel a task, and the mean over tasks against the bytes read at the greatest length."""
+    rows, tasks = report["rows"], report["settings"]["tasks"]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    figure, grid = _figure(2, -(-(len(tasks) + 1) // 2), 3.6, 3)
+    panels = list(grid.flat)
+    longest = max(report["settings"]["lengths"])
+    for axes, task in zip(panels, tasks, strict=False):
+        for i, variant in enumerate(variants):
+            mine = sorted(
+                (row for row in rows if row["variant"] == variant and row["task"] == task),
+                key=lambda row: row["length"],
+            )
+            axes.errorbar(
+                [row["length"] for row in mine], [row["score"] for row in mine],
+                [row["score_se"] or 0 for row in mine], marker="o", capsize=3, color=f"C{i}",
+            )  # fmt: skip
+        axes.set(title=task, ylim=(-0.05, 1.05), xlabel="tokens", ylabel="score")
+        axes.grid(alpha=0.3)
+    axes = panels[len(tasks)]
+    for i, variant in enumerate(variants):
+        mine = [row for row in rows if row["variant"] == variant and row["length"] == longest]
+        mean = sum(row["score"] for row in mine) / len(mine)
+        axes.plot(_kib(mine[0]), mean, "o", color=f"C{i}", label=variant)
+    axes.set(title=f"mean at {longest} tokens", xlabel="KiB read a token, layer and kv head", ylim=(-0.05, 1.05))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=6)
+    for axes in panels[len(tasks) + 1 :]:
+        axes.remove()
+    return figure

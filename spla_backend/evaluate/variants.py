@@ -1,0 +1,152 @@
+"""What is compared: dense attention, and SPLA under some sets of options."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..algorithm.parameters import SplaParameters
+from ..options import SplaOptions
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a model.
+
+    Attributes:
+        name: How reports and plots call it.
+        options: The user's SPLA options; None for the platform's dense attention.
+    """
+
+    name: str
+    options: Mapping[str, Any] | None = field(default=None, hash=False)
+
+
+DENSE = Variant("dense")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the bytes of a model's cache depend on."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    max_position: int
+    spla_config: Mapping[str, Any] | None
+
+    @classmethod
+    def of(cls, model: str) -> "ModelShape":
+        """Shape of a local model folder, or of a model that the Hugging Face cache holds.
+
+        Raises:
+            ValueError: There is no such model here, or it has no ordinary attention.
+        """
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(model, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"no model {model!r} on this machine ({reason}): name a local model folder") from error
+        text = config.get_text_config()
+        heads = getattr(text, "num_attention_heads", None)
+        if heads is None:
+            raise ValueError(f"the configuration of {model!r} names no attention heads: SPLA does not apply to it")
+        return cls(
+            num_layers=text.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            max_position=text.max_position_embeddings,
+            spla_config=getattr(config, "spla_config", None),
+        )
+
+
+def parse_variants(texts: Sequence[str], page_size: int, model_options: Mapping[str, Any] | None) -> list[Variant]:
+    """Variants from the command line.
+
+    Args:
+        texts: Each a JSON object of options, or a JSON file of `{name: options}`; empty for the defaults alone.
+        page_size: Tokens a page.
+        model_options: `spla_config` of the model, which the user's options go before.
+
+    Raises:
+        ValueError: Not JSON, no such option, sizes that do not fit each other, or one name twice.
+    """
+    variants: list[Variant] = []
+    for text in texts or ["{}"]:
+        if text.lstrip().startswith("{"):
+            options = _json_object(text, f"--options {text}")
+            variants.append(Variant(_name(options), options))
+            continue
+        path = Path(text)
+        if not path.is_file():
+            raise ValueError(f"--options {text} is neither a JSON object nor a file: write e.g. '{{\"budget\": 1024}}'")
+        for name, options in _json_object(path.read_text(), text).items():
+            if not isinstance(options, dict):
+                raise ValueError(f"{text}: {name!r} must be an object of SPLA options, not {options!r}")
+            variants.append(Variant(name, options))
+    for variant in variants:
+        parameters_of(variant, page_size, model_options)
+    names = [variant.name for variant in variants]
+    for name in names:
+        if names.count(name) > 1 or name == DENSE.name:
+            raise ValueError(f"two variants are called {name!r}: give each options or a name of its own")
+    return variants
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must hold a JSON object, not {value!r}")
+    return value
+
+
+def _name(options: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in options.items()) or "spla"
+
+
+def parameters_of(variant: Variant, page_size: int, model_options: Mapping[str, Any] | None) -> SplaParameters:
+    """What a variant that is not dense computes.
+
+    Raises:
+        ValueError: Its options are not valid, or do not fit the page.
+    """
+    return SplaOptions.from_sources(variant.options, model_options).parameters(page_size)
+
+
+def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int, itemsize: int = 2) -> int:
+    """Bytes that attention of one decode token must read, for one layer and kv head: the floor, whatever a kernel does.
+
+    Statistics of every complete page, keys and values of the selected blocks, the float32 recurrent state. With top-p
+    it is what the whole budget reads, an upper bound.
+
+    Args:
+        params: What is computed; None for dense attention.
+        seq_len: Tokens of the sequence, the current one included.
+        head_size: Size of a key and of a value.
+        itemsize: Bytes of an element of the cache.
+    """
+    dense = seq_len * 2 * head_size * itemsize
+    if params is None:
+        return dense
+    from ..algorithm.residual import make_residual
+    from ..algorithm.selectors import get_selector
+
+    block = params.selection_block
+    current = (seq_len - 1) // block
+    if params.budget_blocks > current:
+        return dense
+    num_complete = (seq_len - 1) // params.page_size * params.blocks_per_page
+    statistics = num_complete * get_selector(params.selector).width(head_size) * itemsize
+    # The current block, the last of the selected, may be partly filled.
+    selected = ((params.budget_blocks - 1) * block + (seq_len - 1) % block + 1) * 2 * head_size * itemsize
+    residual = make_residual(params, head_size)
+    state = 0 if residual is None else 4 * (residual.s_rows * head_size + residual.z_size)
+    return statistics + selected + state
