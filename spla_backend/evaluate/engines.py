@@ -26,11 +26,13 @@ def start(
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     arguments: dict[str, Any] = {
         "block_size": page_size,
         "max_model_len": max_model_len,
         "enable_prefix_caching": False,  # prompt logprobs are not to come from anywhere else
+        "enforce_eager": current_platform.is_cpu(),  # compiling takes longer there than what it would save
         "seed": 0,
     }
     if variant.options is not None:

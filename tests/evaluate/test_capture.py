@@ -1,0 +1,76 @@
+"""Captured queries, keys and values are what the model's attention sees."""
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from spla_backend.evaluate.capture import AttentionInputs, CapturingModel  # noqa: E402
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 200,
+    "max_position_embeddings": 512,
+}
+TOKENS = list(range(3, 103))
+
+
+def save(folder, **changes) -> str:
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0.0, 0.2)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_attention_from_the_captured_tensors(tmp_path):
+    model = CapturingModel(save(tmp_path))
+    seen: list[AttentionInputs] = []
+    outputs = []
+    for layer in model._model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0][0]))
+    model.run(TOKENS, seen.append)
+    assert [inputs.layer for inputs in seen] == [0, 1]
+    for inputs, expected in zip(seen, outputs, strict=True):
+        assert inputs.q.shape == (4, 100, 32) and inputs.k.shape == inputs.v.shape == (2, 100, 32)
+        k, v = (x.repeat_interleave(2, 0) for x in (inputs.k, inputs.v))
+        logits = (inputs.q @ k.mT).masked_fill(torch.ones(100, 100).triu(1).bool(), -torch.inf)
+        output = (logits.softmax(-1) @ v).transpose(0, 1).flatten(1)  # [tokens, heads * head_size]
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+    # Keys after RoPE depend on the position, whatever the token.
+    repeated: list[AttentionInputs] = []
+    model.run([7] * 50, repeated.append)
+    assert not torch.allclose(repeated[0].k[:, 3], repeated[0].k[:, 30], atol=1e-2)
+    torch.testing.assert_close(repeated[0].v[:, 3], repeated[0].v[:, 30])
+
+
+def test_two_models_do_not_mix(tmp_path):
+    first, second = (CapturingModel(save(tmp_path)) for _ in range(2))
+    seen: list[AttentionInputs] = []
+    first.run(TOKENS, seen.append)
+    second.run(TOKENS, lambda inputs: None)
+    assert len(seen) == 2
+
+
+def test_windowed_layers_are_left_out(tmp_path):
+    window = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16}
+    seen: list[AttentionInputs] = []
+    CapturingModel(save(tmp_path, **window)).run(TOKENS, seen.append)
+    assert seen == []
+
+
+def test_no_model(tmp_path):
+    with pytest.raises(ValueError, match="cannot load"):
+        CapturingModel(str(tmp_path))
