@@ -2,7 +2,7 @@
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +40,8 @@ def points_of(variants: Sequence[Variant], page_size: int, shape: ModelShape, ou
     return points + list(oracles)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The report of `spla-eval fidelity`."""
+def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The report of `spla-eval fidelity`; `save` gets it once, at the end."""
     shape = ModelShape.of(args.model)
     length = min(args.length, shape.max_position)
     start = length // 2 if args.start is None else args.start
@@ -124,7 +124,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "heads": shape.num_heads,
         "bytes_dense": bytes_read(None, length, shape.head_size),
     }
-    return {**report.header("fidelity", settings), "rows": rows}
+    result = {**report.header("fidelity", settings), "rows": rows}
+    save(result)
+    return result
 
 
 def _without_residual(points: Sequence[Point], point: Point) -> int | None:

@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,8 +73,8 @@ def compare(
     }
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The report of `spla-eval perplexity`."""
+def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The report of `spla-eval perplexity`; `save` gets what there is of it after every engine."""
     shape = ModelShape.of(args.model)
     variants = [DENSE, *parse_variants(args.options, args.page_size, shape.spla_config)]
     # A prompt needs room for the one token that the engine generates behind it.
@@ -86,8 +86,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     engine_args = {"max_num_batched_tokens": 2048} | args.engine_args
     files = [document.file for document in documents]
 
+    settings = {
+        "model": args.model,
+        "length": length,
+        "documents": {file: files.count(file) for file in dict.fromkeys(files)},
+        "page_size": args.page_size,
+        "engine_args": engine_args,
+        "variants": {variant.name: variant.options for variant in variants},
+        "segment": SEGMENT,
+    }
     dense: list[list[float]] = []
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {**report.header("perplexity", settings), "rows": rows}
     for variant in variants:
         with engines.start(args.model, variant, args.page_size, length + 1, engine_args) as llm:
             losses = [[-x for x in document] for document in engines.prompt_logprobs(llm, tokens, variant.name)]
@@ -101,16 +111,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 numbers = compare([losses[i] for i in chosen], [dense[i] for i in chosen], start, end)
                 size = bytes_read(params, end, shape.head_size)
                 rows.append({"variant": variant.name, "file": file, "bytes": size, **numbers})
-    settings = {
-        "model": args.model,
-        "length": length,
-        "documents": {file: files.count(file) for file in dict.fromkeys(files)},
-        "page_size": args.page_size,
-        "engine_args": engine_args,
-        "variants": {variant.name: variant.options for variant in variants},
-        "segment": SEGMENT,
-    }
-    return {**report.header("perplexity", settings), "rows": rows}
+        save(result)
+    return result
 
 
 def table(result: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -19,8 +20,8 @@ def mean_and_error(scores: list[float]) -> tuple[float, float | None]:
     return mean, statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The report of `spla-eval tasks`."""
+def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The report of `spla-eval tasks`; `save` gets what there is of it after every engine."""
     shape = ModelShape.of(args.model)
     variants = [DENSE, *parse_variants(args.options, args.page_size, shape.spla_config)]
     too_long = [length for length in args.lengths if length > shape.max_position]
@@ -40,8 +41,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts = [encode(sample.prompt) for _, sample in samples]
     max_tokens = [sample.max_tokens for _, sample in samples]
 
-    rows, completions = [], []
+    settings = {
+        "model": args.model,
+        "tasks": args.tasks,
+        "lengths": args.lengths,
+        "samples": args.samples,
+        "seed": args.seed,
+        "page_size": args.page_size,
+        "engine_args": args.engine_args,
+        "variants": {variant.name: variant.options for variant in variants},
+    }
+    answers = [{"task": s.task, "length": cell[1], "answers": s.answers} for cell, s in samples]
+    rows: list[dict[str, Any]] = []
+    completions: list[dict[str, Any]] = []
     dense: dict[tuple[str, int], list[float]] = {}
+    result = {**report.header("tasks", settings), "rows": rows, "samples": answers, "completions": completions}
     for variant in variants:
         with engines.start(args.model, variant, args.page_size, max(args.lengths), args.engine_args) as llm:
             texts = engines.complete(llm, prompts, max_tokens, variant.name)
@@ -69,18 +83,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     "difference_se": _round(difference_error),
                 }
             )
-    settings = {
-        "model": args.model,
-        "tasks": args.tasks,
-        "lengths": args.lengths,
-        "samples": args.samples,
-        "seed": args.seed,
-        "page_size": args.page_size,
-        "engine_args": args.engine_args,
-        "variants": {variant.name: variant.options for variant in variants},
-    }
-    answers = [{"task": s.task, "length": cell[1], "answers": s.answers} for cell, s in samples]
-    return {**report.header("tasks", settings), "rows": rows, "samples": answers, "completions": completions}
+        save(result)
+    return result
 
 
 def _round(x: float | None) -> float | None:

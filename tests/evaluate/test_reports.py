@@ -112,6 +112,19 @@ def test_perplexity_leaves_room_for_a_token(model, text, tmp_path, answers, monk
     assert answers[0] == ("dense", CONFIG["max_position_embeddings"])
 
 
+def test_report_so_far(model, text, tmp_path, answers, monkeypatch):
+    def logprobs(llm, documents, description):
+        if llm != "dense":
+            raise ValueError("no memory")
+        return [[-1.0] * (len(tokens) - 1) for tokens in documents]
+
+    monkeypatch.setattr(engines, "prompt_logprobs", logprobs)
+    path = tmp_path / "report.json"
+    arguments = ["--model", model, "--text", text, "--length", "256", "--output", str(path)]
+    assert cli.main(["perplexity", *arguments]) == 1
+    assert {row["variant"] for row in json.loads(path.read_text())["rows"]} == {"dense"}
+
+
 def test_tasks(model, tmp_path, answers, monkeypatch):
     def complete(llm, prompts, max_tokens, description):
         assert all(len(p) + n <= 400 for p, n in zip(prompts, max_tokens, strict=True))
