@@ -89,23 +89,25 @@ def _fidelity(report: dict[str, Any]) -> Any:
     shown = {
         row["selector"]: row for row in report["rows"] if row["budget"] == budget and row["block"] == block
     }  # one a selector, whatever the residual: it does not change the selection
-    figure, grid = _figure(2, max(len(shown), 2), 3.2, 4)
-    for axes in grid[0]:
-        axes.remove()
     errors = [row for row in rows if "error" in row]
-    top = figure.add_gridspec(2, 2)
-    axes = figure.add_subplot(top[0, 0])
-    first = {(row["selector"], row["block"], row["budget"]): row for row in reversed(rows)}
-    _lines(axes, [{**row, "residual": "none"} for row in reversed(first.values())], "mass")
-    axes.set(ylabel="attention mass captured")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(max(14, 2.2 * len(shown)), 10), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    panels = above.subplots(1, 2 if errors else 1, squeeze=False)[0]
+    # The residual does not change the selection.
+    first = {(row["selector"], row["block"], row["budget"]): {**row, "residual": "none"} for row in rows}
+    _lines(panels[0], list(first.values()), "mass")
+    panels[0].set(ylabel="attention mass captured")
     if errors:
-        axes = figure.add_subplot(top[0, 1])
-        _lines(axes, errors, "error")
-        axes.set(ylabel="relative L2 error of the output", yscale="log")
-    for axes, (selector, row) in zip(grid[1], shown.items(), strict=False):
+        _lines(panels[1], errors, "error")
+        panels[1].set(ylabel="relative L2 error of the output", yscale="log")
+    maps = below.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (selector, row) in zip(maps, shown.items(), strict=True):
         image = axes.imshow(row["mass_by_layer_and_head"], vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        axes.set(title=f"{selector}, b={block},\nbudget {budget}", xlabel="head", ylabel="layer")
-    figure.colorbar(image, ax=list(grid[1]), label="mass captured")
+        axes.set(title=selector, xlabel="head", ylabel="layer")
+    below.suptitle(f"attention mass captured, b={block}, budget {budget}")
+    below.colorbar(image, ax=list(maps))
     return figure
 
 
