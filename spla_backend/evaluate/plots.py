@@ -93,7 +93,8 @@ def _fidelity(report: dict[str, Any]) -> Any:
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(max(14, 2.2 * len(shown)), 10), layout="constrained")
-    above, below = figure.subfigures(2, 1)
+    halves: Any = figure.subfigures(2, 1)
+    above, below = halves
     panels = above.subplots(1, 2 if errors else 1, squeeze=False)[0]
     # The residual does not change the selection.
     first = {(row["selector"], row["block"], row["budget"]): {**row, "residual": "none"} for row in rows}
