@@ -1,4 +1,4 @@
-"""Queries, keys and values of a transformers model on real text, after RoPE, layer by layer as the model runs."""
+"""Attention of a transformers model on real text, layer by layer as the model runs: look at it, or replace it."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -23,11 +23,12 @@ class AttentionInputs:
     """`[num_kv_heads, length, head_size]`."""
 
 
-Visit = Callable[[AttentionInputs], None]
+Visit = Callable[[AttentionInputs], torch.Tensor | None]
+"""What it returns, if anything, goes on in place of the attention's own output: `[num_heads, length, head_size]`."""
 
 
 class CapturingModel:
-    """A transformers model whose attention shows its inputs to a visitor and then computes what it always does.
+    """A transformers model that shows the inputs of its attention to a visitor.
 
     Nothing is kept: a visitor takes what it needs while the layer runs, so that memory does not grow with the layers.
 
@@ -35,13 +36,14 @@ class CapturingModel:
         model: A local model folder.
         dtype: Dtype of weights and activations.
         device: Where the model runs.
+        head: Load the language model head, too, which `logprobs` needs.
 
     Raises:
         ValueError: There is no such model here.
     """
 
-    def __init__(self, model: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-        from transformers import AttentionInterface, AttentionMaskInterface, AutoModel
+    def __init__(self, model: str, dtype: torch.dtype = torch.float32, device: str = "cpu", head: bool = False) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoModelForCausalLM
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         from transformers.masking_utils import sdpa_mask
 
@@ -52,7 +54,9 @@ class CapturingModel:
             if self._visit is not None and not kwargs.get("sliding_window"):
                 scale = kwargs.get("scaling")
                 scale = query.shape[-1] ** -0.5 if scale is None else scale
-                self._visit(AttentionInputs(module.layer_idx, query[0] * scale, key[0], value[0]))
+                output = self._visit(AttentionInputs(module.layer_idx, query[0] * scale, key[0], value[0]))
+                if output is not None:
+                    return output.to(query.dtype).transpose(0, 1)[None], None
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
         name = f"spla_capture_{next(_serial)}"
@@ -60,18 +64,31 @@ class CapturingModel:
         AttentionMaskInterface.register(name, sdpa_mask)
         self._visit: Visit | None = None
         try:
-            # Without the language model head: nobody looks at the logits.
-            self._model = AutoModel.from_pretrained(model, attn_implementation=name, dtype=dtype, local_files_only=True)
+            kind = AutoModelForCausalLM if head else AutoModel
+            self._model = kind.from_pretrained(model, attn_implementation=name, dtype=dtype, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {model!r} with transformers: {str(error).splitlines()[0]}") from error
         self._model.to(device).eval()
 
     @torch.inference_mode()
-    def run(self, tokens: Sequence[int], visit: Visit) -> None:
-        """Run one document; `visit` is called once for each layer of full attention, in order."""
+    def run(self, tokens: Sequence[int], visit: Visit | None) -> Any:
+        """Run one document; `visit` is called once for each layer of full attention, in order. Returns what the model
+        does."""
         ids = torch.tensor([list(tokens)], device=self._model.device)
         self._visit = visit
         try:
-            self._model(input_ids=ids, use_cache=False)
+            return self._model(input_ids=ids, use_cache=False)
         finally:
             self._visit = None
+
+    @torch.inference_mode()
+    def logprobs(self, tokens: Sequence[int], visit: Visit | None) -> list[float]:
+        """Log-probability of every token but the first, given those before it."""
+        logits = self.run(tokens, visit).logits[0, :-1]  # [length - 1, vocabulary]
+        wanted = torch.tensor(list(tokens[1:]), device=logits.device)
+        pieces = zip(logits.split(1024), wanted.split(1024), strict=True)
+        return [x for piece, ids in pieces for x in _log_probability(piece, ids)]
+
+
+def _log_probability(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:
+    return logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()

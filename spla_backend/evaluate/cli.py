@@ -121,6 +121,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("perplexity", parents=[common, engine, text], help="loss on long text, by position")
     sub.add_argument(
+        "--through",
+        default="vllm",
+        choices=["vllm", "transformers"],
+        help="what runs the model; transformers knows every selector and block size, without kernels (%(default)s)",
+    )
+    sub.add_argument(
         "--buckets", nargs="+", type=_positive, metavar="POSITION", help="where buckets of positions begin and end"
     )
 

@@ -7,6 +7,7 @@ query sees exactly the tokens before it, as in decoding.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,17 +52,33 @@ class HeadGroup:
         k: `[tokens, head_size]` float32.
         v: `[tokens, head_size]` float32.
         positions: `[queries]` int64, position of each query; it sees the tokens `0 .. position`.
+        statistics: By selector and block size, filled on demand; of these keys, or of more of which these are the first.
     """
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> None:
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        statistics: dict[tuple[str, int], torch.Tensor] | None = None,
+    ) -> None:
         self.q, self.k, self.v, self.positions = q, k, v, positions
         self._token = torch.arange(k.shape[0], device=k.device)
         self._visible = self._token <= positions[:, None, None]  # [queries, 1, tokens]
         self._logits = q @ k.mT  # [queries, group, tokens]
-        self._share = self._logits.masked_fill(~self._visible, -torch.inf).softmax(-1)  # [queries, group, tokens]
-        self._dense = self._share @ v  # [queries, group, head_size]
-        self._statistics: dict[tuple[str, int], torch.Tensor] = {}
+        self._statistics = {} if statistics is None else statistics
         self._grouped: dict[tuple[str, int, int], torch.Tensor] = {}
+
+    @cached_property
+    def _share(self) -> torch.Tensor:
+        """Softmax weights `[queries, group, tokens]`."""
+        return self._logits.masked_fill(~self._visible, -torch.inf).softmax(-1)
+
+    @cached_property
+    def _dense(self) -> torch.Tensor:
+        """Output of dense attention `[queries, group, head_size]`."""
+        return self._share @ self.v
 
     def statistics(self, selector: str, block: int) -> torch.Tensor:
         """Statistics of all full blocks `[num_blocks, width]`."""
@@ -69,7 +86,7 @@ class HeadGroup:
         if key not in self._statistics:
             full = self.k.shape[0] // block * block
             self._statistics[key] = get_selector(selector).statistics(self.k[:full].unflatten(0, (-1, block)))
-        return self._statistics[key]
+        return self._statistics[key][: self.k.shape[0] // block]
 
     def _complete(self, params: SplaParameters) -> torch.Tensor:
         """`[queries, num_blocks]` bool, the full blocks in pages below each query's."""
@@ -133,10 +150,11 @@ class HeadGroup:
             rest: From `select`.
             params: What to compute. Norms of a `double_rmsnorm` have weight 1.
         """
-        output = self._output(rest, params)
+        output = self.output(rest, params)
         return (output - self._dense).norm(dim=-1) / self._dense.norm(dim=-1)
 
-    def _output(self, rest: torch.Tensor, params: SplaParameters) -> torch.Tensor:
+    def output(self, rest: torch.Tensor, params: SplaParameters) -> torch.Tensor:
+        """What SPLA makes of a selection `[queries, group, head_size]`, arguments as `output_error`."""
         rest_tokens = self._tokens(rest, params.selection_block)
         visible = self._visible & ~rest_tokens
         residual = make_residual(params, self.q.shape[-1])
@@ -188,6 +206,33 @@ def measure(
             if point.output:
                 error[i, g] = group.output_error(rest, point.params).mean(0)
     return mass.flatten(1), error.flatten(1)
+
+
+def attention(inputs: AttentionInputs, params: SplaParameters, chunk: int = 1024) -> torch.Tensor:
+    """SPLA instead of dense attention in one layer of one document, for all of its tokens.
+
+    Args:
+        inputs: Of the layer.
+        params: What to compute.
+        chunk: Queries at a time, which bounds the memory.
+
+    Returns:
+        `[num_heads, length, head_size]` float32.
+    """
+    num_kv_heads, length, _ = inputs.k.shape
+    q = inputs.q.float().unflatten(0, (num_kv_heads, -1))  # [kv_heads, group, length, head_size]
+    output = torch.empty_like(q)
+    for g in range(num_kv_heads):
+        k, v = inputs.k[g].float(), inputs.v[g].float()
+        statistics: dict[tuple[str, int], torch.Tensor] = {}
+        # The last first: it sees all keys, so that it makes all statistics.
+        for start in reversed(range(0, length, chunk)):
+            end = min(start + chunk, length)
+            positions = torch.arange(start, end, device=k.device)
+            queries = q[g, :, start:end].transpose(0, 1).contiguous()
+            group = HeadGroup(queries, k[:end], v[:end], positions, statistics)
+            output[g, :, start:end] = group.output(group.select(Point(params)), params).transpose(0, 1)
+    return output.flatten(0, 1)
 
 
 def sample_positions(start: int, length: int, count: int, seed: int = 0) -> torch.Tensor:

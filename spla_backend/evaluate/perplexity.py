@@ -1,16 +1,23 @@
-"""`spla-eval perplexity`: loss on long text through the engine, by position, dense and SPLA side by side."""
+"""`spla-eval perplexity`: loss on long text, by position, dense and SPLA side by side.
+
+Through the engine, or through transformers with the algorithm in place of its attention: for what has no kernel yet.
+"""
 
 import argparse
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from . import engines, report
+from .capture import CapturingModel, Visit
 from .documents import cut_documents, load_tokenizer
-from .variants import DENSE, ModelShape, bytes_read, parameters_of, parse_variants
+from .fidelity import attention
+from .variants import DENSE, ModelShape, Variant, bytes_read, parameters_of, parse_variants
 
 SEGMENT = 128
 """Neighbouring tokens whose mean loss counts as one observation: losses of neighbours are not independent."""
@@ -73,6 +80,41 @@ def compare(
     }
 
 
+class _Engines:
+    """Log-probabilities from vLLM: an engine a variant, one after the other."""
+
+    def __init__(self, args: argparse.Namespace, shape: ModelShape, length: int) -> None:
+        self.args, self.length = args, length
+        # Logits of a whole long prompt at once would take gigabytes.
+        self.arguments = {"max_num_batched_tokens": 2048} | args.engine_args
+
+    def __call__(self, variant: Variant, documents: Sequence[Sequence[int]]) -> list[list[float]]:
+        with engines.start(self.args.model, variant, self.args.page_size, self.length + 1, self.arguments) as llm:
+            return engines.prompt_logprobs(llm, documents, variant.name)
+
+
+class _Transformers:
+    """Log-probabilities from transformers, in float32 or the dtype among the engine's arguments."""
+
+    def __init__(self, args: argparse.Namespace, shape: ModelShape, length: int) -> None:
+        unknown = set(args.engine_args) - {"dtype"}
+        if unknown:
+            raise ValueError(f"--engine-args {min(unknown)} means nothing to --through transformers: leave it out")
+        self.arguments = {"dtype": "float32"} | args.engine_args
+        dtype = getattr(torch, self.arguments["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"unknown dtype {self.arguments['dtype']!r}: choose float32, bfloat16 or float16")
+        self.page_size, self.spla_config = args.page_size, shape.spla_config
+        self.model = CapturingModel(args.model, dtype, "cuda" if torch.cuda.is_available() else "cpu", head=True)
+
+    def __call__(self, variant: Variant, documents: Sequence[Sequence[int]]) -> list[list[float]]:
+        visit: Visit | None = None
+        if variant.options is not None:
+            visit = partial(attention, params=parameters_of(variant, self.page_size, self.spla_config))
+        bar = tqdm(documents, desc=variant.name, unit="document")
+        return [self.model.logprobs(tokens, visit) for tokens in bar]
+
+
 def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The report of `spla-eval perplexity`; `save` gets what there is of it after every engine."""
     shape = ModelShape.of(args.model)
@@ -82,8 +124,7 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
     buckets = buckets_of(args.buckets, length)
     documents = cut_documents(args.text, load_tokenizer(args.model), length, args.documents)
     tokens = [document.tokens for document in documents]
-    # Logits of a whole long prompt at once would take gigabytes.
-    engine_args = {"max_num_batched_tokens": 2048} | args.engine_args
+    logprobs = (_Transformers if args.through == "transformers" else _Engines)(args, shape, length)
     files = [document.file for document in documents]
 
     settings = {
@@ -91,7 +132,8 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
         "length": length,
         "documents": {file: files.count(file) for file in dict.fromkeys(files)},
         "page_size": args.page_size,
-        "engine_args": engine_args,
+        "through": args.through,
+        "engine_args": logprobs.arguments,
         "variants": {variant.name: variant.options for variant in variants},
         "segment": SEGMENT,
     }
@@ -99,8 +141,7 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
     rows: list[dict[str, Any]] = []
     result = {**report.header("perplexity", settings), "rows": rows}
     for variant in variants:
-        with engines.start(args.model, variant, args.page_size, length + 1, engine_args) as llm:
-            losses = [[-x for x in document] for document in engines.prompt_logprobs(llm, tokens, variant.name)]
+        losses = [[-x for x in document] for document in logprobs(variant, tokens)]
         dense = dense or losses
         params = None
         if variant.options is not None:

@@ -7,7 +7,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from spla_backend.algorithm import reference  # noqa: E402
+from spla_backend.algorithm.parameters import SplaParameters  # noqa: E402
 from spla_backend.evaluate.capture import AttentionInputs, CapturingModel  # noqa: E402
+from spla_backend.evaluate.fidelity import attention  # noqa: E402
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -69,6 +72,37 @@ def test_windowed_layers_are_left_out(tmp_path):
     seen: list[AttentionInputs] = []
     CapturingModel(save(tmp_path, **window)).run(TOKENS, seen.append)
     assert seen == []
+
+
+def test_logprobs(tmp_path):
+    path = save(tmp_path)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(path)(torch.tensor([TOKENS])).logits[0].log_softmax(-1)
+    found = CapturingModel(path, head=True).logprobs(TOKENS, None)
+    torch.testing.assert_close(torch.tensor(found), expected[:-1].gather(-1, torch.tensor(TOKENS[1:])[:, None])[:, 0])
+
+
+def test_attention_in_place_of_the_models(tmp_path):
+    """With everything in the budget nothing changes; with less it is the reference's output that goes on."""
+    model = CapturingModel(save(tmp_path), head=True)
+
+    def logprobs(budget_blocks: int) -> torch.Tensor:
+        params = SplaParameters(page_size=16, selection_block=16, budget_blocks=budget_blocks)
+        return torch.tensor(model.logprobs(TOKENS, lambda inputs: attention(inputs, params, chunk=30)))
+
+    dense = torch.tensor(model.logprobs(TOKENS, None))
+    torch.testing.assert_close(logprobs(7), dense, atol=1e-4, rtol=1e-4)
+    sparse = logprobs(4)
+    torch.testing.assert_close(sparse[:63], dense[:63], atol=1e-4, rtol=1e-4)  # within the budget
+    assert (sparse[64:] - dense[64:]).abs().max() > 1e-2
+
+
+def test_attention_is_the_references(tmp_path):
+    params = SplaParameters(page_size=16, selection_block=16, budget_blocks=4)
+    seen: list[AttentionInputs] = []
+    CapturingModel(save(tmp_path)).run(TOKENS, seen.append)
+    q, k, v = (x.transpose(0, 1).double() for x in (seen[0].q, seen[0].k, seen[0].v))
+    expected = reference.spla_sequence(q, k, v, params).transpose(0, 1).float()
+    torch.testing.assert_close(attention(seen[0], params, chunk=30), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_no_model(tmp_path):

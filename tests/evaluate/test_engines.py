@@ -1,4 +1,6 @@
-"""A real engine: prompt log-probabilities and completions are those of transformers."""
+"""A real engine gives the log-probabilities and completions that transformers does with the same attention."""
+
+from functools import partial
 
 import pytest
 
@@ -8,30 +10,38 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from spla_backend.evaluate import engines  # noqa: E402
-from spla_backend.evaluate.variants import Variant  # noqa: E402
+from spla_backend.evaluate.capture import CapturingModel  # noqa: E402
+from spla_backend.evaluate.fidelity import attention  # noqa: E402
+from spla_backend.evaluate.variants import Variant, parameters_of  # noqa: E402
 
 from .test_reports import model  # noqa: E402, F401 - a fixture
 
 pytestmark = pytest.mark.engine
 
+PAGE = 32
+MAX_TOKENS = (4, 7, 2, 1)
+
 
 @torch.inference_mode()
 def test_against_transformers(model):  # noqa: F811
-    documents = [[*range(10, 90)], [*range(30, 150)], [*range(5, 25)]]
-    variant = Variant("spla", {"budget": 256, "selection_block_size": 32})
+    long = torch.randint(1, 200, (250,), generator=torch.Generator().manual_seed(0)).tolist()
+    documents = [[*range(10, 90)], [*range(30, 150)], [*range(5, 25)], long]
+    variant = Variant("spla", {"budget": 128, "selection_block_size": 16, "selector": "km2-rem"})
     engine_args = {"dtype": "float32", "max_num_batched_tokens": 256}
-    with engines.start(model, variant, 32, 256, engine_args) as llm:
+    with engines.start(model, variant, PAGE, 256, engine_args) as llm:
         assert llm.llm_engine.vllm_config.additional_config == {"spla": variant.options}
         found = engines.prompt_logprobs(llm, documents, "losses")
-        texts = engines.complete(llm, documents, [4, 7, 2], "answers")
+        texts = engines.complete(llm, documents, MAX_TOKENS, "answers")
 
-    expected = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    dense = CapturingModel(model, head=True)
+    visit = partial(attention, params=parameters_of(variant, PAGE, None))
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    for tokens, logprobs, text, count in zip(documents, found, texts, (4, 7, 2), strict=True):
-        ids = torch.tensor([tokens])
-        reference = expected(ids).logits[0].log_softmax(-1)
-        wanted = reference[:-1].gather(-1, ids[0, 1:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(logprobs), wanted, atol=1e-3, rtol=1e-3)
+    for tokens, logprobs, text, count in zip(documents, found, texts, MAX_TOKENS, strict=True):
+        expected = torch.tensor(dense.logprobs(tokens, visit))
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-3, rtol=1e-3)
+        ids = list(tokens)
         for _ in range(count):
-            ids = torch.cat([ids, expected(ids).logits[:, -1:].argmax(-1)], 1)
-        assert text.split() == tokenizer.decode(ids[0, len(tokens) :]).split()
+            ids.append(int(dense.run(ids, visit).logits[0, -1].argmax()))
+        assert text.split() == tokenizer.decode(ids[len(tokens) :]).split()
+    # The long document is beyond the budget: dense attention would have been seen.
+    assert (torch.tensor(found[-1]) - torch.tensor(dense.logprobs(long, None))).abs().max() > 1e-2

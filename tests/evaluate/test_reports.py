@@ -112,6 +112,18 @@ def test_perplexity_leaves_room_for_a_token(model, text, tmp_path, answers, monk
     assert answers[0] == ("dense", CONFIG["max_position_embeddings"])
 
 
+def test_perplexity_through_transformers(model, text, tmp_path):
+    report = report_of(
+        tmp_path, "perplexity", "--model", model, "--text", text, "--length", "512", "--through", "transformers",
+        "--options", '{"budget": 192}', '{"budget": 512, "selector": "km2-rem", "selection_block_size": 16}',
+    )  # fmt: skip
+    last = {row["variant"]: row for row in report["rows"] if row["end"] == 511 and row["file"] == "all"}
+    sparse, everything = list(last)[1:]
+    assert abs(last[sparse]["difference"]) > 1e-4
+    assert abs(last[everything]["difference"]) < 1e-5
+    assert report["settings"]["engine_args"] == {"dtype": "float32"}
+
+
 def test_report_so_far(model, text, tmp_path, answers, monkeypatch):
     def logprobs(llm, documents, description):
         if llm != "dense":
@@ -148,6 +160,8 @@ def test_tasks(model, tmp_path, answers, monkeypatch):
         (["fidelity", "--selectors", "best"], "unknown selector 'best'"),
         (["fidelity", "--options", '{"budget": 32}'], "must be at least"),
         (["perplexity", "--buckets", "20", "10"], "--buckets must ascend"),
+        (["perplexity", "--through", "transformers", "--engine-args", '{"seed": 1}'], "means nothing to"),
+        (["perplexity", "--through", "transformers", "--engine-args", '{"dtype": "best"}'], "unknown dtype 'best'"),
     ],
 )
 def test_refused(model, text, capsys, arguments, message):
