@@ -52,7 +52,7 @@ class HeadGroup:
         k: `[tokens, head_size]` float32.
         v: `[tokens, head_size]` float32.
         positions: `[queries]` int64, position of each query; it sees the tokens `0 .. position`.
-        statistics: By selector and block size, filled on demand; of these keys, or of more of which these are the first.
+        statistics: By selector and block size, filled on demand, of these keys or of more that begin with them.
     """
 
     def __init__(
