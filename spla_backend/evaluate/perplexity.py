@@ -6,13 +6,14 @@ Through the engine, or through transformers with the algorithm in place of its a
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from ..algorithm.parameters import SplaParameters
 from . import engines, report
 from .capture import CapturingModel, Visit
 from .documents import cut_documents, load_tokenizer
@@ -137,37 +138,85 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
         "variants": {variant.name: variant.options for variant in variants},
         "segment": SEGMENT,
     }
-    dense: list[list[float]] = []
-    rows: list[dict[str, Any]] = []
-    result = {**report.header("perplexity", settings), "rows": rows}
+    params = {
+        variant.name: parameters_of(variant, args.page_size, shape.spla_config)
+        for variant in variants
+        if variant.options is not None
+    }
+    losses: dict[str, list[list[float]]] = {}
+    result = report.header("perplexity", settings)
     for variant in variants:
-        losses = [[-x for x in document] for document in logprobs(variant, tokens)]
-        dense = dense or losses
-        params = None
-        if variant.options is not None:
-            params = parameters_of(variant, args.page_size, shape.spla_config)
-        for file in dict.fromkeys(["all", *files]):
-            chosen = [i for i, name in enumerate(files) if file in ("all", name)]
-            for start, end in buckets:
-                numbers = compare([losses[i] for i in chosen], [dense[i] for i in chosen], start, end)
-                size = bytes_read(params, end, shape.head_size)
-                rows.append({"variant": variant.name, "file": file, "bytes": size, **numbers})
+        losses[variant.name] = [[-x for x in document] for document in logprobs(variant, tokens)]
+        result["rows"] = _rows(losses, params, files, buckets, shape.head_size)
+        result["segments"] = [
+            {"variant": name, "file": file, "losses": segment_means(document)}
+            for name, of_documents in losses.items()
+            for file, document in zip(files, of_documents, strict=True)
+        ]
         save(result)
     return result
+
+
+def _rows(
+    losses: Mapping[str, list[list[float]]],
+    params: Mapping[str, SplaParameters],
+    files: Sequence[str],
+    buckets: Sequence[tuple[int, int]],
+    head_size: int,
+) -> list[dict[str, Any]]:
+    rows = []
+    for name, mine in losses.items():
+        without = without_residual(name, params, losses)
+        for file in dict.fromkeys(["all", *files]):
+            chosen = [i for i, of in enumerate(files) if file in ("all", of)]
+            for start, end in buckets:
+                row = {"variant": name, "file": file, "bytes": bytes_read(params.get(name), end, head_size)}
+                row |= compare([mine[i] for i in chosen], [losses[DENSE.name][i] for i in chosen], start, end)
+                if without is not None:
+                    pair = compare([mine[i] for i in chosen], [losses[without][i] for i in chosen], start, end)
+                    row["against_none"], row["against_none_se"] = pair["difference"], pair["difference_se"]
+                rows.append(row)
+    return rows
+
+
+def without_residual(name: str, params: Mapping[str, SplaParameters], among: Iterable[str]) -> str | None:
+    """The variant that is `name` without its residual, if it is there."""
+
+    def rest(of: SplaParameters) -> SplaParameters:
+        # All that says how a residual is made is beside the point where there is none.
+        return SplaParameters(
+            of.page_size, of.selection_block, of.budget_blocks, of.first_blocks, of.last_blocks, of.selector, of.top_p
+        )
+
+    if name not in params or params[name].residual == "none":
+        return None
+    for other in among:
+        if other in params and params[other].residual == "none" and rest(params[other]) == rest(params[name]):
+            return other
+    return None
+
+
+def segment_means(losses: Sequence[float]) -> list[float]:
+    """Means over segments of the tokens at positions 1, 2, ...: enough to compare any two variants later."""
+    return [round(segment.mean().item(), 5) for segment in torch.tensor(losses, dtype=torch.float64).split(SEGMENT)]
 
 
 def table(result: dict[str, Any]) -> str:
     """Short table of a report."""
     lines = [
         f"{'variant':44} {'positions':>12} {'bytes':>7} {'loss':>7} {'ppl':>8} {'- dense':>9} {'+-':>7} {'ppl %':>7}"
+        f" {'- none':>8} {'+-':>7}"
     ]
     for row in result["rows"]:
         if row["file"] != "all":
             continue
         error = "" if row["difference_se"] is None else f"{row['difference_se']:.4f}"
         positions = f"{row['start']}-{row['end'] - 1}"
-        lines.append(
+        line = (
             f"{row['variant']:44} {positions:>12} {row['bytes'] / 1024:6.0f}K {row['loss']:7.4f} "
             f"{row['perplexity']:8.3f} {row['difference']:+9.4f} {error:>7} {100 * math.expm1(row['difference']):+7.2f}"
         )
+        if "against_none" in row:
+            line += f" {row['against_none']:+8.4f} {row['against_none_se'] or math.nan:7.4f}"
+        lines.append(line)
     return "\n".join(lines)

@@ -89,18 +89,21 @@ def answers(monkeypatch):
 
 def test_perplexity(model, text, tmp_path, answers, monkeypatch):
     def logprobs(llm, documents, description):
-        return [[-2.0 - 0.25 * (llm != "dense")] * (len(tokens) - 1) for tokens in documents]
+        loss = {"dense": 2.0, "spla": 2.25, "residual=none": 2.5}[llm]
+        return [[-loss] * (len(tokens) - 1) for tokens in documents]
 
     monkeypatch.setattr(engines, "prompt_logprobs", logprobs)
     report = report_of(
         tmp_path, "perplexity", "--model", model, "--text", text, "--length", "256",
-        "--options", '{"budget": 192, "selector": "mean"}', "{}",
+        "--options", "{}", '{"residual": "none"}',
     )  # fmt: skip
-    assert answers == [("dense", 257), ("budget=192 selector=mean", 257), ("spla", 257)]
+    assert answers == [("dense", 257), ("spla", 257), ("residual=none", 257)]
     assert len(report["rows"]) == 3 * 2 * 4  # variants, all and the one file, buckets
     for row in report["rows"]:
-        assert row["difference"] == (0 if row["variant"] == "dense" else 0.25)
+        assert row["difference"] == {"dense": 0, "spla": 0.25, "residual=none": 0.5}[row["variant"]]
+        assert row.get("against_none") == {"spla": -0.25}.get(row["variant"])
         assert row["tokens"] == 2 * (row["end"] - row["start"])
+    assert [(s["variant"], s["losses"]) for s in report["segments"][2:4]] == [("spla", [2.25, 2.25])] * 2
 
 
 def test_perplexity_leaves_room_for_a_token(model, text, tmp_path, answers, monkeypatch):
