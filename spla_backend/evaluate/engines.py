@@ -44,7 +44,7 @@ def start(
     finally:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
-            del llm
+            vars(llm).clear()  # whoever still holds it does not hold the engine's memory
         gc.collect()
         cleanup_dist_env_and_memory()
 

@@ -1,5 +1,6 @@
 """A real engine gives the log-probabilities and completions that transformers does with the same attention."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -30,8 +31,13 @@ def test_against_transformers(model):  # noqa: F811
     engine_args = {"dtype": "float32", "max_num_batched_tokens": 256}
     with engines.start(model, variant, PAGE, 256, engine_args) as llm:
         assert llm.llm_engine.vllm_config.additional_config == {"spla": variant.options}
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        runner = weakref.ref(worker.model_runner)
+        del worker
         found = engines.prompt_logprobs(llm, documents, "losses")
         texts = engines.complete(llm, documents, MAX_TOKENS, "answers")
+
+    assert runner() is None, "the engine's memory is not free"
 
     dense = CapturingModel(model, head=True)
     visit = partial(attention, params=parameters_of(variant, PAGE, None))
