@@ -101,9 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--model", required=True, help="a local model folder (spla-model makes one)")
     common.add_argument("--options", nargs="+", default=[], metavar="JSON", help=_OPTIONS_HELP)
     common.add_argument("--page-size", type=int, default=64, metavar="TOKENS", help="default: %(default)s")
-    common.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     common.add_argument("--output", type=Path, metavar="JSON", help="write the report")
     common.add_argument("--plot", type=Path, metavar="PNG", help="write a plot; `spla-eval plot` does it later, too")
+
+    seed = argparse.ArgumentParser(add_help=False)
+    seed.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
     engine = argparse.ArgumentParser(add_help=False)
     engine.add_argument(
@@ -130,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         "--buckets", nargs="+", type=_positive, metavar="POSITION", help="where buckets of positions begin and end"
     )
 
-    sub = commands.add_parser("fidelity", parents=[common, text], help="attention mass captured, and output error")
+    sub = commands.add_parser(
+        "fidelity", parents=[common, text, seed], help="attention mass captured, and output error"
+    )
     sub.add_argument("--selectors", nargs="+", help="default: all")
     sub.add_argument("--block-sizes", nargs="+", type=_positive, help="default: 16 32 64, as far as they divide a page")
     sub.add_argument("--budgets", nargs="+", type=_positive, default=[512, 1024, 2048])
@@ -145,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
     from .tasks import TASKS
 
-    sub = commands.add_parser("tasks", parents=[common, engine], help="retrieval tasks made from a seed")
+    sub = commands.add_parser("tasks", parents=[common, engine, seed], help="retrieval tasks made from a seed")
     sub.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="default: all")
     sub.add_argument("--lengths", nargs="+", type=_positive, default=[4096], help="tokens of prompt and answer")
     sub.add_argument("--samples", type=_positive, default=20, help="of each task and length (%(default)s)")

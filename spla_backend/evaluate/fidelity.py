@@ -6,7 +6,7 @@ query sees exactly the tokens before it, as in decoding.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..algorithm.residual import make_residual
 from ..algorithm.selection import group_scores, select_blocks
 from ..algorithm.selectors import get_selector
 from .capture import AttentionInputs
+from .variants import without_residual
 
 ORACLE = "oracle"
 """Selects by the true mass of each block, summed over the heads of a group: no selection of these blocks by a group
@@ -198,7 +199,7 @@ def measure(
         group = HeadGroup(q[g].transpose(0, 1).contiguous(), inputs.k[g].float(), inputs.v[g].float(), positions)
         selections: dict[Point, torch.Tensor] = {}
         for i, point in enumerate(points):
-            key = Point(replace(point.params, residual="none"), point.oracle, False)
+            key = Point(without_residual(point.params), point.oracle, False)
             if key not in selections:
                 selections[key] = group.select(point)
             rest = selections[key]

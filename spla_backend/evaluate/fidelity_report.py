@@ -14,7 +14,7 @@ from . import report
 from .capture import AttentionInputs, CapturingModel
 from .documents import cut_documents, load_tokenizer
 from .fidelity import Point, measure, sample_positions, standard_error, summary
-from .variants import ModelShape, Variant, bytes_read, parameters_of, parse_variants
+from .variants import ModelShape, Variant, bytes_read, parameters_of, parse_variants, without_residual
 
 
 def grid(
@@ -34,7 +34,7 @@ def points_of(variants: Sequence[Variant], page_size: int, shape: ModelShape, ou
     """A point for each variant, then an oracle for every block size, budget and set of forced blocks among them."""
     points = [Point(parameters_of(variant, page_size, shape.spla_config), output=output) for variant in variants]
     oracles = {
-        Point(replace(point.params, selector="mean", residual="none", top_p=None), oracle=True, output=output): None
+        Point(replace(without_residual(point.params), selector="mean", top_p=None), oracle=True, output=output): None
         for point in points
     }
     return points + list(oracles)
@@ -101,8 +101,11 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
             "bytes": None if point.oracle else bytes_read(params, length, shape.head_size),
             **summary(mass[:, :, i], error[:, :, i]),
         }
-        without = _without_residual(points, point)
-        if params.residual != "none" and without is not None and point.output:
+        without = None
+        if params.residual != "none" and point.output:
+            wanted = replace(point, params=without_residual(params))
+            without = next((j for j, other in enumerate(points) if other == wanted), None)
+        if without is not None:
             difference = (error[:, :, i] - error[:, :, without]).mean((1, 2))  # [documents]
             row["error_against_none"] = round(difference.mean().item(), 5)
             row["error_against_none_se"] = standard_error(difference)
@@ -127,16 +130,6 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
     result = {**report.header("fidelity", settings), "rows": rows}
     save(result)
     return result
-
-
-def _without_residual(points: Sequence[Point], point: Point) -> int | None:
-    wanted = replace(point.params, residual="none")
-    for i, other in enumerate(points):
-        if replace(other.params, residual_scale=wanted.residual_scale, feature_map=wanted.feature_map) == wanted and (
-            other.oracle == point.oracle
-        ):
-            return i
-    return None
 
 
 def table(result: dict[str, Any]) -> str:

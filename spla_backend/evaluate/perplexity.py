@@ -6,7 +6,7 @@ Through the engine, or through transformers with the algorithm in place of its a
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from . import engines, report
 from .capture import CapturingModel, Visit
 from .documents import cut_documents, load_tokenizer
 from .fidelity import attention
-from .variants import DENSE, ModelShape, Variant, bytes_read, parameters_of, parse_variants
+from .variants import DENSE, ModelShape, Variant, bytes_read, parameters_of, parse_variants, without_residual
 
 SEGMENT = 128
 """Neighbouring tokens whose mean loss counts as one observation: losses of neighbours are not independent."""
@@ -166,7 +166,10 @@ def _rows(
 ) -> list[dict[str, Any]]:
     rows = []
     for name, mine in losses.items():
-        without = without_residual(name, params, losses)
+        without = None
+        if name in params and params[name].residual != "none":
+            wanted = without_residual(params[name])
+            without = next((other for other in losses if params.get(other) == wanted), None)
         for file in dict.fromkeys(["all", *files]):
             chosen = [i for i, of in enumerate(files) if file in ("all", of)]
             for start, end in buckets:
@@ -177,23 +180,6 @@ def _rows(
                     row["against_none"], row["against_none_se"] = pair["difference"], pair["difference_se"]
                 rows.append(row)
     return rows
-
-
-def without_residual(name: str, params: Mapping[str, SplaParameters], among: Iterable[str]) -> str | None:
-    """The variant that is `name` without its residual, if it is there."""
-
-    def rest(of: SplaParameters) -> SplaParameters:
-        # All that says how a residual is made is beside the point where there is none.
-        return SplaParameters(
-            of.page_size, of.selection_block, of.budget_blocks, of.first_blocks, of.last_blocks, of.selector, of.top_p
-        )
-
-    if name not in params or params[name].residual == "none":
-        return None
-    for other in among:
-        if other in params and params[other].residual == "none" and rest(params[other]) == rest(params[name]):
-            return other
-    return None
 
 
 def segment_means(losses: Sequence[float]) -> list[float]:

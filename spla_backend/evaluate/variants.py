@@ -121,6 +121,20 @@ def parameters_of(variant: Variant, page_size: int, model_options: Mapping[str, 
     return SplaOptions.from_sources(variant.options, model_options).parameters(page_size)
 
 
+def without_residual(params: SplaParameters) -> SplaParameters:
+    """The same selection with the tail dropped; nothing is left of how the residual was made."""
+    return SplaParameters(
+        page_size=params.page_size,
+        selection_block=params.selection_block,
+        budget_blocks=params.budget_blocks,
+        first_blocks=params.first_blocks,
+        last_blocks=params.last_blocks,
+        selector=params.selector,
+        top_p=params.top_p,
+        residual="none",
+    )
+
+
 def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int, itemsize: int = 2) -> int:
     """Bytes that attention of one decode token must read, for one layer and kv head: the floor, whatever a kernel does.
 
