@@ -7,6 +7,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -82,16 +83,36 @@ def compare(
 
 
 class _Engines:
-    """Log-probabilities from vLLM: an engine a variant, one after the other."""
+    """Log-probabilities from vLLM: an engine a variant, one after the other.
+
+    Prompts are what is measured, so that their tokens select like decoded ones (`prefill_dense_below` is 0) where an
+    option set does not say otherwise.
+    """
 
     def __init__(self, args: argparse.Namespace, shape: ModelShape, length: int) -> None:
         self.args, self.length = args, length
+        if torch.cuda.is_available():
+            _refuse_dense_prefill(args, shape)
         # Logits of a whole long prompt at once would take gigabytes.
         self.arguments = {"max_num_batched_tokens": 2048} | args.engine_args
 
     def __call__(self, variant: Variant, documents: Sequence[Sequence[int]]) -> list[list[float]]:
+        if variant.options is not None:
+            variant = replace(variant, options={"prefill_dense_below": 0, **variant.options})
         with engines.start(self.args.model, variant, self.args.page_size, self.length + 1, self.arguments) as llm:
             return engines.prompt_logprobs(llm, documents, variant.name)
+
+
+def _refuse_dense_prefill(args: argparse.Namespace, shape: ModelShape) -> None:
+    """On CUDA, prompts of parameters without a prefill kernel are dense: their loss would be the dense loss."""
+    from ..kernels.triton_prefill import covers
+
+    for variant in parse_variants(args.options, args.page_size, shape.spla_config):
+        if not covers(parameters_of(variant, args.page_size, shape.spla_config)):
+            raise ValueError(
+                f"no CUDA kernel makes the prefill of {variant.name!r} sparse, and its loss would be the dense one: use "
+                "--through transformers"
+            )
 
 
 class _Transformers:

@@ -73,14 +73,20 @@ def test_fidelity_of_option_sets(model, text, tmp_path):
     assert report["settings"]["layers"] == [1] and len(first["mass_by_layer_and_head"]) == 1
 
 
+seen_options: list[dict] = []
+
+
 @pytest.fixture
 def answers(monkeypatch):
     """Engines that only say which variant they run, and what was asked of them."""
     started: list[tuple[str, int]] = []
+    seen_options.clear()
 
     @contextlib.contextmanager
     def start(model, variant, page_size, max_model_len, engine_args):
         started.append((variant.name, max_model_len))
+        if variant.options is not None:
+            seen_options.append(dict(variant.options))
         yield variant.name
 
     monkeypatch.setattr(engines, "start", start)
@@ -98,6 +104,8 @@ def test_perplexity(model, text, tmp_path, answers, monkeypatch):
         "--options", "{}", '{"residual": "none"}',
     )  # fmt: skip
     assert answers == [("dense", 257), ("spla", 257), ("residual=none", 257)]
+    # Prompts are measured, so that they must be sparse.
+    assert seen_options == [{"prefill_dense_below": 0}, {"prefill_dense_below": 0, "residual": "none"}]
     assert len(report["rows"]) == 3 * 2 * 4  # variants, all and the one file, buckets
     for row in report["rows"]:
         assert row["difference"] == {"dense": 0, "spla": 0.25, "residual=none": 0.5}[row["variant"]]
@@ -125,6 +133,15 @@ def test_perplexity_through_transformers(model, text, tmp_path):
     assert abs(last[sparse]["difference"]) > 1e-4
     assert abs(last[everything]["difference"]) < 1e-5
     assert report["settings"]["engine_args"] == {"dtype": "float32"}
+
+
+def test_no_dense_prefill_for_sparse(model, text, capsys, answers, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arguments = ["--model", model, "--text", text, "--length", "256", "--options", '{"selector": "km2-rem"}']
+    assert cli.main(["perplexity", *arguments]) == 1
+    assert "no CUDA kernel makes the prefill of 'selector=km2-rem' sparse" in capsys.readouterr().err
+    assert answers == []
 
 
 def test_report_so_far(model, text, tmp_path, answers, monkeypatch):
