@@ -110,8 +110,8 @@ def _refuse_dense_prefill(args: argparse.Namespace, shape: ModelShape) -> None:
     for variant in parse_variants(args.options, args.page_size, shape.spla_config):
         if not covers(parameters_of(variant, args.page_size, shape.spla_config)):
             raise ValueError(
-                f"no CUDA kernel makes the prefill of {variant.name!r} sparse, and its loss would be the dense one: use "
-                "--through transformers"
+                f"no CUDA kernel makes the prefill of {variant.name!r} sparse, and its loss would be the dense one: "
+                "use --through transformers"
             )
 
 
