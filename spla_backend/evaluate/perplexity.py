@@ -91,8 +91,6 @@ class _Engines:
 
     def __init__(self, args: argparse.Namespace, shape: ModelShape, length: int) -> None:
         self.args, self.length = args, length
-        if torch.cuda.is_available():
-            _refuse_dense_prefill(args, shape)
         # Logits of a whole long prompt at once would take gigabytes.
         self.arguments = {"max_num_batched_tokens": 2048} | args.engine_args
 
@@ -101,18 +99,6 @@ class _Engines:
             variant = replace(variant, options={"prefill_dense_below": 0, **variant.options})
         with engines.start(self.args.model, variant, self.args.page_size, self.length + 1, self.arguments) as llm:
             return engines.prompt_logprobs(llm, documents, variant.name)
-
-
-def _refuse_dense_prefill(args: argparse.Namespace, shape: ModelShape) -> None:
-    """On CUDA, prompts of parameters without a prefill kernel are dense: their loss would be the dense loss."""
-    from ..kernels.triton_prefill import covers
-
-    for variant in parse_variants(args.options, args.page_size, shape.spla_config):
-        if not covers(parameters_of(variant, args.page_size, shape.spla_config)):
-            raise ValueError(
-                f"no CUDA kernel makes the prefill of {variant.name!r} sparse, and its loss would be the dense one: "
-                "use --through transformers"
-            )
 
 
 class _Transformers:
@@ -165,7 +151,8 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
         if variant.options is not None
     }
     losses: dict[str, list[list[float]]] = {}
-    result = report.header("perplexity", settings)
+    warnings: list[str] = []
+    result = {**report.header("perplexity", settings), "warnings": warnings}
     for variant in variants:
         losses[variant.name] = [[-x for x in document] for document in logprobs(variant, tokens)]
         result["rows"] = _rows(losses, params, files, buckets, shape.head_size)
@@ -174,8 +161,32 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
             for name, of_documents in losses.items()
             for file, document in zip(files, of_documents, strict=True)
         ]
+        if variant.name in params:
+            budget = params[variant.name].budget_blocks * params[variant.name].selection_block
+            if looks_dense(losses[variant.name], losses[DENSE.name], budget):
+                warnings.append(
+                    f"{variant.name} is as close to dense beyond its budget as within: was its prefill dense?"
+                )
         save(result)
     return result
+
+
+def looks_dense(losses: Sequence[Sequence[float]], dense: Sequence[Sequence[float]], budget: int) -> bool:
+    """Whether a variant is as close to dense beyond its budget as within, where nothing but rounding tells them apart:
+    a sign that a kernel attended to the whole prompt.
+
+    Args:
+        losses: By document, of the tokens at positions 1, 2, ...
+        dense: The same of dense attention.
+        budget: Tokens that the variant attends to exactly.
+    """
+    distances = [[abs(a - b) for a, b in zip(x, y, strict=True)] for x, y in zip(losses, dense, strict=True)]
+    length = len(distances[0]) + 1
+    if length < 2 * budget:
+        return False
+    within, _ = mean_and_error(distances, 1, budget)
+    beyond, _ = mean_and_error(distances, 2 * budget, length)
+    return beyond <= 1.5 * within
 
 
 def _rows(
@@ -226,4 +237,4 @@ def table(result: dict[str, Any]) -> str:
         if "against_none" in row:
             line += f" {row['against_none']:+8.4f} {row['against_none_se'] or math.nan:7.4f}"
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"warning: {text}" for text in result.get("warnings", []))])

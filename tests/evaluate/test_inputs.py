@@ -10,7 +10,7 @@ import pytest
 
 from spla_backend.evaluate import cli, report
 from spla_backend.evaluate.documents import cut_documents
-from spla_backend.evaluate.perplexity import SEGMENT, buckets_of, compare
+from spla_backend.evaluate.perplexity import SEGMENT, buckets_of, compare, looks_dense
 from spla_backend.evaluate.variants import Variant, bytes_read, parameters_of, parse_variants
 from spla_backend.kernels.layout import PageLayout
 
@@ -115,6 +115,15 @@ def test_compare():
     moved = [x + (i < SEGMENT) for i, x in enumerate(dense[0])]
     row = compare([moved], [dense[0]], 1, 2 * SEGMENT + 1)
     assert row["difference"] == 0.5 and row["difference_se"] == 0.5
+
+
+def test_looks_dense():
+    dense = [[2.0] * 999] * 2
+    noise = [2 + 0.01 * (-1) ** i for i in range(999)]
+    sparse = noise[:255] + [x + 0.1 * (-1) ** i for i, x in enumerate(noise[255:])]
+    assert looks_dense([noise] * 2, dense, 256) and looks_dense(dense, dense, 256)
+    assert not looks_dense([sparse] * 2, dense, 256)
+    assert not looks_dense([noise] * 2, dense, 600)  # nothing to see: no prompt goes far beyond the budget
 
 
 def test_report_is_json(tmp_path):

@@ -135,15 +135,6 @@ def test_perplexity_through_transformers(model, text, tmp_path):
     assert report["settings"]["engine_args"] == {"dtype": "float32"}
 
 
-def test_no_dense_prefill_for_sparse(model, text, capsys, answers, monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    arguments = ["--model", model, "--text", text, "--length", "256", "--options", '{"selector": "km2-rem"}']
-    assert cli.main(["perplexity", *arguments]) == 1
-    assert "no CUDA kernel makes the prefill of 'selector=km2-rem' sparse" in capsys.readouterr().err
-    assert answers == []
-
-
 def test_report_so_far(model, text, tmp_path, answers, monkeypatch):
     def logprobs(llm, documents, description):
         if llm != "dense":
