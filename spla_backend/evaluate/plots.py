@@ -31,6 +31,14 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     return plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained")
 
 
+def _styles(count: int) -> list[dict[str, Any]]:
+    """Colour and marker of each of `count` variants."""
+    import matplotlib
+
+    colors = matplotlib.colormaps["tab20"].colors
+    return [{"color": colors[i % 20], "marker": "osD^v*"[i % 6]} for i in range(count)]
+
+
 def _kib(row: dict[str, Any]) -> float:
     return row["bytes"] / 1024
 
@@ -40,18 +48,18 @@ def _perplexity(report: dict[str, Any]) -> Any:
     figure, ((left, right),) = _figure(1, 2, 7, 4.5)
     rows = [row for row in report["rows"] if row["file"] == "all"]
     last = max(row["end"] for row in rows)
-    for i, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+    variants = list(dict.fromkeys(row["variant"] for row in rows if row["variant"] != "dense"))
+    for variant, style in zip(variants, _styles(len(variants)), strict=True):
         mine = [row for row in rows if row["variant"] == variant]
         error = [row["difference_se"] or 0 for row in mine]
         centers = [(row["start"] + row["end"]) / 2 for row in mine]
-        left.errorbar(centers, [row["difference"] for row in mine], error, marker="o", capsize=3, color=f"C{i}")
+        left.errorbar(centers, [row["difference"] for row in mine], error, capsize=3, **style)
         final = next(row for row in mine if row["end"] == last)
-        right.errorbar(
-            _kib(final), final["difference"], final["difference_se"] or 0, marker="o", capsize=3, color=f"C{i}",
-            label=variant, linestyle="",
-        )  # fmt: skip
+        points = {"x": _kib(final), "y": final["difference"], "yerr": final["difference_se"] or 0}
+        right.errorbar(**points, capsize=3, label=variant, linestyle="", **style)
+    first = max(row["start"] for row in rows)
     left.set(xlabel="position", ylabel="loss above dense (nats a token)", title="by position")
-    right.set(xlabel="KiB read a token, layer and kv head", title=f"positions {final['start']} to {last - 1}")
+    right.set(xlabel="KiB read a token, layer and kv head", title=f"positions {first} to {last - 1}")
     for axes in (left, right):
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.grid(alpha=0.3)
@@ -119,23 +127,24 @@ def _tasks(report: dict[str, Any]) -> Any:
     figure, grid = _figure(2, -(-(len(tasks) + 1) // 2), 3.6, 3)
     panels = list(grid.flat)
     longest = max(report["settings"]["lengths"])
+    styles = _styles(len(variants))
     for axes, task in zip(panels, tasks, strict=False):
-        for i, variant in enumerate(variants):
+        for variant, style in zip(variants, styles, strict=True):
             mine = sorted(
                 (row for row in rows if row["variant"] == variant and row["task"] == task),
                 key=lambda row: row["length"],
             )
             axes.errorbar(
                 [row["length"] for row in mine], [row["score"] for row in mine],
-                [row["score_se"] or 0 for row in mine], marker="o", capsize=3, color=f"C{i}",
+                [row["score_se"] or 0 for row in mine], capsize=3, **style,
             )  # fmt: skip
         axes.set(title=task, ylim=(-0.05, 1.05), xlabel="tokens", ylabel="score")
         axes.grid(alpha=0.3)
     axes = panels[len(tasks)]
-    for i, variant in enumerate(variants):
+    for variant, style in zip(variants, styles, strict=True):
         mine = [row for row in rows if row["variant"] == variant and row["length"] == longest]
         mean = sum(row["score"] for row in mine) / len(mine)
-        axes.plot(_kib(mine[0]), mean, "o", color=f"C{i}", label=variant)
+        axes.plot(_kib(mine[0]), mean, linestyle="", label=variant, **style)
     axes.set(title=f"mean at {longest} tokens", xlabel="KiB read a token, layer and kv head", ylim=(-0.05, 1.05))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=6)
