@@ -35,8 +35,8 @@ def _styles(count: int) -> list[dict[str, Any]]:
     """Colour and marker of each of `count` variants."""
     import matplotlib
 
-    colors = matplotlib.colormaps["tab20"].colors
-    return [{"color": colors[i % 20], "marker": "osD^v*"[i % 6]} for i in range(count)]
+    colors = matplotlib.colormaps["tab20"]
+    return [{"color": colors(i % 20), "marker": "osD^v*"[i % 6]} for i in range(count)]
 
 
 def _kib(row: dict[str, Any]) -> float:
