@@ -109,7 +109,7 @@ def test_context_parallelism():
     assert vllm.__version__
     config = Namespace(
         model_config=Namespace(use_mla=False, hf_text_config=None),
-        cache_config=Namespace(user_specified_block_size=False, cache_dtype="auto"),
+        cache_config=Namespace(block_size=64, cache_dtype="auto"),
         parallel_config=Namespace(decode_context_parallel_size=2, prefill_context_parallel_size=1),
         additional_config={},
     )
@@ -124,7 +124,7 @@ def test_mla():
 
     config = Namespace(
         model_config=Namespace(use_mla=True, hf_text_config=None),
-        cache_config=Namespace(user_specified_block_size=False, cache_dtype="auto"),
+        cache_config=Namespace(block_size=64, cache_dtype="auto"),
         parallel_config=Namespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
         additional_config={},
     )
@@ -150,7 +150,7 @@ def test_what_cuda_kernels_lack(monkeypatch):
             get_num_kv_heads=lambda parallel: 8,
             get_head_size=lambda: 128,
         ),
-        cache_config=Namespace(user_specified_block_size=False, cache_dtype="auto"),
+        cache_config=Namespace(block_size=64, cache_dtype="auto"),
         parallel_config=Namespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
         scheduler_config=Namespace(disable_hybrid_kv_cache_manager=False),
         kv_transfer_config=None,
