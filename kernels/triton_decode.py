@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 
 from ..algorithm.parameters import SplaParameters
-from ..algorithm.selectors import get_selector
-from .layout import STATE_MAGIC, PageLayout, StateLayout
+from .layout import STATE_MAGIC, layouts
 from .triton_attend import RESIDUAL_CODES, attend_kernel
 from .triton_cache import SELECTOR_CODES, update_cache_kernel
 from .triton_score import score_pages
@@ -294,15 +293,8 @@ class TritonPagedSpla:
         self.group = num_heads // num_kv_heads
         self.max_num_rows, self.max_query_len = max_num_rows, max_query_len
         self.cache_dtype = cache_dtype
-        self.page_layout = PageLayout(
-            params.page_size,
-            head_size,
-            cache_dtype.itemsize,
-            params.selection_block,
-            get_selector(params.selector).width(head_size),
-        )
-        features = {"regression": (head_size + 1, head_size), "linear": (head_size, head_size), "none": (0, 0)}
-        self.state_layout = StateLayout(self.page_layout, *features[params.residual])
+        self.top_p = params.top_p if params.top_p is not None and params.top_p < 1 else 0.0  # 0 where there is none
+        self.page_layout, self.state_layout = layouts(params, head_size, cache_dtype)
         self.max_pages = -(-max_model_len // params.page_size)
         self.has_mass = params.residual != "none" and params.combine == "shared_normalizer"
         self.write_mass = self.has_mass and params.selector not in ("mean", "taylor2")
@@ -481,7 +473,6 @@ class TritonPagedSpla:
         columns = triton.next_power_of_2(self._group_p * max_query_len)
         budget = params.budget_blocks
         body = self.state_layout.rows_per_block - 1
-        top_p = params.top_p if params.top_p is not None and params.top_p < 1 else 0.0
         shared = {
             "GROUP": self.group,
             "GROUP_P": self._group_p,
@@ -495,7 +486,7 @@ class TritonPagedSpla:
             "LAST": params.last_blocks,
             "PAGES": self._pages_p,
             "SPLITS_P": splits_p,
-            "TOP_P": top_p,
+            "TOP_P": self.top_p,
         }
         dependent = {"launch_pdl": True} if self._dependent else {}
         prepare_kernel[(self._parts + tuning.score_splits, kv_heads, num_rows)](

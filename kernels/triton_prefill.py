@@ -152,7 +152,7 @@ class TritonPrefill:
         self._attend_tokens = max(1, self.tuning.attend_rows // wide // self._group_p)
         self._slots = params.budget_blocks - 1
         self._linear = params.residual == "linear"
-        self._s_rows = {"regression": d + 1, "linear": d, "none": 0}[params.residual]
+        self._s_rows = base.state_layout.s_rows
         # Bytes a token: its parts, or the group's scores that stand in the same place before.
         part = base.group * d * base.cache_dtype.itemsize + 2 * self._group_p * 4
         part += (base.group * d + self._group_p) * 4 if self._linear else 0
@@ -392,7 +392,7 @@ class TritonPrefill:
             step.tiles, grouped, pool["table"], pool["count"], pool["words"].view(torch.int8), max_pages, heads,
             TQ=self.tile_tokens, ROWS=rows,
             PAGE=params.page_size, SLOTS=self._slots, FIRST=params.first_blocks, LAST=params.last_blocks, PAGES=pages,
-            LANES=min(pages, 128 * warps), TOP_P=params.top_p if params.top_p is not None and params.top_p < 1 else 0.0,
+            LANES=min(pages, 128 * warps), TOP_P=base.top_p,
             num_warps=warps,
         )  # fmt: skip
         if base.has_mass:

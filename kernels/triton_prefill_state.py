@@ -10,7 +10,7 @@ Floor, bytes a page and kv head: `2 B d` elements read, `(F_S + F_z / d) d` floa
 import triton
 import triton.language as tl
 
-from .triton_state import state_row_offset, trusted_pages
+from .triton_state import softmax_key_features, state_row_offset, trusted_pages, write_headers
 
 
 @triton.jit(do_not_specialize=["block_table_stride", "state_table_stride", "last_page"])
@@ -100,16 +100,10 @@ def prefill_state_kernel(
             rows = base + (first + token) * 2 * D  # [TILE]
             v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
             if LINEAR:
-                k_all = tl.load(rows[None, :] + column[:, None], mask=in_head[:, None], other=0.0)
-                k_all = tl.where(in_head[:, None], k_all.to(tl.float32), float("-inf"))  # [DP, TILE]
-                top = tl.max(k_all, axis=0)
-                norm = tl.sum(tl.exp(k_all - top[None, :]), axis=0)
-            k = tl.load(rows[None, :] + feature[:, None], mask=of_key[:, None], other=0.0)  # [SLICE, TILE]
-            if LINEAR:
-                k = (tl.exp(k.to(tl.float32) - top[None, :]) / norm[None, :]).to(dtype)
-                k = tl.where(of_key[:, None], k, 0.0).to(dtype)
+                k = softmax_key_features(rows, feature, of_key, column, in_head)  # [SLICE, TILE]
                 z += tl.sum(k.to(tl.float32), axis=1)
             else:
+                k = tl.load(rows[None, :] + feature[:, None], mask=of_key[:, None], other=0.0)
                 folded += k.to(tl.float32)
                 k = tl.where((feature == D)[:, None], 1.0, k).to(dtype)
             s = tl.dot(k, v, s)
@@ -126,15 +120,7 @@ def prefill_state_kernel(
         arrived = tl.atomic_add(arrivals_ptr + run * num_kv_heads + head, 1, sem="acq_rel")
         if arrived == PARTS - 1:
             tl.store(arrivals_ptr + run * num_kv_heads + head, 0)
-            word = tl.arange(0, 8)
-            last = tl.maximum(tl.load(pages + target - 1), 0).to(tl.int64)
-            stamp = tl.load(
-                kv_int_ptr + last * int_page_stride + head * int_head_stride + STAMP_WORD + word - 2,
-                mask=(word >= 2) & (word < 6),
-                other=0,
-            )
-            for ordinal in tl.static_range(NUM_BLOCKS):
-                block = tl.maximum(tl.load(blocks + ordinal), 0).to(tl.int64)
-                header = tl.where(word == 1, target, tl.where(word == 6, ordinal, stamp))
-                header = tl.where(word == 0, MAGIC, header)
-                tl.store(state_int_ptr + block * block_stride + head * block_head_stride + word, header)
+            write_headers(
+                kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
+                block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
+            )  # fmt: skip

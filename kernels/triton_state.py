@@ -60,6 +60,50 @@ def trusted_pages(
 
 
 @triton.jit
+def write_headers(
+    kv_int_ptr,
+    state_int_ptr,
+    pages,  # this row's block table
+    blocks,  # this row's state table
+    head,
+    target,
+    int_page_stride,
+    int_head_stride,
+    block_stride,
+    block_head_stride,
+    MAGIC: tl.constexpr,
+    STAMP_WORD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    """Say that the stored state covers `target` pages; what `trusted_pages` reads."""
+    word = tl.arange(0, 8)
+    last = tl.maximum(tl.load(pages + target - 1), 0).to(tl.int64)
+    stamp = tl.load(
+        kv_int_ptr + last * int_page_stride + head * int_head_stride + STAMP_WORD + word - 2,
+        mask=(word >= 2) & (word < 6),
+        other=0,
+    )
+    for ordinal in tl.static_range(NUM_BLOCKS):
+        block = tl.maximum(tl.load(blocks + ordinal), 0).to(tl.int64)
+        header = tl.where(word == 1, target, tl.where(word == 6, ordinal, stamp))
+        header = tl.where(word == 0, MAGIC, header)
+        tl.store(state_int_ptr + block * block_stride + head * block_head_stride + word, header)
+
+
+@triton.jit
+def softmax_key_features(rows, feature, of_key, column, in_head):
+    """Features `[SLICE, TILE]` in the cache dtype of the keys at `rows [TILE]`: a slice of the softmax over a key."""
+    k_all = tl.load(rows[None, :] + column[:, None], mask=in_head[:, None], other=0.0)
+    dtype = k_all.dtype
+    k_all = tl.where(in_head[:, None], k_all.to(tl.float32), float("-inf"))  # [DP, TILE]
+    top = tl.max(k_all, axis=0)
+    norm = tl.sum(tl.exp(k_all - top[None, :]), axis=0)
+    k = tl.load(rows[None, :] + feature[:, None], mask=of_key[:, None], other=0.0)
+    k = (tl.exp(k.to(tl.float32) - top[None, :]) / norm[None, :]).to(dtype)
+    return tl.where(of_key[:, None], k, 0.0).to(dtype)
+
+
+@triton.jit
 def softmax_features(x, in_head, AXIS: tl.constexpr):
     """Softmax over the head dimension `AXIS` of `x` float32; 0 outside `in_head`.
 
@@ -168,15 +212,9 @@ def fold_slice(
                         rows = base + (first + token) * 2 * D  # [TILE]
                         v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
                         if LINEAR:
-                            k_all = tl.load(rows[None, :] + column[:, None], mask=in_head[:, None], other=0.0)
-                            k_all = tl.where(in_head[:, None], k_all.to(tl.float32), float("-inf"))  # [DP, TILE]
-                            top = tl.max(k_all, axis=0)
-                            norm = tl.sum(tl.exp(k_all - top[None, :]), axis=0)
-                        k = tl.load(rows[None, :] + feature[:, None], mask=in_slice[:, None], other=0.0)
-                        if LINEAR:
-                            k = (tl.exp(k.to(tl.float32) - top[None, :]) / norm[None, :]).to(dtype)
-                            k = tl.where(in_slice[:, None], k, 0.0).to(dtype)  # [SLICE, TILE]
+                            k = softmax_key_features(rows, feature, in_slice, column, in_head)  # [SLICE, TILE]
                         else:
+                            k = tl.load(rows[None, :] + feature[:, None], mask=in_slice[:, None], other=0.0)
                             sum_v += tl.sum(v.to(tl.float32), axis=0)
                         s = tl.dot(k, v, s)
                         z += tl.sum(k.to(tl.float32), axis=1)
@@ -190,18 +228,10 @@ def fold_slice(
                 arrived = tl.atomic_add(arrivals_ptr + row * num_kv_heads + head, 1, sem="acq_rel")
                 if arrived == PARTS - 1:
                     tl.store(arrivals_ptr + row * num_kv_heads + head, 0)
-                    word = tl.arange(0, 8)
-                    last = tl.maximum(tl.load(pages + target - 1), 0).to(tl.int64)
-                    stamp = tl.load(
-                        kv_int_ptr + last * int_page_stride + head * int_head_stride + STAMP_WORD + word - 2,
-                        mask=(word >= 2) & (word < 6),
-                        other=0,
-                    )
-                    for ordinal in tl.static_range(NUM_BLOCKS):
-                        block = tl.maximum(tl.load(blocks + ordinal), 0).to(tl.int64)
-                        header = tl.where(word == 1, target, tl.where(word == 6, ordinal, stamp))
-                        header = tl.where(word == 0, MAGIC, header)
-                        tl.store(state_int_ptr + block * block_stride + head * block_head_stride + word, header)
+                    write_headers(
+                        kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
+                        block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
+                    )  # fmt: skip
 
             if reads:
                 first_token = tl.load(query_start_loc_ptr + row)

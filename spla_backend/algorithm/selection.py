@@ -2,6 +2,33 @@
 
 import torch
 
+from .parameters import SplaParameters
+
+
+def forced_blocks(
+    positions: torch.Tensor, complete: torch.Tensor, params: SplaParameters
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is settled before a score is known.
+
+    Args:
+        positions: `[rows, tokens]` int64; the tokens of a row share their complete pages.
+        complete: `[rows, num_blocks]` bool, all blocks of complete pages.
+        params: Parameters.
+
+    Returns:
+        Complete blocks that are selected anyway `[rows, tokens, num_blocks]` bool, how many further ones are to be
+        chosen `[rows, tokens]` int64, and whether some block is left out `[rows, tokens]` bool.
+    """
+    block = torch.arange(complete.shape[-1], device=complete.device)
+    current = positions // params.selection_block  # [rows, tokens]
+    forced = (block < params.first_blocks) | (block > current[..., None] - params.last_blocks)
+    sparse = current + 1 > params.budget_blocks
+    forced |= ~sparse[..., None]  # everything fits into the budget
+    forced &= complete[:, None]
+    in_current_page = current + 1 - complete.sum(-1, keepdim=True)
+    num_free = (current + 1).clamp(max=params.budget_blocks) - in_current_page - forced.sum(-1)
+    return forced, num_free, sparse
+
 
 def group_scores(scores: torch.Tensor, complete: torch.Tensor | None) -> torch.Tensor:
     """Scores of the heads of a group shared in the log domain.

@@ -16,7 +16,7 @@ from ..algorithm.attention import masked_attention
 from ..algorithm.combine import double_rmsnorm, shared_normalizer
 from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import make_residual
-from ..algorithm.selection import group_scores, select_blocks
+from ..algorithm.selection import forced_blocks, group_scores, select_blocks
 from ..algorithm.selectors import get_selector
 from .capture import AttentionInputs
 from .variants import without_residual
@@ -117,17 +117,10 @@ class HeadGroup:
         """The blocks left out `[queries, num_blocks]` bool: complete ones that were not selected."""
         params = point.params
         complete = self._complete(params)
-        block = torch.arange(complete.shape[1], device=complete.device)
-        current = self.positions[:, None] // params.selection_block
-        in_current_page = current + 1 - complete.sum(-1, keepdim=True)  # blocks, not full and thus without statistics
-        forced = (block < params.first_blocks) | (block > current - params.last_blocks)
-        forced |= params.budget_blocks > current  # everything fits
-        forced &= complete
-        limit = (current + 1).clamp(max=params.budget_blocks)
-        num_free = (limit - in_current_page - forced.sum(-1, keepdim=True)).clamp(min=0)  # [queries, 1]
+        forced, num_free, _ = forced_blocks(self.positions[:, None], complete, params)  # [queries, 1, ...]
         chosen = select_blocks(
             self._group_scores(point),
-            forced[:, None],
+            forced,
             num_free,
             self.q.shape[1],
             None if point.oracle else params.top_p,
