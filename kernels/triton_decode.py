@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ..algorithm.parameters import SplaParameters
+from .fused_decode import FusedDecode, refusal
 from .layout import STATE_MAGIC, layouts
 from .triton_attend import RESIDUAL_CODES, attend_kernel
 from .triton_cache import SELECTOR_CODES, update_cache_kernel
@@ -255,7 +256,8 @@ class TritonPagedSpla:
         max_query_len: The most query tokens of a row.
         max_model_len: The most tokens of a sequence.
         device: Where the cache lives.
-        tuning: Launch shapes for every batch, instead of those that `tuning` chooses.
+        tuning: Launch shapes for every batch, instead of those that `tuning` chooses; these launches then take every
+            batch, and the fused one none.
 
     Attributes:
         page_layout: Bytes of a page.
@@ -322,6 +324,19 @@ class TritonPagedSpla:
         self._width = min(self._pages_p, max(16, _SELECT_ELEMENTS // self._group_p))
         self._scratch = _Scratch.shared(self._scratch_shapes(), device)
         self.page_table, self.page_counts = self._scratch.table, self._scratch.count
+        self.fused: FusedDecode | None = None
+        shape = {"group": self.group, "head_size": head_size, "cache_dtype": cache_dtype}
+        if self._dependent and tuning is None and refusal(params, **shape) is None:
+            self.fused = FusedDecode(
+                params,
+                num_kv_heads=num_kv_heads,
+                scale=self.scale,
+                page_layout=self.page_layout,
+                state_layout=self.state_layout,
+                max_model_len=max_model_len,
+                **shape,
+            )
+            self.fused.prepare()
 
     @property
     def scratch_bytes(self) -> int:
@@ -463,8 +478,14 @@ class TritonPagedSpla:
             if self._parts:
                 raise ValueError(f"residual {self.params.residual!r} needs a state cache and its table")
             state_cache, state_table = kv_cache, block_table
-        tuning = self.tuning(num_rows, max_query_len)
         params, scratch = self.params, self._scratch
+        if self.fused is not None and max_query_len == 1 and query.dtype == self.cache_dtype:
+            self.fused.run(
+                query, kv_cache, state_cache, query_start_loc, seq_lens, block_table, state_table, self.gain, output,
+                scratch.table, scratch.count,
+            )  # fmt: skip
+            return
+        tuning = self.tuning(num_rows, max_query_len)
         kv_int = kv_cache.view(torch.int32)
         state, state_int = state_cache.view(torch.float32), state_cache.view(torch.int32)
         mass = scratch.mass if self.write_mass else scratch.scores

@@ -1,0 +1,259 @@
+"""SPLA decode of one layer in one launch, for the shapes that most models have: `fused_decode.cu`, compiled with NVRTC.
+
+The peer of the launches in `triton_decode`, which take over where `refusal` names a reason. It computes the same
+(`reference.spla_token`), with float32 products throughout.
+"""
+
+import ctypes
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..algorithm.parameters import SplaParameters
+from .layout import STATE_MAGIC, PageLayout, StateLayout
+
+SOURCE = Path(__file__).with_name("fused_decode.cu")
+SELECTORS = {"taylor2": 1, "cumulant2": 2, "rem": 3, "quest": 4}
+RESIDUALS = {"none": 0, "regression": 1}
+THREADS = 288
+WARPS = 8
+MAX_CLUSTER = 16
+SHARED_LIMIT = 227 << 10  # bytes a thread block may have on Hopper
+SHARED_HALF = 113 << 10  # bytes of which two fit on a multiprocessor
+
+
+class _Params(ctypes.Structure):
+    """`Params` of the source."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in (
+            "query", "kv", "state", "output", "gain", "query_start_loc", "seq_lens", "block_table", "state_table",
+            "table", "count",
+        )]
+        + [(name, ctypes.c_int64) for name in (
+            "query_token_stride", "query_head_stride", "page_stride", "head_stride", "state_block_stride",
+            "state_head_stride", "output_token_stride", "output_head_stride", "block_table_stride",
+            "state_table_stride",
+        )]
+        + [(name, ctypes.c_int) for name in (
+            "num_rows", "num_kv_heads", "last_page", "max_units", "table_width", "budget", "first", "last",
+            "dense_units",
+        )]
+        + [("scale", ctypes.c_float), ("residual_scale", ctypes.c_float)]
+    )  # fmt: skip
+
+
+def refusal(params: SplaParameters, *, group: int, head_size: int, cache_dtype: torch.dtype) -> str | None:
+    """Why the fused launch does not compute this, or None where it does."""
+    if head_size not in (64, 128):
+        return f"head size {head_size} is neither 64 nor 128"
+    if group > 8:
+        return f"{group} query heads a kv head are more than 8"
+    if params.selector not in SELECTORS:
+        return f"selector {params.selector!r} is none of {', '.join(SELECTORS)}"
+    if params.residual not in RESIDUALS:
+        return f"residual {params.residual!r} is none of {', '.join(RESIDUALS)}"
+    if params.combine != "shared_normalizer":
+        return f"combination {params.combine!r} is not shared_normalizer"
+    if params.top_p is not None and params.top_p < 1:
+        return "top_p is set"
+    if cache_dtype not in (torch.float16, torch.bfloat16):
+        return f"cache dtype {cache_dtype} is neither float16 nor bfloat16"
+    return None
+
+
+class FusedDecode:
+    """The fused launch for one layer shape.
+
+    Args:
+        params: What to compute; `refusal` names nothing.
+        group: Query heads a kv head.
+        num_kv_heads: Kv heads `G`.
+        head_size: `d`.
+        cache_dtype: Dtype of cache, queries and output.
+        scale: Softmax scale; queries arrive unscaled.
+        page_layout: Bytes of a page.
+        state_layout: Bytes of a state block.
+        max_model_len: The most tokens of a sequence.
+        blocks: Thread blocks a cluster, for every batch; None chooses by the number of rows.
+    """
+
+    def __init__(
+        self,
+        params: SplaParameters,
+        *,
+        group: int,
+        num_kv_heads: int,
+        head_size: int,
+        cache_dtype: torch.dtype,
+        scale: float,
+        page_layout: PageLayout,
+        state_layout: StateLayout,
+        max_model_len: int,
+        blocks: int | None = None,
+    ) -> None:
+        self.params, self.group, self.num_kv_heads, self.head_size = params, group, num_kv_heads, head_size
+        self.cache_dtype, self.scale, self._blocks = cache_dtype, scale, blocks
+        self.max_units = -(-max_model_len // params.page_size) * params.blocks_per_page
+        self._group_p = 1 << (group - 1).bit_length()
+        elements = params.page_size * 2 * head_size + page_layout.stamp_offset
+        has_state = params.residual != "none"
+        self.defines = {
+            "D": head_size,
+            "GROUP": group,
+            "PAGE": params.page_size,
+            "UNIT": params.selection_block,
+            "LOG_UNIT": f"{math.log(params.selection_block):.9g}f",
+            "FP16": int(cache_dtype == torch.float16),
+            "SELECTOR": SELECTORS[params.selector],
+            "RESIDUAL": RESIDUALS[params.residual],
+            "NUM_BLOCKS": state_layout.num_blocks if has_state else 1,
+            "BODY": state_layout.rows_per_block - 1,
+            "STAMP_WORD": elements * page_layout.itemsize // 4,
+            "MAGIC": STATE_MAGIC,
+        }
+
+    def cluster_size(self, num_rows: int) -> int:
+        """Thread blocks a (row, kv head): as many as two a multiprocessor allow, and so that they fit there."""
+        if self._blocks is not None:
+            return self._blocks
+        blocks = MAX_CLUSTER
+        while blocks > 1 and num_rows * self.num_kv_heads * blocks > 264:
+            blocks //= 2
+        while blocks < MAX_CLUSTER and self.shared_bytes(blocks) > SHARED_HALF:
+            blocks *= 2
+        return blocks
+
+    def shared_bytes(self, blocks: int) -> int:
+        """Shared memory of a thread block; `carve` in the source lays it out."""
+        group, d = self._group_p, self.head_size
+        share = (-(-self.max_units // blocks) + 3) // 4 * 4
+        ring = WARPS * (8192 if group <= 4 else 16384)
+        keys = 4 * self.max_units + 12 if 4 * self.max_units > ring else 0
+        has_mass = self.params.residual != "none"
+        floats = share * group * (2 if has_mass else 1) + self.params.budget_blocks + group * d + WARPS * 16 * group
+        floats += (2 * group + 1) * d + (group + 1) * d + MAX_CLUSTER * 7 * group + 5 * group + WARPS * 4 * group
+        floats += (MAX_CLUSTER + 4) * group + 2 * WARPS * 4 + 4
+        return ring + keys + 4 * floats + WARPS * 12 * 8 + 16 * 16  # the last: every part begins at 16 bytes
+
+    def supports(self, num_rows: int) -> bool:
+        """Whether sequences of `max_model_len` fit into shared memory."""
+        return self.shared_bytes(self.cluster_size(num_rows)) <= SHARED_LIMIT
+
+    def run(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        state_cache: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        state_table: torch.Tensor,
+        gain: torch.Tensor,
+        output: torch.Tensor,
+        table: torch.Tensor,
+        count: torch.Tensor,
+    ) -> None:
+        """Attention of one query token a row; arguments as in `TritonPagedSpla.decode`.
+
+        Args:
+            gain: `[H]` float32.
+            table: `[tokens, G, width]` int32, written: the ids of the selected blocks, ascending, the current one last.
+            count: `[tokens, G]` int32, written.
+        """
+        params, state = self.params, state_cache.view(torch.float32)
+        arguments = _Params(
+            query=query.data_ptr(),
+            kv=kv_cache.data_ptr(),
+            state=state.data_ptr(),
+            output=output.data_ptr(),
+            gain=gain.data_ptr(),
+            query_start_loc=query_start_loc.data_ptr(),
+            seq_lens=seq_lens.data_ptr(),
+            block_table=block_table.data_ptr(),
+            state_table=state_table.data_ptr(),
+            table=table.data_ptr(),
+            count=count.data_ptr(),
+            query_token_stride=query.stride(0),
+            query_head_stride=query.stride(1),
+            page_stride=kv_cache.stride(0),
+            head_stride=kv_cache.stride(1),
+            state_block_stride=state.stride(0),
+            state_head_stride=state.stride(1),
+            output_token_stride=output.stride(0),
+            output_head_stride=output.stride(1),
+            block_table_stride=block_table.stride(0),
+            state_table_stride=state_table.stride(0),
+            num_rows=seq_lens.shape[0],
+            num_kv_heads=self.num_kv_heads,
+            last_page=kv_cache.shape[0] - 1,
+            max_units=self.max_units,
+            table_width=table.shape[2],
+            budget=params.budget_blocks,
+            first=params.first_blocks,
+            last=params.last_blocks,
+            dense_units=0,
+            scale=self.scale,
+            residual_scale=params.residual_scale,
+        )
+        self._launch(arguments, self.cluster_size(seq_lens.shape[0]), seq_lens.shape[0])
+
+    def prepare(self) -> None:
+        """Compile and load the kernel, so that the first step need not."""
+        _load(tuple(sorted(self.defines.items())))
+
+    def _launch(self, arguments: _Params, blocks: int, num_rows: int) -> None:
+        kernel = _load(tuple(sorted(self.defines.items())))
+        kernel(arguments, (blocks, self.num_kv_heads, num_rows), self.shared_bytes(blocks))
+
+
+@functools.cache
+def _load(defines: tuple[tuple[str, Any], ...]) -> Any:
+    """Compile the source for this process's GPU; a function that launches it."""
+    from cuda.bindings import driver, nvrtc
+
+    def checked(result: tuple) -> Any:
+        error, *values = result
+        if int(error) != 0:
+            name = driver.cuGetErrorName(error)[1] if isinstance(error, driver.CUresult) else error
+            raise RuntimeError(f"{SOURCE.name}: {name}")
+        return values[0] if values else None
+
+    major, minor = torch.cuda.get_device_capability()
+    options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major == 9 else ''}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in defines]
+    program = checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if int(error) != 0:
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{SOURCE.name} does not compile:\n{log.decode()}")
+    cubin = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    torch.cuda.current_stream()  # the context exists
+    module = checked(driver.cuModuleLoadData(cubin))
+    function = checked(driver.cuModuleGetFunction(module, b"spla_fused_decode"))
+    attributes = driver.CUfunction_attribute
+    checked(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_LIMIT))
+    checked(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
+
+    def launch(arguments: _Params, grid: tuple[int, int, int], shared: int) -> None:
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
+        config.sharedMemBytes = shared
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        cluster, early = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = grid[0], 1, 1
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [cluster, early], 2
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointer), 0))
+
+    launch.module = module  # type: ignore[attr-defined]  # kept loaded
+    return launch

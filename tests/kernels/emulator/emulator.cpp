@@ -1,0 +1,245 @@
+// Runs `kernels/fused_decode.cu` on a CPU: every CUDA thread is a fiber, every primitive of the hardware that the source
+// uses has a plain meaning here. Shared memory starts as NaN; bulk copies arrive as late as the wait for them, their target
+// NaN until then; threads that wait for each other in vain end the program.
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#define SPLA_EMULATE
+#define DEVICE static inline
+
+namespace emulator {
+
+struct Meeting {  // a barrier of `total` threads
+    int total = 0, arrived = 0, generation = 0;
+};
+
+struct Warp {
+    Meeting meeting, shuffles;
+    unsigned slots[2][32];
+};
+
+struct Block {
+    int rank;
+    std::vector<char> shared;
+    char *base;
+    Meeting all, workers;
+    std::vector<Warp> warps;
+};
+
+struct Copy {
+    void *to;
+    const void *from;
+    unsigned bytes;
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    Block *block;
+    int tid;
+    bool done = false;
+};
+
+static Fiber *current;
+static ucontext_t scheduler;
+static std::vector<std::unique_ptr<Block>> blocks;
+static Meeting cluster;
+static int head, row;
+static long progress;
+
+static void yield() { swapcontext(&current->context, &scheduler); }
+
+static void meet(Meeting &m) {
+    int generation = m.generation;
+    progress++;
+    if (++m.arrived == m.total) {
+        m.arrived = 0;
+        m.generation++;
+    } else {
+        while (m.generation == generation) yield();
+    }
+}
+
+static Warp &warp() { return current->block->warps[current->tid / 32]; }
+
+template <typename T> static T exchange(T x, int from) {
+    Warp &w = warp();
+    int buffer = w.shuffles.generation & 1;
+    std::memcpy(&w.slots[buffer][current->tid % 32], &x, 4);
+    meet(w.shuffles);
+    T out;
+    std::memcpy(&out, &w.slots[buffer][from], 4);
+    return out;
+}
+
+}  // namespace emulator
+
+static int thread_id() { return emulator::current->tid; }
+static int block_x() { return emulator::current->block->rank; }
+static int block_y() { return emulator::head; }
+static int block_z() { return emulator::row; }
+static int cluster_size() { return (int)emulator::blocks.size(); }
+static float shuffle_xor(float x, int mask) { return emulator::exchange(x, (thread_id() % 32) ^ mask); }
+static float shuffle(float x, int lane) { return emulator::exchange(x, lane); }
+
+template <typename F> static unsigned over_warp(unsigned x, F f) {
+    emulator::Warp &w = emulator::warp();
+    int buffer = w.shuffles.generation & 1;
+    w.slots[buffer][thread_id() % 32] = x;
+    emulator::meet(w.shuffles);
+    unsigned out = w.slots[buffer][0];
+    for (int i = 1; i < 32; i++) out = f(out, w.slots[buffer][i]);
+    return out;
+}
+static unsigned ballot(bool x) {
+    return over_warp(x ? 1u << thread_id() % 32 : 0u, [](unsigned a, unsigned b) { return a | b; });
+}
+static unsigned warp_sum(unsigned x) { return over_warp(x, [](unsigned a, unsigned b) { return a + b; }); }
+static int warp_min(int x) { return over_warp(x, [](unsigned a, unsigned b) { return (int)a < (int)b ? a : b; }); }
+static int warp_max(int x) { return over_warp(x, [](unsigned a, unsigned b) { return (int)a > (int)b ? a : b; }); }
+static int popcount(unsigned x) { return __builtin_popcount(x); }
+static void sync_warp() { emulator::meet(emulator::warp().meeting); }
+static void sync_block() { emulator::meet(emulator::current->block->all); }
+static void sync_workers() { emulator::meet(emulator::current->block->workers); }
+static void sync_cluster() { emulator::meet(emulator::cluster); }
+template <typename T> static T *of_block(T *p, int rank) {
+    return (T *)(emulator::blocks[rank]->base + ((char *)p - emulator::current->block->base));
+}
+static void grid_wait() {}
+static void grid_launch() {}
+static float exp2_(float x) { return std::exp2(x); }
+static float log2_(float x) { return std::log2(x); }
+static float sqrt_(float x) { return std::sqrt(x); }
+static int as_int(float x) { int y; std::memcpy(&y, &x, 4); return y; }
+static float as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
+static float infinity() { return INFINITY; }
+static float half_to_float(unsigned short x) { _Float16 y; std::memcpy(&y, &x, 2); return (float)y; }
+static unsigned short float_to_half(float x) {
+    _Float16 y = (_Float16)x;
+    unsigned short z;
+    std::memcpy(&z, &y, 2);
+    return z;
+}
+static unsigned short float_to_bf16(float x) {
+    unsigned bits = (unsigned)as_int(x);
+    return (unsigned short)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+struct Barrier {
+    int phase, id;
+};
+struct Pending {
+    long expected = -1;
+    std::vector<emulator::Copy> copies;
+};
+static std::vector<Pending> pending;
+static void barrier_init(Barrier *b) {
+    b->phase = 0;
+    b->id = (int)pending.size();
+    pending.emplace_back();
+}
+static void barriers_visible() {}
+static void before_copies() {}
+static void expect(Barrier *b, unsigned bytes) { pending[b->id].expected = bytes; }
+static void copy_in(void *to, const void *from, unsigned bytes, Barrier *b) {
+    if ((size_t)to % 16 || (size_t)from % 16 || bytes % 16) {
+        std::fprintf(stderr, "bulk copy of unaligned bytes\n");
+        std::abort();
+    }
+    std::memset(to, 0xff, bytes);
+    pending[b->id].copies.push_back({to, from, bytes});
+}
+static void wait(Barrier *b, unsigned parity) {
+    while ((unsigned)(b->phase & 1) == parity) {
+        Pending &p = pending[b->id];
+        long bytes = 0;
+        for (auto &c : p.copies) bytes += c.bytes;
+        if (p.expected == bytes) {
+            for (auto &c : p.copies) std::memcpy(c.to, c.from, c.bytes);
+            p.copies.clear();
+            p.expected = -1;
+            b->phase++;
+            emulator::progress++;
+        } else {
+            emulator::yield();
+        }
+    }
+}
+
+static char *shared_memory_base() { return emulator::current->block->base; }
+#define shared_memory shared_memory_base()
+#define KERNEL static void
+#define KERNEL_PARAMS const Params &p
+
+#include "fused_decode.cu"
+
+namespace emulator {
+
+static const spla::Params *parameters;
+
+static void enter() {
+    spla::spla_fused_decode(*parameters);
+    current->done = true;
+    progress++;
+    swapcontext(&current->context, &scheduler);
+}
+
+static bool run_cluster(int num_blocks, size_t shared_bytes) {
+    constexpr int threads = spla::THREADS + 32;
+    blocks.clear();
+    pending.clear();
+    cluster = Meeting{num_blocks * threads};
+    for (int r = 0; r < num_blocks; r++) {
+        auto block = std::make_unique<Block>();
+        block->rank = r;
+        block->shared.assign(shared_bytes + 128, (char)0xff);
+        block->base = (char *)(((size_t)block->shared.data() + 127) / 128 * 128);
+        block->all.total = threads;
+        block->workers.total = spla::THREADS;
+        block->warps.resize(threads / 32);
+        for (auto &w : block->warps) w.meeting.total = w.shuffles.total = 32;
+        blocks.push_back(std::move(block));
+    }
+    constexpr size_t stack = 96 << 10;
+    std::vector<Fiber> fibers(num_blocks * threads);
+    for (int i = 0; i < (int)fibers.size(); i++) {
+        Fiber &f = fibers[i];
+        f.block = blocks[i / threads].get();
+        f.tid = i % threads;
+        f.stack = std::make_unique<char[]>(stack);
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.get();
+        f.context.uc_stack.ss_size = stack;
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, enter, 0);
+    }
+    for (size_t left = fibers.size(); left > 0;) {
+        long before = progress;
+        for (auto &f : fibers) {
+            if (f.done) continue;
+            current = &f;
+            swapcontext(&scheduler, &f.context);
+            left -= f.done;
+        }
+        if (progress == before) return false;
+    }
+    return true;
+}
+
+}  // namespace emulator
+
+// 0, or 1 where threads waited for each other in vain.
+extern "C" int emulate(const spla::Params *parameters, int num_blocks, int heads, int rows, size_t shared_bytes) {
+    emulator::parameters = parameters;
+    for (emulator::row = 0; emulator::row < rows; emulator::row++)
+        for (emulator::head = 0; emulator::head < heads; emulator::head++)
+            if (!emulator::run_cluster(num_blocks, shared_bytes)) return 1;
+    return 0;
+}
