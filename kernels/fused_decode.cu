@@ -12,7 +12,7 @@
 //   3. every block finds the same threshold and the same list; each attends to its share of the list's tokens
 //   4. partial results are merged over warps, then over the cluster, a slice of the output a block
 //
-// Statistics, keys and values come through the bulk copy engine into a ring a warp owns: no warp waits for another.
+// Statistics, keys and values come by asynchronous copies into a ring that a warp owns: no warp waits for another.
 // What is read is a dense row of `2 D` elements in all cases: mean and variance of a unit, key and value of a token.
 //
 // Floor, bytes a (row, kv head): `2 D` elements a unit and 4 bytes a page; `2 D` elements a selected token;
@@ -20,7 +20,8 @@
 // 8 heads that is below what memory takes.
 //
 // Compiled with: D, GROUP, PAGE, UNIT (tokens a selection block), FP16 (0: bf16), SELECTOR, RESIDUAL (0 none,
-// 1 regression), NUM_BLOCKS, BODY (state blocks a request, body rows a block), STAMP_WORD, MAGIC, LOG_UNIT (log of UNIT).
+// 1 regression), NUM_BLOCKS, BODY (state blocks a request, body rows a block), STAMP_WORD, MAGIC, LOG_UNIT (log of UNIT),
+// BLOCKS (of a cluster).
 
 namespace spla {
 
@@ -37,29 +38,34 @@ typedef long long i64;
 constexpr int next_power(int x) { return x <= 1 ? 1 : 2 * next_power((x + 1) / 2); }
 
 constexpr int GP = next_power(GROUP);      // heads of a group, padded
-constexpr int WARPS = 8;                   // that score and attend
-constexpr int THREADS = WARPS * 32;        // of these; one warp more has the state
+constexpr int WARPS = 8;
+constexpr int THREADS = WARPS * 32;
 constexpr int ROW = 2 * D;                 // elements of a row
 constexpr int ROW_BYTES = 2 * ROW;
 constexpr int UNITS_PER_PAGE = PAGE / UNIT;
-constexpr int STAGE_ROWS = 2048 / ROW_BYTES;          // units a scoring stage
-constexpr int STAGES = 4;
-constexpr int TOKENS = 8;                             // a step of attention
-constexpr int STEP_BYTES = TOKENS * ROW_BYTES;
-constexpr int RING_BYTES = GP <= 4 ? 8192 : 16384;    // a warp; later its partial result, [PART_ROWS][D] float
-constexpr int STEPS = RING_BYTES / STEP_BYTES;        // of attention in the ring
-constexpr int CHUNKS = D / 8;                         // lanes a key: 8 elements each
-constexpr int KEYS_AT_ONCE = 32 / CHUNKS;             // keys a warp reads with one instruction
-constexpr int LANE_KEYS = TOKENS / KEYS_AT_ONCE;
-constexpr int VALUE_LANES = D / 4;                    // lanes a value: 4 elements each
-constexpr int VALUES_AT_ONCE = 32 / VALUE_LANES;
-constexpr int PART_ROWS = 2 * GP + 1;                 // exact, residual of each head; sum of values
-constexpr int SCALARS = 5;                            // a head: maximum, sum, phi(q) . z, maximum and sum of the mass
+constexpr int STRIDE = ROW_BYTES + 16;     // bytes between rows in shared memory: eight rows lie in different banks
+constexpr int TILE = 8;                    // rows of a matrix tile
+constexpr int RING_ROWS = 4096 / D;                      // rows a warp has in flight
+constexpr int STAGES = RING_ROWS / TILE;                 // scoring goes by 8 units
+constexpr int TOKENS = 16;                               // attention by 16 tokens
+constexpr int STEPS = RING_ROWS / TOKENS;
+constexpr int RING_BYTES = RING_ROWS * STRIDE;           // a warp; later its partial result
+constexpr int QUERY_STRIDE = D + 8;                      // elements
+// Columns of the weights W in W^T V: softmax weights, feature weights in two parts, ones; for each head, and one.
+constexpr int COLUMNS = RESIDUAL ? 3 * GP + 1 : GP;
+constexpr int COLUMN_TILES = (COLUMNS + 7) / 8;
+constexpr int PART_STRIDE = D + 4;                       // floats
+constexpr int PART_ROWS = RESIDUAL ? 2 * GP + 1 : GP;    // exact, residual of each head; sum of values
+constexpr int SCALARS = 4;                               // a head: maximum, sum, phi(q) . z, mass of the rest
 constexpr int MAX_CLUSTER = 16;
+constexpr int BINS = 256;
+constexpr int STATE_LANES = D / 4;                       // lanes of a row of the state, or of a value: 4 elements each
+constexpr int STATE_ROWS_AT_ONCE = 32 / STATE_LANES;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
-constexpr int LOWEST = -2147483647 - 1;
-constexpr int HIGHEST = 2147483647;
+constexpr u32 FORCED = 0xffffffffu;        // key of a unit that is selected anyway
+
+static_assert(COLUMN_TILES * 8 * PART_STRIDE * 4 <= RING_BYTES, "a warp's partial result fits into its ring");
 
 struct Params {
     const u16 *query;        // [tokens, H, D], unscaled
@@ -93,18 +99,21 @@ DEVICE int thread_id() { return threadIdx.x; }
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 DEVICE int block_z() { return blockIdx.z; }
-DEVICE int cluster_size() { return gridDim.x; }
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE u32 warp_sum(u32 x) { return __reduce_add_sync(0xffffffffu, x); }
-DEVICE int warp_min(int x) { return __reduce_min_sync(0xffffffffu, x); }
-DEVICE int warp_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
+DEVICE u32 warp_min(u32 x) { return __reduce_min_sync(0xffffffffu, x); }
+DEVICE u32 warp_max(u32 x) { return __reduce_max_sync(0xffffffffu, x); }
+DEVICE u32 shuffle_up(u32 x, int by) { return __shfl_up_sync(0xffffffffu, x, by); }
 DEVICE int popcount(u32 x) { return __popc(x); }
+DEVICE int leading_zeros(u32 x) { return __clz(x); }
+DEVICE void add_to(u32 *p, u32 x) { atomicAdd(p, x); }
+DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"((u64)p)); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
-DEVICE void sync_workers() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -126,31 +135,37 @@ DEVICE float half_to_float(u16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y)
 DEVICE u16 float_to_half(float x) { u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 DEVICE u16 float_to_bf16(float x) { u16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 
-typedef u64 Barrier;
-DEVICE void barrier_init(Barrier *b) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(b)) : "memory");
+// Four 8x8 matrices of 16-bit elements: lane `l` names row `l % 8` of matrix `l / 8`, and gets two neighbours of row
+// `l / 4` of each; transposed, of column `l / 4`.
+DEVICE void load_tiles(u32 (&x)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
 }
-DEVICE void barriers_visible() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// What was written to shared memory by ordinary stores stands before what the copy engine writes next.
-DEVICE void before_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-DEVICE void expect(Barrier *b, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+DEVICE void load_tiles_transposed(u32 (&x)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
 }
-DEVICE void copy_in(void *to, const void *from, u32 bytes, Barrier *b) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(to)), "l"((u64)from), "r"(bytes), "r"(shared_address(b)) : "memory");
-}
-DEVICE void wait(Barrier *b, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
-            shared_address(b)), "r"(parity) : "memory");
-}
-#if GROUP <= 4
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS + 32, 2)
+#if FP16
+#define MMA_TYPE "f16"
 #else
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+#define MMA_TYPE "bf16"
 #endif
+// c [16, 8] += a [16, 16] b [16, 8]: m16n8k16.
+DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPE "." MMA_TYPE ".f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// 16 bytes a lane, in groups that a lane closes and waits for itself: of small rows the bulk copy engine takes far fewer.
+DEVICE void copy_in(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"((u64)from) : "memory");
+}
+DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All groups but the last `N` have arrived.
+template <int N> DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #define KERNEL_PARAMS const __grid_constant__ Params p
 #endif  // ---------------------------------------------------------------------------------------------------------
 
@@ -188,34 +203,14 @@ DEVICE float max_(float a, float b) { return a > b ? a : b; }
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE float finite_or_0(float x) { return x == -infinity() ? 0.0f : x; }
 
-// Int that compares as the float does.
-DEVICE int ordered(float x) {
-    int bits = as_int(x);
-    return bits < 0 ? bits ^ 0x7fffffff : bits;
-}
+DEVICE u32 two(float a, float b) { return (u32)rounded(a) | (u32)rounded(b) << 16; }
 
-// Sums over LANES neighbouring lanes of N values each. Afterwards lane `l` has the sums of the values
-// `(l % LANES) * N / LANES ..`, `N / LANES` of them (at least 1), in `v[0 ..]`: half as many shuffles as values.
-template <int N, int LANES> struct Reduce {
-    template <int M> DEVICE void run(float (&v)[M], int lane) {
-        constexpr int OTHER = LANES / 2;
-        if constexpr (LANES > 1) {
-            if constexpr (N > 1) {
-                bool upper = lane & OTHER;
-#pragma unroll
-                for (int i = 0; i < N / 2; i++) {
-                    float sent = upper ? v[i] : v[i + N / 2];
-                    float kept = upper ? v[i + N / 2] : v[i];
-                    v[i] = kept + shuffle_xor(sent, OTHER);
-                }
-                Reduce<N / 2, LANES / 2>::run(v, lane);
-            } else {
-                v[0] += shuffle_xor(v[0], OTHER);
-                Reduce<1, LANES / 2>::run(v, lane);
-            }
-        }
-    }
-};
+// Unsigned that compares as the float does, and is neither 0 nor one of the two largest.
+DEVICE u32 ordered(float x) {
+    u32 bits = (u32)as_int(x);
+    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return bits < 1u ? 1u : bits > FORCED - 2 ? FORCED - 2 : bits;
+}
 
 // What the variance `s2` of q . k adds to a score (SPLA, COBS, random energy model).
 DEVICE float second_order(float s2) {
@@ -231,53 +226,64 @@ DEVICE float second_order(float s2) {
 // Shared memory of a block.
 struct Shared {
     char *ring;       // [WARPS][RING_BYTES]
-    int *keys;        // [max_units]: group scores of all units, as ordered ints
+    u32 *keys;        // [max_units]: group scores of all units, in their order; shares the ring's memory where it can
     float *score;     // [share][GP]: of this block's units
     float *mass;      // [share][GP], where there is a residual
     int *list;        // [budget]: selected units, where some are left out
-    float *query;     // [GP][D], scaled
-    float *weights;   // [WARPS][TOKENS][2 GP]: softmax and feature weights of a warp's tokens
-    float *part;      // [PART_ROWS][D]: this block's partial result
-    float *read;      // [GP + 1][D]: phi(q) S over this block's rows of the state; its share of sum v
+    u16 *query;       // [3][8][QUERY_STRIDE]: q; q^2 in two parts, normalised; row `r` is head `r % GP`
+    float *scaled;    // [GP][D]: q times the softmax scale
+    float *restore;   // [GP]: what undoes the normalisation of q^2
+    float *part;      // [PART_ROWS][D]: this block's partial result; shares the scores' memory where it can
+    float *gain;      // [GP]
     float *norms;     // [MAX_CLUSTER][2 GP]: maxima and sums of the blocks' scores
-    float *scalars;   // [MAX_CLUSTER][SCALARS GP]: of all blocks
-    float *mine;      // [SCALARS GP]
-    float *warp;      // [WARPS][4 GP]
-    float *final_;    // [(MAX_CLUSTER + 4) GP]
-    int *count;       // [2][WARPS][4]
+    u32 *ranges;      // [MAX_CLUSTER][2]: least and largest key of the blocks, forced units left out
+    float *lse;       // [GP], of all scores
+    float *scalars;   // [MAX_CLUSTER][SCALARS][GP]: of all blocks
+    float *mine;      // [SCALARS][GP]: of this block
+    float *warp;      // [WARPS][SCALARS][GP]
+    float *final_;    // [MAX_CLUSTER + 4][GP]
+    u32 *bins;        // [3][BINS]
+    u32 *count;       // [2][WARPS]
     int *flags;       // [4]
-    Barrier *barriers;  // [WARPS][STAGES + STEPS]
 };
 
-DEVICE int share_of(int units, int blocks) { return (ceil_div(units, blocks) + 3) / 4 * 4; }
+// Units of a block's share.
+DEVICE int share_of(int units) { return (ceil_div(units, BLOCKS) + 3) / 4 * 4; }
 
 // `kernels/fused_decode.py: shared_bytes` adds up the same.
-DEVICE Shared carve(char *base, const Params &p, int blocks) {
+DEVICE Shared carve(char *base, const Params &p) {
     Shared s;
     char *at = base;
-    int share = share_of(p.max_units, blocks);
+    int share = share_of(p.max_units);
 #define TAKE(field, type, n) s.field = (type *)at; at += ((n) * sizeof(type) + 15) / 16 * 16;
     TAKE(ring, char, WARPS * RING_BYTES)
     // No warp scores any more when keys are written, nor has a token been asked for before they are read.
-    s.keys = (int *)s.ring;
+    s.keys = (u32 *)s.ring;
     if (p.max_units * 4 > WARPS * RING_BYTES) {
-        TAKE(keys, int, (p.max_units + 3) / 4 * 4)
+        TAKE(keys, u32, (p.max_units + 3) / 4 * 4)
     }
     TAKE(score, float, share * GP)
+    // Nobody needs the scores of single heads any more when the partial result is written.
+    s.part = s.score;
+    if (share * GP < PART_ROWS * D) {
+        TAKE(part, float, PART_ROWS * D)
+    }
     TAKE(mass, float, RESIDUAL ? share * GP : 0)
     TAKE(list, int, p.budget)
-    TAKE(query, float, GP * D)
-    TAKE(weights, float, WARPS * TOKENS * 2 * GP)
-    TAKE(part, float, PART_ROWS * D)
-    TAKE(read, float, (GP + 1) * D)
+    TAKE(query, u16, 3 * 8 * QUERY_STRIDE)
+    TAKE(scaled, float, GP * D)
+    TAKE(restore, float, GP)
+    TAKE(gain, float, GP)
     TAKE(norms, float, MAX_CLUSTER * 2 * GP)
+    TAKE(ranges, u32, MAX_CLUSTER * 2)
+    TAKE(lse, float, GP)
     TAKE(scalars, float, MAX_CLUSTER * SCALARS * GP)
     TAKE(mine, float, SCALARS * GP)
-    TAKE(warp, float, WARPS * 4 * GP)
+    TAKE(warp, float, WARPS * SCALARS * GP)
     TAKE(final_, float, (MAX_CLUSTER + 4) * GP)
-    TAKE(count, int, 2 * WARPS * 4)
+    TAKE(bins, u32, 3 * BINS)
+    TAKE(count, u32, 2 * WARPS)
     TAKE(flags, int, 4)
-    TAKE(barriers, Barrier, WARPS * (STAGES + STEPS))
 #undef TAKE
     return s;
 }
@@ -307,20 +313,41 @@ DEVICE float *state_row(const Row &row, int t) {
 
 // ------------------------------------------------------------------------------------------------ recurrent state
 
-// Pages that the stored state covers for this very sequence, 0 where it cannot be trusted; one warp.
-DEVICE int trusted_pages(const Row &row, int target, int lane) {
-    const int *header = (const int *)(row.state + (i64)max_(row.blocks[0], 0) * row.state_block_stride);
-    int covered = header[1];
+// What decides whether a stored state is trusted, on its way; one warp, a quarter of it a state block. Which page's stamp
+// is needed the header says, but it is nearly always one of two, which are asked for together with the headers.
+struct Trust {
+    int found[(NUM_BLOCKS + 3) / 4];
+    int last, before;
+};
+
+DEVICE Trust ask_trust(const Row &row, int target, int lane) {
+    Trust t;
+    int word = lane & 7;
+    const u16 *page = page_at(row, row.pages[target - 1]), *other = page_at(row, row.pages[max_(target - 2, 0)]);
+    bool of_stamp = word >= 2 && word < 6;
+    t.last = of_stamp ? ((const int *)page)[STAMP_WORD + word - 2] : 0;
+    t.before = of_stamp ? ((const int *)other)[STAMP_WORD + word - 2] : 0;
+#pragma unroll
+    for (int i = 0; i < (NUM_BLOCKS + 3) / 4; i++) {
+        int block = min_(i * 4 + lane / 8, NUM_BLOCKS - 1);
+        t.found[i] = ((const int *)(row.state + (i64)max_(row.blocks[block], 0) * row.state_block_stride))[word];
+    }
+    return t;
+}
+
+// Pages that the stored state covers for this very sequence, 0 where it cannot be trusted.
+DEVICE int trusted_pages(const Trust &t, const Row &row, int target, int lane) {
+    int word = lane & 7;
+    int covered = shuffle(t.found[0], 1);
     bool right = covered > 0 && covered <= target;
-    if (right) {
-        int word = lane & 7;
-        int stamp = 0;
-        if (word >= 2 && word < 6) stamp = ((const int *)page_at(row, row.pages[covered - 1]))[STAMP_WORD + word - 2];
-        for (int b = 0; b < NUM_BLOCKS; b++) {
-            const int *mine = (const int *)(row.state + (i64)max_(row.blocks[b], 0) * row.state_block_stride);
-            int expected = word == 0 ? MAGIC : word == 1 ? covered : word == 6 ? b : stamp;
-            right = right && mine[word] == expected;
-        }
+    int stamp = covered == target ? t.last : t.before;
+    if (right && covered < target - 1 && word >= 2 && word < 6)
+        stamp = ((const int *)page_at(row, row.pages[covered - 1]))[STAMP_WORD + word - 2];
+#pragma unroll
+    for (int i = 0; i < (NUM_BLOCKS + 3) / 4; i++) {
+        int block = min_(i * 4 + lane / 8, NUM_BLOCKS - 1);
+        int expected = word == 0 ? MAGIC : word == 1 ? covered : word == 6 ? block : word == 7 ? 0 : stamp;
+        right = right && t.found[i] == expected;
     }
     return ballot(!right) == 0 ? covered : 0;
 }
@@ -339,16 +366,16 @@ DEVICE void write_headers(const Row &row, int target, int lane) {
 
 // Fold the pages `covered .. target - 1` into this block's rows of the state. All eight warps: a warp has some rows, or,
 // where a block has few rows, some of the tokens of each page, and the sums meet in the ring.
-DEVICE void fold(const Shared &s, const Row &row, int rank, int blocks, int covered, int target, int warp, int lane) {
+DEVICE void fold(const Shared &s, const Row &row, int rank, int covered, int target, int warp, int lane) {
     constexpr int MOST = 8;  // rows at a time
-    int num_rows = D / blocks;
+    int num_rows = D / BLOCKS;
     int first_row = rank * num_rows;
     int chunk = min_(MOST, num_rows);
     int num_chunks = num_rows / chunk;
     int sharing = max_(1, WARPS / num_chunks);  // warps a chunk
     int part = warp % sharing;
-    int column = lane % VALUE_LANES * 4;
-    int sub = lane / VALUE_LANES;
+    int column = lane % STATE_LANES * 4;
+    int sub = lane / STATE_LANES;
     for (int first_chunk = 0; first_chunk < num_chunks; first_chunk += WARPS / sharing) {
         int c = first_chunk + warp / sharing;
         int base = first_row + c * chunk;
@@ -356,7 +383,7 @@ DEVICE void fold(const Shared &s, const Row &row, int rank, int blocks, int cove
         for (int index = covered; index < target; index++) {
             const u16 *page = page_at(row, row.pages[index]);
 #pragma unroll 2
-            for (int t = part * VALUES_AT_ONCE + sub; t < PAGE; t += sharing * VALUES_AT_ONCE) {
+            for (int t = part * STATE_ROWS_AT_ONCE + sub; t < PAGE; t += sharing * STATE_ROWS_AT_ONCE) {
                 const u16 *token = page + t * ROW;
                 Pair two = *(const Pair *)(token + D + column);
                 float v[4] = {low(two.x[0]), high(two.x[0]), low(two.x[1]), high(two.x[1])};
@@ -372,14 +399,14 @@ DEVICE void fold(const Shared &s, const Row &row, int rank, int blocks, int cove
             }
         }
         float *ring = (float *)(s.ring + warp * RING_BYTES);  // [MOST + 1][D], then z [MOST]
-        if constexpr (VALUES_AT_ONCE > 1) {
+        if constexpr (STATE_ROWS_AT_ONCE > 1) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) v_sum[j] += shuffle_xor(v_sum[j], VALUE_LANES);
+            for (int j = 0; j < 4; j++) v_sum[j] += shuffle_xor(v_sum[j], STATE_LANES);
 #pragma unroll
             for (int i = 0; i < MOST; i++) {
-                z[i] += shuffle_xor(z[i], VALUE_LANES);
+                z[i] += shuffle_xor(z[i], STATE_LANES);
 #pragma unroll
-                for (int j = 0; j < 4; j++) sum[i][j] += shuffle_xor(sum[i][j], VALUE_LANES);
+                for (int j = 0; j < 4; j++) sum[i][j] += shuffle_xor(sum[i][j], STATE_LANES);
             }
         }
         if (sub == 0) {
@@ -391,7 +418,7 @@ DEVICE void fold(const Shared &s, const Row &row, int rank, int blocks, int cove
         if (lane == 0)
 #pragma unroll
             for (int i = 0; i < MOST; i++) ring[(MOST + 1) * D + i] = z[i];
-        sync_workers();
+        sync_block();
         if (part == 0) {
             for (int e = lane; e < (chunk + 1) * D + chunk; e += 32) {
                 // Sums of v belong to the first rows of the first block.
@@ -411,137 +438,166 @@ DEVICE void fold(const Shared &s, const Row &row, int rank, int blocks, int cove
                 *to = (covered > 0 ? *to : 0.0f) + more;
             }
         }
-        sync_workers();
+        sync_block();
     }
 }
 
-// phi(q) S, phi(q) . z and sum v over this block's rows; one warp.
-DEVICE void read_state(const Shared &s, const Row &row, int rank, int blocks, int lane) {
-    int num_rows = D / blocks;
-    int first_row = rank * num_rows;
-    int column = lane % VALUE_LANES * 4;
-    int sub = lane / VALUE_LANES;
-    float sum[GP][4] = {};
+// A warp's rows of the state: phi(q) S, phi(q) . z, sum v.
+struct StateRead {
+    float s[GP][4];  // of the columns `lane % (D / 4) * 4 ..`
+    float z[GP];
+    float v[4];
+};
+
+struct StateRows {
+    int first, num;
+};
+
+DEVICE StateRows state_rows(int rank, int warp) {
+    int num_rows = D / BLOCKS;  // of this block
+    int per_warp = max_(1, num_rows / WARPS);
+    if (warp * per_warp >= num_rows) return {0, 0};
+    return {rank * num_rows + warp * per_warp, per_warp};
+}
+
+DEVICE void prefetch_state(const Row &row, int rank, int tid) {
+    constexpr int LINES = (D * 4 + 127) / 128;  // of a row
+    int num_rows = D / BLOCKS;
+    for (int i = tid; i < num_rows * LINES; i += THREADS)
+        prefetch(state_row(row, rank * num_rows + i / LINES) + i % LINES * 32);
+    if (tid < LINES) prefetch(state_row(row, D + 1) + tid * 32);
+    if (rank == 0 && tid < LINES) prefetch(state_row(row, D) + tid * 32);
+}
+
+DEVICE void read_state(StateRead &out, const Shared &s, const Row &row, int rank, int warp, int lane) {
+    constexpr int LANES = STATE_LANES, AT_ONCE = STATE_ROWS_AT_ONCE;
+    StateRows rows = state_rows(rank, warp);
+    int column = lane % LANES * 4, sub = lane / LANES;
+    const float *z = state_row(row, D + 1);
+#pragma unroll
+    for (int h = 0; h < GP; h++) {
+        out.z[h] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 4; j++) out.s[h][j] = 0.0f;
+    }
 #pragma unroll 4
-    for (int i = sub; i < num_rows; i += VALUES_AT_ONCE) {
-        Four x = *(const Four *)(state_row(row, first_row + i) + column);
+    for (int i = sub; i < rows.num; i += AT_ONCE) {
+        Four x = *(const Four *)(state_row(row, rows.first + i) + column);
+        float x_z = z[rows.first + i];
 #pragma unroll
         for (int h = 0; h < GP; h++) {
-            float q = s.query[h * D + first_row + i];
+            float q = s.scaled[h * D + rows.first + i];
+            out.z[h] += q * x_z;
 #pragma unroll
-            for (int j = 0; j < 4; j++) sum[h][j] += q * x.x[j];
+            for (int j = 0; j < 4; j++) out.s[h][j] += q * x.x[j];
         }
     }
-    float z[GP] = {};
-    for (int i = lane; i < num_rows; i += 32) {
-        float x = state_row(row, D + 1)[first_row + i];
+    Four x = {{0, 0, 0, 0}};
+    if (rank == 0 && warp == 0) x = *(const Four *)(state_row(row, D) + column);
 #pragma unroll
-        for (int h = 0; h < GP; h++) z[h] += s.query[h * D + first_row + i] * x;
+    for (int j = 0; j < 4; j++) out.v[j] = x.x[j];
+    if constexpr (AT_ONCE > 1) {
+#pragma unroll
+        for (int h = 0; h < GP; h++) {
+            out.z[h] += shuffle_xor(out.z[h], LANES);
+#pragma unroll
+            for (int j = 0; j < 4; j++) out.s[h][j] += shuffle_xor(out.s[h][j], LANES);
+        }
     }
-    if constexpr (VALUES_AT_ONCE > 1) {
-#pragma unroll
-        for (int h = 0; h < GP; h++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) sum[h][j] += shuffle_xor(sum[h][j], VALUE_LANES);
-    }
-#pragma unroll
-    for (int h = 0; h < GP; h++)
-        for (int other = 16; other > 0; other /= 2) z[h] += shuffle_xor(z[h], other);
-    if (sub == 0) {
-#pragma unroll
-        for (int h = 0; h < GP; h++) *(Four *)(s.read + h * D + column) = {{sum[h][0], sum[h][1], sum[h][2], sum[h][3]}};
-        Four v = {{0, 0, 0, 0}};
-        if (rank == 0) v = *(const Four *)(state_row(row, D) + column);
-        *(Four *)(s.read + GP * D + column) = v;
-    }
-    if (lane == 0)
-#pragma unroll
-        for (int h = 0; h < GP; h++) s.mine[2 * GP + h] = z[h];
 }
 
 // ------------------------------------------------------------------------------------------------------- scoring
 
-// Scores, and masses where there is a residual, of the units `first .. first + num - 1`; one warp's share of them.
-DEVICE void score_units(const Shared &s, const Row &row, int first, int num, int warp, int lane) {
-    constexpr int HALF = CHUNKS;              // lanes of a mean, and then of a variance
-    constexpr int AT_ONCE = 32 / (2 * HALF);  // units a warp reads with one instruction
-    constexpr int LANE_UNITS = STAGE_ROWS / AT_ONCE;
-    constexpr int N = LANE_UNITS * GP;
-    constexpr int SUMS = N > HALF ? N / HALF : 1;
-    char *ring = s.ring + warp * RING_BYTES;
-    Barrier *full = s.barriers + warp * (STAGES + STEPS);
-    int num_groups = ceil_div(num, STAGE_ROWS);
-    int mine = num_groups > warp ? ceil_div(num_groups - warp, WARPS) : 0;
+// Shares of a block are cut into tiles of 8 units; warp `w` has the tiles `w`, `w + 8`, ... Lanes `0 .. 7` fetch.
+DEVICE int tiles_of(int num, int warp) {
+    int tiles = ceil_div(num, TILE);
+    return tiles > warp ? ceil_div(tiles - warp, WARPS) : 0;
+}
 
-    auto page_id = [&](int k, int r) {  // behind the last unit, the last again
-        int unit = first + min_((warp + k * WARPS) * STAGE_ROWS + r, num - 1);
-        return row.pages[unit / UNITS_PER_PAGE];
-    };
-    auto issue = [&](int k, int r, int id, int stage) {
-        int unit = first + min_((warp + k * WARPS) * STAGE_ROWS + r, num - 1);
-        const u16 *from = page_at(row, id) + PAGE * ROW + unit % UNITS_PER_PAGE * ROW;
-        copy_in(ring + stage * 2048 + r * ROW_BYTES, from, ROW_BYTES, full + stage);
-    };
-    // All stages at once: a lane a unit.
-    for (int i = lane; i < STAGES * STAGE_ROWS; i += 32) {
-        int k = i / STAGE_ROWS, r = i % STAGE_ROWS;
-        if (k < mine) {
-            if (r == 0) expect(full + k, STAGE_ROWS * ROW_BYTES);
-            issue(k, r, page_id(k, r), k);
-        }
+// Page id of the unit `r` of a warp's `k`-th tile; behind the last unit, the last again.
+DEVICE int unit_of(int first, int num, int warp, int k, int r) { return first + min_((warp + k * WARPS) * TILE + r, num - 1); }
+
+// Ask for a tile; lane `from_lane + r` has the page id of its unit `r`.
+DEVICE void issue_tile(
+    const Shared &s, const Row &row, int first, int num, int k, int id, int from_lane, int warp, int lane) {
+    char *to = s.ring + warp * RING_BYTES + k % STAGES * TILE * STRIDE + lane % STATE_LANES * 16;
+#pragma unroll
+    for (int j = 0; j < TILE; j += STATE_ROWS_AT_ONCE) {
+        int r = j + lane / STATE_LANES;
+        int unit = unit_of(first, num, warp, k, r);
+        const u16 *from = page_at(row, shuffle(id, from_lane + r)) + (PAGE + unit % UNITS_PER_PAGE) * ROW;
+        copy_in(to + r * STRIDE, from + lane % STATE_LANES * 8);
     }
-    int next_id = lane < STAGE_ROWS && STAGES < mine ? page_id(STAGES, lane) : 0;
+}
 
-    bool second = lane & HALF;
-    float w[GP][8];  // the first half of a unit's lanes has q, the second q^2
-#pragma unroll
-    for (int h = 0; h < GP; h++)
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float q = s.query[h * D + lane % HALF * 8 + j];
+// Scores, and masses where there is a residual, of this block's units. The first `STAGES` tiles have been asked for.
+DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int first, int num, int warp, int lane) {
+    const char *ring = s.ring + warp * RING_BYTES;
+    int tiles = tiles_of(num, warp);
+    int next_id = lane < TILE && STAGES < tiles ? row.pages[unit_of(first, num, warp, STAGES, lane) / UNITS_PER_PAGE] : 0;
+
+    // The heads are the rows of the left side: `q` for the first half of a statistic; for the second `q^2`, its low part
+    // in the rows 8 to 15. For quest the negative and the positive part of q, and rows 8 to 15 are not read.
+    u32 q[D / 16][2], square[D / 16][4];
+    int matrix = lane / 8, r = lane % 8;
 #if SELECTOR == QUEST
-            w[h][j] = second ? max_(q, 0.0f) : -max_(-q, 0.0f);
+    int first_part = 1, second_part = 2;
 #else
-            w[h][j] = second ? q * q : q;
+    int first_part = 0, second_part = 1 + matrix % 2;
 #endif
+#pragma unroll
+    for (int k = 0; k < D / 16; k += 2) {
+        u32 x[4];
+        load_tiles(x, s.query + (first_part * 8 + r) * QUERY_STRIDE + k * 16 + matrix * 8);
+        q[k][0] = x[0];
+        q[k][1] = x[1];
+        q[k + 1][0] = x[2];
+        q[k + 1][1] = x[3];
+    }
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        load_tiles(square[k], s.query + (second_part * 8 + r) * QUERY_STRIDE + k * 16 + matrix / 2 * 8);
+    int head = lane / 4 % GP;
+    float restore = s.restore[head];
+
+    for (int k = 0; k < tiles; k++) {
+        wait_copies<STAGES - 1>();
+        sync_warp();
+        const char *rows = ring + (k % STAGES * TILE + r) * STRIDE + matrix * 16;
+        float linear[4] = {}, second[4] = {};
+#pragma unroll
+        for (int i = 0; i < D / 16; i += 2) {
+            u32 x[4];
+            load_tiles(x, rows + i * 32);
+            multiply(linear, q[i][0], 0, q[i][1], 0, x[0], x[1]);
+            multiply(linear, q[i + 1][0], 0, q[i + 1][1], 0, x[2], x[3]);
         }
-    for (int k = 0; k < mine; k++) {
-        int stage = k % STAGES;
-        wait(full + stage, k / STAGES & 1);
-        float v[N];
 #pragma unroll
-        for (int i = 0; i < LANE_UNITS; i++) {
-            Words x = *(const Words *)(ring + stage * 2048 + i * 512 + lane * 16);
-#pragma unroll
-            for (int h = 0; h < GP; h++) {
-                float sum = 0.0f;
-#pragma unroll
-                for (int j = 0; j < 4; j++) sum += low(x.x[j]) * w[h][2 * j] + high(x.x[j]) * w[h][2 * j + 1];
-                v[i * GP + h] = sum;
-            }
+        for (int i = 0; i < D / 16; i += 2) {
+            u32 x[4];
+            load_tiles(x, rows + 2 * D + i * 32);
+            multiply(second, square[i][0], square[i][1], square[i][2], square[i][3], x[0], x[1]);
+            multiply(second, square[i + 1][0], square[i + 1][1], square[i + 1][2], square[i + 1][3], x[2], x[3]);
         }
         sync_warp();  // all lanes have read the stage
-        if (k + STAGES < mine) {
-            if (lane == 0) expect(full + stage, STAGE_ROWS * ROW_BYTES);
-            if (lane < STAGE_ROWS) {
-                issue(k + STAGES, lane, next_id, stage);
-                if (k + STAGES + 1 < mine) next_id = page_id(k + STAGES + 1, lane);
-            }
+        if (k + STAGES < tiles) {
+            issue_tile(s, row, first, num, k + STAGES, next_id, 0, warp, lane);
+            if (lane < TILE && k + STAGES + 1 < tiles)
+                next_id = row.pages[unit_of(first, num, warp, k + STAGES + 1, lane) / UNITS_PER_PAGE];
         }
-        Reduce<N, HALF>::run(v, lane);
+        close_copies();
 #pragma unroll
-        for (int i = 0; i < SUMS; i++) {
-            float other = shuffle_xor(v[i], HALF);
-            int index = lane % HALF * N / HALF + i;
-            int unit = (warp + k * WARPS) * STAGE_ROWS + index / GP * AT_ONCE + lane / (2 * HALF);
-            if (!second && unit < num) {
+        for (int i = 0; i < 2; i++) {
+            int unit = (warp + k * WARPS) * TILE + lane % 4 * 2 + i;
+            if (lane / 4 < GP && unit < num) {
 #if SELECTOR == QUEST
-                s.score[unit * GP + index % GP] = v[i] + other;
+                s.score[unit * GP + head] = (linear[i] + second[i]) * p.scale;
 #else
-                float s2 = max_(other, 0.0f);
-                s.score[unit * GP + index % GP] = LOG_UNIT + v[i] + second_order(s2);
+                float base = LOG_UNIT + linear[i] * p.scale;
+                float s2 = max_((second[i] + second[i + 2]) * restore, 0.0f);
+                s.score[unit * GP + head] = base + second_order(s2);
 #if RESIDUAL
-                s.mass[unit * GP + index % GP] = LOG_UNIT + v[i] + log_(1.0f + 0.5f * s2);
+                s.mass[unit * GP + head] = base + log_(1.0f + 0.5f * s2);
 #endif
 #endif
             }
@@ -549,51 +605,65 @@ DEVICE void score_units(const Shared &s, const Row &row, int first, int num, int
     }
 }
 
-// Maximum, and sum of exponentials from it, for each head over `x [num][GP]`; all eight warps. In thread `h < GP`.
-DEVICE void norm_of(const Shared &s, const float *x, int num, int tid, float &top, float &sum) {
+// Maximum of this block's scores and sum of exponentials from it, for each head, to all blocks of the cluster.
+DEVICE void share_norms(const Shared &s, int num, int rank, int tid) {
     int lane = tid % 32, warp = tid / 32;
-    top = -infinity();
-    for (int i = tid; i < num * GP; i += THREADS) top = max_(top, x[i]);
+    float top = -infinity();
+    for (int i = tid; i < num * GP; i += THREADS) top = max_(top, s.score[i]);
 #pragma unroll
     for (int other = GP; other < 32; other *= 2) top = max_(top, shuffle_xor(top, other));
-    if (lane < GP) s.warp[warp * 4 * GP + lane] = top;
-    sync_workers();
-    top = -infinity();
-    for (int w = 0; w < WARPS; w++) top = max_(top, s.warp[w * 4 * GP + lane % GP]);
-    float anchor = finite_or_0(top);
-    sum = 0.0f;
-    for (int i = tid; i < num * GP; i += THREADS) sum += exp_(x[i] - anchor);
+    // Every warp from its own maximum: they are joined below.
+    float anchor = finite_or_0(top), sum = 0.0f;
+    for (int i = tid; i < num * GP; i += THREADS) sum += exp_(s.score[i] - anchor);
 #pragma unroll
     for (int other = GP; other < 32; other *= 2) sum += shuffle_xor(sum, other);
-    if (lane < GP) s.warp[warp * 4 * GP + GP + lane] = sum;
-    sync_workers();
-    if (tid < GP) {
+    if (lane < GP) {
+        s.warp[warp * 2 * GP + lane] = top;
+        s.warp[warp * 2 * GP + GP + lane] = sum;
+    }
+    sync_block();
+    for (int i = tid; i < BLOCKS * GP; i += THREADS) {
+        int h = i % GP;
+        top = -infinity();
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) top = max_(top, s.warp[w * 2 * GP + h]);
+        anchor = finite_or_0(top);
         sum = 0.0f;
-        for (int w = 0; w < WARPS; w++) sum += s.warp[w * 4 * GP + GP + tid];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += s.warp[w * 2 * GP + GP + h] * exp_(s.warp[w * 2 * GP + h] - anchor);
+        float *to = of_block(s.norms + rank * 2 * GP + h, i / GP);
+        to[0] = top;
+        to[GP] = sum;
     }
 }
 
-// Group scores of this block's units, as ordered ints, to all blocks of the cluster.
-DEVICE void share_scores(const Shared &s, const Row &row, const Params &p, int first, int num, int blocks, int tid) {
-    int lane = tid % 32;
+// Group scores of this block's units, as keys, to all blocks of the cluster.
+DEVICE void share_keys(const Shared &s, const Row &row, const Params &p, int first, int num, int rank, int tid) {
+    int lane = tid % 32, warp = tid / 32;
     // Normalisers over the blocks: a lane has head `lane % GP` of every so many-th block.
-    float top = -infinity();
-    for (int b = lane / GP; b < blocks; b += 32 / GP) top = max_(top, s.norms[b * 2 * GP + lane % GP]);
+    constexpr int ROUNDS = (MAX_CLUSTER * GP + 31) / 32;
+    float tops[ROUNDS], sums[ROUNDS], top = -infinity(), sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        int b = lane / GP + i * (32 / GP);
+        tops[i] = b < BLOCKS ? s.norms[b * 2 * GP + lane % GP] : -infinity();
+        sums[i] = b < BLOCKS ? s.norms[b * 2 * GP + GP + lane % GP] : 0.0f;
+        top = max_(top, tops[i]);
+    }
 #pragma unroll
     for (int other = GP; other < 32; other *= 2) top = max_(top, shuffle_xor(top, other));
-    float sum = 0.0f;
-    for (int b = lane / GP; b < blocks; b += 32 / GP) {
-        float at = s.norms[b * 2 * GP + lane % GP];
-        if (at != -infinity()) sum += s.norms[b * 2 * GP + GP + lane % GP] * exp_(at - top);
-    }
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) sum += sums[i] * exp_(tops[i] - top);
 #pragma unroll
     for (int other = GP; other < 32; other *= 2) sum += shuffle_xor(sum, other);
     float mine = top + log_(sum);
-    float lse[GP];
+    if (tid < GP) s.lse[tid] = mine;
+    float lse[GROUP];
 #pragma unroll
-    for (int h = 0; h < GP; h++) lse[h] = shuffle(mine, h);
+    for (int h = 0; h < GROUP; h++) lse[h] = shuffle(mine, h);
 
     int current = row.position / UNIT;
+    u32 least = FORCED, largest = 0;
     for (int i = tid; i < num; i += THREADS) {
         float best = -infinity(), x[GROUP];
 #pragma unroll
@@ -601,146 +671,155 @@ DEVICE void share_scores(const Shared &s, const Row &row, const Params &p, int f
             x[h] = s.score[i * GP + h] - lse[h];
             best = max_(best, x[h]);
         }
-        float total = 0.0f;
-        float anchor = finite_or_0(best);
+        float total = 0.0f, anchor = finite_or_0(best);
 #pragma unroll
         for (int h = 0; h < GROUP; h++) total += exp_(x[h] - anchor);
         int unit = first + i;
-        bool forced = unit < p.first || unit > current - p.last;
-        s.keys[unit] = forced ? HIGHEST : min_(max_(ordered(anchor + log_(total)), LOWEST + 1), HIGHEST - 1);
+        u32 key = ordered(anchor + log_(total));
+        if (unit < p.first || unit > current - p.last) {
+            key = FORCED;
+        } else {
+            least = key < least ? key : least;
+            largest = key > largest ? key : largest;
+        }
+        s.keys[unit] = key;
     }
-    sync_workers();
+    least = warp_min(least);
+    largest = warp_max(largest);
+    if (lane == 0) {
+        s.count[warp] = least;
+        s.count[WARPS + warp] = largest;
+    }
+    sync_block();
     int quads = ceil_div(num, 4);  // what lies behind the last unit is read by nobody
-    for (int i = tid; i < quads * (blocks - 1); i += THREADS) {
+    for (int i = tid; i < quads * (BLOCKS - 1); i += THREADS) {
         int to = i / quads;
-        to += to >= block_x();
-        int *quad = s.keys + first + i % quads * 4;
+        to += to >= rank;
+        u32 *quad = s.keys + first + i % quads * 4;
         *of_block((Words *)quad, to) = *(const Words *)quad;
+    }
+    if (tid < BLOCKS) {
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            least = s.count[w] < least ? s.count[w] : least;
+            largest = s.count[WARPS + w] > largest ? s.count[WARPS + w] : largest;
+        }
+        u32 *to = of_block(s.ranges + rank * 2, tid);
+        to[0] = least;
+        to[1] = largest;
     }
 }
 
 // The `wanted` units of largest key, ties to the lower index, as an ascending list; and this block's masses of them
-// removed. All eight warps.
-DEVICE void select(const Shared &s, int num_units, int wanted, int first, int num, int tid) {
+// removed. `free` of them are not forced.
+DEVICE void select(const Shared &s, int num_units, int wanted, int free, int first, int num, int tid) {
     int lane = tid % 32, warp = tid / 32;
     int per_warp = ceil_div(num_units, THREADS) * 32;  // neighbouring units, so that a prefix sum orders them
     int start = warp * per_warp, stop = min_(start + per_warp, num_units);
-    int low_key = HIGHEST, high_key = LOWEST, forced = 0;
-    for (int i = start + lane; i < stop; i += 32) {
-        int key = s.keys[i];
-        if (key == HIGHEST) {
-            forced++;
-        } else {
-            low_key = min_(low_key, key);
-            high_key = max_(high_key, key);
-        }
-    }
-    int *count = s.count;
-    low_key = warp_min(low_key);
-    high_key = warp_max(high_key);
-    forced = warp_sum(forced);
-    if (lane == 0) {
-        count[warp * 4] = low_key;
-        count[warp * 4 + 1] = high_key;
-        count[warp * 4 + 2] = forced;
-    }
-    sync_workers();
-    forced = 0;
-    for (int w = 0; w < WARPS; w++) {
-        low_key = min_(low_key, count[w * 4]);
-        high_key = max_(high_key, count[w * 4 + 1]);
-        forced += count[w * 4 + 2];
-    }
-    // Invariant: count(key >= lower) >= wanted > count(key >= upper).
-    i64 lower = low_key, upper = (i64)high_key + 1;
-    int at_lower = num_units;
-    if (wanted <= forced) {  // the forced units fill the budget
-        lower = HIGHEST;
-        upper = lower + 1;
-        at_lower = forced;
-    }
-    for (int step = 1; at_lower != wanted && upper - lower > 1; step++) {
-        i64 width = upper - lower;
-        int cut[3];
+    // A lane has every 32nd unit, eight at a time; the first eight stay in registers. Key 0: there is no such unit.
+    constexpr int HELD = 8;
+    u32 held[HELD];
+    auto load = [&](int base, u32 (&key)[HELD]) {
 #pragma unroll
-        for (int c = 0; c < 3; c++) cut[c] = (int)(lower + (width * (c + 1) + 3) / 4);  // above lower, at most upper
-        u32 one = 0, two = 0;  // counts of the first two cuts in the halves of one number
-#pragma unroll 4
-        for (int i = start + lane; i < stop; i += 32) {
-            int key = s.keys[i];
-            one += (key >= cut[0] ? 1u : 0u) + (key >= cut[1] ? 65536u : 0u);
-            two += key >= cut[2] ? 1u : 0u;
+        for (int j = 0; j < HELD; j++) {
+            int i = base + j * 32 + lane;
+            key[j] = i < stop ? s.keys[i] : 0;
         }
-        one = warp_sum(one);
-        two = warp_sum(two);
-        count = s.count + (step & 1) * WARPS * 4;  // two buffers: one barrier a step is enough
-        if (lane == 0) {
-            count[warp * 4] = one & 65535;
-            count[warp * 4 + 1] = one >> 16;
-            count[warp * 4 + 2] = two;
+    };
+    load(start, held);
+    auto each_key = [&](auto f) {
+#pragma unroll
+        for (int j = 0; j < HELD; j++) f(held[j], start + j * 32);
+        for (int base = start + HELD * 32; base < stop; base += HELD * 32) {
+            u32 key[HELD];
+            load(base, key);
+#pragma unroll
+            for (int j = 0; j < HELD; j++) f(key[j], base + j * 32);
         }
-        sync_workers();
-        int at[3] = {0, 0, 0};
+    };
+    u32 lower = warp_min(lane < BLOCKS ? s.ranges[lane * 2] : FORCED);
+    u32 upper = warp_max(lane < BLOCKS ? s.ranges[lane * 2 + 1] : 0) + 1;
+    // Invariant, of the units that are not forced: count(key >= lower) >= free > count(key >= upper) = above.
+    int above = 0;
+    bool exact = false;  // count(key >= lower) == free
+    if (free == 0) {
+        lower = FORCED - 1;
+        exact = true;
+    }
+    for (int step = 0; !exact && upper - lower > 1; step++) {
+        // A histogram of the keys in between, and the bin in which the threshold lies.
+        int shift = max_(24 - leading_zeros(upper - lower - 1), 0);
+        u32 *bins = s.bins + step % 3 * BINS;
+        s.bins[(step + 1) % 3 * BINS + tid] = 0;  // last read two steps ago
+        each_key([&](u32 key, int) {
+            if (key >= lower && key < upper) add_to(bins + ((key - lower) >> shift), 1);
+        });
+        sync_block();
+        // Every warp for itself, a lane eight bins, the largest keys in the last lane.
+        const Words *mine = (const Words *)(bins + lane * 8);
+        Words x = mine[0], y = mine[1];
+        u32 sum = x.x[0] + x.x[1] + x.x[2] + x.x[3] + y.x[0] + y.x[1] + y.x[2] + y.x[3];
+        u32 upto = sum;  // of the lanes up to this one
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            Words x = *(const Words *)(count + w * 4);
-#pragma unroll
-            for (int c = 0; c < 3; c++) at[c] += (int)x.x[c];
+        for (int by = 1; by < 32; by *= 2) {
+            u32 other = shuffle_up(upto, by);
+            if (lane >= by) upto += other;
         }
+        u32 here = (u32)above + (u32)shuffle((int)upto, 31) - upto;  // keys above this lane's bins
+        u32 having = ballot(here + sum >= (u32)free);
+        int owner = 31 - leading_zeros(having);  // the last lane with enough from its bins on
+        int bin = 0;
+        u32 at_bin = here;
+        bool found = false;
 #pragma unroll
-        for (int c = 0; c < 3; c++) {
-            if (at[c] >= wanted) {
-                lower = cut[c];
-                at_lower = at[c];
+        for (int j = 7; j >= 0; j--) {
+            u32 one = j < 4 ? x.x[j % 4] : y.x[j % 4];
+            if (!found) {
+                at_bin = here + one;
+                found = at_bin >= (u32)free;
+                bin = j;
+                if (!found) here = at_bin;
             }
         }
+        bin = shuffle(lane * 8 + bin, owner);
+        exact = shuffle((int)at_bin, owner) == free;
+        above = shuffle((int)here, owner);
+        u32 next = lower + ((u32)(bin + 1) << shift);
+        if (bin < BINS - 1 && next < upper) upper = next;
+        lower += (u32)bin << shift;
+    }
+    // Everything above the threshold; of the keys that are equal to it as many as are wanted, in their order.
+    u32 threshold = exact ? lower - 1 : lower;
+    int allowed = exact ? 0 : free - above;
+    u32 mine = 0;  // above in the lower half, tied in the upper
+    each_key([&](u32 key, int) { mine += (key > threshold ? 1u : 0u) + (key == threshold ? 65536u : 0u); });
+    mine = warp_sum(mine);
+    if (lane == 0) s.count[warp] = mine;
+    sync_block();
+    int before = 0, tied_before = 0;
 #pragma unroll
-        for (int c = 2; c >= 0; c--)
-            if (at[c] < wanted && cut[c] > lower) upper = cut[c];
-    }
-    // Everything above the threshold; at the threshold as many as are still wanted, in order.
-    int threshold = (int)lower;
-    int above = 0, tied = 0;
-    for (int i = start + lane; i < stop; i += 32) {
-        int key = s.keys[i];
-        above += key > threshold;
-        tied += key == threshold;
-    }
-    above = warp_sum(above);
-    tied = warp_sum(tied);
-    sync_workers();  // the last counts have been read
-    count = s.count;
-    if (lane == 0) {
-        count[warp * 4] = above;
-        count[warp * 4 + 1] = tied;
-    }
-    sync_workers();
-    int total_above = 0, before = 0, tied_before = 0;
-    for (int w = 0; w < WARPS; w++) total_above += count[w * 4];
-    int allowed = wanted - total_above;
-    for (int w = 0; w < warp; w++) {
-        before += count[w * 4];
-        tied_before += count[w * 4 + 1];
+    for (int w = 0; w < WARPS; w++) {
+        u32 x = w < warp ? s.count[w] : 0;
+        before += x & 65535;
+        tied_before += x >> 16;
     }
     u32 lanes_before = (1u << lane) - 1;
-    for (int i = start; i < start + per_warp && i < num_units; i += 32) {
-        int key = i + lane < num_units ? s.keys[i + lane] : LOWEST;
-        bool is_above = key > threshold, is_tied = key == threshold && i + lane < num_units;
-        u32 all_above = ballot(is_above), all_tied = ballot(is_tied);
+    each_key([&](u32 key, int base) {
+        bool is_above = key > threshold, is_tied = key == threshold;
+        u32 all_above = ballot(is_above), all_tied = allowed > 0 ? ballot(is_tied) : 0;
         int rank = tied_before + popcount(all_tied & lanes_before);
         if (is_above || (is_tied && rank < allowed)) {
-            int ties = min_(rank, allowed);
-            s.list[before + popcount(all_above & lanes_before) + ties] = i + lane;
+            s.list[min_(before + popcount(all_above & lanes_before) + min_(rank, allowed), wanted - 1)] = base + lane;
 #if RESIDUAL
-            int mine = i + lane - first;
-            if (mine >= 0 && mine < num)
+            int at = base + lane - first;
+            if (at >= 0 && at < num)
 #pragma unroll
-                for (int h = 0; h < GP; h++) s.mass[mine * GP + h] = -infinity();
+                for (int h = 0; h < GP; h++) s.mass[at * GP + h] = -infinity();
 #endif
         }
         before += popcount(all_above);
         tied_before += popcount(all_tied);
-    }
+    });
 }
 
 // ----------------------------------------------------------------------------------------------------- attention
@@ -749,231 +828,268 @@ struct Tokens {
     int limit;       // of the list: tokens that exist
     int covered;     // of these, leading ones that the state covers
     int start, stop; // this warp's steps of TOKENS
+    int complete;    // units of complete pages in the list
+    bool all;        // the list is all units there are
 };
 
-DEVICE const u16 *token_at(const Shared &s, const Row &row, bool all, int num_complete, int t) {
-    int entry = t / UNIT;
+DEVICE int listed_unit(const Shared &s, const Row &row, const Tokens &n, int entry) {
     // Behind the complete units of the list stand the current page's.
-    int unit = all ? entry : entry < num_complete ? s.list[entry] : row.num_units + entry - num_complete;
-    return page_at(row, row.pages[unit / UNITS_PER_PAGE]) + (unit % UNITS_PER_PAGE * UNIT + t % UNIT) * ROW;
+    return n.all ? entry : entry < n.complete ? s.list[entry] : row.num_units + entry - n.complete;
 }
 
-DEVICE void issue_step(const Shared &s, const Row &row, const Tokens &n, bool all, int num_complete, int k, int warp) {
-    Barrier *full = s.barriers + warp * (STAGES + STEPS) + STAGES + k % STEPS;
-    const u16 *from = token_at(s, row, all, num_complete, (n.start + k) * TOKENS);
-    expect(full, STEP_BYTES);
-    copy_in(s.ring + warp * RING_BYTES + k % STEPS * STEP_BYTES, from, STEP_BYTES, full);
-}
-
-// Partial sums of one warp: softmax and residual numerators in `part [PART_ROWS][D]` (its ring), and in
-// `s.warp [warp][4][GP]` maxima, sums and sums of logits.
-DEVICE void attend(const Shared &s, const Row &row, const Tokens &n, bool all, int num_complete, bool reads, int warp, int lane) {
-    constexpr int N = LANE_KEYS * GP;
-    constexpr int SUMS = N > CHUNKS ? N / CHUNKS : 1;  // (token, head) pairs a lane has after the reduction
-    char *ring = s.ring + warp * RING_BYTES;
-    float *weights = s.weights + warp * TOKENS * 2 * GP;
-    int column = lane % VALUE_LANES * 4, value_sub = lane / VALUE_LANES;
-    int chunk = lane % CHUNKS, key_sub = lane / CHUNKS;
-    float top[SUMS], sum[SUMS], z[SUMS];
+// Ask for the tokens of a warp's `k`-th step, which are of one unit.
+DEVICE void issue_step(const Shared &s, const Row &row, const Tokens &n, int k, int warp, int lane) {
+    int t = (n.start + k) * TOKENS;
+    int unit = listed_unit(s, row, n, t / UNIT);
+    const u16 *from = page_at(row, row.pages[unit / UNITS_PER_PAGE]) + (unit % UNITS_PER_PAGE * UNIT + t % UNIT) * ROW;
+    char *to = s.ring + warp * RING_BYTES + k % STEPS * TOKENS * STRIDE;
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) {
-        top[i] = -infinity();
-        sum[i] = 0.0f;
-        z[i] = 0.0f;
+    for (int j = 0; j < TOKENS; j += STATE_ROWS_AT_ONCE) {
+        int r = j + lane / STATE_LANES;
+        copy_in(to + r * STRIDE + lane % STATE_LANES * 16, from + r * ROW + lane % STATE_LANES * 8);
     }
-    float exact[GP][4] = {}, rest[GP][4] = {}, v_sum[4] = {};
+}
+
+// One warp's partial result: numerators in its ring `[COLUMNS][PART_STRIDE]`, scalars in `s.warp [warp][SCALARS][GP]`.
+DEVICE void attend(
+    const Shared &s, const Row &row, const Params &p, const Tokens &n, bool reads, int rank, int warp, int lane) {
+    char *ring = s.ring + warp * RING_BYTES;
+    int matrix = lane / 8, r = lane % 8;
+    int head = lane / 4 % GP;
+    StateRead state;
+    if (RESIDUAL && reads) read_state(state, s, row, rank, warp, lane);
+    float top = -infinity(), sum = 0.0f, z = 0.0f;
+    float out[D / 16][COLUMN_TILES][4];  // [dims, columns]
+#pragma unroll
+    for (int i = 0; i < D / 16; i++)
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) out[i][c][j] = 0.0f;
     for (int k = 0; n.start + k < n.stop; k++) {
         int first = (n.start + k) * TOKENS;
         bool subtract = RESIDUAL && reads && first < n.covered;
-        const char *rows = ring + k % STEPS * STEP_BYTES;
-        wait(s.barriers + warp * (STAGES + STEPS) + STAGES + k % STEPS, k / STEPS & 1);
-        float logit[N];
-        Words keys[LANE_KEYS];
+        char *rows = ring + k % STEPS * TOKENS * STRIDE;
+        wait_copies<STEPS - 1>();
+        sync_warp();
+        if (first + TOKENS > n.limit) {  // whatever lies behind the last token, NaN too, must not reach a product
+            for (int t = n.limit - first; t < TOKENS; t++)
+                for (int i = lane; i < D / 4; i += 32) *(Pair *)(rows + t * STRIDE + 2 * D + i * 8) = {{0, 0}};
+            sync_warp();
+        }
+        float logit[2][4] = {};  // [heads, tokens], 8 tokens each
 #pragma unroll
-        for (int i = 0; i < LANE_KEYS; i++)
-            keys[i] = *(const Words *)(rows + (i * KEYS_AT_ONCE + key_sub) * ROW_BYTES + chunk * 16);
+        for (int i = 0; i < D / 16; i += 2) {
+            u32 q[4];
+            load_tiles(q, s.query + r * QUERY_STRIDE + i * 16 + matrix * 8);
 #pragma unroll
-        for (int h = 0; h < GP; h++) {
-            Four a = *(const Four *)(s.query + h * D + chunk * 8), b = *(const Four *)(s.query + h * D + chunk * 8 + 4);
-#pragma unroll
-            for (int i = 0; i < LANE_KEYS; i++) {
-                logit[i * GP + h] = low(keys[i].x[0]) * a.x[0] + high(keys[i].x[0]) * a.x[1] + low(keys[i].x[1]) * a.x[2] +
-                                    high(keys[i].x[1]) * a.x[3] + low(keys[i].x[2]) * b.x[0] + high(keys[i].x[2]) * b.x[1] +
-                                    low(keys[i].x[3]) * b.x[2] + high(keys[i].x[3]) * b.x[3];
+            for (int t = 0; t < 2; t++) {
+                u32 x[4];
+                load_tiles(x, rows + (t * 8 + r) * STRIDE + i * 32 + matrix * 16);
+                multiply(logit[t], q[0], 0, q[1], 0, x[0], x[1]);
+                multiply(logit[t], q[2], 0, q[3], 0, x[2], x[3]);
             }
         }
-        Reduce<N, CHUNKS>::run(logit, lane);
-        float decay[SUMS];
-        bool moved = false;
+        // A lane has head `lane / 4` of the tokens `lane % 4 * 2 ..`, which is just what the right side of W^T V wants.
+        float best = top;
 #pragma unroll
-        for (int i = 0; i < SUMS; i++) {
-            int index = chunk * N / CHUNKS + i;
-            int token = index / GP * KEYS_AT_ONCE + key_sub;
-            bool exists = first + token < n.limit;
-            // The lanes of a head differ in bits 2 to 4 of their number.
-            float best = exists ? logit[i] : -infinity();
-            best = max_(best, shuffle_xor(best, 4));
-            best = max_(best, shuffle_xor(best, 8));
-            best = max_(max_(best, shuffle_xor(best, 16)), top[i]);
-            moved = moved || best > top[i];
-            decay[i] = exp_(top[i] - best);
-            top[i] = best;
-            float weight = exists ? exp_(logit[i] - best) : 0.0f;
-            sum[i] = sum[i] * decay[i] + weight;
-            float feature = subtract ? logit[i] : 0.0f;
-            z[i] += feature;
-            weights[token * 2 * GP + index % GP] = weight;
-            weights[token * 2 * GP + GP + index % GP] = feature;
-        }
+        for (int t = 0; t < 2; t++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                logit[t][j] *= p.scale;
+                bool exists = first + t * 8 + lane % 4 * 2 + j < n.limit;
+                if (!exists) logit[t][j] = -infinity();
+                best = max_(best, logit[t][j]);
+            }
+        best = max_(best, shuffle_xor(best, 1));
+        best = max_(best, shuffle_xor(best, 2));
+        float decay = exp_(top - best);
+        bool moved = best > top;
+        top = best;
+        float weight[2][2];
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) weight[t][j] = exp_(logit[t][j] - best);
+        sum = sum * decay + (weight[0][0] + weight[0][1]) + (weight[1][0] + weight[1][1]);
+        if (subtract) z += (logit[0][0] + logit[0][1]) + (logit[1][0] + logit[1][1]);
         if (ballot(moved)) {
+            // Columns of softmax weights are in the first tile.
+            float factor[2];
 #pragma unroll
-            for (int h = 0; h < GP; h++) {
-                // A lane that has head h: lanes 0 .. 3 have all of them.
-                float factor = shuffle(decay[h % SUMS], SUMS > 1 ? h / SUMS : h * (4 / GP));
+            for (int j = 0; j < 2; j++) {
+                int column = lane % 4 * 2 + j;
+                factor[j] = shuffle(decay, column * 4);
+                if (column >= GP) factor[j] = 1.0f;
+            }
 #pragma unroll
-                for (int j = 0; j < 4; j++) exact[h][j] *= factor;
+            for (int i = 0; i < D / 16; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) out[i][0][j] *= factor[j % 2];
+        }
+        u32 b[COLUMN_TILES][2];
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; c++) {
+            int column = c * 8 + lane / 4;
+            int kind = column / GP;
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                u32 x = 0;
+                if (kind == 0) {
+                    x = two(weight[t][0], weight[t][1]);
+                } else if (RESIDUAL && subtract && column < COLUMNS) {
+                    u32 upper = two(logit[t][0], logit[t][1]);
+                    x = kind == 1 ? upper : kind == 2 ? two(logit[t][0] - low(upper), logit[t][1] - high(upper)) : two(1.0f, 1.0f);
+                }
+                b[c][t] = x;
             }
         }
-        sync_warp();  // all weights are written
 #pragma unroll
-        for (int i = 0; i < TOKENS; i += VALUES_AT_ONCE) {
-            int token = i + value_sub;
-            Pair two = *(const Pair *)(rows + token * ROW_BYTES + 2 * (D + column));
-            float v[4] = {low(two.x[0]), high(two.x[0]), low(two.x[1]), high(two.x[1])};
-            if (first + TOKENS > n.limit && first + token >= n.limit)  // whatever lies behind the last token, NaN too
+        for (int i = 0; i < D / 16; i++) {
+            u32 v[4];
+            load_tiles_transposed(v, rows + (matrix / 2 * 8 + r) * STRIDE + 2 * D + i * 32 + matrix % 2 * 16);
 #pragma unroll
-                for (int j = 0; j < 4; j++) v[j] = 0.0f;
-            const float *w = weights + token * 2 * GP;
-#pragma unroll
-            for (int h = 0; h < GP; h++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) exact[h][j] += w[h] * v[j];
-            if (subtract) {
-#pragma unroll
-                for (int h = 0; h < GP; h++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) rest[h][j] += w[GP + h] * v[j];
-#pragma unroll
-                for (int j = 0; j < 4; j++) v_sum[j] += v[j];
-            }
+            for (int c = 0; c < COLUMN_TILES; c++)
+                if (c == 0 || subtract) multiply(out[i][c], v[0], v[1], v[2], v[3], b[c][0], b[c][1]);
         }
-        sync_warp();  // all lanes have read the rows and the weights
-        if (lane == 0 && n.start + k + STEPS < n.stop) issue_step(s, row, n, all, num_complete, k + STEPS, warp);
+        sync_warp();  // all lanes have read the rows
+        if (n.start + k + STEPS < n.stop) issue_step(s, row, n, k + STEPS, warp, lane);
+        close_copies();
     }
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) {
-#pragma unroll
-        for (int other = 4; other < 32; other *= 2) {
-            sum[i] += shuffle_xor(sum[i], other);
-            z[i] += shuffle_xor(z[i], other);
-        }
-        int head = (chunk * N / CHUNKS + i) % GP;
-        if (lane < 4) {  // lanes of the same head write the same
-            s.warp[warp * 4 * GP + head] = top[i];
-            s.warp[warp * 4 * GP + GP + head] = sum[i];
-            s.warp[warp * 4 * GP + 2 * GP + head] = z[i];
-        }
+    for (int other = 1; other < 4; other *= 2) {
+        sum += shuffle_xor(sum, other);
+        z += shuffle_xor(z, other);
     }
-    if constexpr (VALUES_AT_ONCE > 1) {
+    float *part = (float *)ring;
+#pragma unroll
+    for (int i = 0; i < D / 16; i++)
+#pragma unroll
+        for (int c = 0; c < COLUMN_TILES; c++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                part[(c * 8 + lane % 4 * 2 + j % 2) * PART_STRIDE + i * 16 + j / 2 * 8 + lane / 4] = out[i][c][j];
+    if (RESIDUAL && reads) {  // the rest: less what the state has
 #pragma unroll
         for (int h = 0; h < GP; h++)
+            if (head == h) z -= state.z[h];
+        sync_warp();
+        if (lane < D / 4) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                exact[h][j] += shuffle_xor(exact[h][j], VALUE_LANES);
-                rest[h][j] += shuffle_xor(rest[h][j], VALUE_LANES);
+            for (int h = 0; h <= GP; h++) {
+                Four *to = (Four *)(part + (h < GP ? GP + h : 3 * GP) * PART_STRIDE + lane * 4);
+                Four x = *to;
+#pragma unroll
+                for (int j = 0; j < 4; j++) x.x[j] -= h < GP ? state.s[h % GP][j] : state.v[j];
+                *to = x;
             }
-#pragma unroll
-        for (int j = 0; j < 4; j++) v_sum[j] += shuffle_xor(v_sum[j], VALUE_LANES);
-    }
-    if (value_sub == 0) {
-        float *part = (float *)ring;
-#pragma unroll
-        for (int h = 0; h < GP; h++) {
-            *(Four *)(part + h * D + column) = {{exact[h][0], exact[h][1], exact[h][2], exact[h][3]}};
-            *(Four *)(part + (GP + h) * D + column) = {{rest[h][0], rest[h][1], rest[h][2], rest[h][3]}};
         }
-        *(Four *)(part + 2 * GP * D + column) = {{v_sum[0], v_sum[1], v_sum[2], v_sum[3]}};
+    }
+    if (lane % 4 == 0 && lane / 4 < GP) {
+        s.warp[warp * SCALARS * GP + head] = top;
+        s.warp[(warp * SCALARS + 1) * GP + head] = sum;
+        s.warp[(warp * SCALARS + 2) * GP + head] = z;
     }
 }
 
-// The warps' partial results become this block's, the state's share with them; all eight warps.
+// Mass of this block's units that were not selected, from the normaliser of the scores, which are no smaller.
+DEVICE void mass_of_rest(const Shared &s, int num, int warp, int lane) {
+    float anchor = s.lse[lane % GP], sum = 0.0f;
+    for (int i = warp * 32 + lane; i < num * GP; i += THREADS) sum += exp_(s.mass[i] - anchor);
+#pragma unroll
+    for (int other = GP; other < 32; other *= 2) sum += shuffle_xor(sum, other);
+    if (lane < GP) s.warp[(warp * SCALARS + 3) * GP + lane] = sum;
+}
+
+// The warps' partial results become this block's.
 DEVICE void merge_warps(const Shared &s, bool reads, int tid) {
-    sync_workers();
+    sync_block();
     for (int e = tid; e < PART_ROWS * D / 4; e += THREADS) {
-        int r = e / (D / 4);
-        float sum[4] = {};
-        float top = -infinity();
+        int r = e / (D / 4), column = e % (D / 4) * 4;
+        float sum[4] = {}, top = -infinity();
         if (r < GP)
-            for (int w = 0; w < WARPS; w++) top = max_(top, s.warp[w * 4 * GP + r]);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) top = max_(top, s.warp[w * SCALARS * GP + r]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            Four x = *(const Four *)((const float *)(s.ring + w * RING_BYTES) + e * 4);
-            float weight = 1.0f;
-            if (r < GP) weight = exp_(s.warp[w * 4 * GP + r] - finite_or_0(top));
+            const float *part = (const float *)(s.ring + w * RING_BYTES) + column;
+            Four x = *(const Four *)(part + (r < 2 * GP ? r : 3 * GP) * PART_STRIDE);
+            float weight = r < GP ? exp_(s.warp[w * SCALARS * GP + r] - finite_or_0(top)) : 1.0f;
+            if (r >= GP && r < 2 * GP) {
+                Four more = *(const Four *)(part + (r + GP) * PART_STRIDE);
+#pragma unroll
+                for (int j = 0; j < 4; j++) x.x[j] += more.x[j];
+            }
 #pragma unroll
             for (int j = 0; j < 4; j++) sum[j] += weight * x.x[j];
-        }
-        if (r >= GP) {  // the rest is what the state has and the selection has not
-            Four x = {{0, 0, 0, 0}};
-            if (RESIDUAL && reads) x = *(const Four *)(s.read + (e - GP * D / 4) * 4);
-#pragma unroll
-            for (int j = 0; j < 4; j++) sum[j] = x.x[j] - sum[j];
         }
         *(Four *)(s.part + e * 4) = {{sum[0], sum[1], sum[2], sum[3]}};
     }
     if (tid < GP) {
-        float top = -infinity(), sum = 0.0f, z = RESIDUAL && reads ? s.mine[2 * GP + tid] : 0.0f;
-        for (int w = 0; w < WARPS; w++) top = max_(top, s.warp[w * 4 * GP + tid]);
+        float top = -infinity(), sum = 0.0f, z = 0.0f, mass = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) top = max_(top, s.warp[w * SCALARS * GP + tid]);
+#pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            sum += s.warp[w * 4 * GP + GP + tid] * exp_(s.warp[w * 4 * GP + tid] - finite_or_0(top));
-            z -= s.warp[w * 4 * GP + 2 * GP + tid];
+            const float *x = s.warp + w * SCALARS * GP + tid;
+            sum += x[GP] * exp_(x[0] - finite_or_0(top));
+            z += x[2 * GP];
+            if (RESIDUAL && reads) mass += x[3 * GP];
         }
         s.mine[tid] = top;
         s.mine[GP + tid] = sum;
         s.mine[2 * GP + tid] = z;
+        s.mine[3 * GP + tid] = mass;
     }
-    sync_workers();
+    sync_block();
 }
 
-// Merge the blocks of the cluster, combine, and write this block's slice of the output; all eight warps.
-DEVICE void merge_blocks(const Shared &s, const Row &row, const Params &p, i64 token, int num_rest, int rank, int blocks, int tid) {
+// Merge the blocks of the cluster, combine, and write this block's slice of the output.
+DEVICE void merge_blocks(
+    const Shared &s, const Row &row, const Params &p, i64 token, int num_rest, int rank, int tid) {
     float *weight = s.final_;                   // [MAX_CLUSTER][GP]: of a block's exact part
     float *share = s.final_ + MAX_CLUSTER * GP; // [GP]: of the tail in the output
     float *mean_qk = share + GP;                // [GP]
-    float per_token = num_rest > 0 ? 1.0f / (float)num_rest : 0.0f;
-    if (tid < GP) {
-        const float *x = s.scalars + tid;  // [blocks][SCALARS][GP]
-        float top = -infinity(), sum = 0.0f, z = 0.0f, mass_top = -infinity(), mass = 0.0f;
-        for (int b = 0; b < blocks; b++) {
-            top = max_(top, x[b * SCALARS * GP]);
-            mass_top = max_(mass_top, x[(b * SCALARS + 3) * GP]);
-        }
-        for (int b = 0; b < blocks; b++) {
-            float decay = exp_(x[b * SCALARS * GP] - top);
-            weight[b * GP + tid] = decay;
-            sum += decay * x[(b * SCALARS + 1) * GP];
-            z += x[(b * SCALARS + 2) * GP];
-            mass += exp_(x[(b * SCALARS + 3) * GP] - finite_or_0(mass_top)) * x[(b * SCALARS + 4) * GP];
-        }
-        for (int b = 0; b < blocks; b++) weight[b * GP + tid] /= sum;
-        float gain = tid < GROUP ? p.gain[row.head * GROUP + tid] : 0.0f;
-        float tail = 0.0f;
-        if (num_rest > 0 && gain > 0.0f && mass > 0.0f)
-            tail = 1.0f / (1.0f + exp_(top + log_(sum) - mass_top - log_(mass) - log_(gain)));
-        share[tid] = tail;
-        mean_qk[tid] = z * per_token;
-    }
-    sync_workers();
-    int lanes = min_(blocks, 8);  // that read an element together, each from some of the blocks
-    int slice = ceil_div(GROUP * D, blocks);
+    // The residual's sums are those of the selected tokens less those of the state.
+    float per_token = num_rest > 0 ? -1.0f / (float)num_rest : 0.0f;
+    // Other blocks' numbers are asked for before this block's are waited for.
+    constexpr int LANES = 8, MOST = 2;  // that read an element together, of `MOST` blocks each at most
+    int lanes = min_(BLOCKS, LANES);
+    int slice = ceil_div(GROUP * D, BLOCKS);
     int lane = tid % lanes;
+    if (tid < max_(32, MAX_CLUSTER * GP)) {
+        int h = tid / MAX_CLUSTER % GP, b = tid % MAX_CLUSTER;  // a lane a block
+        const float *x = s.scalars + b * SCALARS * GP + h;
+        bool exists = b < BLOCKS;
+        float mine = exists ? x[0] : -infinity();
+        float top = mine;
+#pragma unroll
+        for (int other = 1; other < MAX_CLUSTER; other *= 2) top = max_(top, shuffle_xor(top, other));
+        float decay = exp_(mine - top);
+        float sum = exists ? decay * x[GP] : 0.0f, z = exists ? x[2 * GP] : 0.0f, mass = exists ? x[3 * GP] : 0.0f;
+#pragma unroll
+        for (int other = 1; other < MAX_CLUSTER; other *= 2) {
+            sum += shuffle_xor(sum, other);
+            z += shuffle_xor(z, other);
+            mass += shuffle_xor(mass, other);
+        }
+        weight[b * GP + h] = decay / sum;
+        float gain = s.gain[h], tail = 0.0f;
+        if (num_rest > 0 && gain > 0.0f && mass > 0.0f)
+            tail = 1.0f / (1.0f + exp_(top - s.lse[h] + log_(sum) - log_(mass) - log_(gain)));
+        share[h] = tail;
+        mean_qk[h] = z * per_token;
+    }
+    sync_block();
     for (int e = tid / lanes; e < slice; e += THREADS / lanes) {
         int at = rank * slice + e;
         bool exists = at < GROUP * D;
         int h = exists ? at / D : 0, column = at % D;
         float exact = 0.0f, rest = 0.0f, v = 0.0f;
-        if (exists)
-            for (int b = lane; b < blocks; b += lanes) {
+#pragma unroll
+        for (int i = 0; i < MOST; i++) {
+            int b = lane + i * LANES;
+            if (exists && b < BLOCKS) {
                 const float *part = of_block(s.part, b);
                 exact += weight[b * GP + h] * part[h * D + column];
                 if (RESIDUAL && num_rest > 0) {
@@ -981,6 +1097,7 @@ DEVICE void merge_blocks(const Shared &s, const Row &row, const Params &p, i64 t
                     v += part[2 * GP * D + column];
                 }
             }
+        }
         for (int other = 1; other < lanes; other *= 2) {
             exact += shuffle_xor(exact, other);
             rest += shuffle_xor(rest, other);
@@ -998,14 +1115,60 @@ DEVICE void merge_blocks(const Shared &s, const Row &row, const Params &p, i64 t
     }
 }
 
+// q, and q^2 in two parts of the cache dtype: normalised to its largest element, so that fp16 holds it. Warp `w` has head
+// `w % GP`.
+DEVICE void load_query(const Shared &s, const Params &p, i64 token, int head, int warp, int lane) {
+    int h = warp % GP;
+    u16 *q = s.query + warp * QUERY_STRIDE;
+    const u16 *from = p.query + token * p.query_token_stride + (head * GROUP + h) * p.query_head_stride;
+    u16 raw[D / 32];
+    float peak = 0.0f;
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        raw[i] = h < GROUP ? from[i * 32 + lane] : 0;
+        float x = element(raw[i]) * p.scale;
+        peak = max_(peak, x * x);
+    }
+#pragma unroll
+    for (int other = 1; other < 32; other *= 2) peak = max_(peak, shuffle_xor(peak, other));
+    peak = max_(peak, 1e-30f);
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        int at = i * 32 + lane;
+        float x = element(raw[i]), scaled = x * p.scale;
+        q[at] = raw[i];
+#if SELECTOR == QUEST
+        q[8 * QUERY_STRIDE + at] = x < 0.0f ? raw[i] : 0;
+        q[16 * QUERY_STRIDE + at] = x > 0.0f ? raw[i] : 0;
+#else
+        float square = scaled * scaled * (1024.0f / peak);
+        u16 upper = rounded(square);
+        q[8 * QUERY_STRIDE + at] = upper;
+        q[16 * QUERY_STRIDE + at] = rounded(square - element(upper));
+#endif
+        if (warp < GP) s.scaled[h * D + at] = scaled;
+    }
+    if (warp < GP && lane == 0) {
+        s.restore[h] = peak * (1.0f / 1024.0f);
+        s.gain[h] = h < GROUP ? p.gain[head * GROUP + h] : 0.0f;
+    }
+}
+
+#ifdef SPLA_PROFILE
+__device__ long long stamps[64];
+#define STAMP(i) if (tid == 0 && block_x() == 0 && block_y() == 0 && block_z() == 0) stamps[i] = clock64();
+#else
+#define STAMP(i)
+#endif
+
 // Grid (blocks of a cluster, G, rows), clusters of (gridDim.x, 1, 1).
 KERNEL spla_fused_decode(KERNEL_PARAMS) {
     int tid = thread_id(), warp = tid / 32, lane = tid % 32;
-    int rank = block_x(), head = block_y(), blocks = cluster_size();
-    Shared s = carve(shared_memory, p, blocks);
+    int rank = block_x(), head = block_y();
+    STAMP(0)
+    Shared s = carve(shared_memory, p);
     grid_launch();
-    if (tid < WARPS * (STAGES + STEPS)) barrier_init(s.barriers + tid);
-    barriers_visible();
+    s.bins[tid] = 0;
 
     // Lengths and tables are the step's and stand long before the launch that is waited for.
     i64 row_index = block_z();
@@ -1016,7 +1179,7 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         // Padding. Its output row is ours to clear only behind the tokens of all real rows.
         grid_wait();
         if (rank == 0 && row_index >= p.query_start_loc[p.num_rows])
-            for (int e = tid; e < GROUP * D; e += THREADS + 32)
+            for (int e = tid; e < GROUP * D; e += THREADS)
                 p.output[row_index * p.output_token_stride + (head * GROUP + e / D) * p.output_head_stride + e % D] = 0;
         return;
     }
@@ -1032,108 +1195,105 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
     row.last_page = p.last_page;
     int target = row.position / PAGE;  // complete pages
     row.num_units = target * UNITS_PER_PAGE;
-    row.num_current = row.position % PAGE / UNIT + 1;
-    bool all = row.num_units + row.num_current <= max_(p.budget, p.dense_units);
-    bool reads = !all;  // some units are left out
-    int num_complete = all ? row.num_units : p.budget - row.num_current;  // complete units of the list
-    int share = share_of(row.num_units, blocks);
+    int num_current = row.position % PAGE / UNIT + 1;  // units of the current page, the last one partly filled
+    Tokens n;
+    n.all = row.num_units + num_current <= max_(p.budget, p.dense_units);
+    n.complete = n.all ? row.num_units : p.budget - num_current;
+    bool reads = !n.all;  // some units are left out
+    int share = share_of(row.num_units);
     int first = min_(rank * share, row.num_units);
     int num = min_(share, row.num_units - first);
-
+    int tiles = reads ? tiles_of(num, warp) : 0;
+    // A lane a unit of the first tiles.
+    constexpr int ASKING = STAGES * TILE / 32 > 0 ? STAGES * TILE / 32 : 1;
+    int ids[ASKING];
+#pragma unroll
+    for (int i = 0; i < ASKING; i++) {
+        int k = i * 4 + lane / TILE;
+        ids[i] = k < STAGES && k < tiles ? row.pages[unit_of(first, num, warp, k, lane % TILE) / UNITS_PER_PAGE] : 0;
+    }
+    STAMP(1)
     grid_wait();
-    for (int e = tid; e < GP * D; e += THREADS + 32) {
-        int h = e / D;
-        float q = 0.0f;
-        if (h < GROUP) q = element(p.query[token * p.query_token_stride + (head * GROUP + h) * p.query_head_stride + e % D]);
-        s.query[e] = q * p.scale;
+    STAMP(2)
+#pragma unroll
+    for (int k = 0; k < STAGES; k++) {
+        if (k < tiles) issue_tile(s, row, first, num, k, ids[k / 4], k % 4 * TILE, warp, lane);
+        close_copies();
     }
+    Trust trust;
+    if (RESIDUAL && target > 0) {
+        if (warp == WARPS - 1) trust = ask_trust(row, target, lane);
+        if (reads) prefetch_state(row, rank, tid);
+    }
+    load_query(s, p, token, head, warp, lane);
     sync_block();
-
+    STAMP(3)
+    if (tiles > 0) score_units(s, row, p, first, num, warp, lane);
     int covered = target;
-    if (warp == WARPS) {
-        if (RESIDUAL && target > 0) {
-            covered = trusted_pages(row, target, lane);
-            if (covered == target && reads) read_state(s, row, rank, blocks, lane);
-        }
+    if (RESIDUAL && target > 0 && warp == WARPS - 1) {
+        covered = trusted_pages(trust, row, target, lane);
         if (lane == 0) s.flags[0] = covered;
-    } else if (reads && num > 0) {
-        score_units(s, row, first, num, warp, lane);
     }
     sync_block();
-    covered = s.flags[0];
-    if (RESIDUAL && covered < target) {
-        if (warp < WARPS) fold(s, row, rank, blocks, covered, target, warp, lane);
-        sync_block();
-        if (warp == WARPS && reads) read_state(s, row, rank, blocks, lane);
+    STAMP(4)
+    if (RESIDUAL && target > 0) {
+        covered = s.flags[0];
+        if (covered < target) fold(s, row, rank, covered, target, warp, lane);
     }
-
-    if (reads) {
-        float top, sum;
-        if (warp < WARPS) {
-            norm_of(s, s.score, num, tid, top, sum);
-            if (tid < GP) {
-                s.mine[tid] = top;
-                s.mine[GP + tid] = sum;
-            }
-            sync_workers();
-            for (int i = tid; i < blocks * 2 * GP; i += THREADS)
-                *of_block(s.norms + rank * 2 * GP + i % (2 * GP), i / (2 * GP)) = s.mine[i % (2 * GP)];
-        }
-        sync_cluster();
-        if (warp < WARPS) share_scores(s, row, p, first, num, blocks, tid);
-        sync_cluster();
-        if (warp < WARPS) {
-            select(s, row.num_units, num_complete, first, num, tid);
-            sync_workers();
-        }
-    } else {
-        sync_cluster();  // all blocks have read the headers
-    }
-    if (RESIDUAL && warp == WARPS && rank == 0 && covered < target) write_headers(row, target, lane);
-
-    if (warp < WARPS) {
-        Tokens n;
-        n.covered = num_complete * UNIT;
-        n.limit = (num_complete + row.num_current - 1) * UNIT + row.position % UNIT + 1;
-        int steps = ceil_div(n.limit, TOKENS);
-        int per_warp = ceil_div(steps, blocks * WARPS);
-        n.start = min_((rank * WARPS + warp) * per_warp, steps);
-        n.stop = min_(n.start + per_warp, steps);
-        if (lane < STEPS && n.start + lane < n.stop) {
-            before_copies();
-            issue_step(s, row, n, all, num_complete, lane, warp);
-        }
-        sync_warp();
-        if (rank == 0) {
-            int entries = num_complete + row.num_current;
-            i64 pair = token * p.num_kv_heads + head;
-            for (int i = tid; i < min_(entries, p.table_width); i += THREADS) {
-                int unit = all ? i : i < num_complete ? s.list[i] : row.num_units + i - num_complete;
-                int page = min_(max_(row.pages[unit / UNITS_PER_PAGE], 0), p.last_page);
-                p.table[pair * p.table_width + i] = (page * p.num_kv_heads + head) * UNITS_PER_PAGE + unit % UNITS_PER_PAGE;
-            }
-            if (tid == 0) p.count[pair] = entries;
-        }
-        if (RESIDUAL && reads) {  // while the tokens come in
-            float top, sum;
-            norm_of(s, s.mass, num, tid, top, sum);
-            if (tid < GP) {
-                s.mine[3 * GP + tid] = top;
-                s.mine[4 * GP + tid] = sum;
-            }
-            sync_workers();  // `s.warp` is free again
-        }
-        attend(s, row, n, all, num_complete, reads, warp, lane);
-    }
-    sync_block();  // the state's share has been read
-    if (warp < WARPS) {
-        merge_warps(s, reads, tid);
-        for (int i = tid; i < blocks * SCALARS * GP; i += THREADS)
-            *of_block(s.scalars + rank * SCALARS * GP + i % (SCALARS * GP), i / (SCALARS * GP)) = s.mine[i % (SCALARS * GP)];
-    }
+    STAMP(5)
+    if (reads) share_norms(s, num, rank, tid);
+    STAMP(6)
     sync_cluster();
-    if (warp < WARPS) merge_blocks(s, row, p, token, reads ? (row.num_units - num_complete) * UNIT : 0, rank, blocks, tid);
+    STAMP(7)
+    // All blocks have read the headers.
+    if (RESIDUAL && warp == 0 && rank == 0 && covered < target) write_headers(row, target, lane);
+    if (reads) {
+        share_keys(s, row, p, first, num, rank, tid);
+        STAMP(8)
+        sync_cluster();
+        STAMP(9)
+        int leading = min_(p.first, row.num_units);
+        int trailing = row.num_units - max_(row.position / UNIT - p.last + 1, leading);
+        select(s, row.num_units, n.complete, n.complete - leading - max_(trailing, 0), first, num, tid);
+        sync_block();
+    }
+    STAMP(10)
+    n.covered = n.complete * UNIT;
+    n.limit = (n.complete + num_current - 1) * UNIT + row.position % UNIT + 1;
+    int steps = ceil_div(n.limit, TOKENS);
+    int per_warp = ceil_div(steps, BLOCKS * WARPS);
+    n.start = min_((rank * WARPS + warp) * per_warp, steps);
+    n.stop = min_(n.start + per_warp, steps);
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) {
+        if (n.start + k < n.stop) issue_step(s, row, n, k, warp, lane);
+        close_copies();
+    }
+    STAMP(11)
+    if (RESIDUAL && reads) mass_of_rest(s, num, warp, lane);
+    STAMP(12)
+    attend(s, row, p, n, reads, rank, warp, lane);
+    STAMP(13)
+    merge_warps(s, reads, tid);
+    for (int i = tid; i < BLOCKS * SCALARS * GP; i += THREADS)
+        *of_block(s.scalars + rank * SCALARS * GP + i % (SCALARS * GP), i / (SCALARS * GP)) = s.mine[i % (SCALARS * GP)];
+    STAMP(14)
+    sync_cluster();
+    STAMP(15)
+    merge_blocks(s, row, p, token, reads ? (row.num_units - n.complete) * UNIT : 0, rank, tid);
+    STAMP(16)
+    if (rank == BLOCKS - 1) {
+        int entries = n.complete + num_current;
+        i64 pair = token * p.num_kv_heads + head;
+        for (int i = tid; i < min_(entries, p.table_width); i += THREADS) {
+            int unit = listed_unit(s, row, n, i);
+            int page = min_(max_(row.pages[unit / UNITS_PER_PAGE], 0), p.last_page);
+            p.table[pair * p.table_width + i] = (page * p.num_kv_heads + head) * UNITS_PER_PAGE + unit % UNITS_PER_PAGE;
+        }
+        if (tid == 0) p.count[pair] = entries;
+    }
     sync_cluster();  // nobody leaves while others read its shared memory
+    STAMP(17)
 }
 
 }  // namespace spla

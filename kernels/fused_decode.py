@@ -18,11 +18,12 @@ from .layout import STATE_MAGIC, PageLayout, StateLayout
 SOURCE = Path(__file__).with_name("fused_decode.cu")
 SELECTORS = {"taylor2": 1, "cumulant2": 2, "rem": 3, "quest": 4}
 RESIDUALS = {"none": 0, "regression": 1}
-THREADS = 288
+THREADS = 256
 WARPS = 8
 MAX_CLUSTER = 16
 SHARED_LIMIT = 227 << 10  # bytes a thread block may have on Hopper
-SHARED_HALF = 113 << 10  # bytes of which two fit on a multiprocessor
+SHARED_ALONE = 115 << 10  # bytes that keep a second thread block from the multiprocessor, while another is idle
+LEAST_CLUSTER = 1
 
 
 class _Params(ctypes.Structure):
@@ -117,31 +118,36 @@ class FusedDecode:
         }
 
     def cluster_size(self, num_rows: int) -> int:
-        """Thread blocks a (row, kv head): as many as two a multiprocessor allow, and so that they fit there."""
-        if self._blocks is not None:
-            return self._blocks
-        blocks = MAX_CLUSTER
-        while blocks > 1 and num_rows * self.num_kv_heads * blocks > 264:
-            blocks //= 2
-        while blocks < MAX_CLUSTER and self.shared_bytes(blocks) > SHARED_HALF:
-            blocks *= 2
-        return blocks
+        """Thread blocks a (row, kv head)."""
+        return self._choose(num_rows) if self._blocks is None else self._blocks
+
+    @functools.cache  # noqa: B019, an instance lives as long as its engine
+    def _choose(self, num_rows: int) -> int:
+        """As many as let all clusters run at once, each thread block on a multiprocessor of its own."""
+        clusters = num_rows * self.num_kv_heads
+        for blocks in (16, 8, 4, 2, 1):
+            if self.shared_bytes(blocks) <= SHARED_LIMIT and clusters <= self._max_clusters(blocks):
+                return blocks
+        return 0
 
     def shared_bytes(self, blocks: int) -> int:
         """Shared memory of a thread block; `carve` in the source lays it out."""
         group, d = self._group_p, self.head_size
         share = (-(-self.max_units // blocks) + 3) // 4 * 4
-        ring = WARPS * (8192 if group <= 4 else 16384)
+        has_residual = self.params.residual != "none"
+        rows = 4096 // d  # of a warp's ring
+        ring = WARPS * rows * (4 * d + 16)
         keys = 4 * self.max_units + 12 if 4 * self.max_units > ring else 0
-        has_mass = self.params.residual != "none"
-        floats = share * group * (2 if has_mass else 1) + self.params.budget_blocks + group * d + WARPS * 16 * group
-        floats += (2 * group + 1) * d + (group + 1) * d + MAX_CLUSTER * 7 * group + 5 * group + WARPS * 4 * group
-        floats += (MAX_CLUSTER + 4) * group + 2 * WARPS * 4 + 4
-        return ring + keys + 4 * floats + WARPS * 12 * 8 + 16 * 16  # the last: every part begins at 16 bytes
+        part = (2 * group + 1 if has_residual else group) * d
+        words = share * group * (2 if has_residual else 1) + (part if share * group < part else 0)
+        words += self.params.budget_blocks + 12 * (d + 8) + group * d + MAX_CLUSTER * (2 * group + 2) + 3 * group
+        words += (MAX_CLUSTER + 1 + WARPS) * 4 * group + (MAX_CLUSTER + 4) * group + 3 * 256 + 2 * WARPS + 4
+        used = ring + keys + 4 * words + 20 * 16  # the last: every part begins at 16 bytes
+        return max(used, SHARED_ALONE)
 
-    def supports(self, num_rows: int) -> bool:
-        """Whether sequences of `max_model_len` fit into shared memory."""
-        return self.shared_bytes(self.cluster_size(num_rows)) <= SHARED_LIMIT
+    def pays(self, num_rows: int) -> bool:
+        """Whether this launch is for batches of `num_rows`: larger ones wait for memory, not for each other."""
+        return self.cluster_size(num_rows) >= LEAST_CLUSTER
 
     def run(
         self,
@@ -201,13 +207,21 @@ class FusedDecode:
         )
         self._launch(arguments, self.cluster_size(seq_lens.shape[0]), seq_lens.shape[0])
 
-    def prepare(self) -> None:
-        """Compile and load the kernel, so that the first step need not."""
-        _load(tuple(sorted(self.defines.items())))
+    def _max_clusters(self, blocks: int) -> int:
+        """Clusters of so many thread blocks that run at once."""
+        return self._kernel(blocks).max_clusters(blocks, self.shared_bytes(blocks))
+
+    def _kernel(self, blocks: int) -> Any:
+        return _load(tuple(sorted({**self.defines, "BLOCKS": blocks}.items())))
+
+    def prepare(self, max_num_rows: int) -> None:
+        """Compile what batches of up to `max_num_rows` rows need, so that no step has to."""
+        for num_rows in range(1, max_num_rows + 1):
+            if self.cluster_size(num_rows) < LEAST_CLUSTER:
+                break
 
     def _launch(self, arguments: _Params, blocks: int, num_rows: int) -> None:
-        kernel = _load(tuple(sorted(self.defines.items())))
-        kernel(arguments, (blocks, self.num_kv_heads, num_rows), self.shared_bytes(blocks))
+        self._kernel(blocks)(arguments, (blocks, self.num_kv_heads, num_rows), self.shared_bytes(blocks))
 
 
 @functools.cache
@@ -224,6 +238,7 @@ def _load(defines: tuple[tuple[str, Any], ...]) -> Any:
 
     major, minor = torch.cuda.get_device_capability()
     options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major == 9 else ''}", "--std=c++17"]
+    options.append("--device-as-default-execution-space")  # for `constexpr` functions
     options += [f"-D{name}={value}" for name, value in defines]
     program = checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
@@ -237,10 +252,12 @@ def _load(defines: tuple[tuple[str, Any], ...]) -> Any:
     module = checked(driver.cuModuleLoadData(cubin))
     function = checked(driver.cuModuleGetFunction(module, b"spla_fused_decode"))
     attributes = driver.CUfunction_attribute
-    checked(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_LIMIT))
+    checked(
+        driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_LIMIT)
+    )
     checked(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
 
-    def launch(arguments: _Params, grid: tuple[int, int, int], shared: int) -> None:
+    def configured(grid: tuple[int, int, int], shared: int) -> Any:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
@@ -252,8 +269,16 @@ def _load(defines: tuple[tuple[str, Any], ...]) -> Any:
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [cluster, early], 2
+        return config
+
+    def max_clusters(blocks: int, shared: int) -> int:
+        return checked(driver.cuOccupancyMaxActiveClusters(function, configured((blocks, 1, 1), shared)))
+
+    def launch(arguments: _Params, grid: tuple[int, int, int], shared: int) -> None:
+        config = configured(grid, shared)
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointer), 0))
 
     launch.module = module  # type: ignore[attr-defined]  # kept loaded
+    launch.max_clusters = max_clusters  # type: ignore[attr-defined]
     return launch

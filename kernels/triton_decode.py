@@ -336,7 +336,7 @@ class TritonPagedSpla:
                 max_model_len=max_model_len,
                 **shape,
             )
-            self.fused.prepare()
+            self.fused.prepare(max_num_rows)
 
     @property
     def scratch_bytes(self) -> int:
@@ -479,7 +479,7 @@ class TritonPagedSpla:
                 raise ValueError(f"residual {self.params.residual!r} needs a state cache and its table")
             state_cache, state_table = kv_cache, block_table
         params, scratch = self.params, self._scratch
-        if self.fused is not None and max_query_len == 1 and query.dtype == self.cache_dtype:
+        if self.fused and max_query_len == 1 and query.dtype == self.cache_dtype and self.fused.pays(num_rows):
             self.fused.run(
                 query, kv_cache, state_cache, query_start_loc, seq_lens, block_table, state_table, self.gain, output,
                 scratch.table, scratch.count,

@@ -27,6 +27,9 @@ def _compile(defines: tuple) -> ctypes.CDLL:
 
 
 class EmulatedDecode(FusedDecode):
+    def pays(self, num_rows) -> bool:
+        return True
+
     def _launch(self, arguments, blocks, num_rows) -> None:
-        emulate = _compile(tuple(sorted(self.defines.items())))
+        emulate = _compile(tuple(sorted({**self.defines, "BLOCKS": blocks}.items())))
         assert emulate(ctypes.byref(arguments), blocks, self.num_kv_heads, num_rows, self.shared_bytes(blocks)) == 0

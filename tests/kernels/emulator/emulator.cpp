@@ -1,6 +1,6 @@
 // Runs `kernels/fused_decode.cu` on a CPU: every CUDA thread is a fiber, every primitive of the hardware that the source
-// uses has a plain meaning here. Shared memory starts as NaN; bulk copies arrive as late as the wait for them, their target
-// NaN until then; threads that wait for each other in vain end the program.
+// uses has a plain meaning here. Shared memory starts as NaN; asynchronous copies arrive as late as the wait for them, their
+// target NaN until then; threads that wait for each other in vain end the program.
 
 #include <ucontext.h>
 
@@ -29,14 +29,13 @@ struct Block {
     int rank;
     std::vector<char> shared;
     char *base;
-    Meeting all, workers;
+    Meeting all;
     std::vector<Warp> warps;
 };
 
 struct Copy {
     void *to;
     const void *from;
-    unsigned bytes;
 };
 
 struct Fiber {
@@ -45,6 +44,8 @@ struct Fiber {
     Block *block;
     int tid;
     bool done = false;
+    std::vector<Copy> open;                 // asynchronous copies
+    std::vector<std::vector<Copy>> closed;  // in groups
 };
 
 static Fiber *current;
@@ -85,7 +86,6 @@ static int thread_id() { return emulator::current->tid; }
 static int block_x() { return emulator::current->block->rank; }
 static int block_y() { return emulator::head; }
 static int block_z() { return emulator::row; }
-static int cluster_size() { return (int)emulator::blocks.size(); }
 static float shuffle_xor(float x, int mask) { return emulator::exchange(x, (thread_id() % 32) ^ mask); }
 static float shuffle(float x, int lane) { return emulator::exchange(x, lane); }
 
@@ -102,12 +102,19 @@ static unsigned ballot(bool x) {
     return over_warp(x ? 1u << thread_id() % 32 : 0u, [](unsigned a, unsigned b) { return a | b; });
 }
 static unsigned warp_sum(unsigned x) { return over_warp(x, [](unsigned a, unsigned b) { return a + b; }); }
-static int warp_min(int x) { return over_warp(x, [](unsigned a, unsigned b) { return (int)a < (int)b ? a : b; }); }
-static int warp_max(int x) { return over_warp(x, [](unsigned a, unsigned b) { return (int)a > (int)b ? a : b; }); }
+static unsigned warp_min(unsigned x) { return over_warp(x, [](unsigned a, unsigned b) { return a < b ? a : b; }); }
+static unsigned warp_max(unsigned x) { return over_warp(x, [](unsigned a, unsigned b) { return a > b ? a : b; }); }
+static int shuffle(int x, int lane) { return emulator::exchange(x, lane); }
+static unsigned shuffle_up(unsigned x, int by) {
+    int lane = thread_id() % 32;
+    return emulator::exchange(x, lane >= by ? lane - by : lane);
+}
+static int leading_zeros(unsigned x) { return x ? __builtin_clz(x) : 32; }
+static void add_to(unsigned *p, unsigned x) { *p += x; }
+static void prefetch(const void *p) { *(volatile const char *)p; }
 static int popcount(unsigned x) { return __builtin_popcount(x); }
 static void sync_warp() { emulator::meet(emulator::warp().meeting); }
 static void sync_block() { emulator::meet(emulator::current->block->all); }
-static void sync_workers() { emulator::meet(emulator::current->block->workers); }
 static void sync_cluster() { emulator::meet(emulator::cluster); }
 template <typename T> static T *of_block(T *p, int rank) {
     return (T *)(emulator::blocks[rank]->base + ((char *)p - emulator::current->block->base));
@@ -132,45 +139,79 @@ static unsigned short float_to_bf16(float x) {
     return (unsigned short)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-struct Barrier {
-    int phase, id;
-};
-struct Pending {
-    long expected = -1;
-    std::vector<emulator::Copy> copies;
-};
-static std::vector<Pending> pending;
-static void barrier_init(Barrier *b) {
-    b->phase = 0;
-    b->id = (int)pending.size();
-    pending.emplace_back();
+// Every lane's share of a warp-wide exchange of `N` words.
+template <int N> static void gather(const unsigned (&mine)[N], unsigned (&all)[32][N]) {
+    for (int i = 0; i < N; i++) {
+        emulator::Warp &w = emulator::warp();
+        int buffer = w.shuffles.generation & 1;
+        w.slots[buffer][thread_id() % 32] = mine[i];
+        emulator::meet(w.shuffles);
+        for (int l = 0; l < 32; l++) all[l][i] = w.slots[buffer][l];
+    }
 }
-static void barriers_visible() {}
-static void before_copies() {}
-static void expect(Barrier *b, unsigned bytes) { pending[b->id].expected = bytes; }
-static void copy_in(void *to, const void *from, unsigned bytes, Barrier *b) {
-    if ((size_t)to % 16 || (size_t)from % 16 || bytes % 16) {
-        std::fprintf(stderr, "bulk copy of unaligned bytes\n");
+
+static void tiles(unsigned (&x)[4], const void *row, bool transposed) {
+    if ((size_t)row % 16) {
+        std::fprintf(stderr, "matrix row at an unaligned address\n");
         std::abort();
     }
-    std::memset(to, 0xff, bytes);
-    pending[b->id].copies.push_back({to, from, bytes});
-}
-static void wait(Barrier *b, unsigned parity) {
-    while ((unsigned)(b->phase & 1) == parity) {
-        Pending &p = pending[b->id];
-        long bytes = 0;
-        for (auto &c : p.copies) bytes += c.bytes;
-        if (p.expected == bytes) {
-            for (auto &c : p.copies) std::memcpy(c.to, c.from, c.bytes);
-            p.copies.clear();
-            p.expected = -1;
-            b->phase++;
-            emulator::progress++;
-        } else {
-            emulator::yield();
+    unsigned address[2] = {(unsigned)(size_t)row, (unsigned)((size_t)row >> 32)}, rows[32][2];
+    gather(address, rows);
+    int lane = thread_id() % 32;
+    for (int m = 0; m < 4; m++) {
+        unsigned short out[2];
+        for (int i = 0; i < 2; i++) {
+            int r = transposed ? lane % 4 * 2 + i : lane / 4, c = transposed ? lane / 4 : lane % 4 * 2 + i;
+            unsigned *from = rows[m * 8 + r];
+            out[i] = ((const unsigned short *)((size_t)from[0] | (size_t)from[1] << 32))[c];
         }
+        std::memcpy(&x[m], out, 4);
     }
+    sync_warp();
+}
+static void load_tiles(unsigned (&x)[4], const void *row) { tiles(x, row, false); }
+static void load_tiles_transposed(unsigned (&x)[4], const void *row) { tiles(x, row, true); }
+
+static float part_of(unsigned two, int i) {
+    unsigned short x = (unsigned short)(two >> 16 * i);
+#if FP16
+    return half_to_float(x);
+#else
+    return as_float((unsigned)x << 16);
+#endif
+}
+static void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    unsigned mine[6] = {a0, a1, a2, a3, b0, b1}, all[32][6];
+    gather(mine, all);
+    int g = thread_id() % 32 / 4, t = thread_id() % 4;
+    for (int j = 0; j < 4; j++) {
+        int row = g + j / 2 * 8, column = t * 2 + j % 2;
+        float sum = 0.0f;
+        for (int k = 0; k < 16; k++) {
+            unsigned a = all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+            unsigned b = all[column * 4 + k % 8 / 2][4 + k / 8];
+            sum += part_of(a, k % 2) * part_of(b, k % 2);
+        }
+        c[j] += sum;
+    }
+}
+
+static void copy_in(void *to, const void *from) {
+    if ((size_t)to % 16 || (size_t)from % 16) {
+        std::fprintf(stderr, "copy of unaligned bytes\n");
+        std::abort();
+    }
+    std::memset(to, 0xff, 16);
+    emulator::current->open.push_back({to, from});
+}
+static void close_copies() {
+    emulator::current->closed.push_back(std::move(emulator::current->open));
+    emulator::current->open.clear();
+}
+template <int N> static void wait_copies() {
+    auto &closed = emulator::current->closed;
+    for (; closed.size() > N; closed.erase(closed.begin()))
+        for (auto &copy : closed[0]) std::memcpy(copy.to, copy.from, 16);
 }
 
 static char *shared_memory_base() { return emulator::current->block->base; }
@@ -192,9 +233,8 @@ static void enter() {
 }
 
 static bool run_cluster(int num_blocks, size_t shared_bytes) {
-    constexpr int threads = spla::THREADS + 32;
+    constexpr int threads = spla::THREADS;
     blocks.clear();
-    pending.clear();
     cluster = Meeting{num_blocks * threads};
     for (int r = 0; r < num_blocks; r++) {
         auto block = std::make_unique<Block>();
@@ -202,7 +242,6 @@ static bool run_cluster(int num_blocks, size_t shared_bytes) {
         block->shared.assign(shared_bytes + 128, (char)0xff);
         block->base = (char *)(((size_t)block->shared.data() + 127) / 128 * 128);
         block->all.total = threads;
-        block->workers.total = spla::THREADS;
         block->warps.resize(threads / 32);
         for (auto &w : block->warps) w.meeting.total = w.shuffles.total = 32;
         blocks.push_back(std::move(block));
