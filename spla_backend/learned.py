@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .options import check_parameters_file
 
@@ -252,7 +252,7 @@ def write(path: Path, layers: Mapping[int, LayerParameters], options: Mapping[st
         for name, tensor in layer.tensors().items()
     }
     metadata = {"format": "spla", "version": VERSION, "spla_config": json.dumps(dict(options), sort_keys=True)}
-    save_file(tensors, path, metadata=metadata)
+    path.write_bytes(save(tensors, metadata))  # with the user's usual permissions, which save_file does not give
     weights = [file for file in sorted(path.parent.glob("*.safetensors")) if file.name != path.name]
     index = path.parent / _INDEX_NAME
     if not weights or index.exists():
