@@ -105,11 +105,11 @@ class Residual(ABC):
 class RegressionResidual(Residual):
     """`phi(k) = [k, 1]`: the tail's mean value plus a share of its covariance with the keys.
 
-    Expanding the softmax over the rest to first order gives `v_bar + Cov(v, k) q`; `scale` shrinks the second term.
-    A reading is `(sum (q . k) v, sum v, sum q . k)`.
+    Expanding the softmax over the rest to first order gives `v_bar + Cov(v, k) q`; `scale` shrinks the second term, by
+    a number or a tensor that is broadcastable to the output. A reading is `(sum (q . k) v, sum v, sum q . k)`.
     """
 
-    def __init__(self, head_size: int, scale: float) -> None:
+    def __init__(self, head_size: int, scale: float | torch.Tensor) -> None:
         self.s_rows, self.z_size, self.scale = head_size + 1, head_size, scale
 
     def contribution(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +132,8 @@ class RegressionResidual(Residual):
         share = num_rest.clamp(min=1).reciprocal().unsqueeze(-1)
         v_bar = v * share
         covariance = torch.addcmul(qkv, qk, v_bar, value=-1)  # times the count
+        if isinstance(self.scale, torch.Tensor):
+            return torch.addcmul(v_bar, covariance, share * self.scale)
         return torch.addcmul(v_bar, covariance, share, value=self.scale)
 
 

@@ -5,8 +5,8 @@ query sees exactly the tokens before it, as in decoding.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +18,12 @@ from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import make_residual
 from ..algorithm.selection import forced_blocks, group_scores, select_blocks
 from ..algorithm.selectors import get_selector
+from ..algorithm.sequence import spla_attention
+from ..learned import LayerParameters
 from .capture import AttentionInputs
 from .variants import without_residual
+
+_CPU_ELEMENTS = 1 << 22  # weights of pairs of tokens that are held at a time
 
 ORACLE = "oracle"
 """Selects by the true mass of each block, summed over the heads of a group: no selection of these blocks by a group
@@ -160,8 +164,8 @@ class HeadGroup:
         num_rest = rest_tokens.sum(-1)  # [queries, 1]
         tail = residual.tail(residual.reading(weights, products), num_rest.to(self.q.dtype))
         if params.combine == "double_rmsnorm":
-            one = torch.ones((), device=exact.device)
             tail = torch.where(num_rest[..., None] > 0, tail, 0.0)
+            one = torch.ones((), device=exact.device)
             return double_rmsnorm(exact, tail, one, one, params.rms_norm_eps)
         statistics = self.statistics(params.selector, params.selection_block)
         mass = get_selector(params.selector).mass(self.q, statistics, params.selection_block)
@@ -202,31 +206,27 @@ def measure(
     return mass.flatten(1), error.flatten(1)
 
 
-def attention(inputs: AttentionInputs, params: SplaParameters, chunk: int = 1024) -> torch.Tensor:
-    """SPLA instead of dense attention in one layer of one document, for all of its tokens.
+def attention(
+    inputs: AttentionInputs, params: SplaParameters, learned: Mapping[int, LayerParameters] | None = None
+) -> torch.Tensor:
+    """SPLA instead of dense attention in one layer of one document, for all of its tokens; differentiable.
 
     Args:
         inputs: Of the layer.
         params: What to compute.
-        chunk: Queries at a time, which bounds the memory.
+        learned: Learned parameters by layer; None where there are none.
 
     Returns:
         `[num_heads, length, head_size]` float32.
     """
-    num_kv_heads, length, _ = inputs.k.shape
-    q = inputs.q.float().unflatten(0, (num_kv_heads, -1))  # [kv_heads, group, length, head_size]
-    output = torch.empty_like(q)
-    for g in range(num_kv_heads):
-        k, v = inputs.k[g].float(), inputs.v[g].float()
-        statistics: dict[tuple[str, int], torch.Tensor] = {}
-        # The last first: it sees all keys, so that it makes all statistics.
-        for start in reversed(range(0, length, chunk)):
-            end = min(start + chunk, length)
-            positions = torch.arange(start, end, device=k.device)
-            queries = q[g, :, start:end].transpose(0, 1).contiguous()
-            group = HeadGroup(queries, k[:end], v[:end], positions, statistics)
-            output[g, :, start:end] = group.output(group.select(Point(params)), params).transpose(0, 1)
-    return output.flatten(0, 1)
+    q, k, v = (x.float()[None] for x in (inputs.q, inputs.k, inputs.v))
+    mine = LayerParameters() if learned is None else learned[inputs.layer].to(q.device)
+    if mine.residual_scale is not None:
+        params = replace(params, residual_scale=mine.residual_scale)
+    log_gain = None if mine.gain is None else mine.gain.log()
+    # On a CPU what a few queries make stays in its caches, which halves the time.
+    chunk = max(16, _CPU_ELEMENTS // (q.shape[1] * q.shape[2])) if q.device.type == "cpu" else None
+    return spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=mine.norm_weights, chunk=chunk)[0]
 
 
 def sample_positions(start: int, length: int, count: int, seed: int = 0) -> torch.Tensor:

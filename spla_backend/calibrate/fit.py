@@ -1,0 +1,114 @@
+"""Gains and scales of the residual, fitted to a frozen model by distillation from its own dense attention.
+
+What is lowered is the divergence of the model's next-token distributions under SPLA from those under dense attention,
+with Adam, through the whole model: a gain that lowers the error of its layer's output need not lower the loss.
+Which blocks are selected is not differentiated through.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..algorithm.parameters import SplaParameters
+from ..evaluate.capture import CapturingModel
+from ..evaluate.fidelity import attention
+from ..learned import LayerParameters
+
+_LOSS_CHUNK = 512  # positions whose distributions over the vocabulary are compared at a time
+_MIN_GAIN, _MAX_GAIN = 1e-3, 20.0
+
+
+class HeadParameters:
+    """What is fitted: a gain for every head of every layer, and a scale for every layer.
+
+    Args:
+        num_layers: Layers of the model.
+        num_heads: Query heads.
+        params: What SPLA computes; a residual whose direction has no scale gets gains alone.
+        device: Where the model is.
+    """
+
+    def __init__(self, num_layers: int, num_heads: int, params: SplaParameters, device: torch.device | str) -> None:
+        shape = num_layers, num_heads
+        self.log_gain = torch.zeros(shape, device=device, requires_grad=True)
+        self.scale: torch.Tensor | None = None
+        if params.residual == "regression":
+            self.scale = torch.full((num_layers, 1), float(params.residual_scale), device=device, requires_grad=True)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What an optimiser changes."""
+        return [self.log_gain] if self.scale is None else [self.log_gain, self.scale]
+
+    def _layer(self, i: int) -> LayerParameters:
+        return LayerParameters(
+            gain=self.log_gain[i].exp(), residual_scale=None if self.scale is None else self.scale[i]
+        )
+
+    def layers(self) -> dict[int, LayerParameters]:
+        """Of all layers, differentiable where gradients are enabled."""
+        return {i: self._layer(i) for i in range(self.log_gain.shape[0])}
+
+    def clamp(self) -> None:
+        """Keep what is fitted where it means something."""
+        with torch.no_grad():
+            self.log_gain.clamp_(*(torch.tensor([_MIN_GAIN, _MAX_GAIN]).log().tolist()))
+            if self.scale is not None:
+                self.scale.clamp_(0.0, 2.0)
+
+
+def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Mean Kullback-Leibler divergence of the student's distributions from the teacher's.
+
+    Args:
+        teacher: Logits `[positions, vocabulary]`.
+        student: The same.
+    """
+
+    def one(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a, b = a.float().log_softmax(-1), b.float().log_softmax(-1)
+        return F.kl_div(b, a, reduction="sum", log_target=True)
+
+    pieces = zip(teacher.split(_LOSS_CHUNK), student.split(_LOSS_CHUNK), strict=True)
+    total = torch.stack([checkpoint(one, a, b, use_reentrant=False) for a, b in pieces]).sum()
+    return total / teacher.shape[0]
+
+
+def fit(
+    model: CapturingModel,
+    documents: Sequence[Sequence[int]],
+    params: SplaParameters,
+    fitted: HeadParameters,
+    *,
+    steps: int,
+    learning_rate: float,
+    report: Callable[[float], None],
+) -> None:
+    """Fit gains and scales, a document a step, the documents in turn.
+
+    Args:
+        model: The frozen model, with its head.
+        documents: Token ids, each longer than the budget.
+        params: What SPLA computes, with a residual under a shared normaliser.
+        fitted: Where to start; changed in place.
+        steps: Steps of Adam.
+        learning_rate: Its rate at the start; it falls to a tenth along a cosine.
+        report: Gets the divergence of every step, before it changes anything.
+    """
+    optimizer = torch.optim.Adam(fitted.tensors(), lr=learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=learning_rate / 10)
+    budget = params.budget_blocks * params.selection_block
+    for step in range(steps):
+        tokens = documents[step % len(documents)]
+        with torch.no_grad():
+            teacher = model.forward(tokens, None).logits[0, budget:]
+        visit = partial(attention, params=params, learned=fitted.layers())
+        loss = divergence(teacher, model.forward(tokens, visit).logits[0, budget:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        fitted.clamp()
+        report(loss.item())
