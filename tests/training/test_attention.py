@@ -1,0 +1,93 @@
+"""The differentiable form against the float64 definition, and its gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.algorithm.reference import spla_sequence
+from spla_backend.training.attention import spla_attention
+
+BASE = SplaParameters(page_size=8, selection_block=4, budget_blocks=4, first_blocks=1, last_blocks=2)
+CASES = {
+    "none": replace(BASE, residual="none"),
+    "mean": replace(BASE, selector="mean", residual="none", page_size=4),
+    "quest": replace(BASE, selector="quest", residual="none"),
+    "regression": BASE,
+    "regression-km2": replace(BASE, selector="km2-rem"),
+    "regression-top-p": replace(BASE, top_p=0.7, budget_blocks=5),
+    "linear": replace(BASE, residual="linear", selector="taylor2"),
+    "linear-elu1": replace(BASE, residual="linear", feature_map="elu1"),
+    "rmsnorm": replace(BASE, residual="linear", combine="double_rmsnorm", selector="taylor2"),
+    "rmsnorm-coarse": replace(BASE, residual="linear", combine="double_rmsnorm", selection_block=8, budget_blocks=3),
+    "rmsnorm-none": replace(BASE, residual="none", combine="double_rmsnorm"),
+}
+
+
+def inputs(heads: int, kv_heads: int, length: int, d: int = 8, batch: int = 2, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q, k = 1.5 * random(batch, heads, length, d), random(batch, kv_heads, length, d)
+    v = random(batch, kv_heads, length, d)
+    return q, k, v, random(heads), (random(heads, d), random(heads, d))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (3, 1)])
+def test_equals_the_definition(name, heads, kv_heads):
+    params = CASES[name]
+    q, k, v, log_gain, norms = inputs(heads, kv_heads, length=61, seed=heads)
+    actual = spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=norms, chunk=17)
+    for i in range(len(q)):
+        expected = spla_sequence(
+            q[i].transpose(0, 1),
+            k[i].transpose(0, 1),
+            v[i].transpose(0, 1),
+            params,
+            gain=log_gain.exp(),
+            norm_weights=norms,
+        )
+        torch.testing.assert_close(actual[i].transpose(0, 1), expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["none", "regression", "rmsnorm"])
+def test_last_tokens_alone(name):
+    """As with a cache of keys and values."""
+    q, k, v, log_gain, norms = inputs(4, 2, length=61)
+    whole = spla_attention(q, k, v, CASES[name], log_gain=log_gain, norm_weights=norms)
+    last = spla_attention(q[:, :, -5:], k, v, CASES[name], log_gain=log_gain, norm_weights=norms)
+    torch.testing.assert_close(last, whole[:, :, -5:])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(name):
+    """Of queries, keys, values and learned parameters, against finite differences, which change no selection here."""
+    params = replace(CASES[name], rms_norm_eps=1e-3)
+    q, k, v, log_gain, norms = inputs(2, 1, length=27, d=2, batch=1)
+    leaves = [x.requires_grad_() for x in (q, k, v, log_gain, *norms)]
+
+    def attend(q, k, v, log_gain, *norms):
+        return spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=norms, chunk=10)
+
+    assert torch.autograd.gradcheck(attend, leaves, eps=1e-7, atol=1e-5)
+
+
+def test_rows_without_a_rest_have_finite_gradients():
+    """Most tokens of a short sequence attend to everything, whatever the residual."""
+    for params in CASES.values():
+        q, k, v, log_gain, norms = inputs(2, 1, length=14)
+        leaves = [x.requires_grad_() for x in (q, k, v, log_gain, *norms)]
+        spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=norms).sum().backward()
+        assert all(x.grad is None or bool(x.grad.isfinite().all()) for x in leaves)
+
+
+def test_shapes_are_checked():
+    q, k, v, _, _ = inputs(4, 2, length=5)
+    with pytest.raises(ValueError, match="a multiple of G"):
+        spla_attention(q[:, :3], k, v, BASE)
+    with pytest.raises(ValueError, match="T >= L"):
+        spla_attention(q, k[:, :, :3], v[:, :, :3], BASE)
