@@ -1,9 +1,12 @@
 """SPLA over whole sequences, differentiable: the same definition as `spla_backend.algorithm.reference`, by masks.
 
-Every token selects its own blocks, as in decode. The selection is a choice and has no gradient; scores of blocks get one
-only as the tail's mass. Nothing is faster than dense attention here: weights of all pairs of tokens are made, chunk of
-queries by chunk, and made again in the backward pass, so that memory does not grow with the square of the length.
+Every token selects its own blocks, as in decode. The selection is a choice and has no gradient; statistics of blocks
+get one only through the tail's mass. Nothing is faster than dense attention here: weights of all pairs of tokens are
+made, chunk of queries by chunk, and made again in the backward pass, so that memory does not grow with the square of
+the length.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,11 +88,13 @@ def spla_attention(
         part, keys_seen, values_seen = queries[:, :, start:end], keys[:, :seen], values[:, :seen]
         with torch.no_grad():
             rest = unselected_blocks(part, blocks, positions, params)
-        arguments = (part, keys_seen, values_seen, blocks, rest, positions, params, residual, *weights)
-        if torch.is_grad_enabled() and length > chunk:
-            outputs.append(checkpoint(_attend, *arguments, use_reentrant=False))
-        else:
-            outputs.append(_attend(*arguments))
+        attend = partial(_attend, rest=rest, positions=positions, params=params, residual=residual)
+        # Also for a single chunk: there are many layers.
+        outputs.append(
+            checkpoint(attend, part, keys_seen, values_seen, blocks, *weights, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else attend(part, keys_seen, values_seen, blocks, *weights)
+        )
     return torch.cat(outputs, 2).reshape(batch, num_heads, length, d)
 
 
@@ -120,11 +125,11 @@ def _attend(
     k: Tensor,
     v: Tensor,
     statistics: Tensor,
+    *weights: Tensor,
     rest: Tensor,
     positions: Tensor,
     params: SplaParameters,
     residual: Residual | None,
-    *weights: Tensor,
 ) -> Tensor:
     """One chunk of queries.
 
@@ -133,11 +138,11 @@ def _attend(
         k: `[rows, tokens, d]`, up to the last position.
         v: As `k`.
         statistics: `[rows, num_blocks, width]`.
+        weights: Learned parameters of the combination, `[rows, group, 1]` or two of `[rows, group, 1, d]`.
         rest: From `unselected_blocks`, `[rows, queries, num_blocks]`.
         positions: `[queries]`.
         params: What to compute.
         residual: What stands for the rest.
-        weights: Learned parameters of the combination, `[rows, group, 1]` or two of `[rows, group, 1, d]`.
 
     Returns:
         `[rows, group, queries, d]`.
