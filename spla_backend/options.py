@@ -1,7 +1,7 @@
 """Options of the backend: where they come from, what they default to, what is refused.
 
-`--additional-config '{"spla": {...}}'` goes before `spla_config` in the model's config.json, that before the
-defaults. `docs/options.md` lists them for users.
+`--additional-config '{"spla": {...}}'` goes before `spla_config` in the model's config.json, that before the options
+that learned parameters bring (`learned.py`), those before the defaults. `docs/options.md` lists them for users.
 """
 
 import difflib
@@ -30,6 +30,8 @@ class SplaOptions:
         rms_norm_eps: Epsilon of `double_rmsnorm`.
         prefill_dense_below: Prompt tokens at positions below this attend to everything. None means all of them on a
             GPU, where the sparse prefill is young, and none beyond the budget on a CPU.
+        parameters_file: File of learned parameters, from the current folder or the model's; None means
+            `spla.safetensors` beside the model's weights where there is one, `none` means no file.
     """
 
     budget: int = 2048
@@ -44,6 +46,7 @@ class SplaOptions:
     combine: str = "shared_normalizer"
     rms_norm_eps: float = 1e-6
     prefill_dense_below: int | None = None
+    parameters_file: str | None = None
 
     @classmethod
     def from_sources(cls, *sources: Mapping[str, Any] | None) -> "SplaOptions":
@@ -84,6 +87,7 @@ class SplaOptions:
                 raise ValueError(
                     f"SPLA option selection_block_size must be a multiple of 16, not {self.selection_block_size}"
                 )
+        check_parameters_file(self.parameters_file)
         self._check_choice("selector", selector_names())
         self._check_choice("residual", RESIDUALS)
         self._check_choice("feature_map", feature_map_names())
@@ -158,3 +162,11 @@ class SplaOptions:
                 f"{params.max_forced_blocks * block}"
             )
         return params
+
+
+def check_parameters_file(value: Any) -> None:
+    """Raises:
+    ValueError: No value of the option `parameters_file`.
+    """
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(f"SPLA option parameters_file must be the path of a file or 'none', not {value!r}")

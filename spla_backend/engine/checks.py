@@ -1,8 +1,11 @@
 """What SPLA refuses, each with one sentence: what, why, what to do. Imports no kernels, but on a GPU to ask them."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import SplaOptions
+from .. import learned
+from ..options import SplaOptions, check_parameters_file
 from ..plugin import backend_member
 
 if TYPE_CHECKING:
@@ -23,16 +26,63 @@ def is_chosen(vllm_config: "VllmConfig") -> bool:
     return any(backend is backend_member() for backend in chosen)
 
 
+def _option_sources(vllm_config: "VllmConfig") -> tuple[Any, Any]:
+    """Options of the command line and of the model's config.json."""
+    additional = vllm_config.additional_config
+    command_line = additional.get("spla") if isinstance(additional, dict) else None
+    return command_line, getattr(_text_config(vllm_config), "spla_config", None)
+
+
+def _text_config(vllm_config: "VllmConfig") -> Any:
+    return getattr(vllm_config.model_config, "hf_text_config", None)
+
+
+def parameters_file(vllm_config: "VllmConfig") -> Path | None:
+    """The file of learned parameters of a configuration, None where there is none.
+
+    Raises:
+        ValueError: One is asked for that does not exist.
+    """
+    if vllm_config.model_config is None:
+        return None
+    named = [
+        s["parameters_file"] for s in _option_sources(vllm_config) if isinstance(s, Mapping) and "parameters_file" in s
+    ]
+    wanted = named[0] if named else None
+    check_parameters_file(wanted)
+    return learned.find(vllm_config.model_config.model, wanted)
+
+
 def resolve_options(vllm_config: "VllmConfig") -> SplaOptions:
     """The options of a configuration.
 
     Raises:
         ValueError: As `SplaOptions.from_sources`.
     """
-    additional = vllm_config.additional_config
-    command_line = additional.get("spla") if isinstance(additional, dict) else None
-    model = getattr(vllm_config.model_config, "hf_text_config", None)
-    return SplaOptions.from_sources(command_line, getattr(model, "spla_config", None))
+    path = parameters_file(vllm_config)
+    of_file = None if path is None else learned.read_options(path)
+    return SplaOptions.from_sources(*_option_sources(vllm_config), of_file)
+
+
+def check_parameters(vllm_config: "VllmConfig", options: SplaOptions) -> None:
+    """Raises:
+    ValueError: Learned parameters that are not this model's.
+    """
+    path = parameters_file(vllm_config)
+    if path is None:
+        return
+    text, model = _text_config(vllm_config), vllm_config.model_config
+    # Layers with windows, in models that mix them with full attention, are not SPLA's.
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    layers = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    learned.check_place(path)
+    learned.check(
+        path,
+        layers=layers,
+        num_heads=text.num_attention_heads,
+        head_size=model.get_head_size(),
+        combine=options.combine,
+    )
 
 
 def check_vllm_version(version: str) -> None:
@@ -115,6 +165,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "have to carry page statistics: remove --kv-transfer-config"
         )
     check_hybrid_manager(vllm_config, options)
+    check_parameters(vllm_config, options)
     check_cuda_kernels(vllm_config, options)
 
 

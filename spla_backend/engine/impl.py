@@ -4,13 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType, max_decode_query_len
 
+from .. import learned
 from ..kernels import dispatch
 from .backend import get_options, set_options
-from .checks import check_hybrid_manager, refuse_arguments, resolve_options
+from .checks import check_hybrid_manager, parameters_file, refuse_arguments, resolve_options
 from .logger import logger
 from .state import RecurrentStateLayer, companion_name
 
@@ -54,24 +57,47 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         set_options(options)
         self.op: Any = None
         self.bound: tuple[int, torch.dtype] | None = None
+        self.learned: learned.LayerParameters | None = None
         logger.info_once("SPLA options: %s", options)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Claim what memory profiling must see: the kernels' scratch, and the companion layer that makes the engine
-        allocate the recurrent state. Idempotent: weights may be loaded again."""
+        """Read learned parameters, and claim what memory profiling must see: the kernels' scratch, and the companion
+        layer that makes the engine allocate the recurrent state. Idempotent: weights may be loaded again."""
         context = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((n, item) for n, item in context.items() if getattr(item, "impl", None) is self)
+        self.learned = self._read_learned(name)
         if get_options().residual != "none":
             context.setdefault(companion_name(name), RecurrentStateLayer(layer))
         if current_platform.is_cuda():
             cache = self.vllm_config.cache_config
             self.bind(cache.block_size, layer.kv_cache_torch_dtype, current_platform.device_type)
 
+    def _read_learned(self, layer_name: str) -> learned.LayerParameters:
+        """What the model's file of learned parameters holds for this rank's heads of the layer.
+
+        Raises:
+            ValueError: The file does not fit the model.
+            RuntimeError: It holds other values than when the weights were first loaded: kernels and CUDA graphs have
+                those.
+        """
+        path = parameters_file(self.vllm_config)
+        if path is None:
+            return learned.LayerParameters()
+        rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        index = extract_layer_index(layer_name)
+        num_heads = self.num_heads * world_size
+        found = learned.read_layer(path, index, num_heads=num_heads, head_size=self.head_size).heads(rank, world_size)
+        if self.learned is not None and not self.learned.same(found):
+            raise RuntimeError(f"{path} changed while the engine ran: start the engine again to use it")
+        logger.info_once("SPLA parameters: %s", path)
+        return found
+
     def bind(self, page_size: int, cache_dtype: torch.dtype, device: torch.device | str) -> None:
         """Make the kernels; the metadata builder calls it again with the final page geometry."""
         if self.bound == (page_size, cache_dtype):
             return
         self.bound = (page_size, cache_dtype)
+        assert self.learned is not None, "weights are loaded before caches are made"
         scheduler = self.vllm_config.scheduler_config
         limits = dispatch.Limits(
             max_num_rows=scheduler.max_num_seqs,
@@ -91,6 +117,8 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             head_size=self.head_size,
             cache_dtype=cache_dtype,
             scale=self.scale,
+            gain=self.learned.gain,
+            norm_weights=self.learned.norm_weights,
         )
         if hasattr(self.op, "scratch_bytes"):
             logger.info_once("SPLA scratch for all layers: %.1f MiB", self.op.scratch_bytes / 2**20)

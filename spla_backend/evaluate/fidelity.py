@@ -5,7 +5,7 @@ query sees exactly the tokens before it, as in decoding.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import make_residual
 from ..algorithm.selection import forced_blocks, group_scores, select_blocks
 from ..algorithm.selectors import get_selector
+from ..learned import LayerParameters
 from .capture import AttentionInputs
 from .variants import without_residual
 
@@ -147,8 +148,12 @@ class HeadGroup:
         output = self.output(rest, params)
         return (output - self._dense).norm(dim=-1) / self._dense.norm(dim=-1)
 
-    def output(self, rest: torch.Tensor, params: SplaParameters) -> torch.Tensor:
-        """What SPLA makes of a selection `[queries, group, head_size]`, arguments as `output_error`."""
+    def output(
+        self, rest: torch.Tensor, params: SplaParameters, learned: LayerParameters | None = None
+    ) -> torch.Tensor:
+        """What SPLA makes of a selection `[queries, group, head_size]`, arguments as `output_error`; `learned` of the
+        group's heads."""
+        learned = learned or LayerParameters()
         rest_tokens = self._tokens(rest, params.selection_block)
         visible = self._visible & ~rest_tokens
         residual = make_residual(params, self.q.shape[-1])
@@ -160,12 +165,14 @@ class HeadGroup:
         num_rest = rest_tokens.sum(-1)  # [queries, 1]
         tail = residual.tail(residual.reading(weights, products), num_rest.to(self.q.dtype))
         if params.combine == "double_rmsnorm":
-            one = torch.ones((), device=exact.device)
             tail = torch.where(num_rest[..., None] > 0, tail, 0.0)
-            return double_rmsnorm(exact, tail, one, one, params.rms_norm_eps)
+            one = torch.ones((), device=exact.device)
+            return double_rmsnorm(exact, tail, *(learned.norm_weights or (one, one)), params.rms_norm_eps)
         statistics = self.statistics(params.selector, params.selection_block)
         mass = get_selector(params.selector).mass(self.q, statistics, params.selection_block)
         log_mass = mass.masked_fill(~rest[:, None], -torch.inf).logsumexp(-1)  # [queries, group]
+        if learned.gain is not None:
+            log_mass = log_mass + learned.gain.log()
         return shared_normalizer(exact, lse, tail, log_mass)
 
 
@@ -202,12 +209,18 @@ def measure(
     return mass.flatten(1), error.flatten(1)
 
 
-def attention(inputs: AttentionInputs, params: SplaParameters, chunk: int = 1024) -> torch.Tensor:
+def attention(
+    inputs: AttentionInputs,
+    params: SplaParameters,
+    learned: Mapping[int, LayerParameters] | None = None,
+    chunk: int = 1024,
+) -> torch.Tensor:
     """SPLA instead of dense attention in one layer of one document, for all of its tokens.
 
     Args:
         inputs: Of the layer.
         params: What to compute.
+        learned: Learned parameters by layer; None where there are none.
         chunk: Queries at a time, which bounds the memory.
 
     Returns:
@@ -216,7 +229,9 @@ def attention(inputs: AttentionInputs, params: SplaParameters, chunk: int = 1024
     num_kv_heads, length, _ = inputs.k.shape
     q = inputs.q.float().unflatten(0, (num_kv_heads, -1))  # [kv_heads, group, length, head_size]
     output = torch.empty_like(q)
+    mine = LayerParameters() if learned is None else learned[inputs.layer].to(q.device)
     for g in range(num_kv_heads):
+        of_group = mine.heads(g, num_kv_heads)
         k, v = inputs.k[g].float(), inputs.v[g].float()
         statistics: dict[tuple[str, int], torch.Tensor] = {}
         # The last first: it sees all keys, so that it makes all statistics.
@@ -225,7 +240,7 @@ def attention(inputs: AttentionInputs, params: SplaParameters, chunk: int = 1024
             positions = torch.arange(start, end, device=k.device)
             queries = q[g, :, start:end].transpose(0, 1).contiguous()
             group = HeadGroup(queries, k[:end], v[:end], positions, statistics)
-            output[g, :, start:end] = group.output(group.select(Point(params)), params).transpose(0, 1)
+            output[g, :, start:end] = group.output(group.select(Point(params)), params, of_group).transpose(0, 1)
     return output.flatten(0, 1)
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import random_prompt, start_engine
+from spla_backend.learned import LayerParameters, write
+
+from .conftest import BUDGET, LLAMA, random_prompt, start_engine
 
 pytestmark = pytest.mark.engine
 
@@ -33,13 +35,26 @@ PROMPTS = [random_prompt(n, seed=n) for n in (5, 600)]
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_llama):
+def options(tmp_path_factory):
+    """Gains of all heads, which ranks share."""
+    import torch
+
+    path = tmp_path_factory.mktemp("learned") / "gains.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    heads = LLAMA["num_attention_heads"]
+    layers = {i: LayerParameters(gain=3 * torch.rand(heads, generator=generator)) for i in range(3)}
+    write(path, layers, {})
+    return {"budget": BUDGET, "parameters_file": str(path)}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama, options):
     """Tokens of an engine in this process."""
-    with start_engine(tiny_llama) as engine:
+    with start_engine(tiny_llama, options=options) as engine:
         return [a.tokens for a in engine.answer(PROMPTS, logprobs=False)]
 
 
-def test_tensor_parallel_in_spawned_processes(tiny_llama, expected, tmp_path):
+def test_tensor_parallel_in_spawned_processes(tiny_llama, options, expected, tmp_path):
     script = tmp_path / "offline.py"
     script.write_text(OFFLINE)
     arguments = {
@@ -51,7 +66,7 @@ def test_tensor_parallel_in_spawned_processes(tiny_llama, expected, tmp_path):
         "block_size": 32,
         "tensor_parallel_size": 2,
         "attention_backend": "spla",
-        "additional_config": {"spla": {"budget": 192}},
+        "additional_config": {"spla": options},
     }
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(arguments), json.dumps(PROMPTS)],
@@ -66,7 +81,7 @@ def test_tensor_parallel_in_spawned_processes(tiny_llama, expected, tmp_path):
     assert json.loads(lines[0].removeprefix("TOKENS")) == expected
 
 
-def test_serve(tiny_llama, expected, tmp_path):
+def test_serve(tiny_llama, options, expected, tmp_path):
     """`vllm serve --attention-backend spla`: answers, refuses a bad request, goes on answering."""
     openai = pytest.importorskip("openai")
     with socket.socket() as s:
@@ -74,7 +89,7 @@ def test_serve(tiny_llama, expected, tmp_path):
         port = s.getsockname()[1]
     command = [
         str(Path(sys.executable).parent / "vllm"), "serve", tiny_llama, "--attention-backend", "spla",
-        "--additional-config", '{"spla": {"budget": 192}}', "--block-size", "32", "--dtype", "float32",
+        "--additional-config", json.dumps({"spla": options}), "--block-size", "32", "--dtype", "float32",
         "--max-model-len", "1024", "--enforce-eager", "--skip-tokenizer-init", "--served-model-name", "tiny",
         "--return-tokens-as-token-ids", "--host", "127.0.0.1", "--port", str(port),
     ]  # fmt: skip
