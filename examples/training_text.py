@@ -99,7 +99,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder whose tokenizer to use; default: SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, required=True, help="the .npz file to write")
-    parser.add_argument("--tokens", type=int, default=8_000_000, help="tokens to train on, half of them code (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=8_000_000, help="tokens to train on, half of them code (%(default)s)"
+    )
     parser.add_argument("--held-out-length", type=int, default=8192, help="tokens a held-out document (%(default)s)")
     args = parser.parse_args()
     from pydoc_data.topics import topics
