@@ -18,6 +18,7 @@ from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import make_residual
 from ..algorithm.selection import forced_blocks, group_scores, select_blocks
 from ..algorithm.selectors import get_selector
+from ..algorithm.sequence import spla_attention
 from ..learned import LayerParameters
 from .capture import AttentionInputs
 from .variants import without_residual
@@ -210,10 +211,7 @@ def measure(
 
 
 def attention(
-    inputs: AttentionInputs,
-    params: SplaParameters,
-    learned: Mapping[int, LayerParameters] | None = None,
-    chunk: int = 1024,
+    inputs: AttentionInputs, params: SplaParameters, learned: Mapping[int, LayerParameters] | None = None
 ) -> torch.Tensor:
     """SPLA instead of dense attention in one layer of one document, for all of its tokens.
 
@@ -221,27 +219,14 @@ def attention(
         inputs: Of the layer.
         params: What to compute.
         learned: Learned parameters by layer; None where there are none.
-        chunk: Queries at a time, which bounds the memory.
 
     Returns:
         `[num_heads, length, head_size]` float32.
     """
-    num_kv_heads, length, _ = inputs.k.shape
-    q = inputs.q.float().unflatten(0, (num_kv_heads, -1))  # [kv_heads, group, length, head_size]
-    output = torch.empty_like(q)
+    q, k, v = (x.float()[None] for x in (inputs.q, inputs.k, inputs.v))
     mine = LayerParameters() if learned is None else learned[inputs.layer].to(q.device)
-    for g in range(num_kv_heads):
-        of_group = mine.heads(g, num_kv_heads)
-        k, v = inputs.k[g].float(), inputs.v[g].float()
-        statistics: dict[tuple[str, int], torch.Tensor] = {}
-        # The last first: it sees all keys, so that it makes all statistics.
-        for start in reversed(range(0, length, chunk)):
-            end = min(start + chunk, length)
-            positions = torch.arange(start, end, device=k.device)
-            queries = q[g, :, start:end].transpose(0, 1).contiguous()
-            group = HeadGroup(queries, k[:end], v[:end], positions, statistics)
-            output[g, :, start:end] = group.output(group.select(Point(params)), params, of_group).transpose(0, 1)
-    return output.flatten(0, 1)
+    log_gain = None if mine.gain is None else mine.gain.log()
+    return spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=mine.norm_weights)[0]
 
 
 def sample_positions(start: int, length: int, count: int, seed: int = 0) -> torch.Tensor:

@@ -1,11 +1,14 @@
 """Train a transformers model with SPLA in place of its attention, and save it as `vllm serve` takes it.
 
+How to use it, and what came of it: docs/training.md.
+
     model = AutoModelForCausalLM.from_pretrained(folder)
     attach(model, {"budget": 1024})
     ...  # any training loop: learned parameters of SPLA are among model.parameters()
     save(model, output)
 
-Importing this module makes `attn_implementation="spla"` known to transformers; `attach` switches a model to it.
+Importing this module makes `attn_implementation="spla"` known to transformers; `attach` switches a model to it. What is
+computed is `algorithm/sequence.py`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .. import learned
-from ..algorithm.parameters import SplaParameters
-from ..options import SplaOptions
-from .attention import spla_attention
+from . import learned
+from .algorithm.parameters import SplaParameters
+from .algorithm.sequence import spla_attention
+from .options import SplaOptions
 
 NAME = "spla"
 PAGE_SIZE = 64

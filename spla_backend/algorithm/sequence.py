@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..algorithm.combine import double_rmsnorm, shared_normalizer
-from ..algorithm.parameters import SplaParameters
-from ..algorithm.residual import Residual, make_residual
-from ..algorithm.selection import forced_blocks, group_scores, select_blocks
-from ..algorithm.selectors import get_selector
+from .combine import double_rmsnorm, shared_normalizer
+from .parameters import SplaParameters
+from .residual import Residual, make_residual
+from .selection import forced_blocks, group_scores, select_blocks
+from .selectors import get_selector
 
 CHUNK_ELEMENTS = 1 << 26
 """Weights of pairs of tokens that are held at a time; there are a few tensors of this size, 256 MiB each in float32."""
