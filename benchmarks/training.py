@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -182,13 +183,13 @@ def main() -> None:
             i = waiting.pop(0)
             with (scratch / f"{i}.log").open("w") as log:
                 command = [sys.executable, *sys.argv, "--job", str(i), "--model", args.model]
-                running[i] = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
+                running[i] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         for i in [i for i, process in running.items() if process.poll() is not None]:
             code = running.pop(i).returncode
             print(f"{time.monotonic() - begin:5.0f} s {jobs[i]} ended with {code}", file=sys.stderr)
         time.sleep(0.5)
     for process in running.values():
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # the engine's own processes with it
 
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     training = [json.loads(path.read_text()) for path in sorted(args.trained.glob("*/training.json"))]
