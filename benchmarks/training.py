@@ -38,7 +38,8 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     for folder in sorted(path for path in args.trained.iterdir() if (path / "training.json").exists()):
         own = untrained if folder.name == "dense" else [("trained", budget) for budget in args.budgets]
         jobs += [{"trained": folder.name, "folder": str(folder), "attention": a, "budget": b} for a, b in own]
-    return jobs
+    # What everything is compared with goes first, in case time runs out.
+    return sorted(jobs, key=lambda job: (job["budget"] or 0, job["trained"] == "start"))
 
 
 def run_job(job: dict[str, Any], inputs: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def run_job(job: dict[str, Any], inputs: dict[str, Any], engine_args: dict[str, 
     variant = Variant(f"{job['trained']}/{job['attention']}", options)
     with engines.start(job["folder"], variant, PAGE_SIZE, BUCKETS[-1] + 1, engine_args) as llm:
         losses = {
-            kind: [[-x for x in document] for document in engines.prompt_logprobs(llm, documents, variant.name)]
+            kind: [[round(-x, 5) for x in losses] for losses in engines.prompt_logprobs(llm, documents, variant.name)]
             for kind, documents in inputs["documents"].items()
         }
         texts = engines.complete(llm, inputs["prompts"], inputs["max_tokens"], variant.name)

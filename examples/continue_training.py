@@ -175,7 +175,9 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=512, help="SPLA's budget in training (%(default)s)")
     parser.add_argument("--evaluate-budgets", nargs="+", type=int, default=[512, 1024])
     parser.add_argument("--page-size", type=int, default=64, help="--block-size to serve with (%(default)s)")
-    parser.add_argument("--documents", type=int, default=12, help="held-out documents of each kind (%(default)s)")
+    parser.add_argument(
+        "--documents", type=int, default=12, help="held-out documents of each kind, 0 for none (%(default)s)"
+    )
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (%(default)s)")
     parser.add_argument("--lr-learned", type=float, default=5e-3, help="the same for gains and norms (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -213,8 +215,10 @@ def main() -> None:
             (folder / DONE).write_text(json.dumps(done))
             del model
         training.append(json.loads((folder / DONE).read_text()))
-    evaluate(args, text, result)
-    print(table(result["rows"]))
+    report.write(result, args.output / REPORT)
+    if args.documents:
+        evaluate(args, text, result)
+        print(table(result["rows"]))
 
 
 if __name__ == "__main__":
