@@ -38,11 +38,13 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "sparse": {"residual": "none"},
     # SPLA with the defaults: the regression state under one normaliser, and a gain for each head.
     "regression": {"residual": "regression"},
-    # The paper's linear attention beside the exact part, each with a norm of its own, weights for each head. So large an
-    # epsilon leaves most of the exact part's length in place, and the model near the one it was (docs/training.md).
+    # The paper's linear attention beside the exact part, each with a norm of its own, weights for each head. So large
+    # an epsilon leaves most of the exact part's length in place, and the model near the one it was (docs/training.md).
     "linear": {"residual": "linear", "combine": "double_rmsnorm", "rms_norm_eps": 1.0},
     "linear-small-eps": {"residual": "linear", "combine": "double_rmsnorm", "rms_norm_eps": 1e-6},
 }
+UNTRAINED = ("dense", "sparse", "regression")
+"""What dense models are evaluated with; `double_rmsnorm` means nothing to them."""
 BUCKETS = (512, 1024, 2048, 4096, 8192)
 REPORT = "report.json"
 DONE = "training.json"
@@ -125,8 +127,8 @@ def load(folder: str | Path, device: str) -> Any:
 def evaluate(args: argparse.Namespace, text: Any, result: dict[str, Any]) -> None:
     """Fill `result["rows"]`: every model with the attention it was trained for, the dense ones also with the others."""
     held_out = {kind: text[f"held_out_{kind}"][: args.documents] for kind in ("prose", "code")}
-    jobs = [("start", args.model, name) for name in VARIANTS if name != "linear"]
-    jobs += [("dense", args.output / "dense", name) for name in VARIANTS if name != "linear"]
+    jobs = [("start", args.model, name) for name in UNTRAINED]
+    jobs += [("dense", args.output / "dense", name) for name in UNTRAINED]
     jobs += [(name, args.output / name, name) for name in args.variants if name != "dense"]
     baseline: dict[str, list[list[float]]] = {}
     for trained, folder, attention in tqdm(jobs, desc="held-out text", unit="model"):
