@@ -1,7 +1,12 @@
 """SPLA in a transformers model: what it computes, what it refuses, what a saved folder holds."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -139,3 +144,32 @@ def test_fitted_norms_begin_near_the_model(model):
     fit_norms(model, [ids])
     assert (logits(model, ids) - dense).norm() < before
     assert all(not layer.self_attn.spla.tail_norm.any() for layer in model.model.layers)
+
+
+def test_example_of_continued_training(model, tmp_path, monkeypatch, capsys):
+    """The script trains, evaluates and, called again, goes on with what there is."""
+    path = Path(__file__).parents[1] / "examples" / "continue_training.py"
+    spec = importlib.util.spec_from_file_location("continue_training", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "load_tokenizer", lambda folder: SimpleNamespace(save_pretrained=lambda folder: None))
+    monkeypatch.setattr(example, "BUCKETS", (32, 64, 128))
+    model.save_pretrained(tmp_path / "start")
+    kinds = {"code": (600,), "prose": (600,), "held_out_code": (2, 128), "held_out_prose": (2, 128)}
+    generator = np.random.default_rng(0)
+    np.savez(tmp_path / "text.npz", **{kind: generator.integers(3, 100, shape) for kind, shape in kinds.items()})
+    arguments = (
+        f"--model {tmp_path}/start --text {tmp_path}/text.npz --output {tmp_path}/out --length 128 --batch 2 --steps 2 "
+        f"--micro-batch 1 --budget 64 --evaluate-budgets 64 --page-size 16 --documents 2"
+    )
+    monkeypatch.setattr(sys, "argv", ["continue_training.py", *arguments.split()])
+    example.main()
+    assert "regression" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [t["variant"] for t in report["training"]] == ["dense", "sparse", "regression", "linear"]
+    assert {(row["trained"], row["attention"]) for row in report["rows"]} == {
+        *((trained, attention) for trained in ("start", "dense") for attention in ("dense", "sparse", "regression")),
+        *((name, name) for name in ("sparse", "regression", "linear")),
+    }
+    monkeypatch.setattr(example, "train", None)  # nothing is trained again
+    example.main()
