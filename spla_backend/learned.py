@@ -6,6 +6,7 @@ are float32 for all heads of the model; tensor parallelism slices them when they
 | parameter | shape | meaning |
 |---|---|---|
 | `gain` | `[H]` | weight of the tail's mass under `shared_normalizer`, at least 0 |
+| `residual_scale` | `[H]` | factor on the covariance of the `regression` residual, in place of the option's |
 | `exact_norm` | `[H, d]` | weight of the exact part's norm under `double_rmsnorm` |
 | `tail_norm` | `[H, d]` | weight of the tail's norm under `double_rmsnorm` |
 
@@ -31,7 +32,12 @@ FILE_NAME = "spla.safetensors"
 
 VERSION = "1"
 
-COMBINE_OF = {"gain": "shared_normalizer", "exact_norm": "double_rmsnorm", "tail_norm": "double_rmsnorm"}
+COMBINE_OF = {
+    "gain": "shared_normalizer",
+    "residual_scale": "shared_normalizer",
+    "exact_norm": "double_rmsnorm",
+    "tail_norm": "double_rmsnorm",
+}
 """The combination that makes use of each parameter."""
 
 _NAME = re.compile(r"layers\.(\d+)\.(\w+)")
@@ -44,11 +50,13 @@ class LayerParameters:
 
     Attributes:
         gain: `[H]`.
+        residual_scale: `[H]`.
         exact_norm: `[H, d]`.
         tail_norm: `[H, d]`.
     """
 
     gain: torch.Tensor | None = None
+    residual_scale: torch.Tensor | None = None
     exact_norm: torch.Tensor | None = None
     tail_norm: torch.Tensor | None = None
 
@@ -280,7 +288,7 @@ def _parse(path: Path, name: str) -> tuple[int, str]:
 
 
 def _check_tensor(path: Path, name: str, tensor: Any, num_heads: int, head_size: int) -> None:
-    expected = [num_heads] if name.endswith(".gain") else [num_heads, head_size]
+    expected = [num_heads, head_size] if name.endswith("_norm") else [num_heads]
     shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
     if shape != expected or dtype != "F32":
         raise ValueError(

@@ -105,11 +105,11 @@ class Residual(ABC):
 class RegressionResidual(Residual):
     """`phi(k) = [k, 1]`: the tail's mean value plus a share of its covariance with the keys.
 
-    Expanding the softmax over the rest to first order gives `v_bar + Cov(v, k) q`; `scale` shrinks the second term.
-    A reading is `(sum (q . k) v, sum v, sum q . k)`.
+    Expanding the softmax over the rest to first order gives `v_bar + Cov(v, k) q`; `scale` shrinks the second term, by
+    a number or a tensor that is broadcastable to the output. A reading is `(sum (q . k) v, sum v, sum q . k)`.
     """
 
-    def __init__(self, head_size: int, scale: float) -> None:
+    def __init__(self, head_size: int, scale: float | torch.Tensor) -> None:
         self.s_rows, self.z_size, self.scale = head_size + 1, head_size, scale
 
     def contribution(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +132,8 @@ class RegressionResidual(Residual):
         share = num_rest.clamp(min=1).reciprocal().unsqueeze(-1)
         v_bar = v * share
         covariance = torch.addcmul(qkv, qk, v_bar, value=-1)  # times the count
+        if isinstance(self.scale, torch.Tensor):
+            return torch.addcmul(v_bar, covariance, share * self.scale)
         return torch.addcmul(v_bar, covariance, share, value=self.scale)
 
 
@@ -165,10 +167,12 @@ class LinearResidual(Residual):
         return numerator / normalizer.clamp(min=torch.finfo(numerator.dtype).tiny)
 
 
-def make_residual(params: SplaParameters, head_size: int) -> Residual | None:
-    """The residual that `params` name, or None."""
+def make_residual(
+    params: SplaParameters, head_size: int, residual_scale: torch.Tensor | None = None
+) -> Residual | None:
+    """The residual that `params` name, or None; `residual_scale` stands in place of theirs."""
     if params.residual == "none":
         return None
     if params.residual == "regression":
-        return RegressionResidual(head_size, params.residual_scale)
+        return RegressionResidual(head_size, params.residual_scale if residual_scale is None else residual_scale)
     return LinearResidual(head_size, get_feature_map(params.feature_map), params.combine == "shared_normalizer")

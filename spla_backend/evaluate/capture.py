@@ -68,12 +68,16 @@ class CapturingModel:
             self._model = kind.from_pretrained(model, attn_implementation=name, dtype=dtype, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {model!r} with transformers: {str(error).splitlines()[0]}") from error
-        self._model.to(device).eval()
+        self._model.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def run(self, tokens: Sequence[int], visit: Visit | None) -> Any:
+        """`forward`, for those who differentiate nothing."""
+        return self.forward(tokens, visit)
+
+    def forward(self, tokens: Sequence[int], visit: Visit | None) -> Any:
         """Run one document; `visit` is called once for each layer of full attention, in order. Returns what the model
-        does."""
+        does. Gradients flow to what the visitor brings in, not to the model's weights."""
         ids = torch.tensor([list(tokens)], device=self._model.device)
         self._visit = visit
         try:
