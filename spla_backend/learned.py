@@ -27,6 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .options import check_parameters_file
+
 FILE_NAME = "spla.safetensors"
 """The file beside a model's weights."""
 
@@ -95,17 +97,20 @@ class LayerParameters:
         return self.exact_norm, self.tail_norm
 
 
-def find(model: str, wanted: str | None) -> Path | None:
+def find(model: str, *sources: Mapping[str, Any] | None) -> Path | None:
     """The file of a model.
 
     Args:
         model: The model's folder, or its name on the Hugging Face hub.
-        wanted: The option `parameters_file`: a path, from the current folder or the model's; `none`; None for the file
-            beside the weights, if there is one.
+        sources: Option mappings, the first that names `parameters_file` winning: a path, from the current folder or the
+            model's, or `none`. Where none does, it is the file beside the weights, if there is one.
 
     Raises:
         ValueError: A file was asked for and there is none.
     """
+    named = [s["parameters_file"] for s in sources if isinstance(s, Mapping) and "parameters_file" in s]
+    wanted = named[0] if named else None
+    check_parameters_file(wanted)
     if wanted == "none":
         return None
     if wanted is None:

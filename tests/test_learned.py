@@ -108,17 +108,21 @@ def test_find(tmp_path, monkeypatch):
     model = tmp_path / "model"
     model.mkdir()
     monkeypatch.chdir(tmp_path)
-    assert learned.find(str(model), None) is None
+    assert learned.find(str(model)) is None
     assert learned.find("no-such/model", None) is None
     learned.write(model / learned.FILE_NAME, gains(0), {})
     learned.write(model / "other.safetensors", gains(0), {})
     learned.write(tmp_path / "here.safetensors", gains(0), {})
-    assert learned.find(str(model), None) == model / learned.FILE_NAME
-    assert learned.find(str(model), "none") is None
-    assert learned.find(str(model), "other.safetensors") == model / "other.safetensors"
-    assert learned.find(str(model), "here.safetensors").samefile(tmp_path / "here.safetensors")
+    assert learned.find(str(model), None, {"budget": 512}) == model / learned.FILE_NAME
+
+    def named(*files):
+        return learned.find(str(model), *({"parameters_file": file} for file in files))
+
+    assert named("none") is None
+    assert named("other.safetensors", "none") == model / "other.safetensors"
+    assert named("here.safetensors").samefile(tmp_path / "here.safetensors")
     with pytest.raises(ValueError, match=r"finds no file of learned parameters at nowhere.safetensors, .*or to 'none'"):
-        learned.find(str(model), "nowhere.safetensors")
+        named("nowhere.safetensors")
 
 
 def test_beside_weights(tmp_path):

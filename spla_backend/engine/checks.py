@@ -1,11 +1,10 @@
 """What SPLA refuses, each with one sentence: what, why, what to do. Imports no kernels, but on a GPU to ask them."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import learned
-from ..options import SplaOptions, check_parameters_file
+from ..options import SplaOptions
 from ..plugin import backend_member
 
 if TYPE_CHECKING:
@@ -45,12 +44,7 @@ def parameters_file(vllm_config: "VllmConfig") -> Path | None:
     """
     if vllm_config.model_config is None:
         return None
-    named = [
-        s["parameters_file"] for s in _option_sources(vllm_config) if isinstance(s, Mapping) and "parameters_file" in s
-    ]
-    wanted = named[0] if named else None
-    check_parameters_file(wanted)
-    return learned.find(vllm_config.model_config.model, wanted)
+    return learned.find(vllm_config.model_config.model, *_option_sources(vllm_config))
 
 
 def resolve_options(vllm_config: "VllmConfig") -> SplaOptions:

@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     engine = argparse.ArgumentParser(add_help=False)
     engine.add_argument(
         "--engine-args",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help='further arguments of vllm.LLM, e.g. \'{"dtype": "float32", "tensor_parallel_size": 2}\'',
@@ -118,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
 
     text = argparse.ArgumentParser(add_help=False)
     text.add_argument("--text", nargs="+", required=True, metavar="FILE", help="long text files, UTF-8")
-    text.add_argument("--length", type=_positive, default=8192, help="tokens a document (%(default)s)")
-    text.add_argument("--documents", type=_positive, metavar="N", help="documents a file; default: all that fit")
+    text.add_argument("--length", type=positive, default=8192, help="tokens a document (%(default)s)")
+    text.add_argument("--documents", type=positive, metavar="N", help="documents a file; default: all that fit")
 
     sub = commands.add_parser("perplexity", parents=[common, engine, text], help="loss on long text, by position")
     sub.add_argument(
@@ -129,20 +129,20 @@ def _parser() -> argparse.ArgumentParser:
         help="what runs the model; transformers knows every selector and block size, without kernels (%(default)s)",
     )
     sub.add_argument(
-        "--buckets", nargs="+", type=_positive, metavar="POSITION", help="where buckets of positions begin and end"
+        "--buckets", nargs="+", type=positive, metavar="POSITION", help="where buckets of positions begin and end"
     )
 
     sub = commands.add_parser(
         "fidelity", parents=[common, text, seed], help="attention mass captured, and output error"
     )
     sub.add_argument("--selectors", nargs="+", help="default: all")
-    sub.add_argument("--block-sizes", nargs="+", type=_positive, help="default: 16 32 64, as far as they divide a page")
-    sub.add_argument("--budgets", nargs="+", type=_positive, default=[512, 1024, 2048])
+    sub.add_argument("--block-sizes", nargs="+", type=positive, help="default: 16 32 64, as far as they divide a page")
+    sub.add_argument("--budgets", nargs="+", type=positive, default=[512, 1024, 2048])
     sub.add_argument("--residuals", nargs="+", default=["none", "regression"], choices=["none", "regression", "linear"])
     sub.add_argument(
         "--mass-only", action="store_true", help="leave out the output error, which takes most of the time"
     )
-    sub.add_argument("--queries", type=_positive, default=128, help="queries looked at in a document (%(default)s)")
+    sub.add_argument("--queries", type=positive, default=128, help="queries looked at in a document (%(default)s)")
     sub.add_argument("--start", type=int, help="first position of a query; default: the middle of the document")
     sub.add_argument("--layers", nargs="+", type=int, help="default: all")
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -151,8 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("tasks", parents=[common, engine, seed], help="retrieval tasks made from a seed")
     sub.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="default: all")
-    sub.add_argument("--lengths", nargs="+", type=_positive, default=[4096], help="tokens of prompt and answer")
-    sub.add_argument("--samples", type=_positive, default=20, help="of each task and length (%(default)s)")
+    sub.add_argument("--lengths", nargs="+", type=positive, default=[4096], help="tokens of prompt and answer")
+    sub.add_argument("--samples", type=positive, default=20, help="of each task and length (%(default)s)")
 
     sub = commands.add_parser("plot", help="the plot of a report")
     sub.add_argument("report", type=Path)
@@ -160,14 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -33,7 +33,9 @@ def load_tokenizer(model: str) -> Any:
         raise ValueError(f"no tokenizer in {model!r}: {str(error).splitlines()[0]}") from error
 
 
-def cut_documents(files: Sequence[str], tokenizer: Any, length: int, per_file: int | None) -> list[Document]:
+def cut_documents(
+    files: Sequence[str], tokenizer: Any, length: int, per_file: int | None, skip: int = 0
+) -> list[Document]:
     """Documents of exactly `length` tokens, without overlap.
 
     Args:
@@ -41,6 +43,7 @@ def cut_documents(files: Sequence[str], tokenizer: Any, length: int, per_file: i
         tokenizer: A Hugging Face tokenizer.
         length: Tokens a document.
         per_file: Documents a file, spread evenly over it; None takes all that fit, as does a file that has fewer.
+        skip: Tokens left out at the beginning of every file.
 
     Raises:
         ValueError: A file cannot be read as text, or is shorter than one document.
@@ -54,12 +57,13 @@ def cut_documents(files: Sequence[str], tokenizer: Any, length: int, per_file: i
             text = Path(file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read {file} as text: {error}") from error
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"][skip:]
         fit = len(tokens) // body
         if fit == 0:
+            behind = f" behind the first {skip}" if skip else ""
             raise ValueError(
-                f"{file} has {len(tokens)} tokens, less than one document of {length}: give a longer text or a smaller "
-                "--length"
+                f"{file} has {len(tokens)} tokens{behind}, less than one document of {length}: give a longer text or a "
+                "smaller --length"
             )
         count = fit if per_file is None else min(fit, per_file)
         for i in range(count):

@@ -32,7 +32,7 @@ def grid(
 
 def points_of(variants: Sequence[Variant], page_size: int, shape: ModelShape, output: bool) -> list[Point]:
     """A point for each variant, then an oracle for every block size, budget and set of forced blocks among them."""
-    points = [Point(parameters_of(variant, page_size, shape.spla_config), output=output) for variant in variants]
+    points = [Point(parameters_of(variant, page_size, shape), output=output) for variant in variants]
     oracles = {
         Point(replace(without_residual(point.params), selector="mean", top_p=None), oracle=True, output=output): None
         for point in points
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
     for selector in args.selectors or []:
         get_selector(selector)
     if args.options:
-        variants = parse_variants(args.options, args.page_size, shape.spla_config)
+        variants = parse_variants(args.options, args.page_size, shape)
     else:
         blocks = args.block_sizes or [b for b in (16, 32, 64) if args.page_size % b == 0]
         residuals = ["none"] if args.mass_only else args.residuals

@@ -112,13 +112,14 @@ class _Transformers:
         dtype = getattr(torch, self.arguments["dtype"], None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"unknown dtype {self.arguments['dtype']!r}: choose float32, bfloat16 or float16")
-        self.page_size, self.spla_config = args.page_size, shape.spla_config
+        self.page_size, self.shape = args.page_size, shape
         self.model = CapturingModel(args.model, dtype, "cuda" if torch.cuda.is_available() else "cpu", head=True)
 
     def __call__(self, variant: Variant, documents: Sequence[Sequence[int]]) -> list[list[float]]:
         visit: Visit | None = None
         if variant.options is not None:
-            visit = partial(attention, params=parameters_of(variant, self.page_size, self.spla_config))
+            params = parameters_of(variant, self.page_size, self.shape)
+            visit = partial(attention, params=params, learned=self.shape.learned(variant.options))
         bar = tqdm(documents, desc=variant.name, unit="document")
         return [self.model.logprobs(tokens, visit) for tokens in bar]
 
@@ -126,7 +127,7 @@ class _Transformers:
 def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The report of `spla-eval perplexity`; `save` gets what there is of it after every engine."""
     shape = ModelShape.of(args.model)
-    variants = [DENSE, *parse_variants(args.options, args.page_size, shape.spla_config)]
+    variants = [DENSE, *parse_variants(args.options, args.page_size, shape)]
     # A prompt needs room for the one token that the engine generates behind it.
     length = min(args.length, shape.max_position - 1)
     buckets = buckets_of(args.buckets, length)
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
         "segment": SEGMENT,
     }
     params = {
-        variant.name: parameters_of(variant, args.page_size, shape.spla_config)
+        variant.name: parameters_of(variant, args.page_size, shape)
         for variant in variants
         if variant.options is not None
     }
@@ -155,12 +156,8 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
     result = {**report.header("perplexity", settings), "warnings": warnings}
     for variant in variants:
         losses[variant.name] = [[-x for x in document] for document in logprobs(variant, tokens)]
-        result["rows"] = _rows(losses, params, files, buckets, shape.head_size)
-        result["segments"] = [
-            {"variant": name, "file": file, "losses": segment_means(document)}
-            for name, of_documents in losses.items()
-            for file, document in zip(files, of_documents, strict=True)
-        ]
+        result["rows"] = rows_of(losses, params, files, buckets, shape.head_size)
+        result["segments"] = segments_of(losses, files)
         if variant.name in params:
             budget = params[variant.name].budget_blocks * params[variant.name].selection_block
             if looks_dense(losses[variant.name], losses[DENSE.name], budget):
@@ -189,13 +186,22 @@ def looks_dense(losses: Sequence[Sequence[float]], dense: Sequence[Sequence[floa
     return beyond <= 1.5 * within
 
 
-def _rows(
+def rows_of(
     losses: Mapping[str, list[list[float]]],
     params: Mapping[str, SplaParameters],
     files: Sequence[str],
     buckets: Sequence[tuple[int, int]],
     head_size: int,
 ) -> list[dict[str, Any]]:
+    """Rows of a report: every variant, all files together and each by itself, every bucket.
+
+    Args:
+        losses: By variant and document, of the tokens at positions 1, 2, ...; the dense variant among them.
+        params: What the variants compute that are not dense.
+        files: Of each document.
+        buckets: Positions `(start, end)`.
+        head_size: `d`.
+    """
     rows = []
     for name, mine in losses.items():
         without = None
@@ -212,6 +218,15 @@ def _rows(
                     row["against_none"], row["against_none_se"] = pair["difference"], pair["difference_se"]
                 rows.append(row)
     return rows
+
+
+def segments_of(losses: Mapping[str, list[list[float]]], files: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean losses of segments by variant and document, arguments as `rows_of`."""
+    return [
+        {"variant": name, "file": file, "losses": segment_means(document)}
+        for name, of_documents in losses.items()
+        for file, document in zip(files, of_documents, strict=True)
+    ]
 
 
 def segment_means(losses: Sequence[float]) -> list[float]:

@@ -35,11 +35,11 @@ def hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} cores, {name}"
 
 
-def header(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The head of a report of `kind`."""
+def header(kind: str, settings: dict[str, Any], program: str = "spla-eval") -> dict[str, Any]:
+    """The head of a report of `kind`, made by `program`."""
     return {
         "kind": kind,
-        "command": shlex.join(["spla-eval", *sys.argv[1:]]),
+        "command": shlex.join([program, *sys.argv[1:]]),
         "versions": versions(),
         "hardware": hardware(),
         "settings": settings,

@@ -23,7 +23,7 @@ def mean_and_error(scores: list[float]) -> tuple[float, float | None]:
 def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The report of `spla-eval tasks`; `save` gets what there is of it after every engine."""
     shape = ModelShape.of(args.model)
-    variants = [DENSE, *parse_variants(args.options, args.page_size, shape.spla_config)]
+    variants = [DENSE, *parse_variants(args.options, args.page_size, shape)]
     too_long = [length for length in args.lengths if length > shape.max_position]
     if too_long:
         raise ValueError(f"{args.model!r} takes at most {shape.max_position} tokens, less than --lengths {too_long[0]}")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
         completions.append({"variant": variant.name, "texts": texts})
         params = None
         if variant.options is not None:
-            params = parameters_of(variant, args.page_size, shape.spla_config)
+            params = parameters_of(variant, args.page_size, shape)
         for task, length in cells:
             mean, error = mean_and_error(scores[task, length])
             pairs = zip(scores[task, length], dense[task, length], strict=True)

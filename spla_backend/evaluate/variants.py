@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import learned
 from ..algorithm.parameters import SplaParameters
 from ..options import SplaOptions
 
@@ -30,6 +32,7 @@ DENSE = Variant("dense")
 class ModelShape:
     """What the bytes of a model's cache depend on."""
 
+    model: str
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -56,6 +59,7 @@ class ModelShape:
         if heads is None:
             raise ValueError(f"the configuration of {model!r} names no attention heads: SPLA does not apply to it")
         return cls(
+            model=model,
             num_layers=text.num_hidden_layers,
             num_heads=heads,
             num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
@@ -64,14 +68,43 @@ class ModelShape:
             spla_config=getattr(config, "spla_config", None),
         )
 
+    def parameters_file(self, options: Mapping[str, Any] | None) -> Path | None:
+        """The file of learned parameters that an engine with the user's `options` takes.
 
-def parse_variants(texts: Sequence[str], page_size: int, model_options: Mapping[str, Any] | None) -> list[Variant]:
+        Raises:
+            ValueError: They name one that does not exist.
+        """
+        return learned.find(self.model, options, self.spla_config)
+
+    def options(self, options: Mapping[str, Any] | None) -> SplaOptions:
+        """What an engine makes of the user's `options`, with those of the model's configuration and file.
+
+        Raises:
+            ValueError: As `SplaOptions.from_sources`.
+        """
+        path = self.parameters_file(options)
+        return SplaOptions.from_sources(options, self.spla_config, None if path is None else learned.read_options(path))
+
+    def learned(self, options: Mapping[str, Any] | None) -> dict[int, learned.LayerParameters] | None:
+        """Learned parameters of every layer, None without a file.
+
+        Raises:
+            ValueError: The file is not this model's.
+        """
+        path = self.parameters_file(options)
+        if path is None:
+            return None
+        of_layer = partial(learned.read_layer, path, num_heads=self.num_heads, head_size=self.head_size)
+        return {i: of_layer(i) for i in range(self.num_layers)}
+
+
+def parse_variants(texts: Sequence[str], page_size: int, shape: ModelShape | None) -> list[Variant]:
     """Variants from the command line.
 
     Args:
         texts: Each a JSON object of options, or a JSON file of `{name: options}`; empty for the defaults alone.
         page_size: Tokens a page.
-        model_options: `spla_config` of the model, which the user's options go before.
+        shape: The model, whose options the user's go before; None for one without any.
 
     Raises:
         ValueError: Not JSON, no such option, sizes that do not fit each other, or one name twice.
@@ -90,7 +123,7 @@ def parse_variants(texts: Sequence[str], page_size: int, model_options: Mapping[
                 raise ValueError(f"{text}: {name!r} must be an object of SPLA options, not {options!r}")
             variants.append(Variant(name, options))
     for variant in variants:
-        parameters_of(variant, page_size, model_options)
+        parameters_of(variant, page_size, shape)
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1 or name == DENSE.name:
@@ -112,13 +145,14 @@ def _name(options: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in options.items()) or "spla"
 
 
-def parameters_of(variant: Variant, page_size: int, model_options: Mapping[str, Any] | None) -> SplaParameters:
-    """What a variant that is not dense computes.
+def parameters_of(variant: Variant, page_size: int, shape: ModelShape | None) -> SplaParameters:
+    """What a variant that is not dense computes, arguments as `parse_variants`.
 
     Raises:
         ValueError: Its options are not valid, or do not fit the page.
     """
-    return SplaOptions.from_sources(variant.options, model_options).parameters(page_size)
+    options = SplaOptions.from_sources(variant.options) if shape is None else shape.options(variant.options)
+    return options.parameters(page_size)
 
 
 def without_residual(params: SplaParameters) -> SplaParameters:

@@ -11,7 +11,7 @@ import pytest
 from spla_backend.evaluate import cli, report
 from spla_backend.evaluate.documents import cut_documents
 from spla_backend.evaluate.perplexity import SEGMENT, buckets_of, compare, looks_dense
-from spla_backend.evaluate.variants import Variant, bytes_read, parameters_of, parse_variants
+from spla_backend.evaluate.variants import ModelShape, Variant, bytes_read, parameters_of, parse_variants
 from spla_backend.kernels.layout import PageLayout
 
 
@@ -50,11 +50,12 @@ def test_documents_refused(tmp_path):
 
 
 def test_variants(tmp_path):
+    shape = ModelShape("no/model", 1, 4, 2, 64, 8192, {"residual": "none"})
     path = tmp_path / "sets.json"
     path.write_text(json.dumps({"fine": {"selection_block_size": 16}, "paper": {"selector": "taylor2"}}))
-    variants = parse_variants(['{"budget": 1024, "selector": "mean"}', str(path)], 64, {"residual": "none"})
+    variants = parse_variants(['{"budget": 1024, "selector": "mean"}', str(path)], 64, shape)
     assert [v.name for v in variants] == ["budget=1024 selector=mean", "fine", "paper"]
-    fine = parameters_of(variants[1], 64, {"residual": "none"})
+    fine = parameters_of(variants[1], 64, shape)
     assert (fine.selection_block, fine.residual) == (16, "none")
     assert parse_variants([], 64, None) == [Variant("spla", {})]
 

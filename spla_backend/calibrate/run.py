@@ -1,0 +1,167 @@
+"""What `spla-calibrate` does: cut the text, fit, judge on held-out text, write."""
+
+import argparse
+import random
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .. import learned
+from ..algorithm.parameters import SplaParameters
+from ..evaluate import report
+from ..evaluate.capture import CapturingModel
+from ..evaluate.documents import cut_documents, load_tokenizer
+from ..evaluate.fidelity import attention
+from ..evaluate.perplexity import compare, rows_of, segments_of, table
+from ..evaluate.variants import DENSE, ModelShape, without_residual
+from ..options import SplaOptions
+from .fit import HeadParameters, fit
+
+NONE, BEFORE, AFTER = "no residual", "before", "after"
+
+
+def run(args: argparse.Namespace) -> str:
+    """Calibrate; returns the table of before and after.
+
+    Raises:
+        ValueError: Something cannot be calibrated, read or written; one sentence.
+    """
+    shape = ModelShape.of(args.model)
+    options = SplaOptions.from_sources(args.options, shape.spla_config)
+    params = options.parameters(args.page_size)
+    path = _output(args.output or Path(args.model) / learned.FILE_NAME)
+    if args.report is not None:
+        _output(args.report)
+    budget = params.budget_blocks * params.selection_block
+    if params.residual == "none" or params.combine != "shared_normalizer":
+        raise ValueError(
+            "spla-calibrate fits the residual under a shared normaliser: set the option residual to 'regression' or "
+            "'linear', and combine to 'shared_normalizer'"
+        )
+    test_length = min(args.test_length, shape.max_position)
+    if min(args.length, test_length) < budget + args.page_size:
+        raise ValueError(
+            f"windows of {args.length} and test documents of {test_length} tokens hardly go beyond the budget of "
+            f"{budget}: give greater --length and --test-length or a smaller budget"
+        )
+    windows, tests, files = _documents(args, test_length)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = CapturingModel(args.model, getattr(torch, args.dtype), device, head=True)
+
+    fitted = HeadParameters(shape.num_layers, shape.num_heads, params, device)
+    divergences: list[float] = []
+    began = time.monotonic()
+    with tqdm(total=args.steps, desc="fitting", unit="window") as bar:
+
+        def show(divergence: float) -> None:
+            divergences.append(divergence)
+            recent = divergences[-len(windows) :]
+            bar.set_postfix(divergence=f"{sum(recent) / len(recent):.4f}")
+            bar.update()
+
+        fit(model, windows, params, fitted, steps=args.steps, learning_rate=args.learning_rate, report=show)
+    seconds = round(time.monotonic() - began, 1)
+
+    layers = fitted.layers()
+    losses = _losses(model, tests, params, layers)
+    kinds = {BEFORE: params, AFTER: params, NONE: without_residual(params)}
+    gained = compare(losses[AFTER], losses[BEFORE], budget, test_length)
+    result: dict[str, Any] = {
+        **report.header("calibration", _settings(args, options, files, len(windows), device), "spla-calibrate"),
+        "fit_seconds": seconds,
+        "rows": rows_of(losses, kinds, files, [(budget, test_length)], shape.head_size),
+        "after_against_before": {key: gained[key] for key in ("difference", "difference_se")},
+        "segments": segments_of(losses, files),
+        "divergence_of_steps": [round(x, 6) for x in divergences],
+        "parameters": [
+            {"layer": i, **{name: [round(x, 4) for x in t.tolist()] for name, t in layer.tensors().items()}}
+            for i, layer in layers.items()
+        ],
+    }
+    learned.write(path, layers, _options_of(options, params))
+    if args.report is not None:
+        report.write(result, args.report)
+    error = f" +- {gained['difference_se']:.4f}" if gained["difference_se"] is not None else ""
+    return f"{table(result)}\nafter - before: {gained['difference']:+.4f}{error}\nwritten: {path}"
+
+
+def _output(path: Path) -> Path:
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+    return path
+
+
+def _documents(
+    args: argparse.Namespace, test_length: int
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], list[str]]:
+    """Windows to fit on, in random order; documents to judge on, and their files."""
+    tokenizer = load_tokenizer(args.model)
+    if args.test:
+        tests, skip = cut_documents(args.test, tokenizer, test_length, args.test_documents), 0
+    else:
+        tests, skip = cut_documents(args.text, tokenizer, test_length, 1), test_length
+    windows = [d.tokens for d in cut_documents(args.text, tokenizer, args.length, None, skip)]
+    random.Random(args.seed).shuffle(windows)
+    return windows, [d.tokens for d in tests], [d.file for d in tests]
+
+
+def _losses(
+    model: CapturingModel,
+    tests: Sequence[Sequence[int]],
+    params: SplaParameters,
+    layers: Mapping[int, learned.LayerParameters],
+) -> dict[str, list[list[float]]]:
+    """Loss of every token by variant and document."""
+    visits = {
+        DENSE.name: None,
+        NONE: partial(attention, params=without_residual(params)),
+        BEFORE: partial(attention, params=params),
+        AFTER: partial(attention, params=params, learned=layers),
+    }
+    losses: dict[str, list[list[float]]] = {name: [] for name in visits}
+    with tqdm(total=len(visits) * len(tests), desc="judging", unit="document") as bar:
+        for tokens in tests:
+            for name, visit in visits.items():
+                losses[name].append([-x for x in model.logprobs(tokens, visit)])
+                bar.update()
+    return losses
+
+
+def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
+    """The options that the parameters mean something with."""
+    fitted_for = {
+        "budget": options.budget,
+        "selector": params.selector,
+        "selection_block_size": params.selection_block,
+        "first_blocks": params.first_blocks,
+        "last_blocks": params.last_blocks,
+        "residual": params.residual,
+    }
+    if params.top_p is not None:
+        fitted_for["top_p"] = params.top_p
+    if params.residual == "linear":
+        fitted_for["feature_map"] = params.feature_map
+    return fitted_for
+
+
+def _settings(
+    args: argparse.Namespace, options: SplaOptions, files: Sequence[str], windows: int, device: str
+) -> dict[str, Any]:
+    return {
+        "model": args.model,
+        "options": args.options,
+        "text": args.text,
+        "windows": windows,
+        "length": args.length,
+        "steps": args.steps,
+        "learning_rate": args.learning_rate,
+        "documents": {file: files.count(file) for file in dict.fromkeys(files)},
+        "page_size": args.page_size,
+        "device": device,
+        "dtype": args.dtype,
+    }

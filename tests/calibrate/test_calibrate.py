@@ -1,0 +1,127 @@
+"""`spla-calibrate` on a small random model: gradients are right, the loss falls, the file fits the model."""
+
+import json
+from functools import partial
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from spla_backend import learned  # noqa: E402
+from spla_backend.algorithm.parameters import SplaParameters  # noqa: E402
+from spla_backend.calibrate import cli  # noqa: E402
+from spla_backend.calibrate.fit import HeadParameters, attend, divergence, fit  # noqa: E402
+from spla_backend.evaluate.capture import AttentionInputs, CapturingModel  # noqa: E402
+from spla_backend.evaluate.fidelity import attention  # noqa: E402
+from spla_backend.evaluate.variants import ModelShape  # noqa: E402
+
+from ..evaluate.test_capture import save  # noqa: E402
+from ..evaluate.test_reports import model, text  # noqa: E402, F401 - fixtures
+
+LAYERS, HEADS = 2, 4
+PARAMS = SplaParameters(page_size=16, selection_block=16, budget_blocks=4, selector="km2-rem")
+
+
+def random_parameters(params=PARAMS) -> HeadParameters:
+    fitted = HeadParameters(LAYERS, HEADS, params, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        fitted.log_gain.copy_(torch.randn(LAYERS, HEADS, generator=generator))
+        if fitted.scale is not None:
+            fitted.scale.copy_(torch.rand(LAYERS, HEADS, generator=generator))
+    return fitted
+
+
+def random_tokens(length: int, seed: int) -> list[int]:
+    return torch.randint(3, 200, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("residual", ["regression", "linear"])
+def test_differentiable_attention_is_the_algorithms(tmp_path, residual):
+    params = SplaParameters(page_size=32, selection_block=16, budget_blocks=5, residual=residual)
+    fitted, seen = random_parameters(params), []
+    with torch.no_grad():
+        CapturingModel(save(tmp_path)).forward(random_tokens(210, 0), seen.append)
+    for inputs in seen:
+        found = attend(inputs, params, fitted)
+        torch.testing.assert_close(found, attention(inputs, params, fitted.layers()), atol=1e-5, rtol=1e-4)
+        assert (found - attention(inputs, params)).abs().max() > 1e-3
+
+
+def test_gradients(tmp_path):
+    """Of the last layer's parameters, which change no selection, against differences of the loss."""
+    model, tokens = CapturingModel(save(tmp_path), head=True), random_tokens(150, 1)  # noqa: F811
+    fitted = random_parameters()
+    teacher = model.run(tokens, None).logits[0, 64:].clone()
+
+    def loss() -> torch.Tensor:
+        return divergence(teacher, model.forward(tokens, partial(attend, params=PARAMS, fitted=fitted)).logits[0, 64:])
+
+    loss().backward()
+    for parameter in fitted.tensors():
+        assert parameter.grad[0].abs().min() > 0  # and they reach the first layer through the second
+        for head in range(HEADS):
+            ends = []
+            for step in (0.02, -0.04):
+                with torch.no_grad():
+                    parameter[-1, head] += step
+                    ends.append(loss().item())
+            with torch.no_grad():
+                parameter[-1, head] += 0.02
+            slope = (ends[0] - ends[1]) / 0.04
+            assert slope == pytest.approx(parameter.grad[-1, head].item(), rel=0.05, abs=1e-4)
+
+
+def test_fit_lowers_the_divergence(tmp_path):
+    model = CapturingModel(save(tmp_path), head=True)  # noqa: F811
+    documents = [random_tokens(150, seed) for seed in range(2)]
+    fitted, seen = HeadParameters(LAYERS, HEADS, PARAMS, "cpu"), []
+    fit(model, documents, PARAMS, fitted, steps=16, learning_rate=0.1, report=seen.append)
+    assert sum(seen[-4:]) < 0.97 * sum(seen[:4])
+    assert all(torch.isfinite(t).all() for t in fitted.tensors())
+
+
+def test_gradient_flows_through_keys_and_values():
+    """Earlier layers' parameters act through what later layers attend to."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, 100, 16, generator=generator).requires_grad_() for n in (4, 2, 2))
+    attend(AttentionInputs(0, q, k, v), PARAMS, random_parameters()).square().sum().backward()
+    assert all(x.grad.isfinite().all() and x.grad[:, 30].abs().sum() > 0 for x in (q, k, v))
+
+
+def test_command(model, text, tmp_path, capsys):  # noqa: F811
+    output, report = tmp_path / "fitted.safetensors", tmp_path / "report.json"
+    arguments = ["--model", model, "--text", text, "--length", "128", "--test-length", "200", "--steps", "3"]
+    arguments += ["--page-size", "32", "--options", '{"budget": 96, "selector": "mean"}']
+    assert cli.main([*arguments, "--output", str(output), "--report", str(report)]) == 0
+    assert "after - before: " in capsys.readouterr().out
+
+    shape = ModelShape.of(model)
+    learned.check(output, layers=range(2), num_heads=4, head_size=32, combine="shared_normalizer")
+    options = shape.options({"parameters_file": str(output)})
+    assert (options.budget, options.selector, options.selection_block_size) == (96, "mean", 32)
+    assert shape.options({"parameters_file": str(output), "budget": 64 + 32}).budget == 96
+
+    result = json.loads(report.read_text())
+    assert result["kind"] == "calibration" and len(result["divergence_of_steps"]) == 3
+    rows = {row["variant"]: row for row in result["rows"] if row["file"] == "all"}
+    assert set(rows) == {"dense", "no residual", "before", "after"} and rows["dense"]["difference"] == 0
+    assert rows["after"]["loss"] != rows["before"]["loss"] and "against_none" in rows["after"]
+    # Held-out text begins the file: (600 - 200) // 128 windows are left.
+    assert result["settings"]["windows"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--options", '{"budget": 96, "residual": "none"}'], "fits the residual under a shared normaliser"),
+        (["--length", "96"], "hardly go beyond the budget of 96"),
+        (["--length", "500"], "tokens behind the first 200, less than one document of 500"),
+        (["--output", "/nowhere/file"], "cannot write /nowhere/file: there is no folder"),
+    ],
+)
+def test_refused(model, text, capsys, changes, message):  # noqa: F811
+    arguments = ["--model", model, "--text", text, "--length", "128", "--test-length", "200", "--steps", "1"]
+    assert cli.main([*arguments, "--page-size", "32", "--options", '{"budget": 96}', *changes]) == 1
+    assert message in capsys.readouterr().err
