@@ -1,12 +1,12 @@
 """`spla.safetensors`: what was learned for a model, calibrated or trained, and how it is stored.
 
 The one place that knows the file. Tensors are named `layers.<i>.<parameter>`, `i` the layer's index in the model, and
-are float32 for all heads of the model; tensor parallelism slices them when they are loaded:
+are float32 for all heads of the model; tensor parallelism shares the heads out when they are loaded:
 
 | parameter | shape | meaning |
 |---|---|---|
 | `gain` | `[H]` | weight of the tail's mass under `shared_normalizer`, at least 0 |
-| `residual_scale` | `[H]` | factor on the covariance of the `regression` residual, in place of the option's |
+| `residual_scale` | `[1]` | factor on the covariance of the `regression` residual, in place of the option's |
 | `exact_norm` | `[H, d]` | weight of the exact part's norm under `double_rmsnorm` |
 | `tail_norm` | `[H, d]` | weight of the tail's norm under `double_rmsnorm` |
 
@@ -52,7 +52,7 @@ class LayerParameters:
 
     Attributes:
         gain: `[H]`.
-        residual_scale: `[H]`.
+        residual_scale: `[1]`, the same for all heads: kernels take it as one number.
         exact_norm: `[H, d]`.
         tail_norm: `[H, d]`.
     """
@@ -83,6 +83,9 @@ class LayerParameters:
         """
         part = {}
         for name, tensor in self.tensors().items():
+            if name == "residual_scale":
+                part[name] = tensor
+                continue
             if tensor.shape[0] % world_size:
                 raise ValueError(f"SPLA cannot share {tensor.shape[0]} heads evenly between {world_size} ranks")
             size = tensor.shape[0] // world_size
@@ -294,6 +297,8 @@ def _parse(path: Path, name: str) -> tuple[int, str]:
 
 def _check_tensor(path: Path, name: str, tensor: Any, num_heads: int, head_size: int) -> None:
     expected = [num_heads, head_size] if name.endswith("_norm") else [num_heads]
+    if name.endswith(".residual_scale"):
+        expected = [1]
     shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
     if shape != expected or dtype != "F32":
         raise ValueError(

@@ -15,7 +15,7 @@ SHAPE = {"num_heads": HEADS, "head_size": SIZE}
 
 
 def gains(*layers: int) -> dict[int, LayerParameters]:
-    return {i: LayerParameters(gain=torch.rand(HEADS)) for i in layers}
+    return {i: LayerParameters(gain=torch.rand(HEADS), residual_scale=torch.rand(1)) for i in layers}
 
 
 def norms(*layers: int) -> dict[int, LayerParameters]:
@@ -38,6 +38,7 @@ def test_heads_of_ranks():
     parts = [whole.heads(rank, 2) for rank in (0, 1)]
     for name, tensor in whole.tensors().items():
         torch.testing.assert_close(torch.cat([part.tensors()[name] for part in parts]), tensor, rtol=0, atol=0)
+    assert LayerParameters(residual_scale=torch.ones(1)).heads(1, 2).residual_scale == 1
     with pytest.raises(ValueError, match="cannot share 4 heads evenly between 3 ranks"):
         whole.heads(0, 3)
 
@@ -95,7 +96,9 @@ def test_values(tmp_path):
         path, {"layers.0.gain": torch.tensor([1.0, -1.0, 1.0, 1.0]), "layers.1.gain": torch.full((4,), torch.nan)}
     )
     for layer in (0, 1):
-        with pytest.raises(ValueError, match=f"negative gains or numbers that are not finite for layer {layer}"):
+        with pytest.raises(
+            ValueError, match=f"negative gains or scales or numbers that are not finite for layer {layer}"
+        ):
             learned.read_layer(path, layer, **SHAPE)
     with pytest.raises(ValueError, match="holds nothing for layer 2"):
         learned.read_layer(path, 2, **SHAPE)

@@ -1,4 +1,4 @@
-"""Per-head gains and scales of the residual, fitted to a frozen model by distillation from its own dense attention.
+"""Gains and scales of the residual, fitted to a frozen model by distillation from its own dense attention.
 
 What is lowered is the divergence of the model's next-token distributions under SPLA from those under dense attention,
 with Adam, through the whole model: a gain that lowers the error of its layer's output need not lower the loss.
@@ -24,7 +24,7 @@ _MIN_GAIN, _MAX_GAIN = 1e-3, 20.0
 
 
 class HeadParameters:
-    """What is fitted: a gain and a scale for every head of every layer.
+    """What is fitted: a gain for every head of every layer, and a scale for every layer.
 
     Args:
         num_layers: Layers of the model.
@@ -38,7 +38,7 @@ class HeadParameters:
         self.log_gain = torch.zeros(shape, device=device, requires_grad=True)
         self.scale: torch.Tensor | None = None
         if params.residual == "regression":
-            self.scale = torch.full(shape, params.residual_scale, device=device, requires_grad=True)
+            self.scale = torch.full((num_layers, 1), params.residual_scale, device=device, requires_grad=True)
 
     def tensors(self) -> list[torch.Tensor]:
         """What an optimiser changes."""

@@ -1,5 +1,6 @@
 """SPLA attention of one layer inside vLLM."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType, max_decode_query_len
 
 from .. import learned
+from ..algorithm.parameters import SplaParameters
 from ..kernels import dispatch
 from .backend import get_options, set_options
 from .checks import check_hybrid_manager, parameters_file, refuse_arguments, resolve_options
@@ -92,6 +94,13 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         logger.info_once("SPLA parameters: %s", path)
         return found
 
+    def _parameters(self, page_size: int) -> SplaParameters:
+        """What this layer computes; layers may differ in `residual_scale`, which no plan of a step depends on."""
+        params = get_options().parameters(page_size)
+        if self.learned is None or self.learned.residual_scale is None:
+            return params
+        return replace(params, residual_scale=float(self.learned.residual_scale))
+
     def bind(self, page_size: int, cache_dtype: torch.dtype, device: torch.device | str) -> None:
         """Make the kernels; the metadata builder calls it again with the final page geometry."""
         if self.bound == (page_size, cache_dtype):
@@ -110,7 +119,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             logger.info_once("SPLA loads its CPU kernels; the first time they are compiled, for half a minute")
         self.op = dispatch.make(
             torch.device(device),
-            get_options().parameters(page_size),
+            self._parameters(page_size),
             limits,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,

@@ -157,8 +157,7 @@ class HeadGroup:
         learned = learned or LayerParameters()
         rest_tokens = self._tokens(rest, params.selection_block)
         visible = self._visible & ~rest_tokens
-        scale = None if learned.residual_scale is None else learned.residual_scale[:, None]  # [group, 1]
-        residual = make_residual(params, self.q.shape[-1], scale)
+        residual = make_residual(params, self.q.shape[-1], learned.residual_scale)
         if residual is None:
             return masked_attention(self._logits, self.v, visible)[0]
         # Everything read from the state is linear in it: the reading of the rest, without a detour over all - selected.

@@ -29,7 +29,7 @@ def random_parameters(params=PARAMS) -> HeadParameters:
     with torch.no_grad():
         fitted.log_gain.copy_(torch.randn(LAYERS, HEADS, generator=generator))
         if fitted.scale is not None:
-            fitted.scale.copy_(torch.rand(LAYERS, HEADS, generator=generator))
+            fitted.scale.copy_(torch.rand(LAYERS, 1, generator=generator))
     return fitted
 
 
@@ -61,7 +61,7 @@ def test_gradients(tmp_path):
     loss().backward()
     for parameter in fitted.tensors():
         assert parameter.grad[0].abs().min() > 0  # and they reach the first layer through the second
-        for head in range(HEADS):
+        for head in range(parameter.shape[1]):
             ends = []
             for step in (0.02, -0.04):
                 with torch.no_grad():

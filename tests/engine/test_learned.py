@@ -42,7 +42,13 @@ def difference(a: list[float], b: list[float]) -> float:
 
 def test_gains(model, start):
     """As the algorithm says; the file's options count, the command line's (the budget) go before them."""
-    parameters = gains(lambda i: torch.rand(HEADS, generator=torch.Generator().manual_seed(i)) * 3)
+    generator = torch.Generator().manual_seed(0)
+    parameters = {
+        i: learned.LayerParameters(
+            gain=torch.rand(HEADS, generator=generator) * 3, residual_scale=torch.rand(1, generator=generator)
+        )
+        for i in range(LAYERS)
+    }
     options = {"selector": "km2-rem", "selection_block_size": 16, "budget": BUDGET}
     learned.write(model / learned.FILE_NAME, parameters, options | {"budget": 640})
     with start(str(model)) as engine:
