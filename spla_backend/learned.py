@@ -228,9 +228,10 @@ def read_layer(path: Path, layer: int, *, num_heads: int, head_size: int) -> Lay
                 tensors[parameter] = file.get_tensor(name)
     if not tensors:
         raise ValueError(f"{path} holds nothing for layer {layer} of the model: write the file again with all layers")
-    if tensors.get("gain", torch.zeros(1)).amin() < 0 or not all(t.isfinite().all() for t in tensors.values()):
+    negative = any(tensors[name].amin() < 0 for name in ("gain", "residual_scale") if name in tensors)
+    if negative or not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError(
-            f"{path} holds negative gains or numbers that are not finite for layer {layer}: write it again"
+            f"{path} holds negative gains or scales or numbers that are not finite for layer {layer}: write it again"
         )
     return LayerParameters(**tensors)
 

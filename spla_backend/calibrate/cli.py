@@ -9,8 +9,8 @@ from typing import Any
 
 _DESCRIPTION = """\
 Fit gains (by head) and scales (by layer) of SPLA's residual to a frozen model, by distillation from its own dense
-attention on your text, and write spla.safetensors, which `vllm serve` picks up from the model's folder. Fetches nothing.
-A table compares before and after on held-out text.
+attention on your text; write spla.safetensors, which `vllm serve` picks up from the model's folder. Fetches
+nothing. A table compares before and after on held-out text.
 """
 
 
