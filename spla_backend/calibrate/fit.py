@@ -18,7 +18,8 @@ from ..evaluate.capture import AttentionInputs, CapturingModel
 from ..evaluate.fidelity import HeadGroup, Point
 from ..learned import LayerParameters
 
-_CHUNK = 1024  # queries of a head group at a time: bounds the memory of a backward pass
+_CHUNK = {"cpu": 256}  # queries of a head group at a time: on a CPU what they make stays in its caches
+_DEFAULT_CHUNK = 1024  # bounds the memory of a backward pass
 _LOSS_CHUNK = 512  # positions whose distributions over the vocabulary are compared at a time
 _MIN_GAIN, _MAX_GAIN = 1e-3, 20.0
 
@@ -86,8 +87,9 @@ def attend(inputs: AttentionInputs, params: SplaParameters, fitted: HeadParamete
     with torch.no_grad():
         blocks = k[:, : length // block * block].unflatten(1, (-1, block))
         statistics = get_selector(params.selector).statistics(blocks)  # [kv_heads, num_blocks, width]
-    for start in range(dense, length, _CHUNK):
-        end = min(start + _CHUNK, length)
+    chunk = _CHUNK.get(k.device.type, _DEFAULT_CHUNK)
+    for start in range(dense, length, chunk):
+        end = min(start + chunk, length)
         positions = torch.arange(start, end, device=k.device)
         groups = []
         for g in range(num_kv_heads):
