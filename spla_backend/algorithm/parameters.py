@@ -1,6 +1,10 @@
 """What SPLA computes, as one immutable value (docs/design.md, 1 to 4)."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Union
+
+if TYPE_CHECKING:
+    import torch
 
 RESIDUALS = ("regression", "linear", "none")
 COMBINES = ("shared_normalizer", "double_rmsnorm")
@@ -20,7 +24,7 @@ class SplaParameters:
         top_p: Stop selecting once this share of the estimated mass is covered; None keeps the whole budget.
         residual: `regression`, `linear` (the paper's) or `none`.
         feature_map: Name of a feature map, used by the `linear` residual.
-        residual_scale: Factor on the covariance term of the `regression` residual.
+        residual_scale: Factor on the covariance term of the `regression` residual; a tensor `[1]` where it is fitted.
         combine: `shared_normalizer` or `double_rmsnorm`.
         rms_norm_eps: Epsilon of the `double_rmsnorm` combination.
     """
@@ -34,7 +38,7 @@ class SplaParameters:
     top_p: float | None = None
     residual: str = "regression"
     feature_map: str = "softmax"
-    residual_scale: float = 0.5
+    residual_scale: Union[float, "torch.Tensor"] = 0.5
     combine: str = "shared_normalizer"
     rms_norm_eps: float = 1e-6
 

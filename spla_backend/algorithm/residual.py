@@ -167,12 +167,10 @@ class LinearResidual(Residual):
         return numerator / normalizer.clamp(min=torch.finfo(numerator.dtype).tiny)
 
 
-def make_residual(
-    params: SplaParameters, head_size: int, residual_scale: torch.Tensor | None = None
-) -> Residual | None:
-    """The residual that `params` name, or None; `residual_scale` stands in place of theirs."""
+def make_residual(params: SplaParameters, head_size: int) -> Residual | None:
+    """The residual that `params` name, or None."""
     if params.residual == "none":
         return None
     if params.residual == "regression":
-        return RegressionResidual(head_size, params.residual_scale if residual_scale is None else residual_scale)
+        return RegressionResidual(head_size, params.residual_scale)
     return LinearResidual(head_size, get_feature_map(params.feature_map), params.combine == "shared_normalizer")

@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> str:
         fit(model, windows, params, fitted, steps=args.steps, learning_rate=args.learning_rate, report=show)
     seconds = round(time.monotonic() - began, 1)
 
-    layers = fitted.layers()
+    with torch.no_grad():
+        layers = fitted.layers()
     losses = _losses(model, tests, params, layers)
     kinds = {BEFORE: params, AFTER: params, NONE: without_residual(params)}
     gained = compare(losses[AFTER], losses[BEFORE], budget, test_length)

@@ -6,7 +6,7 @@ query sees exactly the tokens before it, as in decoding.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,8 @@ from ..algorithm.sequence import spla_attention
 from ..learned import LayerParameters
 from .capture import AttentionInputs
 from .variants import without_residual
+
+_CPU_ELEMENTS = 1 << 22  # weights of pairs of tokens that are held at a time
 
 ORACLE = "oracle"
 """Selects by the true mass of each block, summed over the heads of a group: no selection of these blocks by a group
@@ -149,15 +151,11 @@ class HeadGroup:
         output = self.output(rest, params)
         return (output - self._dense).norm(dim=-1) / self._dense.norm(dim=-1)
 
-    def output(
-        self, rest: torch.Tensor, params: SplaParameters, learned: LayerParameters | None = None
-    ) -> torch.Tensor:
-        """What SPLA makes of a selection `[queries, group, head_size]`, arguments as `output_error`; `learned` of the
-        group's heads."""
-        learned = learned or LayerParameters()
+    def output(self, rest: torch.Tensor, params: SplaParameters) -> torch.Tensor:
+        """What SPLA makes of a selection `[queries, group, head_size]`, arguments as `output_error`."""
         rest_tokens = self._tokens(rest, params.selection_block)
         visible = self._visible & ~rest_tokens
-        residual = make_residual(params, self.q.shape[-1], learned.residual_scale)
+        residual = make_residual(params, self.q.shape[-1])
         if residual is None:
             return masked_attention(self._logits, self.v, visible)[0]
         # Everything read from the state is linear in it: the reading of the rest, without a detour over all - selected.
@@ -168,12 +166,10 @@ class HeadGroup:
         if params.combine == "double_rmsnorm":
             tail = torch.where(num_rest[..., None] > 0, tail, 0.0)
             one = torch.ones((), device=exact.device)
-            return double_rmsnorm(exact, tail, *(learned.norm_weights or (one, one)), params.rms_norm_eps)
+            return double_rmsnorm(exact, tail, one, one, params.rms_norm_eps)
         statistics = self.statistics(params.selector, params.selection_block)
         mass = get_selector(params.selector).mass(self.q, statistics, params.selection_block)
         log_mass = mass.masked_fill(~rest[:, None], -torch.inf).logsumexp(-1)  # [queries, group]
-        if learned.gain is not None:
-            log_mass = log_mass + learned.gain.log()
         return shared_normalizer(exact, lse, tail, log_mass)
 
 
@@ -211,31 +207,26 @@ def measure(
 
 
 def attention(
-    inputs: AttentionInputs,
-    params: SplaParameters,
-    learned: Mapping[int, LayerParameters] | None = None,
-    chunk: int | None = None,
+    inputs: AttentionInputs, params: SplaParameters, learned: Mapping[int, LayerParameters] | None = None
 ) -> torch.Tensor:
-    """SPLA instead of dense attention in one layer of one document, for all of its tokens.
+    """SPLA instead of dense attention in one layer of one document, for all of its tokens; differentiable.
 
     Args:
         inputs: Of the layer.
         params: What to compute.
         learned: Learned parameters by layer; None where there are none.
-        chunk: Queries at a time, which bounds the memory; None suits the device: on a CPU what a few queries make
-            stays in its caches, which halves the time.
 
     Returns:
         `[num_heads, length, head_size]` float32.
     """
-    num_kv_heads, length, _ = inputs.k.shape
-    if chunk is None:
-        chunk = 128 if inputs.k.device.type == "cpu" else 1024
-    q = inputs.q.float().unflatten(0, (num_kv_heads, -1))  # [kv_heads, group, length, head_size]
-    output = torch.empty_like(q)
+    q, k, v = (x.float()[None] for x in (inputs.q, inputs.k, inputs.v))
     mine = LayerParameters() if learned is None else learned[inputs.layer].to(q.device)
+    if mine.residual_scale is not None:
+        params = replace(params, residual_scale=mine.residual_scale)
     log_gain = None if mine.gain is None else mine.gain.log()
-    return spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=mine.norm_weights)[0]
+    # On a CPU what a few queries make stays in its caches, which halves the time.
+    chunk = max(16, _CPU_ELEMENTS // (q.shape[1] * q.shape[2])) if q.device.type == "cpu" else None
+    return spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=mine.norm_weights, chunk=chunk)[0]
 
 
 def sample_positions(start: int, length: int, count: int, seed: int = 0) -> torch.Tensor:

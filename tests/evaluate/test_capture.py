@@ -87,7 +87,7 @@ def test_attention_in_place_of_the_models(tmp_path):
 
     def logprobs(budget_blocks: int) -> torch.Tensor:
         params = SplaParameters(page_size=16, selection_block=16, budget_blocks=budget_blocks)
-        return torch.tensor(model.logprobs(TOKENS, lambda inputs: attention(inputs, params, chunk=30)))
+        return torch.tensor(model.logprobs(TOKENS, lambda inputs: attention(inputs, params)))
 
     dense = torch.tensor(model.logprobs(TOKENS, None))
     torch.testing.assert_close(logprobs(7), dense, atol=1e-4, rtol=1e-4)
@@ -96,13 +96,14 @@ def test_attention_in_place_of_the_models(tmp_path):
     assert (sparse[64:] - dense[64:]).abs().max() > 1e-2
 
 
+@torch.inference_mode()
 def test_attention_is_the_references(tmp_path):
     params = SplaParameters(page_size=16, selection_block=16, budget_blocks=4)
     seen: list[AttentionInputs] = []
     CapturingModel(save(tmp_path)).run(TOKENS, seen.append)
     q, k, v = (x.transpose(0, 1).double() for x in (seen[0].q, seen[0].k, seen[0].v))
     expected = reference.spla_sequence(q, k, v, params).transpose(0, 1).float()
-    torch.testing.assert_close(attention(seen[0], params, chunk=30), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(attention(seen[0], params), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_no_model(tmp_path):
