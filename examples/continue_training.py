@@ -197,8 +197,9 @@ def main() -> None:
     steps = batches(sequences(text, args.length, args.seed), args.batch, args.steps, args.device)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     training: list[dict[str, Any]] = []
-    result = {**report.header("training", settings | {"options": VARIANTS}), "rows": [], "training": training}
-    result["command"] = shlex.join(["python", *sys.argv])
+    header = report.header("training", settings | {"options": VARIANTS})
+    command = shlex.join(["python", *sys.argv])
+    result = {**header, "command": command, "rows": [], "training": training}
 
     for name in args.variants:
         folder = args.output / name

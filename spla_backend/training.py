@@ -12,7 +12,7 @@ computed is `algorithm/sequence.py`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .options import SplaOptions
 
 NAME = "spla"
 PAGE_SIZE = 64
+_TINY = 1e-30
 
 
 class LearnedSpla(nn.Module):
@@ -36,6 +37,7 @@ class LearnedSpla(nn.Module):
 
     Attributes:
         log_gain: Log of the factor on the tail's mass `[H]`, for `shared_normalizer` with a residual; else absent.
+        log_residual_scale: Log of the factor on the covariance of the `regression` residual `[1]`; else absent.
         exact_norm: RMSNorm weight of the exact part `[H, d]`, for `double_rmsnorm`; else absent.
         tail_norm: RMSNorm weight of the tail `[H, d]`, likewise.
     """
@@ -47,33 +49,36 @@ class LearnedSpla(nn.Module):
             self.exact_norm = nn.Parameter(torch.ones(num_heads, head_size, device=device))
             self.tail_norm = nn.Parameter(torch.ones(num_heads, head_size, device=device))
         elif params.residual != "none":
-            # The log, so that no optimiser makes it negative.
+            # Logs, so that no optimiser makes a factor negative.
             self.log_gain = nn.Parameter(torch.zeros(num_heads, device=device))
+            if params.residual == "regression":
+                scale = torch.tensor([float(params.residual_scale)], device=device)
+                self.log_residual_scale = nn.Parameter(scale.clamp(min=_TINY).log())
 
     def parameters_of_layer(self) -> learned.LayerParameters:
         """What the side file holds of this layer."""
-        found = dict(self.named_parameters())
-        if "log_gain" in found:
-            return learned.LayerParameters(gain=found["log_gain"].detach().exp())
-        return learned.LayerParameters(**{name: weight.detach() for name, weight in found.items()})
+        found = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return learned.LayerParameters(
+            **{name.removeprefix("log_"): t.exp() if name.startswith("log_") else t for name, t in found.items()}
+        )
 
     @torch.no_grad()
     def load(self, stored: learned.LayerParameters) -> None:
-        """Take what `parameters_of_layer` returned.
+        """Take what a side file holds; a scale that it has not is the option's.
 
         Raises:
             ValueError: Other parameters than these options have.
         """
         tensors = stored.tensors()
         expected = self.parameters_of_layer().tensors().keys()
-        if tensors.keys() != expected:
+        if tensors.keys() | {"residual_scale"} != expected | {"residual_scale"} or tensors.keys() - expected:
             raise ValueError(
                 f"these SPLA options have the learned parameters {sorted(expected)}, but there are {sorted(tensors)}: "
                 "attach with the options that the model was trained with"
             )
         for name, tensor in tensors.items():
-            if name == "gain":
-                self.log_gain.copy_(tensor.log())
+            if hasattr(self, f"log_{name}"):
+                getattr(self, f"log_{name}").copy_(tensor.clamp(min=_TINY).log())
             else:
                 getattr(self, name).copy_(tensor)
 
@@ -82,18 +87,13 @@ class LearnedSpla(nn.Module):
         # As in the engine: logits, sums and states in float32 whatever the model's dtype.
         dtype = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            norms = None
-            if self.params.combine == "double_rmsnorm":
-                norms = (self.exact_norm.to(dtype), self.tail_norm.to(dtype))
-            gain = getattr(self, "log_gain", None)
-            return spla_attention(
-                q.to(dtype),
-                k.to(dtype),
-                v.to(dtype),
-                self.params,
-                log_gain=None if gain is None else gain.to(dtype),
-                norm_weights=norms,
-            )
+            own = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
+            params = self.params
+            if "log_residual_scale" in own:
+                params = replace(params, residual_scale=own["log_residual_scale"].exp())
+            norms = (own["exact_norm"], own["tail_norm"]) if "exact_norm" in own else None
+            log_gain = own.get("log_gain")
+            return spla_attention(q.to(dtype), k.to(dtype), v.to(dtype), params, log_gain=log_gain, norm_weights=norms)
 
 
 def _attend(

@@ -110,7 +110,7 @@ def test_saved_folder(model, tmp_path, options):
         with safe_open(side_file, "pt") as file:
             metadata, names = file.metadata(), set(file.keys())
         assert metadata["format"] == "spla" and json.loads(metadata["spla_config"]) == config
-        parts = {"exact_norm", "tail_norm"} if options is PAPER else {"gain"}
+        parts = {"exact_norm", "tail_norm"} if options is PAPER else {"gain", "residual_scale"}
         assert names == {f"layers.{i}.{part}" for i in range(2) for part in parts}
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     attach(again, page_size=PAGE)
@@ -132,7 +132,7 @@ def test_learned_parameters_train(model, options):
     ids = tokens(120)
     model(input_ids=ids, labels=ids).loss.backward()
     learned = {name: p for name, p in model.named_parameters() if ".spla." in name}
-    assert len(learned) == (4 if options is PAPER else 2)
+    assert len(learned) == 4
     assert all(bool((p.grad != 0).any() and p.grad.isfinite().all()) for p in learned.values())
 
 
