@@ -66,11 +66,12 @@ def test_last_tokens_alone(name):
 @pytest.mark.parametrize("name", CASES)
 def test_gradients(name):
     """Of queries, keys, values and learned parameters, against finite differences, which change no selection here."""
-    params = replace(CASES[name], rms_norm_eps=1e-3)
     q, k, v, log_gain, norms = inputs(2, 1, length=27, d=2, batch=1)
-    leaves = [x.requires_grad_() for x in (q, k, v, log_gain, *norms)]
+    scale = torch.tensor([0.4], dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (scale, q, k, v, log_gain, *norms)]
 
-    def attend(q, k, v, log_gain, *norms):
+    def attend(scale, q, k, v, log_gain, *norms):
+        params = replace(CASES[name], rms_norm_eps=1e-3, residual_scale=scale)
         return spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=norms, chunk=10)
 
     assert torch.autograd.gradcheck(attend, leaves, eps=1e-7, atol=1e-5, fast_mode=True)

@@ -1,0 +1,175 @@
+"""SPLA in a transformers model: what it computes, what it refuses, what a saved folder holds."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from spla_backend.training import attach, fit_norms, save
+
+OPTIONS = {"budget": 64, "selection_block_size": 16}
+PAPER = {**OPTIONS, "residual": "linear", "combine": "double_rmsnorm", "selector": "taylor2"}
+PAGE = 16
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=100,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tokens(length: int, batch: int = 2) -> torch.Tensor:
+    return torch.randint(3, 100, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=ids, **kwargs).logits
+
+
+def randomise(model) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".spla." in name:
+            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_whole_budget_is_dense(model):
+    ids = tokens(150)
+    dense = logits(model, ids)
+    attach(model, {"budget": 256}, PAGE)
+    torch.testing.assert_close(logits(model, ids), dense, rtol=1e-4, atol=1e-4)
+    attach(model, OPTIONS, PAGE)
+    differs = (logits(model, ids) - dense).abs().amax((0, 2)) > 1e-3
+    assert not differs[:64].any() and differs[100:].float().mean() > 0.9
+
+
+@pytest.mark.parametrize("options", [OPTIONS, PAPER])
+def test_cache_and_padding(model, options):
+    """One token after the other gives what the whole sequence gives; padding on the right changes nothing before it."""
+    ids = tokens(100)
+    attach(model, options, PAGE)
+    randomise(model)
+    whole = logits(model, ids)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :90], use_cache=True).past_key_values
+        steps = [model(input_ids=ids[:, i : i + 1], past_key_values=cache).logits[:, 0] for i in range(90, 100)]
+    torch.testing.assert_close(torch.stack(steps, 1), whole[:, 90:], rtol=1e-4, atol=1e-4)
+    mask = torch.ones_like(ids)
+    mask[1, 80:] = 0
+    torch.testing.assert_close(logits(model, ids, attention_mask=mask)[1, :80], whole[1, :80])
+    with pytest.raises(ValueError, match="without padding on the left"):
+        logits(model, ids, attention_mask=mask.flip(1))
+
+
+def test_packed_sequences_are_refused(model):
+    attach(model, OPTIONS, PAGE)
+    positions = torch.arange(50).repeat(2)[None]
+    with pytest.raises(ValueError, match="one a row"):
+        logits(model, tokens(100, 1), position_ids=positions, use_cache=False)
+
+
+def test_unattached_model_is_refused(model):
+    model.set_attn_implementation("spla")
+    with pytest.raises(ValueError, match="attach"):
+        logits(model, tokens(20))
+
+
+@pytest.mark.parametrize("options", [OPTIONS, PAPER, {**OPTIONS, "residual": "none"}])
+def test_saved_folder(model, tmp_path, options):
+    ids = tokens(120)
+    attach(model, options, PAGE)
+    randomise(model)
+    expected = logits(model, ids)
+    save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["spla_config"]
+    assert config["budget"] == 64 and config["prefill_dense_below"] == 0
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "spla" in name]  # noqa: SIM118
+    side_file = tmp_path / "spla.safetensors"
+    assert side_file.exists() == (options.get("residual") != "none")
+    if side_file.exists():
+        with safe_open(side_file, "pt") as file:
+            metadata, names = file.metadata(), set(file.keys())
+        assert metadata["format"] == "spla" and json.loads(metadata["spla_config"]) == config
+        parts = {"exact_norm", "tail_norm"} if options is PAPER else {"gain", "residual_scale"}
+        assert names == {f"layers.{i}.{part}" for i in range(2) for part in parts}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    attach(again, page_size=PAGE)
+    torch.testing.assert_close(logits(again, ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_side_file_of_other_options(model, tmp_path):
+    attach(model, PAPER, PAGE)
+    save(model, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="options that the model was trained with"):
+        attach(again, {"combine": "shared_normalizer"}, PAGE)
+
+
+@pytest.mark.parametrize("options", [OPTIONS, PAPER])
+def test_learned_parameters_train(model, options):
+    attach(model, options, PAGE)
+    model.train()
+    ids = tokens(120)
+    model(input_ids=ids, labels=ids).loss.backward()
+    learned = {name: p for name, p in model.named_parameters() if ".spla." in name}
+    assert len(learned) == 4
+    assert all(bool((p.grad != 0).any() and p.grad.isfinite().all()) for p in learned.values())
+
+
+def test_fitted_norms_begin_near_the_model(model):
+    ids = tokens(120)
+    dense = logits(model, ids)
+    attach(model, PAPER, PAGE)
+    before = (logits(model, ids) - dense).norm()
+    fit_norms(model, [ids])
+    assert (logits(model, ids) - dense).norm() < before
+    assert all(not layer.self_attn.spla.tail_norm.any() for layer in model.model.layers)
+
+
+def test_example_of_continued_training(model, tmp_path, monkeypatch, capsys):
+    """The script trains, evaluates and, called again, goes on with what there is."""
+    path = Path(__file__).parents[1] / "examples" / "continue_training.py"
+    spec = importlib.util.spec_from_file_location("continue_training", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "load_tokenizer", lambda folder: SimpleNamespace(save_pretrained=lambda folder: None))
+    monkeypatch.setattr(example, "BUCKETS", (32, 64, 128))
+    model.save_pretrained(tmp_path / "start")
+    kinds = {"code": (600,), "prose": (600,), "held_out_code": (2, 128), "held_out_prose": (2, 128)}
+    generator = np.random.default_rng(0)
+    np.savez(tmp_path / "text.npz", **{kind: generator.integers(3, 100, shape) for kind, shape in kinds.items()})
+    arguments = (
+        f"--model {tmp_path}/start --text {tmp_path}/text.npz --output {tmp_path}/out --length 128 --batch 2 --steps 2 "
+        f"--micro-batch 1 --budget 64 --evaluate-budgets 64 --page-size 16 --documents 2"
+    )
+    monkeypatch.setattr(sys, "argv", ["continue_training.py", *arguments.split()])
+    example.main()
+    assert "regression" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [t["variant"] for t in report["training"]] == ["dense", "sparse", "regression", "linear"]
+    assert {(row["trained"], row["attention"]) for row in report["rows"]} == {
+        *((trained, attention) for trained in ("start", "dense") for attention in ("dense", "sparse", "regression")),
+        *((name, name) for name in ("sparse", "regression", "linear")),
+    }
+    monkeypatch.setattr(example, "train", None)  # nothing is trained again
+    example.main()
