@@ -7,11 +7,13 @@ and chunks they come in. The plain reference of the whole is `reference.spla_seq
 A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch. Its launches:
 
 1. `prefill_score_kernel`, NORMALISE, then SHARE; `prefill_select_kernel`
-2. `prefill_score_kernel`, REST: mass and mean logit of what was not selected
-3. `prefill_count_kernel`, a running sum, `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a page,
-   as a list cut into work items
-4. `prefill_state_kernel`: the recurrent state at every page
-5. `page_attend_kernel`, `prefill_merge_kernel`
+2. `prefill_count_kernel`, a running sum, `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a page,
+   as a list cut into work items; mass and mean logit of what was not selected
+3. `prefill_state_kernel`: the recurrent state at every page
+4. `page_attend_kernel`, `prefill_merge_kernel`
+
+They run for some kv heads after the others, so that a pass has many tokens: the more tokens chose a page, the more
+often is it used once it is on chip.
 
 What depends on lengths is planned on the host, from lengths that the host knows; nothing waits for the device.
 """
@@ -85,18 +87,25 @@ class PrefillPlan:
 class PrefillTuning:
     """Launch shapes."""
 
-    score_chunk: int = 32
-    share_chunk: int = 64
+    normalise_chunk: int = 32
+    normalise_warps: int = 8
+    normalise_registers: int | None = 128
+    share_chunk: int = 32
+    share_warps: int = 8
+    share_registers: int | None = 128
     score_stages: int = 2
-    score_warps: int = 8
     tile_rows: int = 128
     select_elements: int = 1024  # pages a warp
+    list_warps: int = 1
     attend_rows: int = 64
-    attend_programs: int = 2  # a multiprocessor
+    attend_span: int = 8  # steps of a work item
+    attend_programs: int = 3  # a multiprocessor
     attend_stages: int = 2
     attend_warps: int = 4
+    attend_registers: int | None = 168
+    merge_rows: int = 64
     merge_stages: int = 3
-    merge_warps: int = 8
+    merge_warps: int = 4
     state_slice: int = 16
     state_stages: int = 3
     state_warps: int = 4
@@ -149,19 +158,23 @@ class TritonPrefill:
         wide = 1 if self._dp <= 128 else 2
         rows = self.tuning.tile_rows // wide
         self.tile_tokens = max(1, min(32, rows // self._group_p, params.page_size & -params.page_size))
+        self._merge_tokens = max(1, min(self.tile_tokens, self.tuning.merge_rows // wide // self._group_p))
         self._attend_tokens = max(1, self.tuning.attend_rows // wide // self._group_p)
         self._slots = params.budget_blocks - 1
         self._linear = params.residual == "linear"
         self._s_rows = base.state_layout.s_rows
-        # Bytes a token: its parts, or the group's scores that stand in the same place before.
+        # Bytes a token and kv head: its parts, or the group's scores that stand in the same place before.
         part = base.group * d * base.cache_dtype.itemsize + 2 * self._group_p * 4
         part += (base.group * d + self._group_p) * 4 if self._linear else 0
         self._max_pages = _round_up(base.max_pages)
-        per_token = base.num_kv_heads * max(self._slots * part, self._max_pages * 4)
+        per_token = max(self._slots * part, self._max_pages * 4)
         limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows
-        self.max_tiles = max(1, min(limit, scratch_bytes // (per_token * self.tile_tokens)))
-        # Lists are a row's own; many rows in one pass would need room for many unfilled work items.
-        room = scratch_bytes // 16 // (base.num_kv_heads * self._max_pages * self._attend_tokens * 8)
+        room = max(1, scratch_bytes // (per_token * self.tile_tokens))  # tiles of one kv head
+        heads = base.num_kv_heads
+        self.pass_heads = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * limit <= room))
+        self.max_tiles = max(1, min(limit, room // self.pass_heads))
+        # Lists are a row's own; many rows in one pass would need room for many unfilled steps.
+        room = scratch_bytes // 16 // (self.pass_heads * self._max_pages * self._attend_tokens * 8)
         self.max_runs = max(1, min(max_num_rows, self.max_tiles, room))
         self._sparse = max_model_len > self.dense_below
         self._pool = self._shared_pool() if self._sparse else {}
@@ -197,31 +210,32 @@ class TritonPrefill:
         return tuple(sorted(self._shapes().items()))
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        base, tiles, heads = self.base, self.max_tiles, self.base.num_kv_heads
+        base, tiles, heads = self.base, self.max_tiles, self.pass_heads
         tokens, m = tiles * self.tile_tokens, self.tile_tokens * self._group_p
         parts = heads * tokens * self._slots
         grouped = heads * tokens * self._max_pages * 4 // base.cache_dtype.itemsize
         rest = base.params.residual != "none"
         regression = base.params.residual == "regression"
         lists = self.max_runs * heads * self._max_pages
-        items = min(parts, parts // self._attend_tokens + lists)  # every list ends with an item that is not full
+        steps = min(parts, parts // self._attend_tokens + lists)  # every list ends with a step that is not full
         return {
             "out": ((max(parts * base.group * base.head_size, grouped),), base.cache_dtype),
-            "sums": ((parts, 2, self._group_p), torch.float32),
+            "part_sum": ((parts, 2, self._group_p), torch.float32),
             "part_tail": ((parts if self._linear else 1, base.group, base.head_size), torch.float32),
             "part_z": ((parts if self._linear else 1, self._group_p), torch.float32),
             "lse": ((tiles, heads, m), torch.float32),
             "tail": ((tiles, heads, 2, m), torch.float32),
+            "sums": ((tiles, heads, 3, m), torch.float32),
             "words": ((tiles, heads, self._max_pages), torch.int32),
             "offsets": ((tiles, heads, self._max_pages), torch.int32),
             "table": ((tiles, heads, self.tile_tokens, self._slots), torch.int32),
             "count": ((tiles, heads, self.tile_tokens), torch.int32),
             "totals": ((lists,), torch.int32),
-            "items": ((lists,), torch.int32),
-            "ends": ((lists,), torch.int32),
-            "list": ((items, self._attend_tokens, 2), torch.int32),
-            "list_tail": ((items if regression else 1, self._attend_tokens, 2, self._group_p), torch.float32),
-            "work": ((items,), torch.int32),
+            "steps": ((2 * lists,), torch.int32),
+            "ends": ((2 * lists,), torch.int32),
+            "list": ((steps, self._attend_tokens, 2), torch.int32),
+            "list_tail": ((steps if regression else 1, self._attend_tokens, 2, self._group_p), torch.float32),
+            "work": ((steps, 4), torch.int32),
             "states": ((tiles if rest else 1, heads, self._s_rows + 1, base.head_size), torch.float32),
             "arrivals": ((self.max_runs, heads), torch.int32),
         }
@@ -360,85 +374,103 @@ class TritonPrefill:
         Raises:
             ValueError: A residual without its state.
         """
+        if self.base.params.residual != "none" and (state_cache is None or state_table is None):
+            raise ValueError(f"residual {self.base.params.residual!r} needs a state cache and its table")
+        for first_head in range(0, self.base.num_kv_heads, self.pass_heads):
+            self._run_heads(first_head, step, query, kv_cache, state_cache, block_table, state_table, output)
+
+    def _run_heads(
+        self,
+        first_head: int,
+        step: Pass,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        state_cache: torch.Tensor | None,
+        block_table: torch.Tensor,
+        state_table: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """A pass of the kv heads from `first_head` on."""
         base, tuning, pool = self.base, self.tuning, self._pool
-        params, d, heads = base.params, base.head_size, base.num_kv_heads
+        params, d, heads = base.params, base.head_size, self.pass_heads
         num_tiles, num_runs = step.tiles.shape[0], step.runs.shape[0]
         num_parts = num_tiles * self.tile_tokens * self._slots
         max_pages = step.max_complete  # of this pass: scratch is laid out anew each time
         residual = RESIDUAL_CODES[params.residual]
-        table_stride = block_table.stride(0)
-        page_strides = kv_cache.stride(0), kv_cache.stride(1)
+        strides = query.stride(0), query.stride(1), kv_cache.stride(0), kv_cache.stride(1)
+        table_stride, last_page = block_table.stride(0), kv_cache.shape[0] - 1
         page_p = triton.next_power_of_2(params.page_size)
         grouped = pool["out"].view(torch.float32)
-        shape = {"GROUP": base.group, "GROUP_P": self._group_p, "TQ": self.tile_tokens, "D": d, "DP": self._dp}
-        totals, items, ends = (pool[name][: num_runs * heads * max_pages] for name in ("totals", "items", "ends"))
-        groups = (triton.cdiv(max_pages, 128), heads, num_runs)
+        shape = {"GROUP": base.group, "GROUP_P": self._group_p, "D": d, "DP": self._dp, "PAGE": params.page_size}
+        selector = SELECTOR_CODES[params.selector]
+        lists = num_runs * heads * max_pages
+        totals, steps, ends = pool["totals"][:lists], pool["steps"][: 2 * lists], pool["ends"][: 2 * lists]
+        width = 32
+        groups = (triton.cdiv(max_pages, width), heads, num_runs)
 
-        def score(mode: str, splits: int) -> None:
-            chunk = tuning.share_chunk if mode == "share" else tuning.score_chunk
+        def score(mode: str, splits: int, chunk: int, warps: int, registers: int | None) -> None:
             prefill_score_kernel[(heads, num_tiles, splits)](
-                query, kv_cache, block_table, step.tiles, pool["lse"], grouped, pool["words"], pool["count"], base.gain,
-                pool["tail"], query.stride(0), query.stride(1), *page_strides, table_stride, kv_cache.shape[0] - 1,
-                max_pages, heads, base.scale, MODE=MODES[mode], PAGE=params.page_size,
-                LOG_PAGE=math.log(params.page_size), CHUNK=chunk, STAGES=tuning.score_stages,
-                SELECTOR=SELECTOR_CODES[params.selector], num_warps=tuning.score_warps, **shape,
+                query, kv_cache, block_table, step.tiles, pool["lse"], pool["sums"], grouped, *strides, table_stride,
+                last_page, max_pages, first_head, base.scale, MODE=MODES[mode], TQ=self.tile_tokens,
+                LOG2_PAGE=math.log2(params.page_size), CHUNK=chunk, STAGES=tuning.score_stages, SELECTOR=selector,
+                MASS=base.has_mass, num_warps=warps, maxnreg=registers, **shape,
             )  # fmt: skip
 
-        score("normalise", 1)
-        score("share", max(1, min(step.max_complete // (4 * tuning.share_chunk), 8)))
+        score("normalise", 1, tuning.normalise_chunk, tuning.normalise_warps, tuning.normalise_registers)
+        splits = max(1, min(step.max_complete // (4 * tuning.share_chunk), 8))
+        score("share", splits, tuning.share_chunk, tuning.share_warps, tuning.share_registers)
         pages = max(16, triton.next_power_of_2(step.max_complete))
         rows, warps = min(8, self.tile_tokens), max(1, pages // tuning.select_elements)
         prefill_select_kernel[(heads, num_tiles, self.tile_tokens // rows)](
-            step.tiles, grouped, pool["table"], pool["count"], pool["words"].view(torch.int8), max_pages, heads,
+            step.tiles, grouped, pool["table"], pool["count"], pool["words"].view(torch.int8), max_pages,
             TQ=self.tile_tokens, ROWS=rows,
             PAGE=params.page_size, SLOTS=self._slots, FIRST=params.first_blocks, LAST=params.last_blocks, PAGES=pages,
             LANES=min(pages, 128 * warps), TOP_P=base.top_p,
             num_warps=warps,
         )  # fmt: skip
-        if base.has_mass:
-            score("rest", 1)
         prefill_count_kernel[groups](
-            step.tiles, step.runs, pool["words"], pool["offsets"], totals, items, max_pages, heads,
-            PAGE=params.page_size, TM=self._attend_tokens, WIDTH=128, num_warps=1,
+            step.tiles, step.runs, pool["words"], pool["offsets"], totals, steps, max_pages, PAGE=params.page_size,
+            TM=self._attend_tokens, SPAN=tuning.attend_span, TILES=32, WIDTH=width, num_warps=1,
         )  # fmt: skip
-        torch.cumsum(items, 0, dtype=torch.int32, out=ends)
+        torch.cumsum(steps.view(2, lists), 1, dtype=torch.int32, out=ends.view(2, lists))
         prefill_work_kernel[groups](
-            block_table, step.runs, totals, items, ends, pool["work"], pool["list"], table_stride, max_pages, heads,
-            TM=self._attend_tokens, WIDTH=128, num_warps=4,
+            block_table, step.runs, totals, steps, ends, pool["work"], pool["list"], table_stride, max_pages,
+            TM=self._attend_tokens, SPAN=tuning.attend_span, WIDTH=width, num_warps=1,
         )  # fmt: skip
+        slots_p = max(16, triton.next_power_of_2(self._slots))
         prefill_list_kernel[(heads, num_tiles, self.tile_tokens)](
-            step.tiles, step.tile_run, pool["table"], pool["count"], pool["words"], pool["offsets"], items, ends,
-            pool["list"], pool["tail"], pool["list_tail"], max_pages, heads, GROUP_P=self._group_p,
-            TQ=self.tile_tokens, TM=self._attend_tokens, SLOTS=self._slots,
-            SLOTS_P=triton.next_power_of_2(self._slots), TAIL=residual == RESIDUAL_CODES["regression"], num_warps=1,
+            query, kv_cache, block_table, step.tiles, step.tile_run, pool["table"], pool["count"], pool["words"],
+            pool["offsets"], steps, ends, pool["sums"], base.gain, pool["tail"], pool["list"], pool["list_tail"],
+            *strides, table_stride, last_page, max_pages, first_head, base.scale, TQ=self.tile_tokens,
+            TM=self._attend_tokens, SLOTS=self._slots, SLOTS_P=slots_p, SELECTOR=selector, MASS=base.has_mass,
+            LIST_TAIL=base.has_mass and params.residual == "regression",
+            num_warps=tuning.list_warps * max(1, slots_p * self._dp // 4096), **shape,
         )  # fmt: skip
-        if params.residual != "none":
-            if state_cache is None or state_table is None:
-                raise ValueError(f"residual {params.residual!r} needs a state cache and its table")
+        if state_cache is not None and state_table is not None and params.residual != "none":
             kv_int, state = kv_cache.view(torch.int32), state_cache.view(torch.float32)
             prefill_state_kernel[(triton.cdiv(self._s_rows, tuning.state_slice), heads, num_runs)](
                 kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
-                step.tile_state, pool["states"], pool["arrivals"], heads, *page_strides, kv_int.stride(0),
-                kv_int.stride(1), state.stride(0), state.stride(1), table_stride, state_table.stride(0),
-                kv_cache.shape[0] - 1, MAGIC=STATE_MAGIC, STAMP_WORD=base._stamp_word,
+                step.tile_state, pool["states"], pool["arrivals"], first_head, *strides[2:], kv_int.stride(0),
+                kv_int.stride(1), state.stride(0), state.stride(1), table_stride, state_table.stride(0), last_page,
+                MAGIC=STATE_MAGIC, STAMP_WORD=base._stamp_word,
                 NUM_BLOCKS=base.state_layout.num_blocks,
                 BODY=base.state_layout.rows_per_block - 1, PARTS=triton.cdiv(self._s_rows, tuning.state_slice),
                 SLICE=tuning.state_slice, D=d, DP=self._dp, PAGE=params.page_size, TILE=base._fold_tile,
                 S_ROWS=self._s_rows, STAGES=tuning.state_stages, LINEAR=self._linear,
                 num_warps=tuning.state_warps,
             )  # fmt: skip
-        parts = pool["out"], pool["sums"], pool["part_tail"], pool["part_z"]
+        parts = pool["out"], pool["part_sum"], pool["part_tail"], pool["part_z"]
         page_attend_kernel[(tuning.attend_programs * base._num_sms,)](
-            query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["list_tail"], *parts,
-            query.stride(0), query.stride(1), *page_strides, kv_cache.shape[0] - 1, heads, num_parts, base.scale,
-            params.residual_scale, GROUP=base.group, GROUP_P=self._group_p, TM=self._attend_tokens, D=d, DP=self._dp,
-            PAGE=params.page_size, PAGE_P=page_p, STAGES=tuning.attend_stages, RESIDUAL=residual,
-            num_warps=tuning.attend_warps,
+            query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["list_tail"], *parts, *strides, last_page,
+            first_head, num_parts, base.scale, params.residual_scale, TM=self._attend_tokens, PAGE_P=page_p,
+            STAGES=tuning.attend_stages, RESIDUAL=residual, num_warps=tuning.attend_warps,
+            maxnreg=tuning.attend_registers, **shape,
         )  # fmt: skip
-        prefill_merge_kernel[(heads, num_tiles)](
+        prefill_merge_kernel[(heads, num_tiles, self.tile_tokens // self._merge_tokens)](
             query, kv_cache, block_table, step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"],
-            *parts, *base.norm_weights, output, query.stride(0), query.stride(1), output.stride(0), output.stride(1),
-            *page_strides, table_stride, heads, num_parts, base.scale, params.residual_scale, params.rms_norm_eps,
-            PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots, S_ROWS=self._s_rows, STAGES=tuning.merge_stages,
-            RESIDUAL=residual, DOUBLE_NORM=params.combine == "double_rmsnorm", num_warps=tuning.merge_warps, **shape,
+            *parts, *base.norm_weights, output, *strides[:2], output.stride(0), output.stride(1), *strides[2:],
+            table_stride, first_head, num_parts, base.scale, params.residual_scale, params.rms_norm_eps,
+            TQ=self.tile_tokens, TM=self._merge_tokens, PAGE_P=page_p, SLOTS=self._slots, S_ROWS=self._s_rows,
+            STAGES=tuning.merge_stages, RESIDUAL=residual, DOUBLE_NORM=params.combine == "double_rmsnorm",
+            num_warps=tuning.merge_warps, **shape,
         )  # fmt: skip

@@ -5,13 +5,18 @@ Plain reference: `reference.selection_score`, `share_in_group`, `select_blocks`,
 
 A *tile* is up to `TQ` <= 32 query tokens of one page of one row: they share their complete pages, their forced pages
 and the recurrent state, and one int32 holds which of them selected a page. The `M = TQ * GROUP_P` rows of a tile's
-matrices are its tokens' heads, heads innermost.
+matrices are its tokens' heads, in the order of `tile_rows`.
 
-Scores are never stored for each head: `prefill_score_kernel` goes over the pages three times, for the heads'
-normalisers, for the group's shared scores, and, once the selection is known, for the mass that was left out. Storing
-them would move 8 bytes a (token, page, head); computing them again is `4 d` to `6 d` FLOP on the tensor cores.
+Scores are never stored for each head: `prefill_score_kernel` goes over the pages twice, for the heads' normalisers and
+the mass of all pages, and for the group's shared scores. Storing them would move 8 bytes a (token, page, head);
+computing them again is `4 d` FLOP on the tensor cores. What the pages left out weigh is the mass of all minus that of
+the selected ones, which `prefill_list_kernel` gathers: the rest is added to the exact part's denominator, so that an
+error counts relative to both, and both are at least what was subtracted.
 
-Floor: `3 * 6 d` FLOP a (token, complete page, head); 4 bytes written and read a (token, complete page, kv head).
+`q^2` is rounded to the cache dtype once, by 2^-9 at most in bf16: independent over `d` elements, a relative error of
+about 2^-10 / sqrt(d) in the variance of `q . k`, less than what the rounding of the stored mean does to `q . mean`.
+
+Floor: `2 * 4 d` FLOP a (token, complete page, head); 4 bytes written and read a (token, complete page, kv head).
 """
 
 import triton
@@ -22,38 +27,69 @@ from .triton_select import _middle
 
 NORMALISE = tl.constexpr(0)
 SHARE = tl.constexpr(1)
-REST = tl.constexpr(2)
-MODES = {"normalise": 0, "share": 1, "rest": 2}
+MODES = {"normalise": 0, "share": 1}
 LOG2E = tl.constexpr(1.4426950408889634)
 SHIFT = tl.constexpr(100.0)
 
 
 @triton.jit
+def tile_rows(M: tl.constexpr, GROUP_P: tl.constexpr):
+    """Token and head of the group of a tile's rows: a thread holds rows `r` and `r + 8` of a product, so that bit 3
+    of a row tells heads apart and a sum over the group needs few other threads."""
+    m = tl.arange(0, M)
+    if (GROUP_P == 1) | (GROUP_P > 16):
+        token = m // GROUP_P
+        member = m % GROUP_P
+    else:
+        token = m // 16 * (16 // GROUP_P) + m % 8 // (GROUP_P // 2)
+        member = m // 8 % 2 * (GROUP_P // 2) + m % (GROUP_P // 2)
+    return token, member
+
+
+@triton.jit
+def group_sum(x, M: tl.constexpr, GROUP_P: tl.constexpr, CHUNK: tl.constexpr):
+    """`[TQ, CHUNK]` from `[M, CHUNK]` with rows as `tile_rows` has them."""
+    if GROUP_P == 1:
+        total = x
+    elif GROUP_P > 16:
+        total = tl.sum(tl.reshape(x, [M // GROUP_P, GROUP_P, CHUNK]), axis=1)
+    else:
+        HALF: tl.constexpr = GROUP_P // 2
+        total = tl.sum(tl.reshape(x, [M // 16, 2, 8 // HALF, HALF, CHUNK]), axis=1)
+        total = tl.reshape(tl.sum(total, axis=2), [M // GROUP_P, CHUNK])
+    return total
+
+
+@triton.jit
 def tile_queries(
-    query_ptr, head, first_token, num_tokens, query_token_stride, query_head_stride,
-    GROUP: tl.constexpr, GROUP_P: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    query_ptr, head, first_token, num_tokens, token, member, query_token_stride, query_head_stride,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Queries `[M, DP]` of a tile, 0 where there is none."""
-    m = tl.arange(0, TQ * GROUP_P)
-    exists = (m // GROUP_P < num_tokens) & (m % GROUP_P < GROUP)
+    """Queries `[M, DP]` of the rows `token`, `member` of a tile, 0 where there is none."""
+    exists = (token < num_tokens) & (member < GROUP)
     column = tl.arange(0, DP)
-    row = query_ptr + (first_token + m // GROUP_P).to(tl.int64) * query_token_stride
-    row += (head * GROUP + m % GROUP_P) * query_head_stride
+    row = query_ptr + (first_token + token).to(tl.int64) * query_token_stride
+    row += (head * GROUP + member) * query_head_stride
     return tl.load(row[:, None] + column[None, :], mask=exists[:, None] & (column < D)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["block_table_stride", "last_page"])
+@triton.jit
+def half_square(q, scale):
+    """`q^2 / 2` in powers of two, for the product with a page's variance; within the range of float16."""
+    q = q.to(tl.float32)
+    return tl.minimum(q * q * (scale * scale * (0.5 * LOG2E)), 60000.0)
+
+
+@triton.jit(do_not_specialize=["block_table_stride", "last_page", "first_head"])
 def prefill_score_kernel(
     query_ptr,  # [tokens, H, D]
     kv_ptr,
     block_table_ptr,
     tiles_ptr,  # [tiles, 4] int32: row, first token, tokens, position of the first token
-    lse_ptr,  # [tiles, G, M] float32: written by NORMALISE, log2 of the sum over the pages
-    grouped_ptr,  # [tiles, G, TQ, max_pages] float32: written by SHARE
-    words_ptr,  # [tiles, G, max_pages] int32: which tokens selected a page; read by REST
-    count_ptr,  # [tiles, G, TQ] int32: complete pages that a token selected; read by REST
-    gain_ptr,  # [H] float32
-    tail_ptr,  # [tiles, G, 2, M] float32: written by REST: log2 of the mean mass, mean logit of the tokens left out
+    lse_ptr,  # [tiles, heads, M] float32: written by NORMALISE, log2 of the sum over the pages
+    sums_ptr,  # [tiles, heads, 3, TQ * GROUP_P] float32: written by NORMALISE: a power of two, the mass of all pages
+    # over it, the sum of their products
+    grouped_ptr,  # [tiles, heads, TQ, max_pages] float32: written by SHARE
     query_token_stride,
     query_head_stride,
     page_stride,
@@ -61,7 +97,7 @@ def prefill_score_kernel(
     block_table_stride,
     last_page,
     max_pages,
-    num_kv_heads,
+    first_head,  # kv head; scratch begins with it
     scale,
     MODE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -70,14 +106,15 @@ def prefill_score_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    LOG_PAGE: tl.constexpr,
+    LOG2_PAGE: tl.constexpr,
     CHUNK: tl.constexpr,  # pages at a time
     STAGES: tl.constexpr,
     SELECTOR: tl.constexpr,
+    MASS: tl.constexpr,  # whether the mass of all pages is asked for
 ):
-    """Grid (G, tiles, splits); only SHARE can use more than one split."""
+    """Grid (heads, tiles, splits); only SHARE can use more than one split."""
     M: tl.constexpr = TQ * GROUP_P
-    head = tl.program_id(0)
+    head = first_head + tl.program_id(0)
     tile = tl.program_id(1).to(tl.int64)
     row = tl.load(tiles_ptr + tile * 4).to(tl.int64)
     first_token = tl.load(tiles_ptr + tile * 4 + 1)
@@ -88,37 +125,38 @@ def prefill_score_kernel(
     stop = tl.minimum(start + per_split, num_pages)
     if start < stop:
         m = tl.arange(0, M)
+        token, member = tile_rows(M, GROUP_P)
         dtype = kv_ptr.dtype.element_ty
         column = tl.arange(0, DP)
         in_head = column < D
         q = tile_queries(
-            query_ptr, head, first_token, num_tokens, query_token_stride, query_head_stride, GROUP, GROUP_P, TQ, D, DP
+            query_ptr, head, first_token, num_tokens, token, member, query_token_stride, query_head_stride, GROUP, D, DP
         ).to(dtype)  # [M, DP]
+        if DP <= 128:
+            # What comes out of a product stays in registers as the left side of the next ones, where a loaded matrix
+            # would be read from shared memory again for every chunk.
+            identity = (column[:, None] == column[None, :]).to(dtype)
+            q = tl.dot(q, identity).to(dtype)
         if SELECTOR == QUEST:
             left = tl.minimum(q, 0.0).to(dtype)
             right = tl.maximum(q, 0.0).to(dtype)
         elif SELECTOR != MEAN:
-            # As in decode: q^2 in two parts, normalised to its largest element, keeps its digits.
-            square = q.to(tl.float32) * q.to(tl.float32) * (scale * scale)
-            peak = tl.maximum(tl.max(square, axis=1), 1e-30)  # [M]
-            square = square * (1024.0 / peak)[:, None]
-            square_high = square.to(dtype)
-            square_low = (square - square_high.to(tl.float32)).to(dtype)
-            restore = peak * (1.0 / 1024.0)
+            square = half_square(q, scale).to(dtype)
         pages = block_table_ptr + row * block_table_stride
         area = kv_ptr + head * head_stride + PAGE * 2 * D
         offset = tl.arange(0, CHUNK)
-        pair = tile * num_kv_heads + head
+        pair = tile * tl.num_programs(0) + tl.program_id(0)
         unit = scale * LOG2E  # logits in powers of two, which is what the hardware raises
         top = tl.full([M], float("-inf"), dtype=tl.float32)
         total = tl.zeros([M], dtype=tl.float32)
+        mass = tl.zeros([M], dtype=tl.float32)
         products = tl.zeros([M], dtype=tl.float32)
-        bit = tl.full([M], 1, dtype=tl.int32) << (m // GROUP_P)
         if MODE == SHARE:
-            member = (m % GROUP_P) < GROUP
-            lse = tl.load(lse_ptr + pair * M + m, mask=member, other=float("inf"))
-            token = tl.arange(0, TQ)
-            shared_row = grouped_ptr + (pair * TQ + token) * max_pages  # [TQ]
+            # The group's shared score itself and not its log, which would cost more than the rest: times 2^SHIFT,
+            # so that only pages of less than 2^-220 of the mass are all alike.
+            shift = tl.load(lse_ptr + pair * M + m, mask=member < GROUP, other=float("inf")) - SHIFT
+            t = tl.arange(0, TQ)
+            shared_row = grouped_ptr + (pair * TQ + t) * max_pages  # [TQ]
         # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
         page = tl.load(pages + tl.minimum(start + offset, num_pages - 1))
         for first in tl.range(start, stop, CHUNK, num_stages=STAGES):
@@ -136,69 +174,53 @@ def prefill_score_kernel(
                     second = tl.load(rows + D)
                 else:
                     second = tl.load(rows + D, mask=in_head[None, :], other=0.0)
-            # The mass of a page, over that of a token: factor * 2^exponent.
-            if SELECTOR == MEAN:
-                product = tl.dot(q, tl.trans(mean))  # [M, CHUNK]
-                exponent = product * unit
-            elif SELECTOR == QUEST:
+            if SELECTOR == QUEST:
                 product = tl.dot(right, tl.trans(second), tl.dot(left, tl.trans(mean)))
-                exponent = product * unit
             else:
                 product = tl.dot(q, tl.trans(mean))
-                # Only what ranks the pages needs all digits of q^2.
-                s2 = tl.dot(square_high, tl.trans(second))
-                if MODE == SHARE:
-                    s2 = tl.dot(square_low, tl.trans(second), s2)
-                if (MODE == REST) | (SELECTOR == TAYLOR2):
-                    factor = 1.0 + s2 * (restore * 0.5)[:, None]
-                    exponent = product * unit
-                elif SELECTOR == CUMULANT2:
-                    exponent = product * unit + s2 * (restore * (0.5 * LOG2E))[:, None]
-                else:
-                    tl.static_assert(SELECTOR == REM)
-                    half = s2 * (restore * (0.5 * LOG2E))[:, None]
-                    root = tl.sqrt(tl.maximum(s2, 0.0) * (restore * (2 * LOG_PAGE * LOG2E * LOG2E))[:, None])
-                    term = tl.where(half < LOG_PAGE * LOG2E, half, root - LOG_PAGE * LOG2E)
-                    exponent = product * unit + term
-            FACTOR: tl.constexpr = (MODE == REST) & (SELECTOR != MEAN) | (SELECTOR == TAYLOR2)
+            # The mass of a page, over that of a token: factor * 2^(logit + term).
+            if (SELECTOR != QUEST) & (SELECTOR != MEAN):
+                half = tl.dot(square, tl.trans(second))  # half the variance of the logits, in powers of two
+                factor = 1.0 + half * (1 / LOG2E)
+                if SELECTOR == CUMULANT2:
+                    term = half
+                elif SELECTOR == REM:
+                    root = tl.sqrt(half) * (2 * LOG2_PAGE**0.5) - LOG2_PAGE
+                    term = tl.where(half < LOG2_PAGE, half, root)
             if MODE == SHARE:
-                # The group's shared score itself and not its log, which would cost more than the rest: times 2^SHIFT,
-                # so that only pages of less than 2^-220 of the mass are all alike.
-                share = tl.exp2(exponent - (lse - SHIFT)[:, None])
-                if FACTOR:
+                share = product * unit - shift[:, None]
+                if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
+                    share += term
+                share = tl.exp2(share)
+                if SELECTOR == TAYLOR2:
                     share *= factor
-                shared = tl.sum(tl.reshape(share, [TQ, GROUP_P, CHUNK]), axis=1)
-                mask = (token < num_tokens)[:, None] & exists[None, :]
-                tl.store(shared_row[:, None] + index[None, :], shared, mask=mask)
+                mask = (t < num_tokens)[:, None] & exists[None, :]
+                tl.store(shared_row[:, None] + index[None, :], group_sum(share, M, GROUP_P, CHUNK), mask=mask)
             else:
-                if MODE == REST:
-                    word = tl.load(words_ptr + pair * max_pages + index, mask=exists, other=-1)
-                    kept = (word[None, :] & bit[:, None]) == 0
-                    products += tl.sum(tl.where(kept, product, 0.0), axis=1)
-                    exponent = tl.where(kept, exponent, float("-inf"))
-                else:
-                    exponent = tl.where(exists[None, :], exponent, float("-inf"))
-                new_top = tl.maximum(top, tl.max(exponent, axis=1))
-                safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-                mass = tl.exp2(exponent - safe[:, None])
-                if FACTOR:
-                    mass *= factor
-                total = total * tl.exp2(top - safe) + tl.sum(mass, axis=1)
+                logit = product * unit + tl.where(exists, 0.0, float("-inf"))[None, :]
+                exponent = logit
+                if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
+                    exponent += term
+                new_top = tl.maximum(top, tl.max(exponent, axis=1))  # [M], finite: a chunk has a page that exists
+                decay = tl.exp2(top - new_top)
+                weight = tl.exp2(exponent - new_top[:, None])
+                if SELECTOR == TAYLOR2:
+                    weight *= factor
+                total = total * decay + tl.sum(weight, axis=1)
+                if MASS:
+                    if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
+                        mass = mass * decay + tl.sum(tl.exp2(logit - new_top[:, None]) * factor, axis=1)
+                    products += tl.sum(tl.where(exists[None, :], product, 0.0), axis=1)
                 top = new_top
         if MODE == NORMALISE:
             tl.store(lse_ptr + pair * M + m, top + tl.log2(total))
-        if MODE == REST:
-            in_tile = m // GROUP_P < num_tokens
-            taken = tl.load(count_ptr + pair * TQ + m // GROUP_P, mask=in_tile, other=0)
-            num_rest = (num_pages - taken).to(tl.float32)  # pages
-            gain = tl.load(gain_ptr + head * GROUP + m % GROUP_P, mask=(m % GROUP_P) < GROUP, other=0.0)
-            weighs = (total > 0) & (gain > 0) & (num_rest > 0)
-            # Page masses are those of PAGE tokens, and so many tokens share them.
-            norm = tl.where(weighs, total * gain / tl.maximum(num_rest, 1.0), 1.0)
-            log_mean = tl.where(weighs, top + tl.log2(norm), float("-inf"))
-            tail = tail_ptr + pair * 2 * M + m
-            tl.store(tail, log_mean)
-            tl.store(tail + M, products * scale / tl.maximum(num_rest, 1.0))
+            if MASS:
+                if (SELECTOR == MEAN) | (SELECTOR == TAYLOR2):
+                    mass = total
+                sums = sums_ptr + pair * 3 * M + token * GROUP_P + member
+                tl.store(sums, top)
+                tl.store(sums + M, mass)
+                tl.store(sums + 2 * M, products)
 
 
 @triton.jit
@@ -219,12 +241,11 @@ def _min(x):
 @triton.jit
 def prefill_select_kernel(
     tiles_ptr,
-    grouped_ptr,  # [tiles, G, TQ, max_pages] float32
-    table_ptr,  # [tiles, G, TQ, SLOTS] int32: complete pages that a token selected, places in the row, unordered
-    count_ptr,  # [tiles, G, TQ] int32
-    bytes_ptr,  # [tiles, G, max_pages, 4] int8, the bytes of `words`
+    grouped_ptr,  # [tiles, heads, TQ, max_pages] float32
+    table_ptr,  # [tiles, heads, TQ, SLOTS] int32: complete pages that a token selected, places in the row, unordered
+    count_ptr,  # [tiles, heads, TQ] int32
+    bytes_ptr,  # [tiles, heads, max_pages, 4] int8, the bytes of `words`
     max_pages,
-    num_kv_heads,
     TQ: tl.constexpr,
     ROWS: tl.constexpr,  # tokens a program, at most 8
     PAGE: tl.constexpr,
@@ -235,16 +256,15 @@ def prefill_select_kernel(
     LANES: tl.constexpr,
     TOP_P: tl.constexpr,  # 0 where there is none
 ):
-    """Grid (G, tiles, TQ / ROWS): every tile has more complete pages than SLOTS.
+    """Grid (heads, tiles, TQ / ROWS): every tile has more complete pages than SLOTS.
 
     A token at a time: with one warp, nothing waits for other warps.
     """
-    head = tl.program_id(0)
     tile = tl.program_id(1).to(tl.int64)
     byte = tl.program_id(2)
     num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
     current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
-    pair = tile * num_kv_heads + head
+    pair = tile * tl.num_programs(0) + tl.program_id(0)
     # Two dimensions, the first of which a thread has to itself: running sums along it need no other thread.
     index = tl.arange(0, PAGES // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # [PAGES / LANES, LANES]
     complete = index < current
@@ -343,32 +363,39 @@ def prefill_count_kernel(
     tiles_ptr,
     runs_ptr,  # [runs, 3] int32: first tile, tiles, row, of a row's share of this pass
     words_ptr,
-    offsets_ptr,  # [tiles, G, max_pages] int32: tokens of earlier tiles of the run that selected the page
-    totals_ptr,  # [runs, G, max_pages] int32: tokens that selected the page
-    items_ptr,  # [runs, G, max_pages] int32: their work items of TM tokens
+    offsets_ptr,  # [tiles, heads, max_pages] int32: tokens of earlier tiles of the run that selected the page
+    totals_ptr,  # [runs, heads, max_pages] int32: tokens that selected the page
+    steps_ptr,  # [2, runs, heads, max_pages] int32: their steps of TM tokens; their work items of at most SPAN steps
     max_pages,
-    num_kv_heads,
     PAGE: tl.constexpr,
     TM: tl.constexpr,
+    SPAN: tl.constexpr,
+    TILES: tl.constexpr,  # tiles at a time
     WIDTH: tl.constexpr,  # pages a program
 ):
-    """Grid (page groups, G, runs): how many tokens of a run selected a page, for lists in the order of tokens."""
+    """Grid (page groups, heads, runs): how many tokens of a run selected a page, for lists in the order of tokens."""
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     head = tl.program_id(1)
+    num_heads = tl.num_programs(1)
     run = tl.program_id(2)
     first_tile = tl.load(runs_ptr + run * 3)
     num_tiles = tl.load(runs_ptr + run * 3 + 1)
     running = tl.zeros([WIDTH], dtype=tl.int32)
-    for step in tl.range(0, num_tiles, num_stages=4):
-        tile = (first_tile + step).to(tl.int64)
-        current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
-        where = (tile * num_kv_heads + head) * max_pages + index
-        word = tl.load(words_ptr + where, mask=index < current, other=0)
-        tl.store(offsets_ptr + where, running, mask=index < current)
-        running += _bits(word)
-    where = (run.to(tl.int64) * num_kv_heads + head) * max_pages + index
+    for step in tl.range(0, num_tiles, TILES):
+        number = step + tl.arange(0, TILES)
+        tile = (first_tile + number).to(tl.int64)  # [TILES]
+        current = tl.load(tiles_ptr + tile * 4 + 3, mask=number < num_tiles, other=0) // PAGE
+        where = (tile * num_heads + head)[:, None] * max_pages + index[None, :]  # [TILES, WIDTH]
+        exists = index[None, :] < current[:, None]
+        chosen = _bits(tl.load(words_ptr + where, mask=exists, other=0))
+        tl.store(offsets_ptr + where, running[None, :] + tl.cumsum(chosen, axis=0) - chosen, mask=exists)
+        running += tl.sum(chosen, axis=0)
+    where = (run.to(tl.int64) * num_heads + head) * max_pages + index
+    lists = tl.num_programs(2).to(tl.int64) * num_heads * max_pages
     tl.store(totals_ptr + where, running, mask=index < max_pages)
-    tl.store(items_ptr + where, (running + TM - 1) // TM, mask=index < max_pages)
+    steps = (running + TM - 1) // TM
+    tl.store(steps_ptr + where, steps, mask=index < max_pages)
+    tl.store(steps_ptr + lists + where, (steps + SPAN - 1) // SPAN, mask=index < max_pages)
 
 
 @triton.jit(do_not_specialize=["block_table_stride"])
@@ -376,85 +403,150 @@ def prefill_work_kernel(
     block_table_ptr,
     runs_ptr,
     totals_ptr,
-    items_ptr,
-    ends_ptr,  # [runs, G, max_pages] int32: running sum of the items
-    work_ptr,  # [items] int32: page * G + kv head
-    list_ptr,  # [items, TM, 2] int32
+    steps_ptr,
+    ends_ptr,  # [2, runs, heads, max_pages] int32: running sums of `steps`
+    work_ptr,  # [items, 4] int32: page, head of the pass, first step, steps
+    list_ptr,  # [steps, TM, 2] int32
     block_table_stride,
     max_pages,
-    num_kv_heads,
     TM: tl.constexpr,
+    SPAN: tl.constexpr,
     WIDTH: tl.constexpr,  # pages a program
 ):
-    """Grid (page groups, G, runs): what each work item is about; the unused end of a page's last item becomes -1."""
+    """Grid (page groups, heads, runs): what each work item is about; the unused end of a page's last step becomes -1."""
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     exists = index < max_pages
     head = tl.program_id(1)
     run = tl.program_id(2).to(tl.int64)
     row = tl.load(runs_ptr + run * 3 + 2).to(tl.int64)
-    where = (run * num_kv_heads + head) * max_pages + index
+    where = (run * tl.num_programs(1) + head) * max_pages + index
+    lists = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * max_pages
     total = tl.load(totals_ptr + where, mask=exists, other=0)
-    items = tl.load(items_ptr + where, mask=exists, other=0)
-    first = (tl.load(ends_ptr + where, mask=exists, other=0) - items).to(tl.int64)
-    used = items > 0
+    steps = tl.load(steps_ptr + where, mask=exists, other=0)
+    items = tl.load(steps_ptr + lists + where, mask=exists, other=0)
+    first = tl.load(ends_ptr + where, mask=exists, other=0) - steps
+    first_item = (tl.load(ends_ptr + lists + where, mask=exists, other=0) - items).to(tl.int64)
+    used = steps > 0
     page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + index, mask=used, other=0), 0)
     for item in tl.range(0, tl.max(items, axis=0)):
-        tl.store(work_ptr + first + item, page * num_kv_heads + head, mask=item < items)
+        target = work_ptr + (first_item + item) * 4
+        mask = item < items
+        tl.store(target, page, mask=mask)
+        tl.store(target + 1, tl.zeros_like(page) + head, mask=mask)
+        tl.store(target + 2, first + item * SPAN, mask=mask)
+        tl.store(target + 3, tl.minimum(steps - item * SPAN, SPAN), mask=mask)
     slot = tl.arange(0, TM)
     free = total[:, None] + slot[None, :]  # [WIDTH, TM]
-    target = list_ptr + (first[:, None] * TM + free) * 2
-    mask = used[:, None] & (free < (items * TM)[:, None])
+    target = list_ptr + (first.to(tl.int64)[:, None] * TM + free) * 2
+    mask = used[:, None] & (free < (steps * TM)[:, None])
     tl.store(target, tl.full([WIDTH, TM], -1, dtype=tl.int32), mask=mask)
     tl.store(target + 1, tl.zeros([WIDTH, TM], dtype=tl.int32), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride", "last_page", "first_head"])
 def prefill_list_kernel(
+    query_ptr,
+    kv_ptr,
+    block_table_ptr,
     tiles_ptr,
     tile_run_ptr,  # [tiles] int32: run of a tile
     table_ptr,
     count_ptr,
     words_ptr,
     offsets_ptr,
-    items_ptr,
+    steps_ptr,
     ends_ptr,
-    list_ptr,  # [items, TM, 2] int32: (tile * TQ + token) * SLOTS + slot, and the token's place in the batch
-    tail_ptr,  # [tiles, G, 2, M] float32
-    list_tail_ptr,  # [items, TM, 2, GROUP_P] float32: the same, beside the entries, where attention needs it
+    sums_ptr,
+    gain_ptr,  # [H] float32
+    tail_ptr,  # [tiles, heads, 2, TQ * GROUP_P] float32: log2 of the mean mass, mean logit of the tokens left out
+    list_ptr,  # [steps, TM, 2] int32: (tile * TQ + token) * SLOTS + slot, and the token's place in the batch
+    list_tail_ptr,  # [steps, TM, 2, GROUP_P] float32: the tail, beside the entries, where attention needs it
+    query_token_stride,
+    query_head_stride,
+    page_stride,
+    head_stride,
+    block_table_stride,
+    last_page,
     max_pages,
-    num_kv_heads,
+    first_head,
+    scale,
+    GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     TQ: tl.constexpr,
     TM: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
     SLOTS: tl.constexpr,
-    SLOTS_P: tl.constexpr,
-    TAIL: tl.constexpr,
+    SLOTS_P: tl.constexpr,  # a power of two, at least 16
+    SELECTOR: tl.constexpr,
+    MASS: tl.constexpr,  # whether there is a tail
+    LIST_TAIL: tl.constexpr,
 ):
-    """Grid (G, tiles, TQ): every selected (token, page) into the list of its page."""
-    head = tl.program_id(0)
+    """Grid (heads, tiles, TQ): every selected (token, page) into the list of its page; what was left out weighs what
+    all pages weigh less the selected ones."""
     tile = tl.program_id(1).to(tl.int64)
     token = tl.program_id(2)
     if token < tl.load(tiles_ptr + tile * 4 + 2):
-        pair = tile * num_kv_heads + head
+        pair = tile * tl.num_programs(0) + tl.program_id(0)
         run = tl.load(tile_run_ptr + tile).to(tl.int64)
         slot = tl.arange(0, SLOTS_P)
-        taken = slot < tl.load(count_ptr + pair * TQ + token)
+        count = tl.load(count_ptr + pair * TQ + token)
+        taken = slot < count
         page = tl.load(table_ptr + (pair * TQ + token) * SLOTS + slot, mask=taken, other=0)
         where = pair * max_pages + page
         word = tl.load(words_ptr + where, mask=taken, other=0)
         rank = _bits(word & ((1 << token) - 1))
-        where_run = (run * num_kv_heads + head) * max_pages + page
-        first = tl.load(ends_ptr + where_run, mask=taken, other=0) - tl.load(items_ptr + where_run, mask=taken, other=0)
+        where_run = (run * tl.num_programs(0) + tl.program_id(0)) * max_pages + page
+        first = tl.load(ends_ptr + where_run, mask=taken, other=0) - tl.load(steps_ptr + where_run, mask=taken, other=0)
         place = first.to(tl.int64) * TM + tl.load(offsets_ptr + where, mask=taken, other=0) + rank
         entry = ((tile * TQ + token) * SLOTS + slot).to(tl.int32)
         batch_token = tl.load(tiles_ptr + tile * 4 + 1) + token
         tl.store(list_ptr + place * 2, entry, mask=taken)
         tl.store(list_ptr + place * 2 + 1, tl.zeros_like(entry) + batch_token, mask=taken)
-        if TAIL:
-            member = tl.arange(0, GROUP_P)
-            source = tail_ptr + pair * 2 * TQ * GROUP_P + token * GROUP_P + member  # [GROUP_P]
-            target = list_tail_ptr + place[:, None] * 2 * GROUP_P + member[None, :]  # [SLOTS_P, GROUP_P]
-            for part in tl.static_range(2):
-                value = tl.load(source + part * TQ * GROUP_P)
-                value = tl.broadcast_to(value[None, :], [SLOTS_P, GROUP_P])
-                tl.store(target + part * GROUP_P, value, mask=taken[:, None])
+        if MASS:
+            head = first_head + tl.program_id(0)
+            row = tl.load(tiles_ptr + tile * 4).to(tl.int64)
+            num_pages = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
+            MP: tl.constexpr = GROUP_P if GROUP_P > 16 else 16  # heads, padded for the tensor cores
+            member = tl.arange(0, MP)
+            in_group = member < GROUP
+            column = tl.arange(0, DP)
+            in_head = column < D
+            dtype = kv_ptr.dtype.element_ty
+            query = query_ptr + batch_token.to(tl.int64) * query_token_stride
+            query += (head * GROUP + member) * query_head_stride
+            q = tl.load(query[:, None] + column[None, :], mask=in_group[:, None] & in_head[None, :], other=0.0)
+            q = q.to(dtype)  # [MP, DP]
+            physical = tl.load(block_table_ptr + row * block_table_stride + page, mask=taken, other=0)
+            statistic = kv_ptr + tl.minimum(tl.maximum(physical, 0), last_page).to(tl.int64) * page_stride
+            statistic += head * head_stride + PAGE * 2 * D
+            rows = statistic[:, None] + column[None, :]
+            mask = taken[:, None] & in_head[None, :]
+            mean = tl.load(rows, mask=mask, other=0.0)  # [SLOTS_P, DP]
+            product = tl.dot(q, tl.trans(mean))  # [MP, SLOTS_P], 0 where nothing was taken
+            sums = sums_ptr + pair * 3 * TQ * GROUP_P + token * GROUP_P + member
+            top = tl.load(sums, mask=in_group, other=0.0)
+            all_mass = tl.load(sums + TQ * GROUP_P, mask=in_group, other=0.0)
+            all_products = tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
+            weight = tl.exp2(product * (scale * LOG2E) - top[:, None])
+            if SELECTOR != MEAN:
+                second = tl.load(rows + D, mask=mask, other=0.0)
+                weight *= 1.0 + tl.dot(half_square(q, scale).to(dtype), tl.trans(second)) * (1 / LOG2E)
+            rest = all_mass - tl.sum(tl.where(taken[None, :], weight, 0.0), axis=1)  # [MP]
+            rest = tl.where(num_pages > count, rest, 0.0)
+            num_rest = tl.maximum(num_pages - count, 1).to(tl.float32)  # pages
+            gain = tl.load(gain_ptr + head * GROUP + member, mask=in_group, other=0.0)
+            weighs = (rest > 0) & (gain > 0)
+            # Page masses are those of PAGE tokens, and so many tokens share them.
+            norm = tl.where(weighs, rest * gain / num_rest, 1.0)
+            log_mean = tl.where(weighs, top + tl.log2(norm), float("-inf"))
+            center = (all_products - tl.sum(product, axis=1)) * scale / num_rest
+            tail = tail_ptr + pair * 2 * TQ * GROUP_P + token * GROUP_P + member
+            tl.store(tail, log_mean, mask=in_group)
+            tl.store(tail + TQ * GROUP_P, center, mask=in_group)
+            if LIST_TAIL:
+                target = list_tail_ptr + place[:, None] * 2 * GROUP_P + member[None, :]  # [SLOTS_P, MP]
+                mask = taken[:, None] & in_group[None, :]
+                tl.store(target, tl.broadcast_to(log_mean[None, :], [SLOTS_P, MP]), mask=mask)
+                tl.store(target + GROUP_P, tl.broadcast_to(center[None, :], [SLOTS_P, MP]), mask=mask)
