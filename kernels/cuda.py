@@ -110,6 +110,8 @@ class CudaPagedSpla:
         if plan.prefill is not None:
             for rows in plan.prefill.dense:
                 self._attend_densely(rows, query, kv_cache, plan.block_table, output)
+            if plan.prefill.folds is not None and state_cache is not None and state_table is not None:
+                self._prefill.fold(plan.prefill.folds, kv_cache, state_cache, plan.block_table, state_table)
             for step in plan.prefill.passes:
                 self._prefill.run(step, query, kv_cache, state_cache, plan.block_table, state_table, output)
 

@@ -47,6 +47,9 @@ SCRATCH_BYTES = 1 << 30
 """What the parts of a pass may take: a larger pass gives every page a longer list of tokens."""
 
 
+SUB = 16
+"""Neighbouring pages that selection looks at only if the best of them is good enough."""
+
 Tile = tuple[int, int, int, int]
 """Row, first token in the batch, tokens, position of the first token."""
 
@@ -81,6 +84,7 @@ class PrefillPlan:
 
     dense: list[DenseRows]
     passes: list[Pass]
+    folds: Pass | None  # rows that end within what attends to everything: their state is brought up to date
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ class PrefillTuning:
     share_registers: int | None = 128
     score_stages: int = 2
     tile_rows: int = 128
+    select_rows: int = 4  # tokens a program
     select_elements: int = 1024  # pages a warp
+    select_registers: int | None = 128
     list_warps: int = 1
     attend_rows: int = 64
     attend_span: int = 8  # steps of a work item
@@ -177,11 +183,12 @@ class TritonPrefill:
         room = scratch_bytes // 16 // (self.pass_heads * self._max_pages * self._attend_tokens * 8)
         self.max_runs = max(1, min(max_num_rows, self.max_tiles, room))
         self._sparse = max_model_len > self.dense_below
-        self._pool = self._shared_pool() if self._sparse else {}
+        self._max_num_rows = max_num_rows
+        self._pool = self._shared_pool()
 
     def warm_up(self) -> None:
         """Compile what the passes of every length need, so that no request has to wait for it."""
-        if not self._sparse or self.device.type != "cuda":
+        if self.device.type != "cuda":
             return
         base, params = self.base, self.base.params
         key = (type(self), self.device, self._shapes_key(), params, base.cache_dtype)
@@ -195,10 +202,13 @@ class TritonPrefill:
         state_table = torch.arange(1, len(kv_cache), dtype=torch.int32, device=self.device).repeat(1, 1)
         if state_table.shape[1] == 0:
             state_table = block_table
+        folds = self.plan(0, [0, 1], [params.page_size]).folds
+        if folds is not None:
+            self.fold(folds, kv_cache, kv_cache, block_table, state_table)
         # One length for every power of two that `prefill_select_kernel` is compiled for.
-        positions = [max(self.dense_below, 1)]
-        pages = triton.next_power_of_2(_round_up(positions[0] // params.page_size))
-        while (pages + 1) * params.page_size < base.max_pages * params.page_size:
+        positions = [max(self.dense_below, 1)] if self._sparse else []
+        pages = triton.next_power_of_2(_round_up(self.dense_below // params.page_size))
+        while self._sparse and pages + 1 < base.max_pages:
             positions.append((pages + 1) * params.page_size)
             pages *= 2
         for position in tqdm(positions, desc="Compiling SPLA prefill kernels", disable=len(positions) < 2):
@@ -210,6 +220,9 @@ class TritonPrefill:
         return tuple(sorted(self._shapes().items()))
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        arrivals = {"arrivals": ((self._max_num_rows, self.base.num_kv_heads), torch.int32)}
+        if not self._sparse:
+            return arrivals
         base, tiles, heads = self.base, self.max_tiles, self.pass_heads
         tokens, m = tiles * self.tile_tokens, self.tile_tokens * self._group_p
         parts = heads * tokens * self._slots
@@ -218,7 +231,7 @@ class TritonPrefill:
         regression = base.params.residual == "regression"
         lists = self.max_runs * heads * self._max_pages
         steps = min(parts, parts // self._attend_tokens + lists)  # every list ends with a step that is not full
-        return {
+        return arrivals | {
             "out": ((max(parts * base.group * base.head_size, grouped),), base.cache_dtype),
             "part_sum": ((parts, 2, self._group_p), torch.float32),
             "part_tail": ((parts if self._linear else 1, base.group, base.head_size), torch.float32),
@@ -226,9 +239,9 @@ class TritonPrefill:
             "lse": ((tiles, heads, m), torch.float32),
             "tail": ((tiles, heads, 2, m), torch.float32),
             "sums": ((tiles, heads, 3, m), torch.float32),
-            "words": ((tiles, heads, self._max_pages), torch.int32),
-            "offsets": ((tiles, heads, self._max_pages), torch.int32),
+            "best": ((tiles, heads, self.tile_tokens, self._max_pages // SUB), torch.float32),
             "table": ((tiles, heads, self.tile_tokens, self._slots), torch.int32),
+            "rank": ((tiles, heads, self.tile_tokens, self._slots), torch.int32),
             "count": ((tiles, heads, self.tile_tokens), torch.int32),
             "totals": ((lists,), torch.int32),
             "steps": ((2 * lists,), torch.int32),
@@ -237,7 +250,6 @@ class TritonPrefill:
             "list_tail": ((steps if regression else 1, self._attend_tokens, 2, self._group_p), torch.float32),
             "work": ((steps, 4), torch.int32),
             "states": ((tiles if rest else 1, heads, self._s_rows + 1, base.head_size), torch.float32),
-            "arrivals": ((self.max_runs, heads), torch.int32),
         }
 
     def _shared_pool(self) -> dict[str, torch.Tensor]:
@@ -268,6 +280,7 @@ class TritonPrefill:
         numbers: list[int] = []  # everything that goes to the device
         dense: list[list[Any]] = []
         tiles: list[Tile] = []
+        folds: list[Tile] = []
         for index, seq_len in enumerate(seq_lens):
             row, first, stop = first_row + index, starts[index], starts[index + 1]
             start = seq_len - (stop - first)  # position of the row's first token
@@ -278,6 +291,8 @@ class TritonPrefill:
                     dense[-1][-1] = first + split - start
                 else:
                     dense.append([first, [(row, first, split - start, split)], first + split - start])
+            if split == seq_len and seq_len >= page and self.base.params.residual != "none":
+                folds.append((row, first, 0, seq_len))
             position = split
             while position < seq_len:
                 end = min(seq_len, position // size * size + size)
@@ -290,7 +305,7 @@ class TritonPrefill:
             numbers += [seq_len for *_, seq_len in members]
             plans.append((at, len(members), (first, stop - first, members)))
         passes: list[tuple[list[int], int, int, int]] = []
-        for some in self._cut(tiles):
+        for some in itertools.chain(self._cut(tiles), [folds] if folds else []):
             runs: list[list[int]] = []
             tile_run, tile_state, states, last = [], [], -1, None
             for number, (row, _, _, position) in enumerate(some):
@@ -320,19 +335,17 @@ class TritonPrefill:
             )
             for at, n, (first, count, members) in plans
         ]
-        return PrefillPlan(
-            dense_rows,
-            [
-                Pass(
-                    tiles=buffer[tiles_at : tiles_at + 4 * n].view(n, 4),
-                    tile_run=buffer[run_at : run_at + n],
-                    tile_state=buffer[state_at : state_at + n],
-                    runs=buffer[runs_at : runs_at + 3 * r].view(r, 3),
-                    max_complete=complete,
-                )
-                for (tiles_at, run_at, state_at, runs_at), n, r, complete in passes
-            ],
-        )
+        steps = [
+            Pass(
+                tiles=buffer[tiles_at : tiles_at + 4 * n].view(n, 4),
+                tile_run=buffer[run_at : run_at + n],
+                tile_state=buffer[state_at : state_at + n],
+                runs=buffer[runs_at : runs_at + 3 * r].view(r, 3),
+                max_complete=complete,
+            )
+            for (tiles_at, run_at, state_at, runs_at), n, r, complete in passes
+        ]
+        return PrefillPlan(dense_rows, steps[: len(steps) - bool(folds)], steps[-1] if folds else None)
 
     def _cut(self, tiles: list[Tile]) -> Iterator[list[Tile]]:
         """Tiles of one pass after the other: at most `max_tiles`, of at most `max_runs` rows."""
@@ -379,6 +392,51 @@ class TritonPrefill:
         for first_head in range(0, self.base.num_kv_heads, self.pass_heads):
             self._run_heads(first_head, step, query, kv_cache, state_cache, block_table, state_table, output)
 
+    def fold(
+        self,
+        step: Pass,
+        kv_cache: torch.Tensor,
+        state_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        state_table: torch.Tensor,
+    ) -> None:
+        """Bring the states of a plan's `folds` up to date, so that their first decode steps find them.
+
+        Args:
+            step: Whose.
+            kv_cache: `[num_pages, G, page_size + statistics_rows, 2 d]`, this step's tokens already in it.
+            state_cache: State blocks of the same geometry.
+            block_table: `[rows, pages]` int32 of the whole batch.
+            state_table: `[rows, >= K]` int32.
+        """
+        heads = self.base.num_kv_heads
+        self._fold(step, kv_cache, state_cache, block_table, state_table, None, 0, heads)
+
+    def _fold(
+        self,
+        step: Pass,
+        kv_cache: torch.Tensor,
+        state_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        state_table: torch.Tensor,
+        states: torch.Tensor | None,  # where those of every page are put aside
+        first_head: int,
+        heads: int,
+    ) -> None:
+        base, tuning = self.base, self.tuning
+        kv_int, state = kv_cache.view(torch.int32), state_cache.view(torch.float32)
+        parts = triton.cdiv(self._s_rows, tuning.state_slice)
+        prefill_state_kernel[(parts, heads, step.runs.shape[0])](
+            kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
+            step.tile_state, state if states is None else states, self._pool["arrivals"], first_head,
+            kv_cache.stride(0), kv_cache.stride(1), kv_int.stride(0), kv_int.stride(1), state.stride(0),
+            state.stride(1), block_table.stride(0), state_table.stride(0), kv_cache.shape[0] - 1, MAGIC=STATE_MAGIC,
+            STAMP_WORD=base._stamp_word, NUM_BLOCKS=base.state_layout.num_blocks,
+            BODY=base.state_layout.rows_per_block - 1, PARTS=parts, SLICE=tuning.state_slice, D=base.head_size,
+            DP=self._dp, PAGE=base.params.page_size, TILE=base._fold_tile, S_ROWS=self._s_rows,
+            STAGES=tuning.state_stages, LINEAR=self._linear, KEEP=states is not None, num_warps=tuning.state_warps,
+        )  # fmt: skip
+
     def _run_heads(
         self,
         first_head: int,
@@ -410,55 +468,47 @@ class TritonPrefill:
 
         def score(mode: str, splits: int, chunk: int, warps: int, registers: int | None) -> None:
             prefill_score_kernel[(heads, num_tiles, splits)](
-                query, kv_cache, block_table, step.tiles, pool["lse"], pool["sums"], grouped, *strides, table_stride,
+                query, kv_cache, block_table, step.tiles, pool["lse"], pool["sums"], grouped, pool["best"], *strides,
+                table_stride,
                 last_page, max_pages, first_head, base.scale, MODE=MODES[mode], TQ=self.tile_tokens,
-                LOG2_PAGE=math.log2(params.page_size), CHUNK=chunk, STAGES=tuning.score_stages, SELECTOR=selector,
-                MASS=base.has_mass, num_warps=warps, maxnreg=registers, **shape,
+                LOG2_PAGE=math.log2(params.page_size), CHUNK=chunk, SUB=SUB, STAGES=tuning.score_stages,
+                SELECTOR=selector, MASS=base.has_mass, num_warps=warps, maxnreg=registers, **shape,
             )  # fmt: skip
 
         score("normalise", 1, tuning.normalise_chunk, tuning.normalise_warps, tuning.normalise_registers)
         splits = max(1, min(step.max_complete // (4 * tuning.share_chunk), 8))
         score("share", splits, tuning.share_chunk, tuning.share_warps, tuning.share_registers)
-        pages = max(16, triton.next_power_of_2(step.max_complete))
-        rows, warps = min(8, self.tile_tokens), max(1, pages // tuning.select_elements)
+        subs = max(16, triton.next_power_of_2(max_pages // SUB))
+        slots_p = max(16, triton.next_power_of_2(self._slots))
+        warps = max(1, max(subs, slots_p * SUB) // tuning.select_elements)
+        rows = min(tuning.select_rows, self.tile_tokens)
+        totals.zero_()
         prefill_select_kernel[(heads, num_tiles, self.tile_tokens // rows)](
-            step.tiles, grouped, pool["table"], pool["count"], pool["words"].view(torch.int8), max_pages,
-            TQ=self.tile_tokens, ROWS=rows,
-            PAGE=params.page_size, SLOTS=self._slots, FIRST=params.first_blocks, LAST=params.last_blocks, PAGES=pages,
-            LANES=min(pages, 128 * warps), TOP_P=base.top_p,
-            num_warps=warps,
+            step.tiles, step.tile_run, grouped, pool["best"], pool["table"], pool["rank"], pool["count"], totals,
+            max_pages, TQ=self.tile_tokens, ROWS=rows, PAGE=params.page_size, GROUP=base.group, SLOTS=self._slots,
+            SLOTS_P=slots_p, FIRST=params.first_blocks, LAST=params.last_blocks, SUB=SUB, SUBS=subs,
+            LANES=min(subs, 128 * warps), TOP_P=base.top_p, num_warps=warps,
+            maxnreg=tuning.select_registers,
         )  # fmt: skip
-        prefill_count_kernel[groups](
-            step.tiles, step.runs, pool["words"], pool["offsets"], totals, steps, max_pages, PAGE=params.page_size,
-            TM=self._attend_tokens, SPAN=tuning.attend_span, TILES=32, WIDTH=width, num_warps=1,
-        )  # fmt: skip
+        prefill_count_kernel[(triton.cdiv(lists, 256),)](
+            totals, steps, lists, TM=self._attend_tokens, SPAN=tuning.attend_span, WIDTH=256
+        )
         torch.cumsum(steps.view(2, lists), 1, dtype=torch.int32, out=ends.view(2, lists))
         prefill_work_kernel[groups](
             block_table, step.runs, totals, steps, ends, pool["work"], pool["list"], table_stride, max_pages,
             TM=self._attend_tokens, SPAN=tuning.attend_span, WIDTH=width, num_warps=1,
         )  # fmt: skip
-        slots_p = max(16, triton.next_power_of_2(self._slots))
         prefill_list_kernel[(heads, num_tiles, self.tile_tokens)](
-            query, kv_cache, block_table, step.tiles, step.tile_run, pool["table"], pool["count"], pool["words"],
-            pool["offsets"], steps, ends, pool["sums"], base.gain, pool["tail"], pool["list"], pool["list_tail"],
+            query, kv_cache, block_table, step.tiles, step.tile_run, pool["table"], pool["rank"], pool["count"],
+            steps, ends, pool["sums"], base.gain, pool["tail"], pool["list"], pool["list_tail"],
             *strides, table_stride, last_page, max_pages, first_head, base.scale, TQ=self.tile_tokens,
             TM=self._attend_tokens, SLOTS=self._slots, SLOTS_P=slots_p, SELECTOR=selector, MASS=base.has_mass,
             LIST_TAIL=base.has_mass and params.residual == "regression",
             num_warps=tuning.list_warps * max(1, slots_p * self._dp // 4096), **shape,
         )  # fmt: skip
         if state_cache is not None and state_table is not None and params.residual != "none":
-            kv_int, state = kv_cache.view(torch.int32), state_cache.view(torch.float32)
-            prefill_state_kernel[(triton.cdiv(self._s_rows, tuning.state_slice), heads, num_runs)](
-                kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
-                step.tile_state, pool["states"], pool["arrivals"], first_head, *strides[2:], kv_int.stride(0),
-                kv_int.stride(1), state.stride(0), state.stride(1), table_stride, state_table.stride(0), last_page,
-                MAGIC=STATE_MAGIC, STAMP_WORD=base._stamp_word,
-                NUM_BLOCKS=base.state_layout.num_blocks,
-                BODY=base.state_layout.rows_per_block - 1, PARTS=triton.cdiv(self._s_rows, tuning.state_slice),
-                SLICE=tuning.state_slice, D=d, DP=self._dp, PAGE=params.page_size, TILE=base._fold_tile,
-                S_ROWS=self._s_rows, STAGES=tuning.state_stages, LINEAR=self._linear,
-                num_warps=tuning.state_warps,
-            )  # fmt: skip
+            states = pool["states"]
+            self._fold(step, kv_cache, state_cache, block_table, state_table, states, first_head, heads)
         parts = pool["out"], pool["part_sum"], pool["part_tail"], pool["part_z"]
         page_attend_kernel[(tuning.attend_programs * base._num_sms,)](
             query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["list_tail"], *parts, *strides, last_page,

@@ -4,7 +4,7 @@ Plain reference: `reference.selection_score`, `share_in_group`, `select_blocks`,
 2601.22379) and those of `triton_score`. A token chooses the pages that it would choose in decode.
 
 A *tile* is up to `TQ` <= 32 query tokens of one page of one row: they share their complete pages, their forced pages
-and the recurrent state, and one int32 holds which of them selected a page. The `M = TQ * GROUP_P` rows of a tile's
+and the recurrent state. The `M = TQ * GROUP_P` rows of a tile's
 matrices are its tokens' heads, in the order of `tile_rows`.
 
 Scores are never stored for each head: `prefill_score_kernel` goes over the pages twice, for the heads' normalisers and
@@ -90,6 +90,7 @@ def prefill_score_kernel(
     sums_ptr,  # [tiles, heads, 3, TQ * GROUP_P] float32: written by NORMALISE: a power of two, the mass of all pages
     # over it, the sum of their products
     grouped_ptr,  # [tiles, heads, TQ, max_pages] float32: written by SHARE
+    best_ptr,  # [tiles, heads, TQ, max_pages / SUB] float32: written by SHARE, the largest of SUB neighbouring pages
     query_token_stride,
     query_head_stride,
     page_stride,
@@ -108,6 +109,7 @@ def prefill_score_kernel(
     PAGE: tl.constexpr,
     LOG2_PAGE: tl.constexpr,
     CHUNK: tl.constexpr,  # pages at a time
+    SUB: tl.constexpr,
     STAGES: tl.constexpr,
     SELECTOR: tl.constexpr,
     MASS: tl.constexpr,  # whether the mass of all pages is asked for
@@ -157,6 +159,7 @@ def prefill_score_kernel(
             shift = tl.load(lse_ptr + pair * M + m, mask=member < GROUP, other=float("inf")) - SHIFT
             t = tl.arange(0, TQ)
             shared_row = grouped_ptr + (pair * TQ + t) * max_pages  # [TQ]
+            best_row = best_ptr + (pair * TQ + t) * (max_pages // SUB)
         # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
         page = tl.load(pages + tl.minimum(start + offset, num_pages - 1))
         for first in tl.range(start, stop, CHUNK, num_stages=STAGES):
@@ -194,8 +197,13 @@ def prefill_score_kernel(
                 share = tl.exp2(share)
                 if SELECTOR == TAYLOR2:
                     share *= factor
+                share = group_sum(share, M, GROUP_P, CHUNK)  # [TQ, CHUNK]
                 mask = (t < num_tokens)[:, None] & exists[None, :]
-                tl.store(shared_row[:, None] + index[None, :], group_sum(share, M, GROUP_P, CHUNK), mask=mask)
+                tl.store(shared_row[:, None] + index[None, :], share, mask=mask)
+                best = tl.max(tl.reshape(tl.where(exists[None, :], share, 0.0), [TQ, CHUNK // SUB, SUB]), axis=2)
+                sub = first // SUB + tl.arange(0, CHUNK // SUB)
+                mask = (t < num_tokens)[:, None] & (sub * SUB < stop)[None, :]
+                tl.store(best_row[:, None] + sub[None, :], best, mask=mask)
             else:
                 logit = product * unit + tl.where(exists, 0.0, float("-inf"))[None, :]
                 exponent = logit
@@ -224,184 +232,171 @@ def prefill_score_kernel(
 
 
 @triton.jit
-def _sum(x):
-    return tl.sum(tl.sum(x, axis=0), axis=0)
+def _largest(key, exists, forced, index, beyond, K: tl.constexpr):
+    """Which of the 2-dimensional int32 `key` >= 0 are the K largest, forced ones first; of ties the lower index."""
+    num_forced = tl.sum(forced.to(tl.int32))
+    key = tl.where(exists, key, -1)
+    key = tl.where(forced, 2147483647, key)
+    # Invariant: count(key >= low) >= K > count(key >= high), or the forced ones alone are as many, or all are fewer.
+    low = tl.min(tl.where(exists, key, 2147483647))
+    high = tl.max(tl.where(forced, -1, key)) + 1
+    low = tl.where(num_forced >= K, high, low)
+    count = tl.where(num_forced >= K, num_forced, tl.sum(exists.to(tl.int32)))
+    span = high - low
+    while (count > K) & (span > 1):
+        # Two thresholds a step, their counts in the halves of one number.
+        lower = low + tl.maximum(span // 3, 1)
+        upper = low + tl.maximum(span - span // 3, 1)
+        above = tl.sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0))
+        above_upper = (above >> 16) & 65535
+        above_lower = above & 65535
+        at_upper = above_upper >= K
+        at_lower = above_lower >= K
+        high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
+        low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
+        count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
+        span = high - low
+    selected = key >= low
+    if (count > K) & (num_forced < K):
+        # Ties at the threshold: the lower index goes first. Bisect for the last one that does.
+        tied = key == low
+        allowed = K - (count - tl.sum(tied.to(tl.int32)))
+        bound = beyond * 0
+        while beyond - bound > 1:
+            middle = (bound + beyond) // 2
+            fits = tl.sum((tied & (index < middle)).to(tl.int32)) <= allowed
+            bound = tl.where(fits, middle, bound)
+            beyond = tl.where(fits, beyond, middle)
+        selected = (key > low) | (tied & (index < bound))
+    return selected & exists, key
 
 
 @triton.jit
-def _max(x):
-    return tl.max(tl.max(x, axis=0), axis=0)
-
-
-@triton.jit
-def _min(x):
-    return tl.min(tl.min(x, axis=0), axis=0)
+def _places(taken):
+    """A place for each of the 2-dimensional `taken`, one after the other, and how many there are."""
+    taken = taken.to(tl.int32)
+    column = tl.sum(taken, axis=0)
+    place = tl.cumsum(taken, axis=0) - 1 + (tl.cumsum(column, axis=0) - column)[None, :]
+    return place, tl.sum(column, axis=0)
 
 
 @triton.jit
 def prefill_select_kernel(
     tiles_ptr,
+    tile_run_ptr,  # [tiles] int32: run of a tile
     grouped_ptr,  # [tiles, heads, TQ, max_pages] float32
+    best_ptr,  # [tiles, heads, TQ, max_pages / SUB] float32
     table_ptr,  # [tiles, heads, TQ, SLOTS] int32: complete pages that a token selected, places in the row, unordered
+    rank_ptr,  # [tiles, heads, TQ, SLOTS] int32: place of the token among those of the run that selected the page
     count_ptr,  # [tiles, heads, TQ] int32
-    bytes_ptr,  # [tiles, heads, max_pages, 4] int8, the bytes of `words`
+    totals_ptr,  # [runs, heads, max_pages] int32, zero before: tokens that selected the page
     max_pages,
     TQ: tl.constexpr,
-    ROWS: tl.constexpr,  # tokens a program, at most 8
+    ROWS: tl.constexpr,  # tokens a program
     PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
     SLOTS: tl.constexpr,  # complete pages a token selects at most: the budget without the current page
+    SLOTS_P: tl.constexpr,  # a power of two
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    PAGES: tl.constexpr,  # a power of two, at least the complete pages of every tile
+    SUB: tl.constexpr,
+    SUBS: tl.constexpr,  # a power of two, at least the SUB-sized parts of every tile's complete pages
     LANES: tl.constexpr,
     TOP_P: tl.constexpr,  # 0 where there is none
 ):
     """Grid (heads, tiles, TQ / ROWS): every tile has more complete pages than SLOTS.
 
+    Only SLOTS parts of SUB neighbouring pages can hold a selected page: those with a forced page, and of the others
+    those with the largest best pages. The lists of pages get no order; attention computes every entry on its own.
+
     A token at a time: with one warp, nothing waits for other warps.
     """
     tile = tl.program_id(1).to(tl.int64)
-    byte = tl.program_id(2)
     num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
     current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
     pair = tile * tl.num_programs(0) + tl.program_id(0)
-    # Two dimensions, the first of which a thread has to itself: running sums along it need no other thread.
-    index = tl.arange(0, PAGES // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # [PAGES / LANES, LANES]
-    complete = index < current
-    forced = complete & ((index < FIRST) | (index > current - LAST))
-    NUM_FORCED: tl.constexpr = FIRST + (LAST - 1 if LAST > 1 else 0)
-    word = tl.zeros([PAGES // LANES, LANES], dtype=tl.int32)
+    run = tl.load(tile_run_ptr + tile).to(tl.int64)
+    totals = totals_ptr + (run * tl.num_programs(0) + tl.program_id(0)) * max_pages
+    # The first dimension a thread has to itself: running sums along it need no other thread.
+    part = tl.arange(0, SUBS // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    num_parts = (current + SUB - 1) // SUB
+    part_exists = part < num_parts
+    part_forced = part * SUB < FIRST
+    if LAST > 1:
+        part_forced |= part * SUB + SUB > current - LAST + 1
+    slot = tl.arange(0, SLOTS_P)
     for step in tl.range(0, ROWS):
-        token = byte * ROWS + step
+        token = tl.program_id(2) * ROWS + step
         if token < num_tokens:
             row = pair * TQ + token
+            best = tl.load(best_ptr + row * (max_pages // SUB) + part, mask=part_exists, other=0.0)
+            # Not negative, so that its bits compare as it does.
+            chosen, _ = _largest(
+                best.to(tl.int32, bitcast=True), part_exists, part_exists & part_forced, part, num_parts, SLOTS
+            )
+            place, count = _places(chosen)
+            tl.store(table_ptr + row * SLOTS + place, part, mask=chosen)
+            tl.debug_barrier()
+            of_slot = tl.load(table_ptr + row * SLOTS + slot, mask=slot < count, other=0)
+            tl.debug_barrier()
+            index = of_slot[:, None] * SUB + tl.arange(0, SUB)[None, :]  # [SLOTS_P, SUB]
+            complete = (slot < count)[:, None] & (index < current)
+            forced = complete & ((index < FIRST) | (index > current - LAST))
             grouped = tl.load(grouped_ptr + row * max_pages + index, mask=complete, other=0.0)
-            # Not negative, so that its bits compare as it does. Forced pages above, pages that do not exist below all.
-            key = tl.where(complete, grouped.to(tl.int32, bitcast=True), -1)
-            key = tl.where(forced, 2147483647, key)
-            # Invariant: count(key >= low) >= SLOTS > count(key >= high), or the forced pages alone are as many.
-            low = _min(tl.where(complete, key, 2147483647))
-            high = _max(tl.where(forced, -1, key)) + 1
-            low = tl.where(NUM_FORCED >= SLOTS, high, low)
-            count = tl.where(NUM_FORCED >= SLOTS, NUM_FORCED, current)
-            span = high - low
-            while (count != SLOTS) & (span > 1):
-                # Two thresholds a step, their counts in the halves of one number.
-                lower = low + tl.maximum(span // 3, 1)
-                upper = low + tl.maximum(span - span // 3, 1)
-                above = _sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0))
-                above_upper = (above >> 16) & 65535
-                above_lower = above & 65535
-                at_upper = above_upper >= SLOTS
-                at_lower = above_lower >= SLOTS
-                high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
-                low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
-                count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
-                span = high - low
-            selected = key >= low
-            if count > SLOTS:
-                # Ties at the threshold: the lower page goes first. Bisect for the last page that does.
-                tied = key == low
-                allowed = SLOTS - (count - _sum(tied.to(tl.int32)))
-                bound = current * 0
-                beyond = current
-                while beyond - bound > 1:
-                    middle = (bound + beyond) // 2
-                    fits = _sum((tied & (index < middle)).to(tl.int32)) <= allowed
-                    bound = tl.where(fits, middle, bound)
-                    beyond = tl.where(fits, beyond, middle)
-                selected = (key > low) | (tied & (index < bound))
+            selected, key = _largest(grouped.to(tl.int32, bitcast=True), complete, forced, index, current, SLOTS)
 
             if TOP_P > 0:
-                # As in `triton_select`: bisect for the least key with too little mass above it.
-                enough = TOP_P * _sum(grouped)
+                # As in `triton_select`: bisect for the least key with too little mass above it. Every head's shares
+                # of all pages make 1.
+                enough = TOP_P * GROUP * tl.exp2(SHIFT)
                 chosen = tl.where(selected, grouped, 0.0)
-                low_key = _min(tl.where(selected, key, 2147483647)) - 1
+                low_key = tl.min(tl.where(selected, key, 2147483647)) - 1
                 high_key = tl.full([], 2147483647, dtype=tl.int32)
                 middle = _middle(low_key, high_key)
                 while middle != low_key:
-                    short = _sum(tl.where(key > middle, chosen, 0.0)) < enough
+                    short = tl.sum(tl.where(key > middle, chosen, 0.0)) < enough
                     high_key = tl.where(short, middle, high_key)
                     low_key = tl.where(short, low_key, middle)
                     middle = _middle(low_key, high_key)
                 # Of its ties the lower page goes first, while the mass before it is too little.
                 tied = selected & (key == high_key)
-                above_mass = _sum(tl.where(key > high_key, chosen, 0.0))
+                above_mass = tl.sum(tl.where(key > high_key, chosen, 0.0))
                 bound = current * 0
                 beyond = current
                 while beyond - bound > 1:
                     middle = (bound + beyond) // 2
-                    short = above_mass + _sum(tl.where(tied & (index < middle), chosen, 0.0)) < enough
+                    short = above_mass + tl.sum(tl.where(tied & (index < middle), chosen, 0.0)) < enough
                     bound = tl.where(short, middle, bound)
                     beyond = tl.where(short, beyond, middle)
                 selected &= forced | (key > high_key) | (tied & (index <= bound))
 
-            taken = selected.to(tl.int32)
-            column = tl.sum(taken, axis=0)  # [LANES]
-            slot = tl.cumsum(taken, axis=0) - 1 + (tl.cumsum(column, axis=0) - column)[None, :]
-            tl.store(table_ptr + row * SLOTS + slot, index, mask=selected)
-            tl.store(count_ptr + row, tl.sum(column, axis=0))
-            word += taken << step
-    target = bytes_ptr + (pair * max_pages + index) * 4
-    tl.store(target + byte, word.to(tl.int8), mask=complete)
-    if byte == 0:  # tokens that a tile cannot have
-        for absent in tl.static_range(TQ // ROWS, 4):
-            tl.store(target + absent, tl.zeros_like(word).to(tl.int8), mask=complete)
-
-
-@triton.jit
-def _bits(word):
-    """Number of bits set in an int32."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + ((word >> 4) & 0x0F0F0F0F)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24) & 0xFF
+            place, count = _places(selected)
+            tl.store(table_ptr + row * SLOTS + place, index, mask=selected)
+            tl.store(count_ptr + row, count)
+            rank = tl.atomic_add(totals + index, 1, mask=selected, sem="relaxed")
+            tl.store(rank_ptr + row * SLOTS + place, rank, mask=selected)
 
 
 @triton.jit
 def prefill_count_kernel(
-    tiles_ptr,
-    runs_ptr,  # [runs, 3] int32: first tile, tiles, row, of a row's share of this pass
-    words_ptr,
-    offsets_ptr,  # [tiles, heads, max_pages] int32: tokens of earlier tiles of the run that selected the page
-    totals_ptr,  # [runs, heads, max_pages] int32: tokens that selected the page
-    steps_ptr,  # [2, runs, heads, max_pages] int32: their steps of TM tokens; their work items of at most SPAN steps
-    max_pages,
-    PAGE: tl.constexpr,
+    totals_ptr,
+    steps_ptr,  # [2, lists] int32: steps of TM tokens of a list; its work items of at most SPAN steps
+    num_lists,
     TM: tl.constexpr,
     SPAN: tl.constexpr,
-    TILES: tl.constexpr,  # tiles at a time
-    WIDTH: tl.constexpr,  # pages a program
+    WIDTH: tl.constexpr,  # lists a program
 ):
-    """Grid (page groups, heads, runs): how many tokens of a run selected a page, for lists in the order of tokens."""
+    """Grid (list groups)."""
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    head = tl.program_id(1)
-    num_heads = tl.num_programs(1)
-    run = tl.program_id(2)
-    first_tile = tl.load(runs_ptr + run * 3)
-    num_tiles = tl.load(runs_ptr + run * 3 + 1)
-    running = tl.zeros([WIDTH], dtype=tl.int32)
-    for step in tl.range(0, num_tiles, TILES):
-        number = step + tl.arange(0, TILES)
-        tile = (first_tile + number).to(tl.int64)  # [TILES]
-        current = tl.load(tiles_ptr + tile * 4 + 3, mask=number < num_tiles, other=0) // PAGE
-        where = (tile * num_heads + head)[:, None] * max_pages + index[None, :]  # [TILES, WIDTH]
-        exists = index[None, :] < current[:, None]
-        chosen = _bits(tl.load(words_ptr + where, mask=exists, other=0))
-        tl.store(offsets_ptr + where, running[None, :] + tl.cumsum(chosen, axis=0) - chosen, mask=exists)
-        running += tl.sum(chosen, axis=0)
-    where = (run.to(tl.int64) * num_heads + head) * max_pages + index
-    lists = tl.num_programs(2).to(tl.int64) * num_heads * max_pages
-    tl.store(totals_ptr + where, running, mask=index < max_pages)
-    steps = (running + TM - 1) // TM
-    tl.store(steps_ptr + where, steps, mask=index < max_pages)
-    tl.store(steps_ptr + lists + where, (steps + SPAN - 1) // SPAN, mask=index < max_pages)
+    steps = (tl.load(totals_ptr + index, mask=index < num_lists, other=0) + TM - 1) // TM
+    tl.store(steps_ptr + index, steps, mask=index < num_lists)
+    tl.store(steps_ptr + num_lists + index, (steps + SPAN - 1) // SPAN, mask=index < num_lists)
 
 
 @triton.jit(do_not_specialize=["block_table_stride"])
 def prefill_work_kernel(
     block_table_ptr,
-    runs_ptr,
+    runs_ptr,  # [runs, 3] int32: first tile, tiles, row, of a row's share of this pass
     totals_ptr,
     steps_ptr,
     ends_ptr,  # [2, runs, heads, max_pages] int32: running sums of `steps`
@@ -413,7 +408,7 @@ def prefill_work_kernel(
     SPAN: tl.constexpr,
     WIDTH: tl.constexpr,  # pages a program
 ):
-    """Grid (page groups, heads, runs): what each work item is about; the unused end of a page's last step becomes -1."""
+    """Grid (page groups, heads, runs): what a work item is about; the unused end of a page's last step becomes -1."""
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     exists = index < max_pages
     head = tl.program_id(1)
@@ -449,11 +444,10 @@ def prefill_list_kernel(
     kv_ptr,
     block_table_ptr,
     tiles_ptr,
-    tile_run_ptr,  # [tiles] int32: run of a tile
+    tile_run_ptr,
     table_ptr,
+    rank_ptr,
     count_ptr,
-    words_ptr,
-    offsets_ptr,
     steps_ptr,
     ends_ptr,
     sums_ptr,
@@ -494,12 +488,10 @@ def prefill_list_kernel(
         count = tl.load(count_ptr + pair * TQ + token)
         taken = slot < count
         page = tl.load(table_ptr + (pair * TQ + token) * SLOTS + slot, mask=taken, other=0)
-        where = pair * max_pages + page
-        word = tl.load(words_ptr + where, mask=taken, other=0)
-        rank = _bits(word & ((1 << token) - 1))
+        rank = tl.load(rank_ptr + (pair * TQ + token) * SLOTS + slot, mask=taken, other=0)
         where_run = (run * tl.num_programs(0) + tl.program_id(0)) * max_pages + page
         first = tl.load(ends_ptr + where_run, mask=taken, other=0) - tl.load(steps_ptr + where_run, mask=taken, other=0)
-        place = first.to(tl.int64) * TM + tl.load(offsets_ptr + where, mask=taken, other=0) + rank
+        place = first.to(tl.int64) * TM + rank
         entry = ((tile * TQ + token) * SLOTS + slot).to(tl.int32)
         batch_token = tl.load(tiles_ptr + tile * 4 + 1) + token
         tl.store(list_ptr + place * 2, entry, mask=taken)

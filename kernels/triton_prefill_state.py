@@ -2,7 +2,8 @@
 
 Plain reference: `reference.recurrent_state` over the complete pages below a page. Source: residual linear attention,
 SPLA (arXiv 2601.22379). The state's blocks are brought up to the first tile's page by the rule that decode follows
-(`trusted_pages`); then each page's state is put aside before the page is folded.
+(`trusted_pages`); then each page's state is put aside before the page is folded. Rows that attend to everything only
+have their state brought up to date (not KEEP), so that their first decode step finds it.
 
 Floor, bytes a page and kv head: `2 B d` elements read, `(F_S + F_z / d) d` float32 written. FLOP: `2 B F_S d`.
 """
@@ -49,6 +50,7 @@ def prefill_state_kernel(
     S_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     LINEAR: tl.constexpr,
+    KEEP: tl.constexpr,  # whether states are put aside
 ):
     """Grid (PARTS, heads, runs)."""
     part = tl.program_id(0)
@@ -91,11 +93,12 @@ def prefill_state_kernel(
     # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
     page = tl.load(pages + begin)
     for index in tl.range(begin, target, num_stages=STAGES):
-        out = states + (index - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
-        put = feature < tl.where(index >= first_page, S_ROWS, 0)
-        tl.store(out + feature[:, None] * D + column[None, :], s, mask=put[:, None] & in_head[None, :])
-        if LINEAR:
-            tl.store(out + S_ROWS * D + feature, z, mask=put & of_key)
+        if KEEP:
+            out = states + (index - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
+            put = feature < tl.where(index >= first_page, S_ROWS, 0)
+            tl.store(out + feature[:, None] * D + column[None, :], s, mask=put[:, None] & in_head[None, :])
+            if LINEAR:
+                tl.store(out + S_ROWS * D + feature, z, mask=put & of_key)
         base = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + head * head_stride
         page = tl.load(pages + tl.minimum(index + 1, target - 1))
         for first in tl.static_range(0, PAGE, TILE):
@@ -110,10 +113,11 @@ def prefill_state_kernel(
                 k = tl.where((feature == D)[:, None], 1.0, k).to(dtype)
             s = tl.dot(k, v, s)
     z += tl.sum(folded, axis=1)
-    out = states + (target - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
-    tl.store(out + feature[:, None] * D + column[None, :], s, mask=in_slice[:, None] & in_head[None, :])
-    if LINEAR:
-        tl.store(out + S_ROWS * D + feature, z, mask=of_key)
+    if KEEP:
+        out = states + (target - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
+        tl.store(out + feature[:, None] * D + column[None, :], s, mask=in_slice[:, None] & in_head[None, :])
+        if LINEAR:
+            tl.store(out + S_ROWS * D + feature, z, mask=of_key)
     if covered < target:
         tl.store(s_rows, s, mask=in_slice[:, None] & in_head[None, :])
         tl.store(z_row, z, mask=of_key)

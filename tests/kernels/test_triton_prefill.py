@@ -199,6 +199,28 @@ def test_decode_agrees() -> None:
         assert error < 3e-3, f"position {position}: relative error {error:.2e}"
 
 
+def test_dense_rows_leave_their_state() -> None:
+    """Rows that attend to everything: their state covers every complete page, as a decode step would have left it."""
+    params = SplaParameters(16, 16, 4)
+    batch = case(params, [64, 12, 49])
+    _, _, op = attend(batch, [(30, 64), (0, 12), (48, 49)])
+    plan = op.plan(0, [0, 34, 46, 47], batch.lengths)
+    assert plan.folds is not None and not plan.passes
+    op.fold(plan.folds, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table)
+    layout = batch.op.state_layout
+    for row, length in enumerate(batch.lengths):
+        blocks = batch.kv_cache[batch.state_table[row].long()].view(torch.float32)  # [K, G, rows, d]
+        covered = length // 16
+        if covered == 0:
+            continue
+        assert bool((blocks.view(torch.int32)[:, :, 0, 1] == covered).all())
+        body = blocks[:, :, 1 : layout.rows_per_block].transpose(0, 1).flatten(1, 2)[:, : layout.s_rows]
+        keys, values = (x[row][: covered * 16].double() for x in (batch.keys, batch.values))
+        expected = torch.einsum("tgk,tgd->gkd", torch.cat([keys, torch.ones_like(keys[..., :1])], -1), values)
+        error = float((body.double() - expected).norm() / expected.norm())
+        assert error < 1e-6, f"row {row}: relative error {error:.2e}"
+
+
 # Real sizes
 
 
