@@ -157,6 +157,16 @@ def test_forced_pages_alone() -> None:
     check(case(params, [120]), [(70, 120)], 3e-3, sample=5)
 
 
+def test_one_page_outweighs_all() -> None:
+    """What the pages left out weigh is a difference of sums, here of which one page is all but everything."""
+    params = SplaParameters(16, 16, 4)
+    batch = case(params, [140])
+    batch.keys[0][40:48] *= 12
+    batch.keys[0][90:92] *= 12
+    batch.write(0, 0, 140)
+    check(batch, [(100, 140)], 3e-3, sample=3)
+
+
 def test_rows_and_passes() -> None:
     """Rows of several lengths, cached prefixes and dense beginnings, in passes that cut rows anywhere."""
     params = SplaParameters(16, 16, 4)
