@@ -4,7 +4,8 @@ Every token selects for itself the pages that it would select in decode. Tokens 
 everything, through FlashAttention (`kernels/cuda.py`); all others go through the passes planned here, whatever rows
 and chunks they come in. The plain reference of the whole is `reference.spla_sequence`.
 
-A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch. Its launches:
+A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch. Its launches, for some kv heads at
+a time:
 
 1. `prefill_score_kernel`, NORMALISE, then SHARE; `prefill_select_kernel`
 2. `prefill_count_kernel`, a running sum, `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a page,
@@ -12,8 +13,8 @@ A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch
 3. `prefill_state_kernel`: the recurrent state at every page
 4. `page_attend_kernel`, `prefill_merge_kernel`
 
-They run for some kv heads after the others, so that a pass has many tokens: the more tokens chose a page, the more
-often is it used once it is on chip.
+Where the scratch does not take all kv heads, they run for some of them after the others rather than for fewer tokens:
+the more tokens chose a page, the more often is it used once it is on chip.
 
 What depends on lengths is planned on the host, from lengths that the host knows; nothing waits for the device.
 """
@@ -53,6 +54,8 @@ SUB = 16
 Tile = tuple[int, int, int, int]
 """Row, first token in the batch, tokens, position of the first token."""
 
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
 
 @dataclass(frozen=True)
 class DenseRows:
@@ -76,6 +79,7 @@ class Pass:
     tile_state: torch.Tensor  # [tiles] int32
     runs: torch.Tensor  # [runs, 3] int32: first tile, tiles, row
     max_complete: int  # at least the complete pages of every tile
+    heads: int  # kv heads at a time
 
 
 @dataclass(frozen=True)
@@ -174,14 +178,13 @@ class TritonPrefill:
         part += (base.group * d + self._group_p) * 4 if self._linear else 0
         self._max_pages = _round_up(base.max_pages)
         per_token = max(self._slots * part, self._max_pages * 4)
-        limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows
-        room = max(1, scratch_bytes // (per_token * self.tile_tokens))  # tiles of one kv head
-        heads = base.num_kv_heads
-        self.pass_heads = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * limit <= room))
-        self.max_tiles = max(1, min(limit, room // self.pass_heads))
-        # Lists are a row's own; many rows in one pass would need room for many unfilled steps.
-        room = scratch_bytes // 16 // (self.pass_heads * self._max_pages * self._attend_tokens * 8)
-        self.max_runs = max(1, min(max_num_rows, self.max_tiles, room))
+        limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows  # tiles of a step
+        # Tiles times kv heads of a pass, and rows times kv heads: every one of the latter has lists of its own, whose
+        # last steps are not full.
+        self._max_pairs = max(1, min(limit * base.num_kv_heads, scratch_bytes // (per_token * self.tile_tokens)))
+        self._max_lists = max(1, scratch_bytes // 16 // (self._max_pages * self._attend_tokens * 8))
+        self._max_lists = min(self._max_lists, max_num_rows * base.num_kv_heads, self._max_pairs)
+        self.max_tiles, self.max_runs = self._max_pairs, min(max_num_rows, self._max_lists)
         self._sparse = max_model_len > self.dense_below
         self._max_num_rows = max_num_rows
         self._pool = self._shared_pool()
@@ -219,37 +222,37 @@ class TritonPrefill:
     def _shapes_key(self) -> tuple:
         return tuple(sorted(self._shapes().items()))
 
-    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        arrivals = {"arrivals": ((self._max_num_rows, self.base.num_kv_heads), torch.int32)}
+    def _shapes(self) -> Shapes:
+        arrivals: Shapes = {"arrivals": ((self._max_num_rows, self.base.num_kv_heads), torch.int32)}
         if not self._sparse:
             return arrivals
-        base, tiles, heads = self.base, self.max_tiles, self.pass_heads
-        tokens, m = tiles * self.tile_tokens, self.tile_tokens * self._group_p
-        parts = heads * tokens * self._slots
-        grouped = heads * tokens * self._max_pages * 4 // base.cache_dtype.itemsize
+        base, pairs = self.base, self._max_pairs
+        tokens, m = pairs * self.tile_tokens, self.tile_tokens * self._group_p
+        parts = tokens * self._slots
+        grouped = tokens * self._max_pages * 4 // base.cache_dtype.itemsize
         rest = base.params.residual != "none"
         regression = base.params.residual == "regression"
-        lists = self.max_runs * heads * self._max_pages
+        lists = self._max_lists * self._max_pages
         steps = min(parts, parts // self._attend_tokens + lists)  # every list ends with a step that is not full
         return arrivals | {
             "out": ((max(parts * base.group * base.head_size, grouped),), base.cache_dtype),
             "part_sum": ((parts, 2, self._group_p), torch.float32),
             "part_tail": ((parts if self._linear else 1, base.group, base.head_size), torch.float32),
             "part_z": ((parts if self._linear else 1, self._group_p), torch.float32),
-            "lse": ((tiles, heads, m), torch.float32),
-            "tail": ((tiles, heads, 2, m), torch.float32),
-            "sums": ((tiles, heads, 3, m), torch.float32),
-            "best": ((tiles, heads, self.tile_tokens, self._max_pages // SUB), torch.float32),
-            "table": ((tiles, heads, self.tile_tokens, self._slots), torch.int32),
-            "rank": ((tiles, heads, self.tile_tokens, self._slots), torch.int32),
-            "count": ((tiles, heads, self.tile_tokens), torch.int32),
+            "lse": ((pairs, m), torch.float32),
+            "tail": ((pairs, 2, m), torch.float32),
+            "sums": ((pairs, 3, m), torch.float32),
+            "best": ((tokens, self._max_pages // SUB), torch.float32),
+            "table": ((tokens, self._slots), torch.int32),
+            "rank": ((tokens, self._slots), torch.int32),
+            "count": ((tokens,), torch.int32),
             "totals": ((lists,), torch.int32),
             "steps": ((2 * lists,), torch.int32),
             "ends": ((2 * lists,), torch.int32),
             "list": ((steps, self._attend_tokens, 2), torch.int32),
             "list_tail": ((steps if regression else 1, self._attend_tokens, 2, self._group_p), torch.float32),
             "work": ((steps, 4), torch.int32),
-            "states": ((tiles if rest else 1, heads, self._s_rows + 1, base.head_size), torch.float32),
+            "states": ((pairs if rest else 1, self._s_rows + 1, base.head_size), torch.float32),
         }
 
     def _shared_pool(self) -> dict[str, torch.Tensor]:
@@ -342,10 +345,17 @@ class TritonPrefill:
                 tile_state=buffer[state_at : state_at + n],
                 runs=buffer[runs_at : runs_at + 3 * r].view(r, 3),
                 max_complete=complete,
+                heads=self._heads(n, r),
             )
             for (tiles_at, run_at, state_at, runs_at), n, r, complete in passes
         ]
         return PrefillPlan(dense_rows, steps[: len(steps) - bool(folds)], steps[-1] if folds else None)
+
+    def _heads(self, num_tiles: int, num_runs: int) -> int:
+        """The most kv heads that the scratch takes at a time."""
+        heads = self.base.num_kv_heads
+        fit = (n for n in range(heads, 0, -1) if heads % n == 0)
+        return next((n for n in fit if n * num_tiles <= self._max_pairs and n * num_runs <= self._max_lists), 1)
 
     def _cut(self, tiles: list[Tile]) -> Iterator[list[Tile]]:
         """Tiles of one pass after the other: at most `max_tiles`, of at most `max_runs` rows."""
@@ -389,7 +399,7 @@ class TritonPrefill:
         """
         if self.base.params.residual != "none" and (state_cache is None or state_table is None):
             raise ValueError(f"residual {self.base.params.residual!r} needs a state cache and its table")
-        for first_head in range(0, self.base.num_kv_heads, self.pass_heads):
+        for first_head in range(0, self.base.num_kv_heads, step.heads):
             self._run_heads(first_head, step, query, kv_cache, state_cache, block_table, state_table, output)
 
     def fold(
@@ -450,7 +460,7 @@ class TritonPrefill:
     ) -> None:
         """A pass of the kv heads from `first_head` on."""
         base, tuning, pool = self.base, self.tuning, self._pool
-        params, d, heads = base.params, base.head_size, self.pass_heads
+        params, d, heads = base.params, base.head_size, step.heads
         num_tiles, num_runs = step.tiles.shape[0], step.runs.shape[0]
         num_parts = num_tiles * self.tile_tokens * self._slots
         max_pages = step.max_complete  # of this pass: scratch is laid out anew each time
