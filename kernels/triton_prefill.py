@@ -116,6 +116,7 @@ class PrefillTuning:
     merge_rows: int = 64
     merge_stages: int = 3
     merge_warps: int = 4
+    merge_registers: int | None = None
     state_slice: int = 16
     state_stages: int = 3
     state_warps: int = 4
@@ -171,13 +172,14 @@ class TritonPrefill:
         self._merge_tokens = max(1, min(self.tile_tokens, self.tuning.merge_rows // wide // self._group_p))
         self._attend_tokens = max(1, self.tuning.attend_rows // wide // self._group_p)
         self._slots = params.budget_blocks - 1
+        self._forced = params.first_blocks + params.last_blocks - 1  # complete pages that every token selects
         self._linear = params.residual == "linear"
         self._s_rows = base.state_layout.s_rows
         # Bytes a token and kv head: its parts, or the group's scores that stand in the same place before.
         part = base.group * d * base.cache_dtype.itemsize + 2 * self._group_p * 4
         part += (base.group * d + self._group_p) * 4 if self._linear else 0
         self._max_pages = _round_up(base.max_pages)
-        per_token = max(self._slots * part, self._max_pages * 4)
+        per_token = max((self._slots - self._forced) * part, self._max_pages * 4)
         limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows  # tiles of a step
         # Tiles times kv heads of a pass, and rows times kv heads: every one of the latter has lists of its own, whose
         # last steps are not full.
@@ -228,7 +230,7 @@ class TritonPrefill:
             return arrivals
         base, pairs = self.base, self._max_pairs
         tokens, m = pairs * self.tile_tokens, self.tile_tokens * self._group_p
-        parts = tokens * self._slots
+        parts = max(1, tokens * (self._slots - self._forced))
         grouped = tokens * self._max_pages * 4 // base.cache_dtype.itemsize
         rest = base.params.residual != "none"
         regression = base.params.residual == "regression"
@@ -462,7 +464,7 @@ class TritonPrefill:
         base, tuning, pool = self.base, self.tuning, self._pool
         params, d, heads = base.params, base.head_size, step.heads
         num_tiles, num_runs = step.tiles.shape[0], step.runs.shape[0]
-        num_parts = num_tiles * self.tile_tokens * self._slots
+        num_parts = num_tiles * self.tile_tokens * (self._slots - self._forced)
         max_pages = step.max_complete  # of this pass: scratch is laid out anew each time
         residual = RESIDUAL_CODES[params.residual]
         strides = query.stride(0), query.stride(1), kv_cache.stride(0), kv_cache.stride(1)
@@ -512,8 +514,8 @@ class TritonPrefill:
             query, kv_cache, block_table, step.tiles, step.tile_run, pool["table"], pool["rank"], pool["count"],
             steps, ends, pool["sums"], base.gain, pool["tail"], pool["list"], pool["list_tail"],
             *strides, table_stride, last_page, max_pages, first_head, base.scale, TQ=self.tile_tokens,
-            TM=self._attend_tokens, SLOTS=self._slots, SLOTS_P=slots_p, SELECTOR=selector, MASS=base.has_mass,
-            LIST_TAIL=base.has_mass and params.residual == "regression",
+            TM=self._attend_tokens, SLOTS=self._slots, SLOTS_P=slots_p, FORCED=self._forced, SELECTOR=selector,
+            MASS=base.has_mass, LIST_TAIL=base.has_mass and params.residual == "regression",
             num_warps=tuning.list_warps * max(1, slots_p * self._dp // 4096), **shape,
         )  # fmt: skip
         if state_cache is not None and state_table is not None and params.residual != "none":
@@ -530,7 +532,9 @@ class TritonPrefill:
             query, kv_cache, block_table, step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"],
             *parts, *base.norm_weights, output, *strides[:2], output.stride(0), output.stride(1), *strides[2:],
             table_stride, first_head, num_parts, base.scale, params.residual_scale, params.rms_norm_eps,
-            TQ=self.tile_tokens, TM=self._merge_tokens, PAGE_P=page_p, SLOTS=self._slots, S_ROWS=self._s_rows,
+            TQ=self.tile_tokens, TM=self._merge_tokens, PAGE_P=page_p, FIRST=params.first_blocks,
+            FORCED=self._forced, PARTS=self._slots - self._forced, S_ROWS=self._s_rows,
             STAGES=tuning.merge_stages, RESIDUAL=residual, DOUBLE_NORM=params.combine == "double_rmsnorm",
-            num_warps=tuning.merge_warps, **shape,
+            num_warps=tuning.merge_warps,
+            maxnreg=tuning.merge_registers, **shape,
         )  # fmt: skip

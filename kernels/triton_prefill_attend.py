@@ -38,10 +38,10 @@ def page_attend_kernel(
     num_items_ptr,  # [1] int32
     list_ptr,  # [steps, TM, 2] int32: part and token of each entry; -1 where there is none
     list_tail_ptr,  # [steps, TM, 2, GROUP_P] float32, for REGRESSION
-    part_out_ptr,  # [heads, tiles * TQ * SLOTS, GROUP, D] cache dtype
-    part_sum_ptr,  # [heads, tiles * TQ * SLOTS, 2, GROUP_P] float32: maxima in powers of two, sums
+    part_out_ptr,  # [heads, tiles * TQ * PARTS, GROUP, D] cache dtype
+    part_sum_ptr,  # [heads, tiles * TQ * PARTS, 2, GROUP_P] float32: maxima in powers of two, sums
     part_tail_ptr,  # as part_out, float32: phi(q) S of the page, for LINEAR
-    part_z_ptr,  # [heads, tiles * TQ * SLOTS, GROUP_P] float32: phi(q) . z
+    part_z_ptr,  # [heads, tiles * TQ * PARTS, GROUP_P] float32: phi(q) . z
     query_token_stride,
     query_head_stride,
     page_stride,
@@ -182,14 +182,16 @@ def prefill_merge_kernel(
     DP: tl.constexpr,
     PAGE: tl.constexpr,
     PAGE_P: tl.constexpr,
-    SLOTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    FORCED: tl.constexpr,  # complete pages that every token selects
+    PARTS: tl.constexpr,  # parts of a token at most
     S_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
 ):
-    """Grid (heads, tiles, TQ / TM): the current page, causal; the parts of the selected pages; the state's share; the
-    output."""
+    """Grid (heads, tiles, TQ / TM): the pages that all of the tile's tokens select, the current one causal; the parts
+    of the other selected pages; the state's share; the output."""
     M: tl.constexpr = TM * GROUP_P
     dtype = kv_ptr.dtype.element_ty
     local = tl.program_id(0)
@@ -202,7 +204,6 @@ def prefill_merge_kernel(
     if tl.program_id(2) * TM >= num_tokens:
         return
     num_pages = position // PAGE
-    first_key = position % PAGE  # place in its page of the tile's first token
     pair = tile * tl.num_programs(0) + local
     m = tl.arange(0, M)
     member = m % GROUP_P
@@ -214,28 +215,54 @@ def prefill_merge_kernel(
         query_ptr, head, first_token, num_tokens, token, member, query_token_stride, query_head_stride, GROUP, D, DP
     ).to(dtype)  # [M, DP]
     taken = tl.load(count_ptr + pair * TQ + token, mask=exists, other=0)  # [M]
-    most = tl.max(taken, axis=0)
-
-    page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + num_pages), 0).to(tl.int64)
-    t = tl.arange(0, PAGE_P)
-    base = kv_ptr + page * page_stride + head * head_stride + t * 2 * D
-    # Behind the tile's last token a page holds whatever was there.
-    kv_mask = (t < first_key + num_tokens)[:, None] & in_head[None, :]
-    k = tl.load(base[:, None] + column[None, :], mask=kv_mask, other=0.0)  # [PAGE_P, DP]
-    v = tl.load(base[:, None] + D + column[None, :], mask=kv_mask, other=0.0)
-    logit = tl.dot(q, tl.trans(k)) * (scale * LOG2E)
-    seen = t[None, :] <= (first_key + token)[:, None]
-    logit = tl.where(seen, logit, float("-inf"))
-    top = tl.max(logit, axis=1)  # [M], finite: every token sees the page's first key
-    weight = tl.exp2(logit - top[:, None])
-    total = tl.sum(weight, axis=1)
-    out = tl.dot(weight.to(dtype), v)  # [M, DP]
-
-    part = local.to(tl.int64) * num_parts + (tile * TQ + token) * SLOTS
+    most = tl.max(taken, axis=0) - FORCED
+    has_rest = exists & (num_pages > taken)
+    tail_row = tail_ptr + pair * 2 * TQ * GROUP_P + token * GROUP_P + member
+    top = tl.full([M], float("-inf"), dtype=tl.float32)
+    if RESIDUAL == REGRESSION:
+        log_mean = tl.load(tail_row, mask=has_rest, other=float("-inf"))
+        center = tl.load(tail_row + TQ * GROUP_P, mask=has_rest, other=0.0)
+        top = log_mean
+    total = tl.zeros([M], dtype=tl.float32)
+    out = tl.zeros([M, DP], dtype=tl.float32)
     minus = tl.zeros([M, DP], dtype=tl.float32)
     minus_z = tl.zeros([M], dtype=tl.float32)
+    t = tl.arange(0, PAGE_P)
+    for number in tl.range(0, FORCED + 1, num_stages=1):
+        index = tl.where(number < FIRST, number, num_pages - FORCED + number)
+        page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + index), 0).to(tl.int64)
+        base = kv_ptr + page * page_stride + head * head_stride + t * 2 * D
+        # Behind the tile's last token a page holds whatever was there.
+        there = (t < PAGE) & (index * PAGE + t < position + num_tokens)
+        kv_mask = there[:, None] & in_head[None, :]
+        k = tl.load(base[:, None] + column[None, :], mask=kv_mask, other=0.0)  # [PAGE_P, DP]
+        v = tl.load(base[:, None] + D + column[None, :], mask=kv_mask, other=0.0)
+        product = tl.dot(q, tl.trans(k))
+        seen = there[None, :] & ((index * PAGE + t)[None, :] <= (position + token)[:, None])
+        logit = tl.where(seen, product * (scale * LOG2E), float("-inf"))
+        new_top = tl.maximum(top, tl.max(logit, axis=1))  # [M], finite: every token sees the page's first key
+        decay = tl.exp2(top - new_top)
+        weight = tl.exp2(logit - new_top[:, None])
+        total = total * decay + tl.sum(weight, axis=1)
+        complete = number < FORCED
+        if RESIDUAL == REGRESSION:  # as in `page_attend_kernel`
+            level = tl.where(complete, tl.exp2(log_mean - new_top), 0.0)
+            slope = level * (residual_scale * scale)
+            weight -= product * slope[:, None] + (level * (1.0 - residual_scale * center))[:, None]
+        out = tl.dot(weight.to(dtype), v, out * decay[:, None])  # [M, DP]
+        top = new_top
+        if RESIDUAL == LINEAR:
+            phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
+            phi_q = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
+            feature = tl.where(there[None, :] & complete, tl.dot(phi_q, tl.trans(phi_k)), 0.0)
+            high = feature.to(dtype)
+            low = (feature - high.to(tl.float32)).to(dtype)
+            minus = tl.dot(low, v, tl.dot(high, v, minus))
+            minus_z += tl.sum(feature, axis=1)
+
+    part = local.to(tl.int64) * num_parts + (tile * TQ + token) * PARTS
     for slot in tl.range(0, most, num_stages=STAGES):
-        has = exists & (slot < taken)
+        has = exists & (slot < taken - FORCED)
         sums = part_sum_ptr + (part + slot) * 2 * GROUP_P + member
         part_top = tl.load(sums, mask=has, other=float("-inf"))
         part_total = tl.load(sums + GROUP_P, mask=has, other=0.0)
@@ -252,7 +279,6 @@ def prefill_merge_kernel(
             minus += tl.load(part_tail_ptr + out_row[:, None] + column[None, :], mask=mask, other=0.0)
             minus_z += tl.load(part_z_ptr + (part + slot) * GROUP_P + member, mask=has, other=0.0)
 
-    has_rest = exists & (num_pages > taken)
     if RESIDUAL != NO_RESIDUAL:
         state = tl.load(tile_state_ptr + tile).to(tl.int64)
         state_base = state_ptr + (state * tl.num_programs(0) + local) * (S_ROWS + 1) * D
@@ -275,14 +301,12 @@ def prefill_merge_kernel(
             read = tl.dot(features, s_high, read, input_precision="tf32")
             read = tl.dot(features, s - s_high, read, input_precision="tf32")
     if (RESIDUAL != NO_RESIDUAL) & (not DOUBLE_NORM):
-        tail_row = tail_ptr + pair * 2 * TQ * GROUP_P + token * GROUP_P + member
         log_mean = tl.load(tail_row, mask=has_rest, other=float("-inf"))
         num_rest = ((num_pages - taken) * PAGE).to(tl.float32)
         new_top = tl.maximum(top, log_mean)
         decay = tl.exp2(top - new_top)
         level = tl.exp2(log_mean - new_top)  # [M], 0 where there is no rest
         if RESIDUAL == REGRESSION:
-            center = tl.load(tail_row + TQ * GROUP_P, mask=has_rest, other=0.0)
             sum_v = tl.load(state_base + D * D + column, mask=in_head, other=0.0)  # [DP]
             # Over all complete tokens; the selected ones have been subtracted with their pages.
             tail = residual_scale * scale * read + (1.0 - residual_scale * center)[:, None] * sum_v[None, :]

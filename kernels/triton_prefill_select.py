@@ -286,10 +286,11 @@ def prefill_select_kernel(
     tile_run_ptr,  # [tiles] int32: run of a tile
     grouped_ptr,  # [tiles, heads, TQ, max_pages] float32
     best_ptr,  # [tiles, heads, TQ, max_pages / SUB] float32
-    table_ptr,  # [tiles, heads, TQ, SLOTS] int32: complete pages that a token selected, places in the row, unordered
+    table_ptr,  # [tiles, heads, TQ, SLOTS] int32: complete pages that a token selected, places in the row: the forced
+    # ones, then the others, unordered
     rank_ptr,  # [tiles, heads, TQ, SLOTS] int32: place of the token among those of the run that selected the page
     count_ptr,  # [tiles, heads, TQ] int32
-    totals_ptr,  # [runs, heads, max_pages] int32, zero before: tokens that selected the page
+    totals_ptr,  # [runs, heads, max_pages] int32, zero before: tokens that selected the page and were not forced to
     max_pages,
     TQ: tl.constexpr,
     ROWS: tl.constexpr,  # tokens a program
@@ -370,11 +371,14 @@ def prefill_select_kernel(
                     beyond = tl.where(short, beyond, middle)
                 selected &= forced | (key > high_key) | (tied & (index <= bound))
 
-            place, count = _places(selected)
+            FORCED: tl.constexpr = FIRST + LAST - 1
+            free = selected & (forced == 0)
+            place, count = _places(free)
+            place = tl.where(free, FORCED + place, tl.where(index < FIRST, index, FORCED + index - current))
             tl.store(table_ptr + row * SLOTS + place, index, mask=selected)
-            tl.store(count_ptr + row, count)
-            rank = tl.atomic_add(totals + index, 1, mask=selected, sem="relaxed")
-            tl.store(rank_ptr + row * SLOTS + place, rank, mask=selected)
+            tl.store(count_ptr + row, FORCED + count)
+            rank = tl.atomic_add(totals + index, 1, mask=free, sem="relaxed")
+            tl.store(rank_ptr + row * SLOTS + place, rank, mask=free)
 
 
 @triton.jit
@@ -453,7 +457,7 @@ def prefill_list_kernel(
     sums_ptr,
     gain_ptr,  # [H] float32
     tail_ptr,  # [tiles, heads, 2, TQ * GROUP_P] float32: log2 of the mean mass, mean logit of the tokens left out
-    list_ptr,  # [steps, TM, 2] int32: (tile * TQ + token) * SLOTS + slot, and the token's place in the batch
+    list_ptr,  # [steps, TM, 2] int32: (tile * TQ + token) * (SLOTS - FORCED) + slot, and the token's place in the batch
     list_tail_ptr,  # [steps, TM, 2, GROUP_P] float32: the tail, beside the entries, where attention needs it
     query_token_stride,
     query_head_stride,
@@ -473,12 +477,13 @@ def prefill_list_kernel(
     PAGE: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOTS_P: tl.constexpr,  # a power of two, at least 16
+    FORCED: tl.constexpr,
     SELECTOR: tl.constexpr,
     MASS: tl.constexpr,  # whether there is a tail
     LIST_TAIL: tl.constexpr,
 ):
-    """Grid (heads, tiles, TQ): every selected (token, page) into the list of its page; what was left out weighs what
-    all pages weigh less the selected ones."""
+    """Grid (heads, tiles, TQ): every (token, page) that was selected and not forced into the list of its page; what was
+    left out weighs what all pages weigh less the selected ones."""
     tile = tl.program_id(1).to(tl.int64)
     token = tl.program_id(2)
     if token < tl.load(tiles_ptr + tile * 4 + 2):
@@ -488,14 +493,15 @@ def prefill_list_kernel(
         count = tl.load(count_ptr + pair * TQ + token)
         taken = slot < count
         page = tl.load(table_ptr + (pair * TQ + token) * SLOTS + slot, mask=taken, other=0)
-        rank = tl.load(rank_ptr + (pair * TQ + token) * SLOTS + slot, mask=taken, other=0)
-        where_run = (run * tl.num_programs(0) + tl.program_id(0)) * max_pages + page
-        first = tl.load(ends_ptr + where_run, mask=taken, other=0) - tl.load(steps_ptr + where_run, mask=taken, other=0)
+        listed = taken & (slot >= FORCED)
+        rank = tl.load(rank_ptr + (pair * TQ + token) * SLOTS + slot, mask=listed, other=0)
+        where = (run * tl.num_programs(0) + tl.program_id(0)) * max_pages + page
+        first = tl.load(ends_ptr + where, mask=listed, other=0) - tl.load(steps_ptr + where, mask=listed, other=0)
         place = first.to(tl.int64) * TM + rank
-        entry = ((tile * TQ + token) * SLOTS + slot).to(tl.int32)
+        entry = ((tile * TQ + token) * (SLOTS - FORCED) + slot - FORCED).to(tl.int32)
         batch_token = tl.load(tiles_ptr + tile * 4 + 1) + token
-        tl.store(list_ptr + place * 2, entry, mask=taken)
-        tl.store(list_ptr + place * 2 + 1, tl.zeros_like(entry) + batch_token, mask=taken)
+        tl.store(list_ptr + place * 2, entry, mask=listed)
+        tl.store(list_ptr + place * 2 + 1, tl.zeros_like(entry) + batch_token, mask=listed)
         if MASS:
             head = first_head + tl.program_id(0)
             row = tl.load(tiles_ptr + tile * 4).to(tl.int64)
@@ -539,6 +545,6 @@ def prefill_list_kernel(
             tl.store(tail + TQ * GROUP_P, center, mask=in_group)
             if LIST_TAIL:
                 target = list_tail_ptr + place[:, None] * 2 * GROUP_P + member[None, :]  # [SLOTS_P, MP]
-                mask = taken[:, None] & in_group[None, :]
+                mask = listed[:, None] & in_group[None, :]
                 tl.store(target, tl.broadcast_to(log_mean[None, :], [SLOTS_P, MP]), mask=mask)
                 tl.store(target + GROUP_P, tl.broadcast_to(center[None, :], [SLOTS_P, MP]), mask=mask)
