@@ -149,7 +149,7 @@ def test_pages_and_heads(page: int, head_size: int) -> None:
 
 def test_top_p() -> None:
     params = SplaParameters(16, 16, 6, top_p=0.7)
-    check(case(params, [180]), [(90, 180)], 3e-3, sample=5)
+    check(case(params, [180]), [(140, 180)], 3e-3, sample=3)
 
 
 def test_forced_pages_alone() -> None:
@@ -179,19 +179,19 @@ def test_state_of_another_request() -> None:
     """Blocks that held another request's state, and blocks that hold this request's, give the same answer."""
     params = SplaParameters(16, 16, 4)
     batch, other = case(params, [120]), case(params, [120], seed=5)
-    attend(other, [(70, 120)])
+    attend(other, [(96, 120)])
     blocks, foreign = batch.state_table[0].long(), other.state_table[0].long()
     batch.kv_cache[blocks] = other.kv_cache[foreign]
-    check(batch, [(70, 120)], 3e-3, sample=7)
+    check(batch, [(90, 120)], 3e-3, sample=7)
     check(batch, [(100, 120)], 3e-3, sample=7)  # its own, from the pages before
 
 
 def test_chunks_agree_bit_for_bit() -> None:
     """Chunks that are whole tiles do the same arithmetic, whatever pass they are in."""
     params = SplaParameters(16, 16, 4, residual="none")
-    batch = case(params, [176])
-    _, whole, _ = attend(batch, [(64, 176)])
-    _, cut, _ = attend(batch, [(64, 176)], max_tiles=2)
+    batch = case(params, [124])
+    _, whole, _ = attend(batch, [(72, 124)])
+    _, cut, _ = attend(batch, [(72, 124)], max_tiles=2)
     assert torch.equal(whole, cut)
 
 
