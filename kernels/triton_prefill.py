@@ -184,7 +184,8 @@ class TritonPrefill:
         # Tiles times kv heads of a pass, and rows times kv heads: every one of the latter has lists of its own, whose
         # last steps are not full.
         self._max_pairs = max(1, min(limit * base.num_kv_heads, scratch_bytes // (per_token * self.tile_tokens)))
-        self._max_lists = max(1, scratch_bytes // 16 // (self._max_pages * self._attend_tokens * 8))
+        step = self._attend_tokens * (8 + (8 * self._group_p if params.residual == "regression" else 0))  # bytes
+        self._max_lists = max(1, scratch_bytes // 16 // (self._max_pages * step))
         self._max_lists = min(self._max_lists, max_num_rows * base.num_kv_heads, self._max_pairs)
         self.max_tiles, self.max_runs = self._max_pairs, min(max_num_rows, self._max_lists)
         self._sparse = max_model_len > self.dense_below
