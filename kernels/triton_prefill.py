@@ -7,10 +7,10 @@ and chunks they come in. The plain reference of the whole is `reference.spla_seq
 A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch. Its launches, for some kv heads at
 a time:
 
-1. `prefill_score_kernel`, NORMALISE, then SHARE; `prefill_select_kernel`
-2. `prefill_count_kernel`, a running sum, `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a page,
+1. `prefill_state_kernel`, for all kv heads: the recurrent state at every page
+2. `prefill_score_kernel`, NORMALISE, then SHARE; `prefill_select_kernel`
+3. `prefill_count_kernel`, a running sum, `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a page,
    as a list cut into work items; mass and mean logit of what was not selected
-3. `prefill_state_kernel`: the recurrent state at every page
 4. `page_attend_kernel`, `prefill_merge_kernel`
 
 Where the scratch does not take all kv heads, they run for some of them after the others rather than for fewer tokens:
@@ -98,10 +98,11 @@ class PrefillTuning:
     normalise_chunk: int = 32
     normalise_warps: int = 8
     normalise_registers: int | None = 128
+    normalise_stages: int = 2
     share_chunk: int = 32
     share_warps: int = 8
     share_registers: int | None = 128
-    score_stages: int = 2
+    share_stages: int = 2
     tile_rows: int = 128
     select_rows: int = 4  # tokens a program
     select_elements: int = 1024  # pages a warp
@@ -188,6 +189,9 @@ class TritonPrefill:
         self._max_lists = max(1, scratch_bytes // 16 // (self._max_pages * step))
         self._max_lists = min(self._max_lists, max_num_rows * base.num_kv_heads, self._max_pairs)
         self.max_tiles, self.max_runs = self._max_pairs, min(max_num_rows, self._max_lists)
+        # States are made for all kv heads at once: page comes after page there, so that few heads take as long as all.
+        state = base.num_kv_heads * (self._s_rows + 1) * d * 4  # bytes
+        self.max_states = max(1, min(limit, scratch_bytes // 4 // state)) if params.residual != "none" else limit
         self._sparse = max_model_len > self.dense_below
         self._max_num_rows = max_num_rows
         self._pool = self._shared_pool()
@@ -255,7 +259,10 @@ class TritonPrefill:
             "list": ((steps, self._attend_tokens, 2), torch.int32),
             "list_tail": ((steps if regression else 1, self._attend_tokens, 2, self._group_p), torch.float32),
             "work": ((steps, 4), torch.int32),
-            "states": ((pairs if rest else 1, self._s_rows + 1, base.head_size), torch.float32),
+            "states": (
+                (self.max_states if rest else 1, base.num_kv_heads, self._s_rows + 1, base.head_size),
+                torch.float32,
+            ),
         }
 
     def _shared_pool(self) -> dict[str, torch.Tensor]:
@@ -361,16 +368,19 @@ class TritonPrefill:
         return next((n for n in fit if n * num_tiles <= self._max_pairs and n * num_runs <= self._max_lists), 1)
 
     def _cut(self, tiles: list[Tile]) -> Iterator[list[Tile]]:
-        """Tiles of one pass after the other: at most `max_tiles`, of at most `max_runs` rows."""
+        """Tiles of one pass after the other: at most `max_tiles`, of `max_runs` rows, with `max_states` states."""
+        page = self.base.params.page_size
         some: list[Tile] = []
-        rows = 0
+        rows = states = 0
         for tile in tiles:
             another = not some or some[-1][0] != tile[0]
-            if some and (len(some) == self.max_tiles or rows + another > self.max_runs):
+            new = another or some[-1][3] // page != tile[3] // page
+            full = len(some) == self.max_tiles or rows + another > self.max_runs or states + new > self.max_states
+            if some and full:
                 yield some
-                some, rows, another = [], 0, True
+                some, rows, states, another, new = [], 0, 0, True, True
             some.append(tile)
-            rows += another
+            rows, states = rows + another, states + new
         if some:
             yield some
 
@@ -402,8 +412,10 @@ class TritonPrefill:
         """
         if self.base.params.residual != "none" and (state_cache is None or state_table is None):
             raise ValueError(f"residual {self.base.params.residual!r} needs a state cache and its table")
+        if state_cache is not None and state_table is not None and self.base.params.residual != "none":
+            self._fold(step, kv_cache, state_cache, block_table, state_table, self._pool["states"])
         for first_head in range(0, self.base.num_kv_heads, step.heads):
-            self._run_heads(first_head, step, query, kv_cache, state_cache, block_table, state_table, output)
+            self._run_heads(first_head, step, query, kv_cache, block_table, output)
 
     def fold(
         self,
@@ -422,8 +434,7 @@ class TritonPrefill:
             block_table: `[rows, pages]` int32 of the whole batch.
             state_table: `[rows, >= K]` int32.
         """
-        heads = self.base.num_kv_heads
-        self._fold(step, kv_cache, state_cache, block_table, state_table, None, 0, heads)
+        self._fold(step, kv_cache, state_cache, block_table, state_table, None)
 
     def _fold(
         self,
@@ -433,15 +444,13 @@ class TritonPrefill:
         block_table: torch.Tensor,
         state_table: torch.Tensor,
         states: torch.Tensor | None,  # where those of every page are put aside
-        first_head: int,
-        heads: int,
     ) -> None:
         base, tuning = self.base, self.tuning
         kv_int, state = kv_cache.view(torch.int32), state_cache.view(torch.float32)
         parts = triton.cdiv(self._s_rows, tuning.state_slice)
-        prefill_state_kernel[(parts, heads, step.runs.shape[0])](
+        prefill_state_kernel[(parts, base.num_kv_heads, step.runs.shape[0])](
             kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
-            step.tile_state, state if states is None else states, self._pool["arrivals"], first_head,
+            step.tile_state, state if states is None else states, self._pool["arrivals"],
             kv_cache.stride(0), kv_cache.stride(1), kv_int.stride(0), kv_int.stride(1), state.stride(0),
             state.stride(1), block_table.stride(0), state_table.stride(0), kv_cache.shape[0] - 1, MAGIC=STATE_MAGIC,
             STAMP_WORD=base._stamp_word, NUM_BLOCKS=base.state_layout.num_blocks,
@@ -456,9 +465,7 @@ class TritonPrefill:
         step: Pass,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        state_cache: torch.Tensor | None,
         block_table: torch.Tensor,
-        state_table: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         """A pass of the kv heads from `first_head` on."""
@@ -479,18 +486,19 @@ class TritonPrefill:
         width = 32
         groups = (triton.cdiv(max_pages, width), heads, num_runs)
 
-        def score(mode: str, splits: int, chunk: int, warps: int, registers: int | None) -> None:
+        def score(mode: str, splits: int, chunk: int, stages: int, warps: int, registers: int | None) -> None:
             prefill_score_kernel[(heads, num_tiles, splits)](
                 query, kv_cache, block_table, step.tiles, pool["lse"], pool["sums"], grouped, pool["best"], *strides,
                 table_stride,
                 last_page, max_pages, first_head, base.scale, MODE=MODES[mode], TQ=self.tile_tokens,
-                LOG2_PAGE=math.log2(params.page_size), CHUNK=chunk, SUB=SUB, STAGES=tuning.score_stages,
+                LOG2_PAGE=math.log2(params.page_size), CHUNK=chunk, SUB=SUB, STAGES=stages,
                 SELECTOR=selector, MASS=base.has_mass, num_warps=warps, maxnreg=registers, **shape,
             )  # fmt: skip
 
-        score("normalise", 1, tuning.normalise_chunk, tuning.normalise_warps, tuning.normalise_registers)
+        t = tuning
+        score("normalise", 1, t.normalise_chunk, t.normalise_stages, t.normalise_warps, t.normalise_registers)
         splits = max(1, min(step.max_complete // (4 * tuning.share_chunk), 8))
-        score("share", splits, tuning.share_chunk, tuning.share_warps, tuning.share_registers)
+        score("share", splits, t.share_chunk, t.share_stages, t.share_warps, t.share_registers)
         subs = max(16, triton.next_power_of_2(max_pages // SUB))
         slots_p = max(16, triton.next_power_of_2(self._slots))
         warps = max(1, max(subs, slots_p * SUB) // tuning.select_elements)
@@ -519,9 +527,6 @@ class TritonPrefill:
             MASS=base.has_mass, LIST_TAIL=base.has_mass and params.residual == "regression",
             num_warps=tuning.list_warps * max(1, slots_p * self._dp // 4096), **shape,
         )  # fmt: skip
-        if state_cache is not None and state_table is not None and params.residual != "none":
-            states = pool["states"]
-            self._fold(step, kv_cache, state_cache, block_table, state_table, states, first_head, heads)
         parts = pool["out"], pool["part_sum"], pool["part_tail"], pool["part_z"]
         page_attend_kernel[(tuning.attend_programs * base._num_sms,)](
             query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["list_tail"], *parts, *strides, last_page,
@@ -532,7 +537,8 @@ class TritonPrefill:
         prefill_merge_kernel[(heads, num_tiles, self.tile_tokens // self._merge_tokens)](
             query, kv_cache, block_table, step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"],
             *parts, *base.norm_weights, output, *strides[:2], output.stride(0), output.stride(1), *strides[2:],
-            table_stride, first_head, num_parts, base.scale, params.residual_scale, params.rms_norm_eps,
+            table_stride, base.num_kv_heads, first_head, num_parts, base.scale, params.residual_scale,
+            params.rms_norm_eps,
             TQ=self.tile_tokens, TM=self._merge_tokens, PAGE_P=page_p, FIRST=params.first_blocks,
             FORCED=self._forced, PARTS=self._slots - self._forced, S_ROWS=self._s_rows,
             STAGES=tuning.merge_stages, RESIDUAL=residual, DOUBLE_NORM=params.combine == "double_rmsnorm",

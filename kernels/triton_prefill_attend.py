@@ -38,10 +38,10 @@ def page_attend_kernel(
     num_items_ptr,  # [1] int32
     list_ptr,  # [steps, TM, 2] int32: part and token of each entry; -1 where there is none
     list_tail_ptr,  # [steps, TM, 2, GROUP_P] float32, for REGRESSION
-    part_out_ptr,  # [heads, tiles * TQ * PARTS, GROUP, D] cache dtype
-    part_sum_ptr,  # [heads, tiles * TQ * PARTS, 2, GROUP_P] float32: maxima in powers of two, sums
+    part_out_ptr,  # [heads, tiles * PARTS * TQ, GROUP, D] cache dtype
+    part_sum_ptr,  # [heads, tiles * PARTS * TQ, 2, GROUP_P] float32: maxima in powers of two, sums
     part_tail_ptr,  # as part_out, float32: phi(q) S of the page, for LINEAR
-    part_z_ptr,  # [heads, tiles * TQ * PARTS, GROUP_P] float32: phi(q) . z
+    part_z_ptr,  # [heads, tiles * PARTS * TQ, GROUP_P] float32: phi(q) . z
     query_token_stride,
     query_head_stride,
     page_stride,
@@ -154,7 +154,7 @@ def prefill_merge_kernel(
     tile_state_ptr,  # [tiles] int32: where the state at a tile's page is
     count_ptr,  # [tiles, heads, TQ] int32
     tail_ptr,
-    state_ptr,  # [states, heads, S_ROWS + 1, D] float32: state at the beginning of a page; last z, for LINEAR
+    state_ptr,  # [states, G, S_ROWS + 1, D] float32: state at the beginning of a page; last z, for LINEAR
     part_out_ptr,
     part_sum_ptr,
     part_tail_ptr,
@@ -169,6 +169,7 @@ def prefill_merge_kernel(
     page_stride,
     head_stride,
     block_table_stride,
+    num_kv_heads,
     first_head,
     num_parts,
     scale,
@@ -260,13 +261,13 @@ def prefill_merge_kernel(
             minus = tl.dot(low, v, tl.dot(high, v, minus))
             minus_z += tl.sum(feature, axis=1)
 
-    part = local.to(tl.int64) * num_parts + (tile * TQ + token) * PARTS
+    part = local.to(tl.int64) * num_parts + tile * PARTS * TQ + token
     for slot in tl.range(0, most, num_stages=STAGES):
         has = exists & (slot < taken - FORCED)
-        sums = part_sum_ptr + (part + slot) * 2 * GROUP_P + member
+        sums = part_sum_ptr + (part + slot * TQ) * 2 * GROUP_P + member
         part_top = tl.load(sums, mask=has, other=float("-inf"))
         part_total = tl.load(sums + GROUP_P, mask=has, other=0.0)
-        out_row = ((part + slot) * GROUP + member) * D
+        out_row = ((part + slot * TQ) * GROUP + member) * D
         mask = has[:, None] & in_head[None, :]
         more = tl.load(part_out_ptr + out_row[:, None] + column[None, :], mask=mask, other=0.0)  # [M, DP]
         new_top = tl.maximum(top, part_top)
@@ -277,11 +278,11 @@ def prefill_merge_kernel(
         top = new_top
         if RESIDUAL == LINEAR:
             minus += tl.load(part_tail_ptr + out_row[:, None] + column[None, :], mask=mask, other=0.0)
-            minus_z += tl.load(part_z_ptr + (part + slot) * GROUP_P + member, mask=has, other=0.0)
+            minus_z += tl.load(part_z_ptr + (part + slot * TQ) * GROUP_P + member, mask=has, other=0.0)
 
     if RESIDUAL != NO_RESIDUAL:
         state = tl.load(tile_state_ptr + tile).to(tl.int64)
-        state_base = state_ptr + (state * tl.num_programs(0) + local) * (S_ROWS + 1) * D
+        state_base = state_ptr + (state * num_kv_heads + head) * (S_ROWS + 1) * D
         # Features have few enough digits for tf32, S has not: in two parts the product is exact to float32. Some
         # features at a time, so that programs share a multiprocessor.
         FEATURES: tl.constexpr = DP if (RESIDUAL == LINEAR) | (DP < 32) else 32

@@ -457,7 +457,7 @@ def prefill_list_kernel(
     sums_ptr,
     gain_ptr,  # [H] float32
     tail_ptr,  # [tiles, heads, 2, TQ * GROUP_P] float32: log2 of the mean mass, mean logit of the tokens left out
-    list_ptr,  # [steps, TM, 2] int32: (tile * TQ + token) * (SLOTS - FORCED) + slot, and the token's place in the batch
+    list_ptr,  # [steps, TM, 2] int32: (tile * (SLOTS - FORCED) + slot) * TQ + token, and the token's place in the batch
     list_tail_ptr,  # [steps, TM, 2, GROUP_P] float32: the tail, beside the entries, where attention needs it
     query_token_stride,
     query_head_stride,
@@ -498,7 +498,7 @@ def prefill_list_kernel(
         where = (run * tl.num_programs(0) + tl.program_id(0)) * max_pages + page
         first = tl.load(ends_ptr + where, mask=listed, other=0) - tl.load(steps_ptr + where, mask=listed, other=0)
         place = first.to(tl.int64) * TM + rank
-        entry = ((tile * TQ + token) * (SLOTS - FORCED) + slot - FORCED).to(tl.int32)
+        entry = ((tile * (SLOTS - FORCED) + slot - FORCED) * TQ + token).to(tl.int32)
         batch_token = tl.load(tiles_ptr + tile * 4 + 1) + token
         tl.store(list_ptr + place * 2, entry, mask=listed)
         tl.store(list_ptr + place * 2 + 1, tl.zeros_like(entry) + batch_token, mask=listed)

@@ -14,7 +14,7 @@ import triton.language as tl
 from .triton_state import softmax_key_features, state_row_offset, trusted_pages, write_headers
 
 
-@triton.jit(do_not_specialize=["block_table_stride", "state_table_stride", "last_page", "first_head"])
+@triton.jit(do_not_specialize=["block_table_stride", "state_table_stride", "last_page"])
 def prefill_state_kernel(
     kv_ptr,
     kv_int_ptr,
@@ -25,9 +25,8 @@ def prefill_state_kernel(
     runs_ptr,  # [runs, 3] int32: first tile, tiles, row
     tiles_ptr,  # [tiles, 4] int32
     tile_state_ptr,  # [tiles] int32: place in `states_ptr` of the state at a tile's page; ascending within a run
-    states_ptr,  # [states, heads, S_ROWS + 1, D] float32; the last row is z, for `linear` only
-    arrivals_ptr,  # [runs, heads] int32, zero between launches
-    first_head,
+    states_ptr,  # [states, G, S_ROWS + 1, D] float32; the last row is z, for `linear` only
+    arrivals_ptr,  # [runs, G] int32, zero between launches
     page_stride,
     head_stride,
     int_page_stride,
@@ -52,10 +51,9 @@ def prefill_state_kernel(
     LINEAR: tl.constexpr,
     KEEP: tl.constexpr,  # whether states are put aside
 ):
-    """Grid (PARTS, heads, runs)."""
+    """Grid (PARTS, G, runs)."""
     part = tl.program_id(0)
-    local = tl.program_id(1)
-    head = first_head + local
+    head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     run = tl.program_id(2)
     first_tile = tl.load(runs_ptr + run * 3).to(tl.int64)
@@ -88,7 +86,7 @@ def prefill_state_kernel(
     s = tl.load(s_rows, mask=(feature < kept)[:, None] & in_head[None, :], other=0.0)  # [SLICE, DP]
     z = tl.load(z_row, mask=of_key & (feature < kept), other=0.0)
     folded = tl.zeros([SLICE, TILE], dtype=tl.float32)  # keys that z lacks, one sum a place in a tile
-    states = states_ptr + (first_state.to(tl.int64) * num_heads + local) * (S_ROWS + 1) * D
+    states = states_ptr + (first_state.to(tl.int64) * num_heads + head) * (S_ROWS + 1) * D
     begin = tl.minimum(covered, first_page)
     # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
     page = tl.load(pages + begin)
@@ -123,9 +121,9 @@ def prefill_state_kernel(
         tl.store(z_row, z, mask=of_key)
         # All slices have read the headers before the last of them arrives here, so it may replace them.
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr + run * num_heads + local, 1, sem="acq_rel")
+        arrived = tl.atomic_add(arrivals_ptr + run * num_heads + head, 1, sem="acq_rel")
         if arrived == PARTS - 1:
-            tl.store(arrivals_ptr + run * num_heads + local, 0)
+            tl.store(arrivals_ptr + run * num_heads + head, 0)
             write_headers(
                 kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
                 block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
