@@ -8,7 +8,7 @@ layers, for SPLA and FA3 alike, is planned before. Tokens below `--dense-below` 
 backend. `uniform` inputs are independent random
 vectors, so that neighbouring tokens choose unrelated pages: the hardest case. In `drifting` inputs the queries of
 neighbouring tokens are alike, as a model's are. SPLA outputs of sampled tokens are checked against the float64
-reference before they are timed. A short table comes last.
+reference before they are timed, near-ties of the selection as such. A short table comes last.
 
 The floor is the larger of two: the products (three scores of every complete page, attention over the budget) at the
 rate of a large bf16 matrix product measured in the same run, and the bytes of keys, values, queries and outputs at the
@@ -24,6 +24,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -32,10 +33,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from decode import DTYPE, HEAD_SIZE, HEADS, KV_HEADS, SCALE, Pool, copy_bandwidth
 
+from spla_backend.algorithm import reference
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.algorithm.reference import spla_token
+from spla_backend.algorithm.reference import forced_blocks, spla_token
 from spla_backend.kernels.triton_decode import TritonPagedSpla, _Scratch
 from spla_backend.kernels.triton_prefill import SCRATCH_BYTES, PrefillTuning, TritonPrefill
+
+TOLERANCE = 2e-2
+"""Relative error of a token in bf16; an exchanged page makes more."""
+
+NEAR_TIE = 3e-4
+"""How far apart, in the log of the shared score, pages may be that the rounding of `q^2` to bf16 exchanges: on inputs
+like these it is wrong by 9e-5 at most (`NOTES.md`), for either page."""
 
 
 def matmul_rate() -> float:
@@ -100,26 +109,49 @@ def spla(
     return run
 
 
-def check(op: TritonPrefill, pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0) -> float:
-    """Worst relative error of sampled tokens, one kv head, that the reference would give."""
+def compare(got: torch.Tensor, *arguments: object, **more: object) -> tuple[float, int]:
+    """Relative error of a token's output to `spla_token`, and whether it is a near-tie: another page in the place of
+    one, and the reference with these exchanged gives the output."""
+    want = spla_token(*arguments, **more)
+    error = float((got - want.output).norm() / want.output.norm())
+    if error < TOLERANCE:
+        return error, 0
+    keys, params = arguments[1], arguments[3]
+    scores, chosen = want.group_scores[0], set(want.selected[0])
+    free = chosen - set(forced_blocks(len(keys) - 1, params))
+    worst = min(free, key=lambda block: float(scores[block]))
+    best = max(set(range(len(scores))) - chosen, key=lambda block: float(scores[block]))
+    gap = float(scores[worst] - scores[best])
+    with mock.patch.object(reference, "select_blocks", lambda *_: sorted(chosen - {worst} | {best})):
+        want = spla_token(*arguments, **more)
+    exchanged = float((got - want.output).norm() / want.output.norm())
+    print(
+        f"    error {error:.1e}; {exchanged:.1e} with two pages exchanged whose scores are {gap:.1e} apart", flush=True
+    )
+    return (exchanged, 1) if gap < NEAR_TIE else (error, 0)
+
+
+def check(
+    op: TritonPrefill, pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0
+) -> tuple[float, int]:
+    """Worst relative error of sampled tokens, one kv head, and how many of them are near-ties."""
     base, layout, group = op.base, op.base.page_layout, HEADS // KV_HEADS
     kv = pool.kv_cache[pool.block_table[0].long(), 1:2]  # [pages, 1, B + r, 2 d]
     tokens = kv[:, :, : layout.page_size].transpose(1, 2).flatten(0, 1).cpu().double()
     statistic = kv[:, :, layout.page_size :].flatten(2)[..., : layout.statistics_elements].cpu().double()
-    worst = 0.0
+    worst, ties = 0.0, 0
     first = max(op.dense_below, start)
     end = start + len(query)
     picks = sorted({first, min(first + 77, end - 1), (first + end) // 2, end - 2, end - 1})
     for position in picks:
         keys, values = tokens[: position + 1].split(HEAD_SIZE, -1)
         heads = slice(group, 2 * group)
-        want = spla_token(
-            query[position - start, heads].cpu().double() * SCALE, keys, values, base.params,
-            statistics=statistic[: position // layout.page_size],
-        ).output  # fmt: skip
-        got = output[position - start, heads].cpu().double()
-        worst = max(worst, float((got - want).norm() / want.norm()))
-    return worst
+        error, tie = compare(
+            output[position - start, heads].cpu().double(), query[position - start, heads].cpu().double() * SCALE,
+            keys, values, base.params, statistics=statistic[: position // layout.page_size],
+        )  # fmt: skip
+        worst, ties = max(worst, error), ties + tie
+    return worst, ties
 
 
 def floor_ms(op: TritonPrefill, context: int, flops: float, bandwidth: float) -> float:
@@ -219,10 +251,10 @@ def main() -> None:
                     output.fill_(float("nan"))
                 run = spla(op, pool, query, output)
                 run()
-                error = check(op, pool, query, output) if context > op.dense_below else 0.0
-                if bool(output.isnan().any()) or not error < 2e-2:
+                error, ties = check(op, pool, query, output) if context > op.dense_below else (0.0, 0)
+                if bool(output.isnan().any()) or not error < TOLERANCE:
                     raise RuntimeError(f"{where}, {kind}: NaN, or relative error {error:.1e}")
-                record("spla", *time_calls(run), **where, kind=kind, error=round(error, 5))
+                record("spla", *time_calls(run), **where, kind=kind, error=round(error, 5), near_ties=ties)
                 if args.breakdown:
                     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                         run()

@@ -10,6 +10,17 @@ from ..algorithm.parameters import SplaParameters
 from .triton_decode import TritonPagedSpla
 from .triton_prefill import DenseRows, PrefillPlan, TritonPrefill
 
+DENSE_BELOW = 16384
+"""Position from which a sparse prompt token costs less than a dense one at a budget of 2048 tokens in pages of 64 and
+more: measured on an H200 (`benchmarks/NOTES.md`)."""
+
+
+def default_dense_below(params: SplaParameters, max_model_len: int) -> int:
+    """Where prompt tokens begin to select unless the user says: what a sparse token costs grows with the budget. In
+    smaller pages than 64 it costs more than a dense one at every length measured, so that all attend densely."""
+    budget = params.budget_blocks * params.page_size
+    return DENSE_BELOW * max(budget, 2048) // 2048 if params.page_size >= 64 else max_model_len
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -30,7 +41,7 @@ class CudaPagedSpla:
     Args:
         params: What to compute.
         max_num_tokens: The most tokens of a step.
-        prefill_dense_below: Prefill tokens at positions below it attend to everything; None: all of them do.
+        prefill_dense_below: Prefill tokens at positions below it attend to everything; None: `default_dense_below`.
         arguments: See `TritonPagedSpla`.
     """
 
@@ -38,9 +49,11 @@ class CudaPagedSpla:
         self, params: SplaParameters, *, max_num_tokens: int, prefill_dense_below: int | None, **arguments: Any
     ) -> None:
         self._decode = TritonPagedSpla(params, **arguments)
+        if prefill_dense_below is None:
+            prefill_dense_below = default_dense_below(params, arguments["max_model_len"])
         self._prefill = TritonPrefill(
             self._decode,
-            dense_below=arguments["max_model_len"] if prefill_dense_below is None else prefill_dense_below,
+            dense_below=prefill_dense_below,
             max_num_tokens=max_num_tokens,
             max_num_rows=arguments["max_num_rows"],
             max_model_len=arguments["max_model_len"],
@@ -110,6 +123,8 @@ class CudaPagedSpla:
         if plan.prefill is not None:
             for rows in plan.prefill.dense:
                 self._attend_densely(rows, query, kv_cache, plan.block_table, output)
+            if plan.prefill.folds is not None and state_cache is not None and state_table is not None:
+                self._prefill.fold(plan.prefill.folds, kv_cache, state_cache, plan.block_table, state_table)
             for step in plan.prefill.passes:
                 self._prefill.run(step, query, kv_cache, state_cache, plan.block_table, state_table, output)
 

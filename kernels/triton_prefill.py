@@ -4,14 +4,17 @@ Every token selects for itself the pages that it would select in decode. Tokens 
 everything, through FlashAttention (`kernels/cuda.py`); all others go through the passes planned here, whatever rows
 and chunks they come in. The plain reference of the whole is `reference.spla_sequence`.
 
-A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch. Its launches:
+A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch. Its launches, for some kv heads at
+a time:
 
-1. `prefill_score_kernel`, NORMALISE, then SHARE; `prefill_select_kernel`
-2. `prefill_score_kernel`, REST: mass and mean logit of what was not selected
+1. `prefill_state_kernel`, for all kv heads: the recurrent state at every page
+2. `prefill_score_kernel`, NORMALISE, then SHARE; `prefill_select_kernel`
 3. `prefill_count_kernel`, a running sum, `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a page,
-   as a list cut into work items
-4. `prefill_state_kernel`: the recurrent state at every page
-5. `page_attend_kernel`, `prefill_merge_kernel`
+   as a list cut into work items; mass and mean logit of what was not selected
+4. `page_attend_kernel`, `prefill_merge_kernel`
+
+Where the scratch does not take all kv heads, they run for some of them after the others rather than for fewer tokens:
+the more tokens chose a page, the more often is it used once it is on chip.
 
 What depends on lengths is planned on the host, from lengths that the host knows; nothing waits for the device.
 """
@@ -45,8 +48,13 @@ SCRATCH_BYTES = 1 << 30
 """What the parts of a pass may take: a larger pass gives every page a longer list of tokens."""
 
 
+SUB = 16
+"""Neighbouring pages that selection looks at only if the best of them is good enough."""
+
 Tile = tuple[int, int, int, int]
 """Row, first token in the batch, tokens, position of the first token."""
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Pass:
     tile_state: torch.Tensor  # [tiles] int32
     runs: torch.Tensor  # [runs, 3] int32: first tile, tiles, row
     max_complete: int  # at least the complete pages of every tile
+    heads: int  # kv heads at a time
 
 
 @dataclass(frozen=True)
@@ -79,24 +88,36 @@ class PrefillPlan:
 
     dense: list[DenseRows]
     passes: list[Pass]
+    folds: Pass | None  # rows that end within what attends to everything: their state is brought up to date
 
 
 @dataclass(frozen=True)
 class PrefillTuning:
     """Launch shapes."""
 
-    score_chunk: int = 32
-    share_chunk: int = 64
-    score_stages: int = 2
-    score_warps: int = 8
+    normalise_chunk: int = 32
+    normalise_warps: int = 8
+    normalise_registers: int | None = 128
+    normalise_stages: int = 2
+    share_chunk: int = 32
+    share_warps: int = 8
+    share_registers: int | None = 128
+    share_stages: int = 2
     tile_rows: int = 128
+    select_rows: int = 4  # tokens a program
     select_elements: int = 1024  # pages a warp
+    select_registers: int | None = 128
+    list_warps: int = 1
     attend_rows: int = 64
-    attend_programs: int = 2  # a multiprocessor
+    attend_span: int = 8  # steps of a work item
+    attend_programs: int = 3  # a multiprocessor
     attend_stages: int = 2
     attend_warps: int = 4
+    attend_registers: int | None = 168
+    merge_rows: int = 64
     merge_stages: int = 3
-    merge_warps: int = 8
+    merge_warps: int = 4
+    merge_registers: int | None = None
     state_slice: int = 16
     state_stages: int = 3
     state_warps: int = 4
@@ -149,26 +170,35 @@ class TritonPrefill:
         wide = 1 if self._dp <= 128 else 2
         rows = self.tuning.tile_rows // wide
         self.tile_tokens = max(1, min(32, rows // self._group_p, params.page_size & -params.page_size))
+        self._merge_tokens = max(1, min(self.tile_tokens, self.tuning.merge_rows // wide // self._group_p))
         self._attend_tokens = max(1, self.tuning.attend_rows // wide // self._group_p)
         self._slots = params.budget_blocks - 1
+        self._forced = params.first_blocks + params.last_blocks - 1  # complete pages that every token selects
         self._linear = params.residual == "linear"
         self._s_rows = base.state_layout.s_rows
-        # Bytes a token: its parts, or the group's scores that stand in the same place before.
+        # Bytes a token and kv head: its parts, or the group's scores that stand in the same place before.
         part = base.group * d * base.cache_dtype.itemsize + 2 * self._group_p * 4
         part += (base.group * d + self._group_p) * 4 if self._linear else 0
         self._max_pages = _round_up(base.max_pages)
-        per_token = base.num_kv_heads * max(self._slots * part, self._max_pages * 4)
-        limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows
-        self.max_tiles = max(1, min(limit, scratch_bytes // (per_token * self.tile_tokens)))
-        # Lists are a row's own; many rows in one pass would need room for many unfilled work items.
-        room = scratch_bytes // 16 // (base.num_kv_heads * self._max_pages * self._attend_tokens * 8)
-        self.max_runs = max(1, min(max_num_rows, self.max_tiles, room))
+        per_token = max((self._slots - self._forced) * part, self._max_pages * 4)
+        limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows  # tiles of a step
+        # Tiles times kv heads of a pass, and rows times kv heads: every one of the latter has lists of its own, whose
+        # last steps are not full.
+        self._max_pairs = max(1, min(limit * base.num_kv_heads, scratch_bytes // (per_token * self.tile_tokens)))
+        step = self._attend_tokens * (8 + (8 * self._group_p if params.residual == "regression" else 0))  # bytes
+        self._max_lists = max(1, scratch_bytes // 16 // (self._max_pages * step))
+        self._max_lists = min(self._max_lists, max_num_rows * base.num_kv_heads, self._max_pairs)
+        self.max_tiles, self.max_runs = self._max_pairs, min(max_num_rows, self._max_lists)
+        # States are made for all kv heads at once: page comes after page there, so that few heads take as long as all.
+        state = base.num_kv_heads * (self._s_rows + 1) * d * 4  # bytes
+        self.max_states = max(1, min(limit, scratch_bytes // 4 // state)) if params.residual != "none" else limit
         self._sparse = max_model_len > self.dense_below
-        self._pool = self._shared_pool() if self._sparse else {}
+        self._max_num_rows = max_num_rows
+        self._pool = self._shared_pool()
 
     def warm_up(self) -> None:
         """Compile what the passes of every length need, so that no request has to wait for it."""
-        if not self._sparse or self.device.type != "cuda":
+        if self.device.type != "cuda":
             return
         base, params = self.base, self.base.params
         key = (type(self), self.device, self._shapes_key(), params, base.cache_dtype)
@@ -182,10 +212,13 @@ class TritonPrefill:
         state_table = torch.arange(1, len(kv_cache), dtype=torch.int32, device=self.device).repeat(1, 1)
         if state_table.shape[1] == 0:
             state_table = block_table
+        folds = self.plan(0, [0, 1], [params.page_size]).folds
+        if folds is not None:
+            self.fold(folds, kv_cache, kv_cache, block_table, state_table)
         # One length for every power of two that `prefill_select_kernel` is compiled for.
-        positions = [max(self.dense_below, 1)]
-        pages = triton.next_power_of_2(_round_up(positions[0] // params.page_size))
-        while (pages + 1) * params.page_size < base.max_pages * params.page_size:
+        positions = [max(self.dense_below, 1)] if self._sparse else []
+        pages = triton.next_power_of_2(_round_up(self.dense_below // params.page_size))
+        while self._sparse and pages + 1 < base.max_pages:
             positions.append((pages + 1) * params.page_size)
             pages *= 2
         for position in tqdm(positions, desc="Compiling SPLA prefill kernels", disable=len(positions) < 2):
@@ -196,34 +229,40 @@ class TritonPrefill:
     def _shapes_key(self) -> tuple:
         return tuple(sorted(self._shapes().items()))
 
-    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        base, tiles, heads = self.base, self.max_tiles, self.base.num_kv_heads
-        tokens, m = tiles * self.tile_tokens, self.tile_tokens * self._group_p
-        parts = heads * tokens * self._slots
-        grouped = heads * tokens * self._max_pages * 4 // base.cache_dtype.itemsize
+    def _shapes(self) -> Shapes:
+        arrivals: Shapes = {"arrivals": ((self._max_num_rows, self.base.num_kv_heads), torch.int32)}
+        if not self._sparse:
+            return arrivals
+        base, pairs = self.base, self._max_pairs
+        tokens, m = pairs * self.tile_tokens, self.tile_tokens * self._group_p
+        parts = max(1, tokens * (self._slots - self._forced))
+        grouped = tokens * self._max_pages * 4 // base.cache_dtype.itemsize
         rest = base.params.residual != "none"
         regression = base.params.residual == "regression"
-        lists = self.max_runs * heads * self._max_pages
-        items = min(parts, parts // self._attend_tokens + lists)  # every list ends with an item that is not full
-        return {
+        lists = self._max_lists * self._max_pages
+        steps = min(parts, parts // self._attend_tokens + lists)  # every list ends with a step that is not full
+        return arrivals | {
             "out": ((max(parts * base.group * base.head_size, grouped),), base.cache_dtype),
-            "sums": ((parts, 2, self._group_p), torch.float32),
+            "part_sum": ((parts, 2, self._group_p), torch.float32),
             "part_tail": ((parts if self._linear else 1, base.group, base.head_size), torch.float32),
             "part_z": ((parts if self._linear else 1, self._group_p), torch.float32),
-            "lse": ((tiles, heads, m), torch.float32),
-            "tail": ((tiles, heads, 2, m), torch.float32),
-            "words": ((tiles, heads, self._max_pages), torch.int32),
-            "offsets": ((tiles, heads, self._max_pages), torch.int32),
-            "table": ((tiles, heads, self.tile_tokens, self._slots), torch.int32),
-            "count": ((tiles, heads, self.tile_tokens), torch.int32),
+            "lse": ((pairs, m), torch.float32),
+            "tail": ((pairs, 2, m), torch.float32),
+            "sums": ((pairs, 3, m), torch.float32),
+            "best": ((tokens, self._max_pages // SUB), torch.float32),
+            "table": ((tokens, self._slots), torch.int32),
+            "rank": ((tokens, self._slots), torch.int32),
+            "count": ((tokens,), torch.int32),
             "totals": ((lists,), torch.int32),
-            "items": ((lists,), torch.int32),
-            "ends": ((lists,), torch.int32),
-            "list": ((items, self._attend_tokens, 2), torch.int32),
-            "list_tail": ((items if regression else 1, self._attend_tokens, 2, self._group_p), torch.float32),
-            "work": ((items,), torch.int32),
-            "states": ((tiles if rest else 1, heads, self._s_rows + 1, base.head_size), torch.float32),
-            "arrivals": ((self.max_runs, heads), torch.int32),
+            "steps": ((2 * lists,), torch.int32),
+            "ends": ((2 * lists,), torch.int32),
+            "list": ((steps, self._attend_tokens, 2), torch.int32),
+            "list_tail": ((steps if regression else 1, self._attend_tokens, 2, self._group_p), torch.float32),
+            "work": ((steps, 4), torch.int32),
+            "states": (
+                (self.max_states if rest else 1, base.num_kv_heads, self._s_rows + 1, base.head_size),
+                torch.float32,
+            ),
         }
 
     def _shared_pool(self) -> dict[str, torch.Tensor]:
@@ -254,6 +293,7 @@ class TritonPrefill:
         numbers: list[int] = []  # everything that goes to the device
         dense: list[list[Any]] = []
         tiles: list[Tile] = []
+        folds: list[Tile] = []
         for index, seq_len in enumerate(seq_lens):
             row, first, stop = first_row + index, starts[index], starts[index + 1]
             start = seq_len - (stop - first)  # position of the row's first token
@@ -264,6 +304,8 @@ class TritonPrefill:
                     dense[-1][-1] = first + split - start
                 else:
                     dense.append([first, [(row, first, split - start, split)], first + split - start])
+            if split == seq_len and seq_len >= page and self.base.params.residual != "none":
+                folds.append((row, first, 0, seq_len))
             position = split
             while position < seq_len:
                 end = min(seq_len, position // size * size + size)
@@ -276,7 +318,7 @@ class TritonPrefill:
             numbers += [seq_len for *_, seq_len in members]
             plans.append((at, len(members), (first, stop - first, members)))
         passes: list[tuple[list[int], int, int, int]] = []
-        for some in self._cut(tiles):
+        for some in itertools.chain(self._cut(tiles), [folds] if folds else []):
             runs: list[list[int]] = []
             tile_run, tile_state, states, last = [], [], -1, None
             for number, (row, _, _, position) in enumerate(some):
@@ -306,31 +348,39 @@ class TritonPrefill:
             )
             for at, n, (first, count, members) in plans
         ]
-        return PrefillPlan(
-            dense_rows,
-            [
-                Pass(
-                    tiles=buffer[tiles_at : tiles_at + 4 * n].view(n, 4),
-                    tile_run=buffer[run_at : run_at + n],
-                    tile_state=buffer[state_at : state_at + n],
-                    runs=buffer[runs_at : runs_at + 3 * r].view(r, 3),
-                    max_complete=complete,
-                )
-                for (tiles_at, run_at, state_at, runs_at), n, r, complete in passes
-            ],
-        )
+        steps = [
+            Pass(
+                tiles=buffer[tiles_at : tiles_at + 4 * n].view(n, 4),
+                tile_run=buffer[run_at : run_at + n],
+                tile_state=buffer[state_at : state_at + n],
+                runs=buffer[runs_at : runs_at + 3 * r].view(r, 3),
+                max_complete=complete,
+                heads=self._heads(n, r),
+            )
+            for (tiles_at, run_at, state_at, runs_at), n, r, complete in passes
+        ]
+        return PrefillPlan(dense_rows, steps[: len(steps) - bool(folds)], steps[-1] if folds else None)
+
+    def _heads(self, num_tiles: int, num_runs: int) -> int:
+        """The most kv heads that the scratch takes at a time."""
+        heads = self.base.num_kv_heads
+        fit = (n for n in range(heads, 0, -1) if heads % n == 0)
+        return next((n for n in fit if n * num_tiles <= self._max_pairs and n * num_runs <= self._max_lists), 1)
 
     def _cut(self, tiles: list[Tile]) -> Iterator[list[Tile]]:
-        """Tiles of one pass after the other: at most `max_tiles`, of at most `max_runs` rows."""
+        """Tiles of one pass after the other: at most `max_tiles`, of `max_runs` rows, with `max_states` states."""
+        page = self.base.params.page_size
         some: list[Tile] = []
-        rows = 0
+        rows = states = 0
         for tile in tiles:
             another = not some or some[-1][0] != tile[0]
-            if some and (len(some) == self.max_tiles or rows + another > self.max_runs):
+            new = another or some[-1][3] // page != tile[3] // page
+            full = len(some) == self.max_tiles or rows + another > self.max_runs or states + new > self.max_states
+            if some and full:
                 yield some
-                some, rows, another = [], 0, True
+                some, rows, states, another, new = [], 0, 0, True, True
             some.append(tile)
-            rows += another
+            rows, states = rows + another, states + new
         if some:
             yield some
 
@@ -360,85 +410,138 @@ class TritonPrefill:
         Raises:
             ValueError: A residual without its state.
         """
+        if self.base.params.residual != "none" and (state_cache is None or state_table is None):
+            raise ValueError(f"residual {self.base.params.residual!r} needs a state cache and its table")
+        if state_cache is not None and state_table is not None and self.base.params.residual != "none":
+            self._fold(step, kv_cache, state_cache, block_table, state_table, self._pool["states"])
+        for first_head in range(0, self.base.num_kv_heads, step.heads):
+            self._run_heads(first_head, step, query, kv_cache, block_table, output)
+
+    def fold(
+        self,
+        step: Pass,
+        kv_cache: torch.Tensor,
+        state_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        state_table: torch.Tensor,
+    ) -> None:
+        """Bring the states of a plan's `folds` up to date, so that their first decode steps find them.
+
+        Args:
+            step: Whose.
+            kv_cache: `[num_pages, G, page_size + statistics_rows, 2 d]`, this step's tokens already in it.
+            state_cache: State blocks of the same geometry.
+            block_table: `[rows, pages]` int32 of the whole batch.
+            state_table: `[rows, >= K]` int32.
+        """
+        self._fold(step, kv_cache, state_cache, block_table, state_table, None)
+
+    def _fold(
+        self,
+        step: Pass,
+        kv_cache: torch.Tensor,
+        state_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        state_table: torch.Tensor,
+        states: torch.Tensor | None,  # where those of every page are put aside
+    ) -> None:
+        base, tuning = self.base, self.tuning
+        kv_int, state = kv_cache.view(torch.int32), state_cache.view(torch.float32)
+        parts = triton.cdiv(self._s_rows, tuning.state_slice)
+        prefill_state_kernel[(parts, base.num_kv_heads, step.runs.shape[0])](
+            kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
+            step.tile_state, state if states is None else states, self._pool["arrivals"],
+            kv_cache.stride(0), kv_cache.stride(1), kv_int.stride(0), kv_int.stride(1), state.stride(0),
+            state.stride(1), block_table.stride(0), state_table.stride(0), kv_cache.shape[0] - 1, MAGIC=STATE_MAGIC,
+            STAMP_WORD=base._stamp_word, NUM_BLOCKS=base.state_layout.num_blocks,
+            BODY=base.state_layout.rows_per_block - 1, PARTS=parts, SLICE=tuning.state_slice, D=base.head_size,
+            DP=self._dp, PAGE=base.params.page_size, TILE=base._fold_tile, S_ROWS=self._s_rows,
+            STAGES=tuning.state_stages, LINEAR=self._linear, KEEP=states is not None, num_warps=tuning.state_warps,
+        )  # fmt: skip
+
+    def _run_heads(
+        self,
+        first_head: int,
+        step: Pass,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """A pass of the kv heads from `first_head` on."""
         base, tuning, pool = self.base, self.tuning, self._pool
-        params, d, heads = base.params, base.head_size, base.num_kv_heads
+        params, d, heads = base.params, base.head_size, step.heads
         num_tiles, num_runs = step.tiles.shape[0], step.runs.shape[0]
-        num_parts = num_tiles * self.tile_tokens * self._slots
+        num_parts = num_tiles * self.tile_tokens * (self._slots - self._forced)
         max_pages = step.max_complete  # of this pass: scratch is laid out anew each time
         residual = RESIDUAL_CODES[params.residual]
-        table_stride = block_table.stride(0)
-        page_strides = kv_cache.stride(0), kv_cache.stride(1)
+        strides = query.stride(0), query.stride(1), kv_cache.stride(0), kv_cache.stride(1)
+        table_stride, last_page = block_table.stride(0), kv_cache.shape[0] - 1
         page_p = triton.next_power_of_2(params.page_size)
         grouped = pool["out"].view(torch.float32)
-        shape = {"GROUP": base.group, "GROUP_P": self._group_p, "TQ": self.tile_tokens, "D": d, "DP": self._dp}
-        totals, items, ends = (pool[name][: num_runs * heads * max_pages] for name in ("totals", "items", "ends"))
-        groups = (triton.cdiv(max_pages, 128), heads, num_runs)
+        shape = {"GROUP": base.group, "GROUP_P": self._group_p, "D": d, "DP": self._dp, "PAGE": params.page_size}
+        selector = SELECTOR_CODES[params.selector]
+        lists = num_runs * heads * max_pages
+        totals, steps, ends = pool["totals"][:lists], pool["steps"][: 2 * lists], pool["ends"][: 2 * lists]
+        width = 32
+        groups = (triton.cdiv(max_pages, width), heads, num_runs)
 
-        def score(mode: str, splits: int) -> None:
-            chunk = tuning.share_chunk if mode == "share" else tuning.score_chunk
+        def score(mode: str, splits: int, chunk: int, stages: int, warps: int, registers: int | None) -> None:
             prefill_score_kernel[(heads, num_tiles, splits)](
-                query, kv_cache, block_table, step.tiles, pool["lse"], grouped, pool["words"], pool["count"], base.gain,
-                pool["tail"], query.stride(0), query.stride(1), *page_strides, table_stride, kv_cache.shape[0] - 1,
-                max_pages, heads, base.scale, MODE=MODES[mode], PAGE=params.page_size,
-                LOG_PAGE=math.log(params.page_size), CHUNK=chunk, STAGES=tuning.score_stages,
-                SELECTOR=SELECTOR_CODES[params.selector], num_warps=tuning.score_warps, **shape,
+                query, kv_cache, block_table, step.tiles, pool["lse"], pool["sums"], grouped, pool["best"], *strides,
+                table_stride,
+                last_page, max_pages, first_head, base.scale, MODE=MODES[mode], TQ=self.tile_tokens,
+                LOG2_PAGE=math.log2(params.page_size), CHUNK=chunk, SUB=SUB, STAGES=stages,
+                SELECTOR=selector, MASS=base.has_mass, num_warps=warps, maxnreg=registers, **shape,
             )  # fmt: skip
 
-        score("normalise", 1)
-        score("share", max(1, min(step.max_complete // (4 * tuning.share_chunk), 8)))
-        pages = max(16, triton.next_power_of_2(step.max_complete))
-        rows, warps = min(8, self.tile_tokens), max(1, pages // tuning.select_elements)
+        t = tuning
+        score("normalise", 1, t.normalise_chunk, t.normalise_stages, t.normalise_warps, t.normalise_registers)
+        splits = max(1, min(step.max_complete // (4 * tuning.share_chunk), 8))
+        score("share", splits, t.share_chunk, t.share_stages, t.share_warps, t.share_registers)
+        subs = max(16, triton.next_power_of_2(max_pages // SUB))
+        slots_p = max(16, triton.next_power_of_2(self._slots))
+        warps = max(1, max(subs, slots_p * SUB) // tuning.select_elements)
+        rows = min(tuning.select_rows, self.tile_tokens)
+        totals.zero_()
         prefill_select_kernel[(heads, num_tiles, self.tile_tokens // rows)](
-            step.tiles, grouped, pool["table"], pool["count"], pool["words"].view(torch.int8), max_pages, heads,
-            TQ=self.tile_tokens, ROWS=rows,
-            PAGE=params.page_size, SLOTS=self._slots, FIRST=params.first_blocks, LAST=params.last_blocks, PAGES=pages,
-            LANES=min(pages, 128 * warps), TOP_P=base.top_p,
-            num_warps=warps,
+            step.tiles, step.tile_run, grouped, pool["best"], pool["table"], pool["rank"], pool["count"], totals,
+            max_pages, TQ=self.tile_tokens, ROWS=rows, PAGE=params.page_size, GROUP=base.group, SLOTS=self._slots,
+            SLOTS_P=slots_p, FIRST=params.first_blocks, LAST=params.last_blocks, SUB=SUB, SUBS=subs,
+            LANES=min(subs, 128 * warps), TOP_P=base.top_p, num_warps=warps,
+            maxnreg=tuning.select_registers,
         )  # fmt: skip
-        if base.has_mass:
-            score("rest", 1)
-        prefill_count_kernel[groups](
-            step.tiles, step.runs, pool["words"], pool["offsets"], totals, items, max_pages, heads,
-            PAGE=params.page_size, TM=self._attend_tokens, WIDTH=128, num_warps=1,
-        )  # fmt: skip
-        torch.cumsum(items, 0, dtype=torch.int32, out=ends)
+        prefill_count_kernel[(triton.cdiv(lists, 256),)](
+            totals, steps, lists, TM=self._attend_tokens, SPAN=tuning.attend_span, WIDTH=256
+        )
+        torch.cumsum(steps.view(2, lists), 1, dtype=torch.int32, out=ends.view(2, lists))
         prefill_work_kernel[groups](
-            block_table, step.runs, totals, items, ends, pool["work"], pool["list"], table_stride, max_pages, heads,
-            TM=self._attend_tokens, WIDTH=128, num_warps=4,
+            block_table, step.runs, totals, steps, ends, pool["work"], pool["list"], table_stride, max_pages,
+            TM=self._attend_tokens, SPAN=tuning.attend_span, WIDTH=width, num_warps=1,
         )  # fmt: skip
         prefill_list_kernel[(heads, num_tiles, self.tile_tokens)](
-            step.tiles, step.tile_run, pool["table"], pool["count"], pool["words"], pool["offsets"], items, ends,
-            pool["list"], pool["tail"], pool["list_tail"], max_pages, heads, GROUP_P=self._group_p,
-            TQ=self.tile_tokens, TM=self._attend_tokens, SLOTS=self._slots,
-            SLOTS_P=triton.next_power_of_2(self._slots), TAIL=residual == RESIDUAL_CODES["regression"], num_warps=1,
+            query, kv_cache, block_table, step.tiles, step.tile_run, pool["table"], pool["rank"], pool["count"],
+            steps, ends, pool["sums"], base.gain, pool["tail"], pool["list"], pool["list_tail"],
+            *strides, table_stride, last_page, max_pages, first_head, base.scale, TQ=self.tile_tokens,
+            TM=self._attend_tokens, SLOTS=self._slots, SLOTS_P=slots_p, FORCED=self._forced, SELECTOR=selector,
+            MASS=base.has_mass, LIST_TAIL=base.has_mass and params.residual == "regression",
+            num_warps=tuning.list_warps * max(1, slots_p * self._dp // 4096), **shape,
         )  # fmt: skip
-        if params.residual != "none":
-            if state_cache is None or state_table is None:
-                raise ValueError(f"residual {params.residual!r} needs a state cache and its table")
-            kv_int, state = kv_cache.view(torch.int32), state_cache.view(torch.float32)
-            prefill_state_kernel[(triton.cdiv(self._s_rows, tuning.state_slice), heads, num_runs)](
-                kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
-                step.tile_state, pool["states"], pool["arrivals"], heads, *page_strides, kv_int.stride(0),
-                kv_int.stride(1), state.stride(0), state.stride(1), table_stride, state_table.stride(0),
-                kv_cache.shape[0] - 1, MAGIC=STATE_MAGIC, STAMP_WORD=base._stamp_word,
-                NUM_BLOCKS=base.state_layout.num_blocks,
-                BODY=base.state_layout.rows_per_block - 1, PARTS=triton.cdiv(self._s_rows, tuning.state_slice),
-                SLICE=tuning.state_slice, D=d, DP=self._dp, PAGE=params.page_size, TILE=base._fold_tile,
-                S_ROWS=self._s_rows, STAGES=tuning.state_stages, LINEAR=self._linear,
-                num_warps=tuning.state_warps,
-            )  # fmt: skip
-        parts = pool["out"], pool["sums"], pool["part_tail"], pool["part_z"]
+        parts = pool["out"], pool["part_sum"], pool["part_tail"], pool["part_z"]
         page_attend_kernel[(tuning.attend_programs * base._num_sms,)](
-            query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["list_tail"], *parts,
-            query.stride(0), query.stride(1), *page_strides, kv_cache.shape[0] - 1, heads, num_parts, base.scale,
-            params.residual_scale, GROUP=base.group, GROUP_P=self._group_p, TM=self._attend_tokens, D=d, DP=self._dp,
-            PAGE=params.page_size, PAGE_P=page_p, STAGES=tuning.attend_stages, RESIDUAL=residual,
-            num_warps=tuning.attend_warps,
+            query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["list_tail"], *parts, *strides, last_page,
+            first_head, num_parts, base.scale, params.residual_scale, TM=self._attend_tokens, PAGE_P=page_p,
+            STAGES=tuning.attend_stages, RESIDUAL=residual, num_warps=tuning.attend_warps,
+            maxnreg=tuning.attend_registers, **shape,
         )  # fmt: skip
-        prefill_merge_kernel[(heads, num_tiles)](
+        prefill_merge_kernel[(heads, num_tiles, self.tile_tokens // self._merge_tokens)](
             query, kv_cache, block_table, step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"],
-            *parts, *base.norm_weights, output, query.stride(0), query.stride(1), output.stride(0), output.stride(1),
-            *page_strides, table_stride, heads, num_parts, base.scale, params.residual_scale, params.rms_norm_eps,
-            PAGE=params.page_size, PAGE_P=page_p, SLOTS=self._slots, S_ROWS=self._s_rows, STAGES=tuning.merge_stages,
-            RESIDUAL=residual, DOUBLE_NORM=params.combine == "double_rmsnorm", num_warps=tuning.merge_warps, **shape,
+            *parts, *base.norm_weights, output, *strides[:2], output.stride(0), output.stride(1), *strides[2:],
+            table_stride, base.num_kv_heads, first_head, num_parts, base.scale, params.residual_scale,
+            params.rms_norm_eps,
+            TQ=self.tile_tokens, TM=self._merge_tokens, PAGE_P=page_p, FIRST=params.first_blocks,
+            FORCED=self._forced, PARTS=self._slots - self._forced, S_ROWS=self._s_rows,
+            STAGES=tuning.merge_stages, RESIDUAL=residual, DOUBLE_NORM=params.combine == "double_rmsnorm",
+            num_warps=tuning.merge_warps,
+            maxnreg=tuning.merge_registers, **shape,
         )  # fmt: skip

@@ -30,30 +30,30 @@ from .triton_prefill_select import LOG2E, tile_queries
 from .triton_state import softmax_features
 
 
-@triton.jit(do_not_specialize=["last_page", "num_parts"])
+@triton.jit(do_not_specialize=["last_page", "num_parts", "first_head"])
 def page_attend_kernel(
     query_ptr,  # [tokens, H, D]
     kv_ptr,
-    work_ptr,  # [items] int32: page * G + kv head
+    work_ptr,  # [items, 4] int32: page, head of the pass, first step, steps
     num_items_ptr,  # [1] int32
-    list_ptr,  # [items, TM, 2] int32: part and token of each entry; -1 where there is none
-    list_tail_ptr,  # [items, TM, 2, GROUP_P] float32, for REGRESSION
-    part_out_ptr,  # [G, tiles * TQ * SLOTS, GROUP, D] cache dtype
-    part_sum_ptr,  # [G, tiles * TQ * SLOTS, 2, GROUP_P] float32: maxima in powers of two, sums
+    list_ptr,  # [steps, TM, 2] int32: part and token of each entry; -1 where there is none
+    list_tail_ptr,  # [steps, TM, 2, GROUP_P] float32, for REGRESSION
+    part_out_ptr,  # [heads, tiles * PARTS * TQ, GROUP, D] cache dtype
+    part_sum_ptr,  # [heads, tiles * PARTS * TQ, 2, GROUP_P] float32: maxima in powers of two, sums
     part_tail_ptr,  # as part_out, float32: phi(q) S of the page, for LINEAR
-    part_z_ptr,  # [G, tiles * TQ * SLOTS, GROUP_P] float32: phi(q) . z
+    part_z_ptr,  # [heads, tiles * PARTS * TQ, GROUP_P] float32: phi(q) . z
     query_token_stride,
     query_head_stride,
     page_stride,
     head_stride,
     last_page,
-    num_kv_heads,
+    first_head,
     num_parts,  # parts of a kv head
     scale,
     residual_scale,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
-    TM: tl.constexpr,  # tokens of a work item
+    TM: tl.constexpr,  # tokens of a step
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
@@ -61,7 +61,7 @@ def page_attend_kernel(
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Grid (programs): each takes every so many-th work item, so that the loads of the next hide behind this one."""
+    """Grid (programs): each takes every so many-th work item; its page is loaded once for all the item's steps."""
     M: tl.constexpr = TM * GROUP_P
     dtype = kv_ptr.dtype.element_ty
     column = tl.arange(0, DP)
@@ -72,45 +72,46 @@ def page_attend_kernel(
     in_group = member < GROUP
     unit = scale * LOG2E
     num_items = tl.load(num_items_ptr)
-    first = tl.program_id(0)
-    if first < num_items:
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
+        page = tl.minimum(tl.load(work_ptr + item * 4), last_page).to(tl.int64)
+        local = tl.load(work_ptr + item * 4 + 1)
+        first = tl.load(work_ptr + item * 4 + 2).to(tl.int64)
+        steps = tl.load(work_ptr + item * 4 + 3)
+        head = first_head + local
+        rows = kv_ptr + page * page_stride + head * head_stride + (t * 2 * D)[:, None] + column[None, :]
+        if (D == DP) & (PAGE == PAGE_P):
+            k = tl.load(rows)  # [PAGE_P, DP]
+            v = tl.load(rows + D)
+        else:
+            kv_mask = (t < PAGE)[:, None] & in_head[None, :]
+            k = tl.load(rows, mask=kv_mask, other=0.0)
+            v = tl.load(rows + D, mask=kv_mask, other=0.0)
+        part_base = local.to(tl.int64) * num_parts
+        query_base = query_ptr + (head * GROUP + tl.minimum(member, GROUP - 1)) * query_head_stride  # [M]
         # What a step's addresses come from is fetched a step ahead: a load that waits for a load is not pipelined.
-        about = tl.load(work_ptr + first)
-        entry = tl.load(list_ptr + (first * TM + m // GROUP_P).to(tl.int64) * 2)
-        token = tl.load(list_ptr + (first * TM + m // GROUP_P).to(tl.int64) * 2 + 1)
+        where = first * TM + m // GROUP_P
+        entry = tl.load(list_ptr + where * 2)
+        token = tl.load(list_ptr + where * 2 + 1)
         if RESIDUAL == REGRESSION:
-            tail = list_tail_ptr + (first * TM + m // GROUP_P).to(tl.int64) * 2 * GROUP_P + member
-            next_mean = tl.load(tail)
-            next_center = tl.load(tail + GROUP_P)
-        for item in tl.range(first, num_items, tl.num_programs(0), num_stages=STAGES):
+            next_mean = tl.load(list_tail_ptr + where * 2 * GROUP_P + member)
+            next_center = tl.load(list_tail_ptr + where * 2 * GROUP_P + GROUP_P + member)
+        for step in tl.range(0, steps, num_stages=STAGES):
             # Beyond the last step the pipeline computes addresses, without reading, from undefined ids.
-            head = tl.maximum(about, 0) % num_kv_heads
-            page = tl.minimum(tl.maximum(about, 0) // num_kv_heads, last_page).to(tl.int64)
             mine = tl.maximum(entry, 0)  # [M]
             exists = (entry >= 0) & in_group
-            query = query_ptr + tl.maximum(token, 0).to(tl.int64) * query_token_stride
-            query += (head * GROUP + tl.minimum(member, GROUP - 1)) * query_head_stride
-            ahead = tl.minimum(item + tl.num_programs(0), num_items - 1)
-            about = tl.load(work_ptr + ahead)
-            entry = tl.load(list_ptr + (ahead * TM + m // GROUP_P).to(tl.int64) * 2)
-            token = tl.load(list_ptr + (ahead * TM + m // GROUP_P).to(tl.int64) * 2 + 1)
+            query = query_base + tl.maximum(token, 0).to(tl.int64) * query_token_stride
+            where = (first + tl.minimum(step + 1, steps - 1)) * TM + m // GROUP_P
+            entry = tl.load(list_ptr + where * 2)
+            token = tl.load(list_ptr + where * 2 + 1)
             if RESIDUAL == REGRESSION:
                 log_mean = tl.where(exists, next_mean, float("-inf"))
                 center = tl.where(exists, next_center, 0.0)
-                tail = list_tail_ptr + (ahead * TM + m // GROUP_P).to(tl.int64) * 2 * GROUP_P + member
-                next_mean = tl.load(tail)
-                next_center = tl.load(tail + GROUP_P)
-
-            rows = kv_ptr + page * page_stride + head * head_stride + (t * 2 * D)[:, None] + column[None, :]
-            if (D == DP) & (PAGE == PAGE_P):
+                next_mean = tl.load(list_tail_ptr + where * 2 * GROUP_P + member)
+                next_center = tl.load(list_tail_ptr + where * 2 * GROUP_P + GROUP_P + member)
+            if D == DP:
                 q = tl.load(query[:, None] + column[None, :])  # [M, DP]
-                k = tl.load(rows)  # [PAGE_P, DP]
-                v = tl.load(rows + D)
             else:
-                kv_mask = (t < PAGE)[:, None] & in_head[None, :]
                 q = tl.load(query[:, None] + column[None, :], mask=in_head[None, :], other=0.0)
-                k = tl.load(rows, mask=kv_mask, other=0.0)
-                v = tl.load(rows + D, mask=kv_mask, other=0.0)
             logit = tl.dot(q, tl.trans(k))  # [M, PAGE_P]
             exposed = logit
             if PAGE != PAGE_P:
@@ -125,7 +126,7 @@ def page_attend_kernel(
                 slope = level * (residual_scale * scale)
                 weight -= logit * slope[:, None] + (level * (1.0 - residual_scale * center))[:, None]
             out = tl.dot(weight.to(dtype), v)  # [M, DP]
-            part = head.to(tl.int64) * num_parts + mine
+            part = part_base + mine
             stored = exists[:, None] & in_head[None, :]
             out_row = (part * GROUP + member) * D
             tl.store(part_out_ptr + out_row[:, None] + column[None, :], out.to(dtype), mask=stored)
@@ -144,16 +145,16 @@ def page_attend_kernel(
                 tl.store(part_z_ptr + part * GROUP_P + member, tl.sum(feature, axis=1), mask=exists)
 
 
-@triton.jit(do_not_specialize=["block_table_stride", "num_parts"])
+@triton.jit(do_not_specialize=["block_table_stride", "num_parts", "first_head"])
 def prefill_merge_kernel(
     query_ptr,
     kv_ptr,
     block_table_ptr,
     tiles_ptr,
     tile_state_ptr,  # [tiles] int32: where the state at a tile's page is
-    count_ptr,  # [tiles, G, TQ] int32
+    count_ptr,  # [tiles, heads, TQ] int32
     tail_ptr,
-    state_ptr,  # [states, G, S_ROWS + 1, D] float32: state at the beginning of a page; its last row is z, for LINEAR
+    state_ptr,  # [states, G, S_ROWS + 1, D] float32: state at the beginning of a page; last z, for LINEAR
     part_out_ptr,
     part_sum_ptr,
     part_tail_ptr,
@@ -169,6 +170,7 @@ def prefill_merge_kernel(
     head_stride,
     block_table_stride,
     num_kv_heads,
+    first_head,
     num_parts,
     scale,
     residual_scale,
@@ -176,63 +178,96 @@ def prefill_merge_kernel(
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     TQ: tl.constexpr,
+    TM: tl.constexpr,  # tokens a program
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
     PAGE_P: tl.constexpr,
-    SLOTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    FORCED: tl.constexpr,  # complete pages that every token selects
+    PARTS: tl.constexpr,  # parts of a token at most
     S_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
 ):
-    """Grid (G, tiles): the current page, causal; the parts of the selected pages; the state's share; the output."""
-    M: tl.constexpr = TQ * GROUP_P
+    """Grid (heads, tiles, TQ / TM): the pages that all of the tile's tokens select, the current one causal; the parts
+    of the other selected pages; the state's share; the output."""
+    M: tl.constexpr = TM * GROUP_P
     dtype = kv_ptr.dtype.element_ty
-    head = tl.program_id(0)
+    local = tl.program_id(0)
+    head = first_head + local
     tile = tl.program_id(1).to(tl.int64)
     row = tl.load(tiles_ptr + tile * 4).to(tl.int64)
     first_token = tl.load(tiles_ptr + tile * 4 + 1)
     num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
     position = tl.load(tiles_ptr + tile * 4 + 3)
+    if tl.program_id(2) * TM >= num_tokens:
+        return
     num_pages = position // PAGE
-    first_key = position % PAGE  # place in its page of the tile's first token
-    pair = tile * num_kv_heads + head
+    pair = tile * tl.num_programs(0) + local
     m = tl.arange(0, M)
     member = m % GROUP_P
-    exists = (m // GROUP_P < num_tokens) & (member < GROUP)
+    token = tl.program_id(2) * TM + m // GROUP_P
+    exists = (token < num_tokens) & (member < GROUP)
     column = tl.arange(0, DP)
     in_head = column < D
     q = tile_queries(
-        query_ptr, head, first_token, num_tokens, query_token_stride, query_head_stride, GROUP, GROUP_P, TQ, D, DP
+        query_ptr, head, first_token, num_tokens, token, member, query_token_stride, query_head_stride, GROUP, D, DP
     ).to(dtype)  # [M, DP]
-    taken = tl.load(count_ptr + pair * TQ + m // GROUP_P, mask=exists, other=0)  # [M]
-    most = tl.max(taken, axis=0)
-
-    page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + num_pages), 0).to(tl.int64)
-    t = tl.arange(0, PAGE_P)
-    base = kv_ptr + page * page_stride + head * head_stride + t * 2 * D
-    # Behind the tile's last token a page holds whatever was there.
-    kv_mask = (t < first_key + num_tokens)[:, None] & in_head[None, :]
-    k = tl.load(base[:, None] + column[None, :], mask=kv_mask, other=0.0)  # [PAGE_P, DP]
-    v = tl.load(base[:, None] + D + column[None, :], mask=kv_mask, other=0.0)
-    logit = tl.dot(q, tl.trans(k)) * (scale * LOG2E)
-    seen = t[None, :] <= (first_key + m // GROUP_P)[:, None]
-    logit = tl.where(seen, logit, float("-inf"))
-    top = tl.max(logit, axis=1)  # [M], finite: every token sees the page's first key
-    weight = tl.exp2(logit - top[:, None])
-    total = tl.sum(weight, axis=1)
-    out = tl.dot(weight.to(dtype), v)  # [M, DP]
-
-    part = head.to(tl.int64) * num_parts + (tile * TQ + m // GROUP_P) * SLOTS
+    taken = tl.load(count_ptr + pair * TQ + token, mask=exists, other=0)  # [M]
+    most = tl.max(taken, axis=0) - FORCED
+    has_rest = exists & (num_pages > taken)
+    tail_row = tail_ptr + pair * 2 * TQ * GROUP_P + token * GROUP_P + member
+    top = tl.full([M], float("-inf"), dtype=tl.float32)
+    if RESIDUAL == REGRESSION:
+        log_mean = tl.load(tail_row, mask=has_rest, other=float("-inf"))
+        center = tl.load(tail_row + TQ * GROUP_P, mask=has_rest, other=0.0)
+        top = log_mean
+    total = tl.zeros([M], dtype=tl.float32)
+    out = tl.zeros([M, DP], dtype=tl.float32)
     minus = tl.zeros([M, DP], dtype=tl.float32)
     minus_z = tl.zeros([M], dtype=tl.float32)
+    t = tl.arange(0, PAGE_P)
+    for number in tl.range(0, FORCED + 1, num_stages=1):
+        index = tl.where(number < FIRST, number, num_pages - FORCED + number)
+        page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + index), 0).to(tl.int64)
+        base = kv_ptr + page * page_stride + head * head_stride + t * 2 * D
+        # Behind the tile's last token a page holds whatever was there.
+        there = (t < PAGE) & (index * PAGE + t < position + num_tokens)
+        kv_mask = there[:, None] & in_head[None, :]
+        k = tl.load(base[:, None] + column[None, :], mask=kv_mask, other=0.0)  # [PAGE_P, DP]
+        v = tl.load(base[:, None] + D + column[None, :], mask=kv_mask, other=0.0)
+        product = tl.dot(q, tl.trans(k))
+        seen = there[None, :] & ((index * PAGE + t)[None, :] <= (position + token)[:, None])
+        logit = tl.where(seen, product * (scale * LOG2E), float("-inf"))
+        new_top = tl.maximum(top, tl.max(logit, axis=1))  # [M], finite: every token sees the page's first key
+        decay = tl.exp2(top - new_top)
+        weight = tl.exp2(logit - new_top[:, None])
+        total = total * decay + tl.sum(weight, axis=1)
+        complete = number < FORCED
+        if RESIDUAL == REGRESSION:  # as in `page_attend_kernel`
+            level = tl.where(complete, tl.exp2(log_mean - new_top), 0.0)
+            slope = level * (residual_scale * scale)
+            weight -= product * slope[:, None] + (level * (1.0 - residual_scale * center))[:, None]
+        out = tl.dot(weight.to(dtype), v, out * decay[:, None])  # [M, DP]
+        top = new_top
+        if RESIDUAL == LINEAR:
+            phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
+            phi_q = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
+            feature = tl.where(there[None, :] & complete, tl.dot(phi_q, tl.trans(phi_k)), 0.0)
+            high = feature.to(dtype)
+            low = (feature - high.to(tl.float32)).to(dtype)
+            minus = tl.dot(low, v, tl.dot(high, v, minus))
+            minus_z += tl.sum(feature, axis=1)
+
+    part = local.to(tl.int64) * num_parts + tile * PARTS * TQ + token
     for slot in tl.range(0, most, num_stages=STAGES):
-        has = exists & (slot < taken)
-        sums = part_sum_ptr + (part + slot) * 2 * GROUP_P + member
+        has = exists & (slot < taken - FORCED)
+        sums = part_sum_ptr + (part + slot * TQ) * 2 * GROUP_P + member
         part_top = tl.load(sums, mask=has, other=float("-inf"))
         part_total = tl.load(sums + GROUP_P, mask=has, other=0.0)
-        out_row = ((part + slot) * GROUP + member) * D
+        out_row = ((part + slot * TQ) * GROUP + member) * D
         mask = has[:, None] & in_head[None, :]
         more = tl.load(part_out_ptr + out_row[:, None] + column[None, :], mask=mask, other=0.0)  # [M, DP]
         new_top = tl.maximum(top, part_top)
@@ -243,30 +278,36 @@ def prefill_merge_kernel(
         top = new_top
         if RESIDUAL == LINEAR:
             minus += tl.load(part_tail_ptr + out_row[:, None] + column[None, :], mask=mask, other=0.0)
-            minus_z += tl.load(part_z_ptr + (part + slot) * GROUP_P + member, mask=has, other=0.0)
+            minus_z += tl.load(part_z_ptr + (part + slot * TQ) * GROUP_P + member, mask=has, other=0.0)
 
-    has_rest = exists & (num_pages > taken)
     if RESIDUAL != NO_RESIDUAL:
         state = tl.load(tile_state_ptr + tile).to(tl.int64)
         state_base = state_ptr + (state * num_kv_heads + head) * (S_ROWS + 1) * D
-        f = tl.arange(0, DP)
-        s_mask = in_head[:, None] & in_head[None, :]
-        s = tl.load(state_base + f[:, None] * D + column[None, :], mask=s_mask, other=0.0)  # [DP, DP]
-        features = q
-        if RESIDUAL == LINEAR:
-            features = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
-        features = features.to(tl.float32)
-        # Features have few enough digits for tf32, S has not: in two parts the product is exact to float32.
-        s_high = (s.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        read = tl.dot(features, s - s_high, tl.dot(features, s_high, input_precision="tf32"), input_precision="tf32")
+        # Features have few enough digits for tf32, S has not: in two parts the product is exact to float32. Some
+        # features at a time, so that programs share a multiprocessor.
+        FEATURES: tl.constexpr = DP if (RESIDUAL == LINEAR) | (DP < 32) else 32
+        read = tl.zeros([M, DP], dtype=tl.float32)
+        for begin in tl.static_range(0, DP, FEATURES):
+            f = begin + tl.arange(0, FEATURES)
+            if RESIDUAL == LINEAR:
+                features = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype).to(tl.float32)
+            else:
+                query = query_ptr + (first_token + token).to(tl.int64) * query_token_stride
+                query += (head * GROUP + member) * query_head_stride
+                features = tl.load(query[:, None] + f[None, :], mask=exists[:, None] & (f < D)[None, :], other=0.0)
+                features = features.to(dtype).to(tl.float32)  # [M, FEATURES]
+            s_mask = (f < D)[:, None] & in_head[None, :]
+            s = tl.load(state_base + f[:, None] * D + column[None, :], mask=s_mask, other=0.0)  # [FEATURES, DP]
+            s_high = (s.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            read = tl.dot(features, s_high, read, input_precision="tf32")
+            read = tl.dot(features, s - s_high, read, input_precision="tf32")
     if (RESIDUAL != NO_RESIDUAL) & (not DOUBLE_NORM):
-        log_mean = tl.load(tail_ptr + pair * 2 * M + m, mask=has_rest, other=float("-inf"))
+        log_mean = tl.load(tail_row, mask=has_rest, other=float("-inf"))
         num_rest = ((num_pages - taken) * PAGE).to(tl.float32)
         new_top = tl.maximum(top, log_mean)
         decay = tl.exp2(top - new_top)
         level = tl.exp2(log_mean - new_top)  # [M], 0 where there is no rest
         if RESIDUAL == REGRESSION:
-            center = tl.load(tail_ptr + pair * 2 * M + M + m, mask=has_rest, other=0.0)
             sum_v = tl.load(state_base + D * D + column, mask=in_head, other=0.0)  # [DP]
             # Over all complete tokens; the selected ones have been subtracted with their pages.
             tail = residual_scale * scale * read + (1.0 - residual_scale * center)[:, None] * sum_v[None, :]
@@ -290,6 +331,6 @@ def prefill_merge_kernel(
             variance = tl.sum(tail * tail, axis=1) / D
             tail = tail / tl.sqrt(variance + norm_eps)[:, None]
             result += tail * tl.load(tail_weight_ptr + weight_row, mask=mask, other=0.0)
-    output = output_ptr + (first_token + m // GROUP_P).to(tl.int64) * output_token_stride
+    output = output_ptr + (first_token + token).to(tl.int64) * output_token_stride
     output += head_row * output_head_stride
     tl.store(output[:, None] + column[None, :], result.to(output_ptr.dtype.element_ty), mask=mask)

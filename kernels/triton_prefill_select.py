@@ -4,14 +4,19 @@ Plain reference: `reference.selection_score`, `share_in_group`, `select_blocks`,
 2601.22379) and those of `triton_score`. A token chooses the pages that it would choose in decode.
 
 A *tile* is up to `TQ` <= 32 query tokens of one page of one row: they share their complete pages, their forced pages
-and the recurrent state, and one int32 holds which of them selected a page. The `M = TQ * GROUP_P` rows of a tile's
-matrices are its tokens' heads, heads innermost.
+and the recurrent state. The `M = TQ * GROUP_P` rows of a tile's
+matrices are its tokens' heads, in the order of `tile_rows`.
 
-Scores are never stored for each head: `prefill_score_kernel` goes over the pages three times, for the heads'
-normalisers, for the group's shared scores, and, once the selection is known, for the mass that was left out. Storing
-them would move 8 bytes a (token, page, head); computing them again is `4 d` to `6 d` FLOP on the tensor cores.
+Scores are never stored for each head: `prefill_score_kernel` goes over the pages twice, for the heads' normalisers and
+the mass of all pages, and for the group's shared scores. Storing them would move 8 bytes a (token, page, head);
+computing them again is `4 d` FLOP on the tensor cores. What the pages left out weigh is the mass of all minus that of
+the selected ones, which `prefill_list_kernel` gathers: the rest is added to the exact part's denominator, so that an
+error counts relative to both, and both are at least what was subtracted.
 
-Floor: `3 * 6 d` FLOP a (token, complete page, head); 4 bytes written and read a (token, complete page, kv head).
+`q^2` is rounded to the cache dtype once, by 2^-9 at most in bf16: independent over `d` elements, a relative error of
+about 2^-10 / sqrt(d) in the variance of `q . k`, less than what the rounding of the stored mean does to `q . mean`.
+
+Floor: `2 * 4 d` FLOP a (token, complete page, head); 4 bytes written and read a (token, complete page, kv head).
 """
 
 import triton
@@ -22,38 +27,70 @@ from .triton_select import _middle
 
 NORMALISE = tl.constexpr(0)
 SHARE = tl.constexpr(1)
-REST = tl.constexpr(2)
-MODES = {"normalise": 0, "share": 1, "rest": 2}
+MODES = {"normalise": 0, "share": 1}
 LOG2E = tl.constexpr(1.4426950408889634)
 SHIFT = tl.constexpr(100.0)
 
 
 @triton.jit
+def tile_rows(M: tl.constexpr, GROUP_P: tl.constexpr):
+    """Token and head of the group of a tile's rows: a thread holds rows `r` and `r + 8` of a product, so that bit 3
+    of a row tells heads apart and a sum over the group needs few other threads."""
+    m = tl.arange(0, M)
+    if (GROUP_P == 1) | (GROUP_P > 16):
+        token = m // GROUP_P
+        member = m % GROUP_P
+    else:
+        token = m // 16 * (16 // GROUP_P) + m % 8 // (GROUP_P // 2)
+        member = m // 8 % 2 * (GROUP_P // 2) + m % (GROUP_P // 2)
+    return token, member
+
+
+@triton.jit
+def group_sum(x, M: tl.constexpr, GROUP_P: tl.constexpr, CHUNK: tl.constexpr):
+    """`[TQ, CHUNK]` from `[M, CHUNK]` with rows as `tile_rows` has them."""
+    if GROUP_P == 1:
+        total = x
+    elif GROUP_P > 16:
+        total = tl.sum(tl.reshape(x, [M // GROUP_P, GROUP_P, CHUNK]), axis=1)
+    else:
+        HALF: tl.constexpr = GROUP_P // 2
+        total = tl.sum(tl.reshape(x, [M // 16, 2, 8 // HALF, HALF, CHUNK]), axis=1)
+        total = tl.reshape(tl.sum(total, axis=2), [M // GROUP_P, CHUNK])
+    return total
+
+
+@triton.jit
 def tile_queries(
-    query_ptr, head, first_token, num_tokens, query_token_stride, query_head_stride,
-    GROUP: tl.constexpr, GROUP_P: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    query_ptr, head, first_token, num_tokens, token, member, query_token_stride, query_head_stride,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Queries `[M, DP]` of a tile, 0 where there is none."""
-    m = tl.arange(0, TQ * GROUP_P)
-    exists = (m // GROUP_P < num_tokens) & (m % GROUP_P < GROUP)
+    """Queries `[M, DP]` of the rows `token`, `member` of a tile, 0 where there is none."""
+    exists = (token < num_tokens) & (member < GROUP)
     column = tl.arange(0, DP)
-    row = query_ptr + (first_token + m // GROUP_P).to(tl.int64) * query_token_stride
-    row += (head * GROUP + m % GROUP_P) * query_head_stride
+    row = query_ptr + (first_token + token).to(tl.int64) * query_token_stride
+    row += (head * GROUP + member) * query_head_stride
     return tl.load(row[:, None] + column[None, :], mask=exists[:, None] & (column < D)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["block_table_stride", "last_page"])
+@triton.jit
+def half_square(q, scale):
+    """`q^2 / 2` in powers of two, for the product with a page's variance; within the range of float16."""
+    q = q.to(tl.float32)
+    return tl.minimum(q * q * (scale * scale * (0.5 * LOG2E)), 60000.0)
+
+
+@triton.jit(do_not_specialize=["block_table_stride", "last_page", "first_head"])
 def prefill_score_kernel(
     query_ptr,  # [tokens, H, D]
     kv_ptr,
     block_table_ptr,
     tiles_ptr,  # [tiles, 4] int32: row, first token, tokens, position of the first token
-    lse_ptr,  # [tiles, G, M] float32: written by NORMALISE, log2 of the sum over the pages
-    grouped_ptr,  # [tiles, G, TQ, max_pages] float32: written by SHARE
-    words_ptr,  # [tiles, G, max_pages] int32: which tokens selected a page; read by REST
-    count_ptr,  # [tiles, G, TQ] int32: complete pages that a token selected; read by REST
-    gain_ptr,  # [H] float32
-    tail_ptr,  # [tiles, G, 2, M] float32: written by REST: log2 of the mean mass, mean logit of the tokens left out
+    lse_ptr,  # [tiles, heads, M] float32: written by NORMALISE, log2 of the sum over the pages
+    sums_ptr,  # [tiles, heads, 3, TQ * GROUP_P] float32: written by NORMALISE: a power of two, the mass of all pages
+    # over it, the sum of their products
+    grouped_ptr,  # [tiles, heads, TQ, max_pages] float32: written by SHARE
+    best_ptr,  # [tiles, heads, TQ, max_pages / SUB] float32: written by SHARE, the largest of SUB neighbouring pages
     query_token_stride,
     query_head_stride,
     page_stride,
@@ -61,7 +98,7 @@ def prefill_score_kernel(
     block_table_stride,
     last_page,
     max_pages,
-    num_kv_heads,
+    first_head,  # kv head; scratch begins with it
     scale,
     MODE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -70,14 +107,16 @@ def prefill_score_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    LOG_PAGE: tl.constexpr,
+    LOG2_PAGE: tl.constexpr,
     CHUNK: tl.constexpr,  # pages at a time
+    SUB: tl.constexpr,
     STAGES: tl.constexpr,
     SELECTOR: tl.constexpr,
+    MASS: tl.constexpr,  # whether the mass of all pages is asked for
 ):
-    """Grid (G, tiles, splits); only SHARE can use more than one split."""
+    """Grid (heads, tiles, splits); only SHARE can use more than one split."""
     M: tl.constexpr = TQ * GROUP_P
-    head = tl.program_id(0)
+    head = first_head + tl.program_id(0)
     tile = tl.program_id(1).to(tl.int64)
     row = tl.load(tiles_ptr + tile * 4).to(tl.int64)
     first_token = tl.load(tiles_ptr + tile * 4 + 1)
@@ -88,37 +127,39 @@ def prefill_score_kernel(
     stop = tl.minimum(start + per_split, num_pages)
     if start < stop:
         m = tl.arange(0, M)
+        token, member = tile_rows(M, GROUP_P)
         dtype = kv_ptr.dtype.element_ty
         column = tl.arange(0, DP)
         in_head = column < D
         q = tile_queries(
-            query_ptr, head, first_token, num_tokens, query_token_stride, query_head_stride, GROUP, GROUP_P, TQ, D, DP
+            query_ptr, head, first_token, num_tokens, token, member, query_token_stride, query_head_stride, GROUP, D, DP
         ).to(dtype)  # [M, DP]
+        if DP <= 128:
+            # What comes out of a product stays in registers as the left side of the next ones, where a loaded matrix
+            # would be read from shared memory again for every chunk.
+            identity = (column[:, None] == column[None, :]).to(dtype)
+            q = tl.dot(q, identity).to(dtype)
         if SELECTOR == QUEST:
             left = tl.minimum(q, 0.0).to(dtype)
             right = tl.maximum(q, 0.0).to(dtype)
         elif SELECTOR != MEAN:
-            # As in decode: q^2 in two parts, normalised to its largest element, keeps its digits.
-            square = q.to(tl.float32) * q.to(tl.float32) * (scale * scale)
-            peak = tl.maximum(tl.max(square, axis=1), 1e-30)  # [M]
-            square = square * (1024.0 / peak)[:, None]
-            square_high = square.to(dtype)
-            square_low = (square - square_high.to(tl.float32)).to(dtype)
-            restore = peak * (1.0 / 1024.0)
+            square = half_square(q, scale).to(dtype)
         pages = block_table_ptr + row * block_table_stride
         area = kv_ptr + head * head_stride + PAGE * 2 * D
         offset = tl.arange(0, CHUNK)
-        pair = tile * num_kv_heads + head
+        pair = tile * tl.num_programs(0) + tl.program_id(0)
         unit = scale * LOG2E  # logits in powers of two, which is what the hardware raises
         top = tl.full([M], float("-inf"), dtype=tl.float32)
         total = tl.zeros([M], dtype=tl.float32)
+        mass = tl.zeros([M], dtype=tl.float32)
         products = tl.zeros([M], dtype=tl.float32)
-        bit = tl.full([M], 1, dtype=tl.int32) << (m // GROUP_P)
         if MODE == SHARE:
-            member = (m % GROUP_P) < GROUP
-            lse = tl.load(lse_ptr + pair * M + m, mask=member, other=float("inf"))
-            token = tl.arange(0, TQ)
-            shared_row = grouped_ptr + (pair * TQ + token) * max_pages  # [TQ]
+            # The group's shared score itself and not its log, which would cost more than the rest: times 2^SHIFT,
+            # so that only pages of less than 2^-220 of the mass are all alike.
+            shift = tl.load(lse_ptr + pair * M + m, mask=member < GROUP, other=float("inf")) - SHIFT
+            t = tl.arange(0, TQ)
+            shared_row = grouped_ptr + (pair * TQ + t) * max_pages  # [TQ]
+            best_row = best_ptr + (pair * TQ + t) * (max_pages // SUB)
         # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
         page = tl.load(pages + tl.minimum(start + offset, num_pages - 1))
         for first in tl.range(start, stop, CHUNK, num_stages=STAGES):
@@ -136,325 +177,374 @@ def prefill_score_kernel(
                     second = tl.load(rows + D)
                 else:
                     second = tl.load(rows + D, mask=in_head[None, :], other=0.0)
-            # The mass of a page, over that of a token: factor * 2^exponent.
-            if SELECTOR == MEAN:
-                product = tl.dot(q, tl.trans(mean))  # [M, CHUNK]
-                exponent = product * unit
-            elif SELECTOR == QUEST:
+            if SELECTOR == QUEST:
                 product = tl.dot(right, tl.trans(second), tl.dot(left, tl.trans(mean)))
-                exponent = product * unit
             else:
                 product = tl.dot(q, tl.trans(mean))
-                # Only what ranks the pages needs all digits of q^2.
-                s2 = tl.dot(square_high, tl.trans(second))
-                if MODE == SHARE:
-                    s2 = tl.dot(square_low, tl.trans(second), s2)
-                if (MODE == REST) | (SELECTOR == TAYLOR2):
-                    factor = 1.0 + s2 * (restore * 0.5)[:, None]
-                    exponent = product * unit
-                elif SELECTOR == CUMULANT2:
-                    exponent = product * unit + s2 * (restore * (0.5 * LOG2E))[:, None]
-                else:
-                    tl.static_assert(SELECTOR == REM)
-                    half = s2 * (restore * (0.5 * LOG2E))[:, None]
-                    root = tl.sqrt(tl.maximum(s2, 0.0) * (restore * (2 * LOG_PAGE * LOG2E * LOG2E))[:, None])
-                    term = tl.where(half < LOG_PAGE * LOG2E, half, root - LOG_PAGE * LOG2E)
-                    exponent = product * unit + term
-            FACTOR: tl.constexpr = (MODE == REST) & (SELECTOR != MEAN) | (SELECTOR == TAYLOR2)
+            # The mass of a page, over that of a token: factor * 2^(logit + term).
+            if (SELECTOR != QUEST) & (SELECTOR != MEAN):
+                half = tl.dot(square, tl.trans(second))  # half the variance of the logits, in powers of two
+                factor = 1.0 + half * (1 / LOG2E)
+                if SELECTOR == CUMULANT2:
+                    term = half
+                elif SELECTOR == REM:
+                    root = tl.sqrt(half) * (2 * LOG2_PAGE**0.5) - LOG2_PAGE
+                    term = tl.where(half < LOG2_PAGE, half, root)
             if MODE == SHARE:
-                # The group's shared score itself and not its log, which would cost more than the rest: times 2^SHIFT,
-                # so that only pages of less than 2^-220 of the mass are all alike.
-                share = tl.exp2(exponent - (lse - SHIFT)[:, None])
-                if FACTOR:
+                share = product * unit - shift[:, None]
+                if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
+                    share += term
+                share = tl.exp2(share)
+                if SELECTOR == TAYLOR2:
                     share *= factor
-                shared = tl.sum(tl.reshape(share, [TQ, GROUP_P, CHUNK]), axis=1)
-                mask = (token < num_tokens)[:, None] & exists[None, :]
-                tl.store(shared_row[:, None] + index[None, :], shared, mask=mask)
+                share = group_sum(share, M, GROUP_P, CHUNK)  # [TQ, CHUNK]
+                mask = (t < num_tokens)[:, None] & exists[None, :]
+                tl.store(shared_row[:, None] + index[None, :], share, mask=mask)
+                best = tl.max(tl.reshape(tl.where(exists[None, :], share, 0.0), [TQ, CHUNK // SUB, SUB]), axis=2)
+                sub = first // SUB + tl.arange(0, CHUNK // SUB)
+                mask = (t < num_tokens)[:, None] & (sub * SUB < stop)[None, :]
+                tl.store(best_row[:, None] + sub[None, :], best, mask=mask)
             else:
-                if MODE == REST:
-                    word = tl.load(words_ptr + pair * max_pages + index, mask=exists, other=-1)
-                    kept = (word[None, :] & bit[:, None]) == 0
-                    products += tl.sum(tl.where(kept, product, 0.0), axis=1)
-                    exponent = tl.where(kept, exponent, float("-inf"))
-                else:
-                    exponent = tl.where(exists[None, :], exponent, float("-inf"))
-                new_top = tl.maximum(top, tl.max(exponent, axis=1))
-                safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-                mass = tl.exp2(exponent - safe[:, None])
-                if FACTOR:
-                    mass *= factor
-                total = total * tl.exp2(top - safe) + tl.sum(mass, axis=1)
+                logit = product * unit + tl.where(exists, 0.0, float("-inf"))[None, :]
+                exponent = logit
+                if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
+                    exponent += term
+                new_top = tl.maximum(top, tl.max(exponent, axis=1))  # [M], finite: a chunk has a page that exists
+                decay = tl.exp2(top - new_top)
+                weight = tl.exp2(exponent - new_top[:, None])
+                if SELECTOR == TAYLOR2:
+                    weight *= factor
+                total = total * decay + tl.sum(weight, axis=1)
+                if MASS:
+                    if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
+                        mass = mass * decay + tl.sum(tl.exp2(logit - new_top[:, None]) * factor, axis=1)
+                    products += tl.sum(tl.where(exists[None, :], product, 0.0), axis=1)
                 top = new_top
         if MODE == NORMALISE:
             tl.store(lse_ptr + pair * M + m, top + tl.log2(total))
-        if MODE == REST:
-            in_tile = m // GROUP_P < num_tokens
-            taken = tl.load(count_ptr + pair * TQ + m // GROUP_P, mask=in_tile, other=0)
-            num_rest = (num_pages - taken).to(tl.float32)  # pages
-            gain = tl.load(gain_ptr + head * GROUP + m % GROUP_P, mask=(m % GROUP_P) < GROUP, other=0.0)
-            weighs = (total > 0) & (gain > 0) & (num_rest > 0)
-            # Page masses are those of PAGE tokens, and so many tokens share them.
-            norm = tl.where(weighs, total * gain / tl.maximum(num_rest, 1.0), 1.0)
-            log_mean = tl.where(weighs, top + tl.log2(norm), float("-inf"))
-            tail = tail_ptr + pair * 2 * M + m
-            tl.store(tail, log_mean)
-            tl.store(tail + M, products * scale / tl.maximum(num_rest, 1.0))
+            if MASS:
+                if (SELECTOR == MEAN) | (SELECTOR == TAYLOR2):
+                    mass = total
+                sums = sums_ptr + pair * 3 * M + token * GROUP_P + member
+                tl.store(sums, top)
+                tl.store(sums + M, mass)
+                tl.store(sums + 2 * M, products)
 
 
 @triton.jit
-def _sum(x):
-    return tl.sum(tl.sum(x, axis=0), axis=0)
+def _largest(key, exists, forced, index, beyond, K: tl.constexpr):
+    """Which of the 2-dimensional int32 `key` >= 0 are the K largest, forced ones first; of ties the lower index."""
+    num_forced = tl.sum(forced.to(tl.int32))
+    key = tl.where(exists, key, -1)
+    key = tl.where(forced, 2147483647, key)
+    # Invariant: count(key >= low) >= K > count(key >= high), or the forced ones alone are as many, or all are fewer.
+    low = tl.min(tl.where(exists, key, 2147483647))
+    high = tl.max(tl.where(forced, -1, key)) + 1
+    low = tl.where(num_forced >= K, high, low)
+    count = tl.where(num_forced >= K, num_forced, tl.sum(exists.to(tl.int32)))
+    span = high - low
+    while (count > K) & (span > 1):
+        # Two thresholds a step, their counts in the halves of one number.
+        lower = low + tl.maximum(span // 3, 1)
+        upper = low + tl.maximum(span - span // 3, 1)
+        above = tl.sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0))
+        above_upper = (above >> 16) & 65535
+        above_lower = above & 65535
+        at_upper = above_upper >= K
+        at_lower = above_lower >= K
+        high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
+        low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
+        count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
+        span = high - low
+    selected = key >= low
+    if (count > K) & (num_forced < K):
+        # Ties at the threshold: the lower index goes first. Bisect for the last one that does.
+        tied = key == low
+        allowed = K - (count - tl.sum(tied.to(tl.int32)))
+        bound = beyond * 0
+        while beyond - bound > 1:
+            middle = (bound + beyond) // 2
+            fits = tl.sum((tied & (index < middle)).to(tl.int32)) <= allowed
+            bound = tl.where(fits, middle, bound)
+            beyond = tl.where(fits, beyond, middle)
+        selected = (key > low) | (tied & (index < bound))
+    return selected & exists, key
 
 
 @triton.jit
-def _max(x):
-    return tl.max(tl.max(x, axis=0), axis=0)
-
-
-@triton.jit
-def _min(x):
-    return tl.min(tl.min(x, axis=0), axis=0)
+def _places(taken):
+    """A place for each of the 2-dimensional `taken`, one after the other, and how many there are."""
+    taken = taken.to(tl.int32)
+    column = tl.sum(taken, axis=0)
+    place = tl.cumsum(taken, axis=0) - 1 + (tl.cumsum(column, axis=0) - column)[None, :]
+    return place, tl.sum(column, axis=0)
 
 
 @triton.jit
 def prefill_select_kernel(
     tiles_ptr,
-    grouped_ptr,  # [tiles, G, TQ, max_pages] float32
-    table_ptr,  # [tiles, G, TQ, SLOTS] int32: complete pages that a token selected, places in the row, unordered
-    count_ptr,  # [tiles, G, TQ] int32
-    bytes_ptr,  # [tiles, G, max_pages, 4] int8, the bytes of `words`
+    tile_run_ptr,  # [tiles] int32: run of a tile
+    grouped_ptr,  # [tiles, heads, TQ, max_pages] float32
+    best_ptr,  # [tiles, heads, TQ, max_pages / SUB] float32
+    table_ptr,  # [tiles, heads, TQ, SLOTS] int32: complete pages that a token selected, places in the row: the forced
+    # ones, then the others, unordered
+    rank_ptr,  # [tiles, heads, TQ, SLOTS] int32: place of the token among those of the run that selected the page
+    count_ptr,  # [tiles, heads, TQ] int32
+    totals_ptr,  # [runs, heads, max_pages] int32, zero before: tokens that selected the page and were not forced to
     max_pages,
-    num_kv_heads,
     TQ: tl.constexpr,
-    ROWS: tl.constexpr,  # tokens a program, at most 8
+    ROWS: tl.constexpr,  # tokens a program
     PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
     SLOTS: tl.constexpr,  # complete pages a token selects at most: the budget without the current page
+    SLOTS_P: tl.constexpr,  # a power of two
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    PAGES: tl.constexpr,  # a power of two, at least the complete pages of every tile
+    SUB: tl.constexpr,
+    SUBS: tl.constexpr,  # a power of two, at least the SUB-sized parts of every tile's complete pages
     LANES: tl.constexpr,
     TOP_P: tl.constexpr,  # 0 where there is none
 ):
-    """Grid (G, tiles, TQ / ROWS): every tile has more complete pages than SLOTS.
+    """Grid (heads, tiles, TQ / ROWS): every tile has more complete pages than SLOTS.
+
+    Only SLOTS parts of SUB neighbouring pages can hold a selected page: those with a forced page, and of the others
+    those with the largest best pages. The lists of pages get no order; attention computes every entry on its own.
 
     A token at a time: with one warp, nothing waits for other warps.
     """
-    head = tl.program_id(0)
     tile = tl.program_id(1).to(tl.int64)
-    byte = tl.program_id(2)
     num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
     current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
-    pair = tile * num_kv_heads + head
-    # Two dimensions, the first of which a thread has to itself: running sums along it need no other thread.
-    index = tl.arange(0, PAGES // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # [PAGES / LANES, LANES]
-    complete = index < current
-    forced = complete & ((index < FIRST) | (index > current - LAST))
-    NUM_FORCED: tl.constexpr = FIRST + (LAST - 1 if LAST > 1 else 0)
-    word = tl.zeros([PAGES // LANES, LANES], dtype=tl.int32)
+    pair = tile * tl.num_programs(0) + tl.program_id(0)
+    run = tl.load(tile_run_ptr + tile).to(tl.int64)
+    totals = totals_ptr + (run * tl.num_programs(0) + tl.program_id(0)) * max_pages
+    # The first dimension a thread has to itself: running sums along it need no other thread.
+    part = tl.arange(0, SUBS // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    num_parts = (current + SUB - 1) // SUB
+    part_exists = part < num_parts
+    part_forced = part * SUB < FIRST
+    if LAST > 1:
+        part_forced |= part * SUB + SUB > current - LAST + 1
+    slot = tl.arange(0, SLOTS_P)
     for step in tl.range(0, ROWS):
-        token = byte * ROWS + step
+        token = tl.program_id(2) * ROWS + step
         if token < num_tokens:
             row = pair * TQ + token
+            best = tl.load(best_ptr + row * (max_pages // SUB) + part, mask=part_exists, other=0.0)
+            # Not negative, so that its bits compare as it does.
+            chosen, _ = _largest(
+                best.to(tl.int32, bitcast=True), part_exists, part_exists & part_forced, part, num_parts, SLOTS
+            )
+            place, count = _places(chosen)
+            tl.store(table_ptr + row * SLOTS + place, part, mask=chosen)
+            tl.debug_barrier()
+            of_slot = tl.load(table_ptr + row * SLOTS + slot, mask=slot < count, other=0)
+            tl.debug_barrier()
+            index = of_slot[:, None] * SUB + tl.arange(0, SUB)[None, :]  # [SLOTS_P, SUB]
+            complete = (slot < count)[:, None] & (index < current)
+            forced = complete & ((index < FIRST) | (index > current - LAST))
             grouped = tl.load(grouped_ptr + row * max_pages + index, mask=complete, other=0.0)
-            # Not negative, so that its bits compare as it does. Forced pages above, pages that do not exist below all.
-            key = tl.where(complete, grouped.to(tl.int32, bitcast=True), -1)
-            key = tl.where(forced, 2147483647, key)
-            # Invariant: count(key >= low) >= SLOTS > count(key >= high), or the forced pages alone are as many.
-            low = _min(tl.where(complete, key, 2147483647))
-            high = _max(tl.where(forced, -1, key)) + 1
-            low = tl.where(NUM_FORCED >= SLOTS, high, low)
-            count = tl.where(NUM_FORCED >= SLOTS, NUM_FORCED, current)
-            span = high - low
-            while (count != SLOTS) & (span > 1):
-                # Two thresholds a step, their counts in the halves of one number.
-                lower = low + tl.maximum(span // 3, 1)
-                upper = low + tl.maximum(span - span // 3, 1)
-                above = _sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0))
-                above_upper = (above >> 16) & 65535
-                above_lower = above & 65535
-                at_upper = above_upper >= SLOTS
-                at_lower = above_lower >= SLOTS
-                high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
-                low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
-                count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
-                span = high - low
-            selected = key >= low
-            if count > SLOTS:
-                # Ties at the threshold: the lower page goes first. Bisect for the last page that does.
-                tied = key == low
-                allowed = SLOTS - (count - _sum(tied.to(tl.int32)))
-                bound = current * 0
-                beyond = current
-                while beyond - bound > 1:
-                    middle = (bound + beyond) // 2
-                    fits = _sum((tied & (index < middle)).to(tl.int32)) <= allowed
-                    bound = tl.where(fits, middle, bound)
-                    beyond = tl.where(fits, beyond, middle)
-                selected = (key > low) | (tied & (index < bound))
+            selected, key = _largest(grouped.to(tl.int32, bitcast=True), complete, forced, index, current, SLOTS)
 
             if TOP_P > 0:
-                # As in `triton_select`: bisect for the least key with too little mass above it.
-                enough = TOP_P * _sum(grouped)
+                # As in `triton_select`: bisect for the least key with too little mass above it. Every head's shares
+                # of all pages make 1.
+                enough = TOP_P * GROUP * tl.exp2(SHIFT)
                 chosen = tl.where(selected, grouped, 0.0)
-                low_key = _min(tl.where(selected, key, 2147483647)) - 1
+                low_key = tl.min(tl.where(selected, key, 2147483647)) - 1
                 high_key = tl.full([], 2147483647, dtype=tl.int32)
                 middle = _middle(low_key, high_key)
                 while middle != low_key:
-                    short = _sum(tl.where(key > middle, chosen, 0.0)) < enough
+                    short = tl.sum(tl.where(key > middle, chosen, 0.0)) < enough
                     high_key = tl.where(short, middle, high_key)
                     low_key = tl.where(short, low_key, middle)
                     middle = _middle(low_key, high_key)
                 # Of its ties the lower page goes first, while the mass before it is too little.
                 tied = selected & (key == high_key)
-                above_mass = _sum(tl.where(key > high_key, chosen, 0.0))
+                above_mass = tl.sum(tl.where(key > high_key, chosen, 0.0))
                 bound = current * 0
                 beyond = current
                 while beyond - bound > 1:
                     middle = (bound + beyond) // 2
-                    short = above_mass + _sum(tl.where(tied & (index < middle), chosen, 0.0)) < enough
+                    short = above_mass + tl.sum(tl.where(tied & (index < middle), chosen, 0.0)) < enough
                     bound = tl.where(short, middle, bound)
                     beyond = tl.where(short, beyond, middle)
                 selected &= forced | (key > high_key) | (tied & (index <= bound))
 
-            taken = selected.to(tl.int32)
-            column = tl.sum(taken, axis=0)  # [LANES]
-            slot = tl.cumsum(taken, axis=0) - 1 + (tl.cumsum(column, axis=0) - column)[None, :]
-            tl.store(table_ptr + row * SLOTS + slot, index, mask=selected)
-            tl.store(count_ptr + row, tl.sum(column, axis=0))
-            word += taken << step
-    target = bytes_ptr + (pair * max_pages + index) * 4
-    tl.store(target + byte, word.to(tl.int8), mask=complete)
-    if byte == 0:  # tokens that a tile cannot have
-        for absent in tl.static_range(TQ // ROWS, 4):
-            tl.store(target + absent, tl.zeros_like(word).to(tl.int8), mask=complete)
-
-
-@triton.jit
-def _bits(word):
-    """Number of bits set in an int32."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + ((word >> 4) & 0x0F0F0F0F)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24) & 0xFF
+            FORCED: tl.constexpr = FIRST + LAST - 1
+            free = selected & (forced == 0)
+            place, count = _places(free)
+            place = tl.where(free, FORCED + place, tl.where(index < FIRST, index, FORCED + index - current))
+            tl.store(table_ptr + row * SLOTS + place, index, mask=selected)
+            tl.store(count_ptr + row, FORCED + count)
+            rank = tl.atomic_add(totals + index, 1, mask=free, sem="relaxed")
+            tl.store(rank_ptr + row * SLOTS + place, rank, mask=free)
 
 
 @triton.jit
 def prefill_count_kernel(
-    tiles_ptr,
-    runs_ptr,  # [runs, 3] int32: first tile, tiles, row, of a row's share of this pass
-    words_ptr,
-    offsets_ptr,  # [tiles, G, max_pages] int32: tokens of earlier tiles of the run that selected the page
-    totals_ptr,  # [runs, G, max_pages] int32: tokens that selected the page
-    items_ptr,  # [runs, G, max_pages] int32: their work items of TM tokens
-    max_pages,
-    num_kv_heads,
-    PAGE: tl.constexpr,
+    totals_ptr,
+    steps_ptr,  # [2, lists] int32: steps of TM tokens of a list; its work items of at most SPAN steps
+    num_lists,
     TM: tl.constexpr,
-    WIDTH: tl.constexpr,  # pages a program
+    SPAN: tl.constexpr,
+    WIDTH: tl.constexpr,  # lists a program
 ):
-    """Grid (page groups, G, runs): how many tokens of a run selected a page, for lists in the order of tokens."""
+    """Grid (list groups)."""
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    head = tl.program_id(1)
-    run = tl.program_id(2)
-    first_tile = tl.load(runs_ptr + run * 3)
-    num_tiles = tl.load(runs_ptr + run * 3 + 1)
-    running = tl.zeros([WIDTH], dtype=tl.int32)
-    for step in tl.range(0, num_tiles, num_stages=4):
-        tile = (first_tile + step).to(tl.int64)
-        current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
-        where = (tile * num_kv_heads + head) * max_pages + index
-        word = tl.load(words_ptr + where, mask=index < current, other=0)
-        tl.store(offsets_ptr + where, running, mask=index < current)
-        running += _bits(word)
-    where = (run.to(tl.int64) * num_kv_heads + head) * max_pages + index
-    tl.store(totals_ptr + where, running, mask=index < max_pages)
-    tl.store(items_ptr + where, (running + TM - 1) // TM, mask=index < max_pages)
+    steps = (tl.load(totals_ptr + index, mask=index < num_lists, other=0) + TM - 1) // TM
+    tl.store(steps_ptr + index, steps, mask=index < num_lists)
+    tl.store(steps_ptr + num_lists + index, (steps + SPAN - 1) // SPAN, mask=index < num_lists)
 
 
 @triton.jit(do_not_specialize=["block_table_stride"])
 def prefill_work_kernel(
     block_table_ptr,
-    runs_ptr,
+    runs_ptr,  # [runs, 3] int32: first tile, tiles, row, of a row's share of this pass
     totals_ptr,
-    items_ptr,
-    ends_ptr,  # [runs, G, max_pages] int32: running sum of the items
-    work_ptr,  # [items] int32: page * G + kv head
-    list_ptr,  # [items, TM, 2] int32
+    steps_ptr,
+    ends_ptr,  # [2, runs, heads, max_pages] int32: running sums of `steps`
+    work_ptr,  # [items, 4] int32: page, head of the pass, first step, steps
+    list_ptr,  # [steps, TM, 2] int32
     block_table_stride,
     max_pages,
-    num_kv_heads,
     TM: tl.constexpr,
+    SPAN: tl.constexpr,
     WIDTH: tl.constexpr,  # pages a program
 ):
-    """Grid (page groups, G, runs): what each work item is about; the unused end of a page's last item becomes -1."""
+    """Grid (page groups, heads, runs): what a work item is about; the unused end of a page's last step becomes -1."""
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     exists = index < max_pages
     head = tl.program_id(1)
     run = tl.program_id(2).to(tl.int64)
     row = tl.load(runs_ptr + run * 3 + 2).to(tl.int64)
-    where = (run * num_kv_heads + head) * max_pages + index
+    where = (run * tl.num_programs(1) + head) * max_pages + index
+    lists = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * max_pages
     total = tl.load(totals_ptr + where, mask=exists, other=0)
-    items = tl.load(items_ptr + where, mask=exists, other=0)
-    first = (tl.load(ends_ptr + where, mask=exists, other=0) - items).to(tl.int64)
-    used = items > 0
+    steps = tl.load(steps_ptr + where, mask=exists, other=0)
+    items = tl.load(steps_ptr + lists + where, mask=exists, other=0)
+    first = tl.load(ends_ptr + where, mask=exists, other=0) - steps
+    first_item = (tl.load(ends_ptr + lists + where, mask=exists, other=0) - items).to(tl.int64)
+    used = steps > 0
     page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + index, mask=used, other=0), 0)
     for item in tl.range(0, tl.max(items, axis=0)):
-        tl.store(work_ptr + first + item, page * num_kv_heads + head, mask=item < items)
+        target = work_ptr + (first_item + item) * 4
+        mask = item < items
+        tl.store(target, page, mask=mask)
+        tl.store(target + 1, tl.zeros_like(page) + head, mask=mask)
+        tl.store(target + 2, first + item * SPAN, mask=mask)
+        tl.store(target + 3, tl.minimum(steps - item * SPAN, SPAN), mask=mask)
     slot = tl.arange(0, TM)
     free = total[:, None] + slot[None, :]  # [WIDTH, TM]
-    target = list_ptr + (first[:, None] * TM + free) * 2
-    mask = used[:, None] & (free < (items * TM)[:, None])
+    target = list_ptr + (first.to(tl.int64)[:, None] * TM + free) * 2
+    mask = used[:, None] & (free < (steps * TM)[:, None])
     tl.store(target, tl.full([WIDTH, TM], -1, dtype=tl.int32), mask=mask)
     tl.store(target + 1, tl.zeros([WIDTH, TM], dtype=tl.int32), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride", "last_page", "first_head"])
 def prefill_list_kernel(
+    query_ptr,
+    kv_ptr,
+    block_table_ptr,
     tiles_ptr,
-    tile_run_ptr,  # [tiles] int32: run of a tile
+    tile_run_ptr,
     table_ptr,
+    rank_ptr,
     count_ptr,
-    words_ptr,
-    offsets_ptr,
-    items_ptr,
+    steps_ptr,
     ends_ptr,
-    list_ptr,  # [items, TM, 2] int32: (tile * TQ + token) * SLOTS + slot, and the token's place in the batch
-    tail_ptr,  # [tiles, G, 2, M] float32
-    list_tail_ptr,  # [items, TM, 2, GROUP_P] float32: the same, beside the entries, where attention needs it
+    sums_ptr,
+    gain_ptr,  # [H] float32
+    tail_ptr,  # [tiles, heads, 2, TQ * GROUP_P] float32: log2 of the mean mass, mean logit of the tokens left out
+    list_ptr,  # [steps, TM, 2] int32: (tile * (SLOTS - FORCED) + slot) * TQ + token, and the token's place in the batch
+    list_tail_ptr,  # [steps, TM, 2, GROUP_P] float32: the tail, beside the entries, where attention needs it
+    query_token_stride,
+    query_head_stride,
+    page_stride,
+    head_stride,
+    block_table_stride,
+    last_page,
     max_pages,
-    num_kv_heads,
+    first_head,
+    scale,
+    GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     TQ: tl.constexpr,
     TM: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
     SLOTS: tl.constexpr,
-    SLOTS_P: tl.constexpr,
-    TAIL: tl.constexpr,
+    SLOTS_P: tl.constexpr,  # a power of two, at least 16
+    FORCED: tl.constexpr,
+    SELECTOR: tl.constexpr,
+    MASS: tl.constexpr,  # whether there is a tail
+    LIST_TAIL: tl.constexpr,
 ):
-    """Grid (G, tiles, TQ): every selected (token, page) into the list of its page."""
-    head = tl.program_id(0)
+    """Grid (heads, tiles, TQ): every (token, page) that was selected and not forced into the list of its page; what was
+    left out weighs what all pages weigh less the selected ones."""
     tile = tl.program_id(1).to(tl.int64)
     token = tl.program_id(2)
     if token < tl.load(tiles_ptr + tile * 4 + 2):
-        pair = tile * num_kv_heads + head
+        pair = tile * tl.num_programs(0) + tl.program_id(0)
         run = tl.load(tile_run_ptr + tile).to(tl.int64)
         slot = tl.arange(0, SLOTS_P)
-        taken = slot < tl.load(count_ptr + pair * TQ + token)
+        count = tl.load(count_ptr + pair * TQ + token)
+        taken = slot < count
         page = tl.load(table_ptr + (pair * TQ + token) * SLOTS + slot, mask=taken, other=0)
-        where = pair * max_pages + page
-        word = tl.load(words_ptr + where, mask=taken, other=0)
-        rank = _bits(word & ((1 << token) - 1))
-        where_run = (run * num_kv_heads + head) * max_pages + page
-        first = tl.load(ends_ptr + where_run, mask=taken, other=0) - tl.load(items_ptr + where_run, mask=taken, other=0)
-        place = first.to(tl.int64) * TM + tl.load(offsets_ptr + where, mask=taken, other=0) + rank
-        entry = ((tile * TQ + token) * SLOTS + slot).to(tl.int32)
+        listed = taken & (slot >= FORCED)
+        rank = tl.load(rank_ptr + (pair * TQ + token) * SLOTS + slot, mask=listed, other=0)
+        where = (run * tl.num_programs(0) + tl.program_id(0)) * max_pages + page
+        first = tl.load(ends_ptr + where, mask=listed, other=0) - tl.load(steps_ptr + where, mask=listed, other=0)
+        place = first.to(tl.int64) * TM + rank
+        entry = ((tile * (SLOTS - FORCED) + slot - FORCED) * TQ + token).to(tl.int32)
         batch_token = tl.load(tiles_ptr + tile * 4 + 1) + token
-        tl.store(list_ptr + place * 2, entry, mask=taken)
-        tl.store(list_ptr + place * 2 + 1, tl.zeros_like(entry) + batch_token, mask=taken)
-        if TAIL:
-            member = tl.arange(0, GROUP_P)
-            source = tail_ptr + pair * 2 * TQ * GROUP_P + token * GROUP_P + member  # [GROUP_P]
-            target = list_tail_ptr + place[:, None] * 2 * GROUP_P + member[None, :]  # [SLOTS_P, GROUP_P]
-            for part in tl.static_range(2):
-                value = tl.load(source + part * TQ * GROUP_P)
-                value = tl.broadcast_to(value[None, :], [SLOTS_P, GROUP_P])
-                tl.store(target + part * GROUP_P, value, mask=taken[:, None])
+        tl.store(list_ptr + place * 2, entry, mask=listed)
+        tl.store(list_ptr + place * 2 + 1, tl.zeros_like(entry) + batch_token, mask=listed)
+        if MASS:
+            head = first_head + tl.program_id(0)
+            row = tl.load(tiles_ptr + tile * 4).to(tl.int64)
+            num_pages = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
+            MP: tl.constexpr = GROUP_P if GROUP_P > 16 else 16  # heads, padded for the tensor cores
+            member = tl.arange(0, MP)
+            in_group = member < GROUP
+            column = tl.arange(0, DP)
+            in_head = column < D
+            dtype = kv_ptr.dtype.element_ty
+            query = query_ptr + batch_token.to(tl.int64) * query_token_stride
+            query += (head * GROUP + member) * query_head_stride
+            q = tl.load(query[:, None] + column[None, :], mask=in_group[:, None] & in_head[None, :], other=0.0)
+            q = q.to(dtype)  # [MP, DP]
+            physical = tl.load(block_table_ptr + row * block_table_stride + page, mask=taken, other=0)
+            statistic = kv_ptr + tl.minimum(tl.maximum(physical, 0), last_page).to(tl.int64) * page_stride
+            statistic += head * head_stride + PAGE * 2 * D
+            rows = statistic[:, None] + column[None, :]
+            mask = taken[:, None] & in_head[None, :]
+            mean = tl.load(rows, mask=mask, other=0.0)  # [SLOTS_P, DP]
+            product = tl.dot(q, tl.trans(mean))  # [MP, SLOTS_P], 0 where nothing was taken
+            sums = sums_ptr + pair * 3 * TQ * GROUP_P + token * GROUP_P + member
+            top = tl.load(sums, mask=in_group, other=0.0)
+            all_mass = tl.load(sums + TQ * GROUP_P, mask=in_group, other=0.0)
+            all_products = tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
+            weight = tl.exp2(product * (scale * LOG2E) - top[:, None])
+            if SELECTOR != MEAN:
+                second = tl.load(rows + D, mask=mask, other=0.0)
+                weight *= 1.0 + tl.dot(half_square(q, scale).to(dtype), tl.trans(second)) * (1 / LOG2E)
+            rest = all_mass - tl.sum(tl.where(taken[None, :], weight, 0.0), axis=1)  # [MP]
+            rest = tl.where(num_pages > count, rest, 0.0)
+            num_rest = tl.maximum(num_pages - count, 1).to(tl.float32)  # pages
+            gain = tl.load(gain_ptr + head * GROUP + member, mask=in_group, other=0.0)
+            weighs = (rest > 0) & (gain > 0)
+            # Page masses are those of PAGE tokens, and so many tokens share them.
+            norm = tl.where(weighs, rest * gain / num_rest, 1.0)
+            log_mean = tl.where(weighs, top + tl.log2(norm), float("-inf"))
+            center = (all_products - tl.sum(product, axis=1)) * scale / num_rest
+            tail = tail_ptr + pair * 2 * TQ * GROUP_P + token * GROUP_P + member
+            tl.store(tail, log_mean, mask=in_group)
+            tl.store(tail + TQ * GROUP_P, center, mask=in_group)
+            if LIST_TAIL:
+                target = list_tail_ptr + place[:, None] * 2 * GROUP_P + member[None, :]  # [SLOTS_P, MP]
+                mask = listed[:, None] & in_group[None, :]
+                tl.store(target, tl.broadcast_to(log_mean[None, :], [SLOTS_P, MP]), mask=mask)
+                tl.store(target + GROUP_P, tl.broadcast_to(center[None, :], [SLOTS_P, MP]), mask=mask)

@@ -2,7 +2,8 @@
 
 Plain reference: `reference.recurrent_state` over the complete pages below a page. Source: residual linear attention,
 SPLA (arXiv 2601.22379). The state's blocks are brought up to the first tile's page by the rule that decode follows
-(`trusted_pages`); then each page's state is put aside before the page is folded.
+(`trusted_pages`); then each page's state is put aside before the page is folded. Rows that attend to everything only
+have their state brought up to date (not KEEP), so that their first decode step finds it.
 
 Floor, bytes a page and kv head: `2 B d` elements read, `(F_S + F_z / d) d` float32 written. FLOP: `2 B F_S d`.
 """
@@ -26,7 +27,6 @@ def prefill_state_kernel(
     tile_state_ptr,  # [tiles] int32: place in `states_ptr` of the state at a tile's page; ascending within a run
     states_ptr,  # [states, G, S_ROWS + 1, D] float32; the last row is z, for `linear` only
     arrivals_ptr,  # [runs, G] int32, zero between launches
-    num_kv_heads,
     page_stride,
     head_stride,
     int_page_stride,
@@ -49,10 +49,12 @@ def prefill_state_kernel(
     S_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     LINEAR: tl.constexpr,
+    KEEP: tl.constexpr,  # whether states are put aside
 ):
     """Grid (PARTS, G, runs)."""
     part = tl.program_id(0)
     head = tl.program_id(1)
+    num_heads = tl.num_programs(1)
     run = tl.program_id(2)
     first_tile = tl.load(runs_ptr + run * 3).to(tl.int64)
     last_tile = first_tile + tl.load(runs_ptr + run * 3 + 1) - 1
@@ -84,16 +86,17 @@ def prefill_state_kernel(
     s = tl.load(s_rows, mask=(feature < kept)[:, None] & in_head[None, :], other=0.0)  # [SLICE, DP]
     z = tl.load(z_row, mask=of_key & (feature < kept), other=0.0)
     folded = tl.zeros([SLICE, TILE], dtype=tl.float32)  # keys that z lacks, one sum a place in a tile
-    states = states_ptr + (first_state.to(tl.int64) * num_kv_heads + head) * (S_ROWS + 1) * D
+    states = states_ptr + (first_state.to(tl.int64) * num_heads + head) * (S_ROWS + 1) * D
     begin = tl.minimum(covered, first_page)
     # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
     page = tl.load(pages + begin)
     for index in tl.range(begin, target, num_stages=STAGES):
-        out = states + (index - first_page).to(tl.int64) * num_kv_heads * (S_ROWS + 1) * D
-        put = feature < tl.where(index >= first_page, S_ROWS, 0)
-        tl.store(out + feature[:, None] * D + column[None, :], s, mask=put[:, None] & in_head[None, :])
-        if LINEAR:
-            tl.store(out + S_ROWS * D + feature, z, mask=put & of_key)
+        if KEEP:
+            out = states + (index - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
+            put = feature < tl.where(index >= first_page, S_ROWS, 0)
+            tl.store(out + feature[:, None] * D + column[None, :], s, mask=put[:, None] & in_head[None, :])
+            if LINEAR:
+                tl.store(out + S_ROWS * D + feature, z, mask=put & of_key)
         base = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + head * head_stride
         page = tl.load(pages + tl.minimum(index + 1, target - 1))
         for first in tl.static_range(0, PAGE, TILE):
@@ -108,18 +111,19 @@ def prefill_state_kernel(
                 k = tl.where((feature == D)[:, None], 1.0, k).to(dtype)
             s = tl.dot(k, v, s)
     z += tl.sum(folded, axis=1)
-    out = states + (target - first_page).to(tl.int64) * num_kv_heads * (S_ROWS + 1) * D
-    tl.store(out + feature[:, None] * D + column[None, :], s, mask=in_slice[:, None] & in_head[None, :])
-    if LINEAR:
-        tl.store(out + S_ROWS * D + feature, z, mask=of_key)
+    if KEEP:
+        out = states + (target - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
+        tl.store(out + feature[:, None] * D + column[None, :], s, mask=in_slice[:, None] & in_head[None, :])
+        if LINEAR:
+            tl.store(out + S_ROWS * D + feature, z, mask=of_key)
     if covered < target:
         tl.store(s_rows, s, mask=in_slice[:, None] & in_head[None, :])
         tl.store(z_row, z, mask=of_key)
         # All slices have read the headers before the last of them arrives here, so it may replace them.
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr + run * num_kv_heads + head, 1, sem="acq_rel")
+        arrived = tl.atomic_add(arrivals_ptr + run * num_heads + head, 1, sem="acq_rel")
         if arrived == PARTS - 1:
-            tl.store(arrivals_ptr + run * num_kv_heads + head, 0)
+            tl.store(arrivals_ptr + run * num_heads + head, 0)
             write_headers(
                 kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
                 block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,

@@ -28,8 +28,8 @@ class SplaOptions:
         residual_scale: Factor on the covariance term of the `regression` residual.
         combine: `shared_normalizer`, or `double_rmsnorm` for models trained with it.
         rms_norm_eps: Epsilon of `double_rmsnorm`.
-        prefill_dense_below: Prompt tokens at positions below this attend to everything. None means all of them on a
-            GPU, where the sparse prefill is young, and none beyond the budget on a CPU.
+        prefill_dense_below: Prompt tokens at positions below this attend to everything. None means where a dense token
+            is cheaper on a GPU (`kernels/cuda.py`), and none beyond the budget on a CPU.
         parameters_file: File of learned parameters, from the current folder or the model's; None means
             `spla.safetensors` beside the model's weights where there is one, `none` means no file.
     """
