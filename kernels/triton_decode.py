@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ..algorithm.parameters import SplaParameters
+from .flashinfer_decode import FlashInferDecode, check_flashinfer
 from .layout import STATE_MAGIC, layouts
 from .triton_attend import RESIDUAL_CODES, attend_kernel
 from .triton_cache import SELECTOR_CODES, update_cache_kernel
@@ -213,6 +214,7 @@ class _Scratch:
             # Arrival counters start at zero and every launch leaves them so; nothing else is read before it is written.
             setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
         self.nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+        self.flashinfer: dict[tuple, FlashInferDecode] = {}  # by what shapes do not tell
 
     scores: torch.Tensor  # [tokens, G, max_pages, GROUP_P] float32
     mass: torch.Tensor  # as scores, or 1 element
@@ -256,6 +258,7 @@ class TritonPagedSpla:
         max_model_len: The most tokens of a sequence.
         device: Where the cache lives.
         tuning: Launch shapes for every batch, instead of those that `tuning` chooses.
+        executor: What attends to the selected pages: our own kernel (`spla`) or `flashinfer`.
 
     Attributes:
         page_layout: Bytes of a page.
@@ -284,8 +287,9 @@ class TritonPagedSpla:
         max_model_len: int,
         device: torch.device | str,
         tuning: Tuning | None = None,
+        executor: str = "spla",
     ) -> None:
-        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len)
+        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, executor)
         device = torch.device(device)
         self._tuning = tuning
         self.params, self.scale, self.device = params, float(scale), device
@@ -322,11 +326,17 @@ class TritonPagedSpla:
         self._width = min(self._pages_p, max(16, _SELECT_ELEMENTS // self._group_p))
         self._scratch = _Scratch.shared(self._scratch_shapes(), device)
         self.page_table, self.page_counts = self._scratch.table, self._scratch.count
+        self._flashinfer: FlashInferDecode | None = None
+        if executor == "flashinfer":
+            geometry = (params.page_size, head_size, self.group, cache_dtype, self.scale)
+            if geometry not in self._scratch.flashinfer:
+                self._scratch.flashinfer[geometry] = FlashInferDecode(self)
+            self._flashinfer = self._scratch.flashinfer[geometry]
 
     @property
     def scratch_bytes(self) -> int:
         """Bytes of the scratch, which all layers of one geometry share."""
-        return self._scratch.nbytes
+        return self._scratch.nbytes + (self._flashinfer.nbytes if self._flashinfer else 0)
 
     def _scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, group, kv_heads, pages = self.max_num_rows, self._group_p, self.num_kv_heads, self.max_pages
@@ -573,6 +583,11 @@ class TritonPagedSpla:
                 **selection,
                 **dependent,
             )
+        if self._flashinfer is not None:
+            self._flashinfer.attend(
+                self, tuning, query, kv_cache, query_start_loc, seq_lens, output, max_query_len
+            )  # fmt: skip
+            return
         mass_parts = tuning.mass_parts if self.has_mass else 0
         attend_kernel[(tuning.attend_splits + mass_parts, kv_heads, tokens)](
             query,
@@ -628,7 +643,13 @@ class TritonPagedSpla:
 
 
 def _check(
-    params: SplaParameters, num_heads: int, num_kv_heads: int, head_size: int, cache_dtype: torch.dtype, query_len: int
+    params: SplaParameters,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    cache_dtype: torch.dtype,
+    query_len: int,
+    executor: str,
 ) -> None:
     """One place for every case that these kernels refuse."""
     if params.selection_block != params.page_size:
@@ -657,3 +678,7 @@ def _check(
         raise ValueError("several query tokens a row need last_blocks >= 2: the state does not cover the page before")
     if query_len > params.page_size:
         raise ValueError(f"{query_len} query tokens a row exceed a page of {params.page_size}")
+    if executor == "flashinfer":
+        check_flashinfer(head_size)
+    elif executor != "spla":
+        raise ValueError(f"executor {executor!r} is neither spla nor flashinfer")

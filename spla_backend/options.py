@@ -11,6 +11,8 @@ from typing import Any
 
 from .algorithm.parameters import COMBINES, RESIDUALS, SplaParameters
 
+EXECUTORS = ("spla", "flashinfer")
+
 
 @dataclass(frozen=True)
 class SplaOptions:
@@ -30,6 +32,7 @@ class SplaOptions:
         rms_norm_eps: Epsilon of `double_rmsnorm`.
         prefill_dense_below: Prompt tokens at positions below this attend to everything. None means all of them on a
             GPU, where the sparse prefill is young, and none beyond the budget on a CPU.
+        executor: What attends to the selected pages in decode on a GPU: `spla` or `flashinfer`.
     """
 
     budget: int = 2048
@@ -44,6 +47,7 @@ class SplaOptions:
     combine: str = "shared_normalizer"
     rms_norm_eps: float = 1e-6
     prefill_dense_below: int | None = None
+    executor: str = "spla"
 
     @classmethod
     def from_sources(cls, *sources: Mapping[str, Any] | None) -> "SplaOptions":
@@ -88,6 +92,7 @@ class SplaOptions:
         self._check_choice("residual", RESIDUALS)
         self._check_choice("feature_map", feature_map_names())
         self._check_choice("combine", COMBINES)
+        self._check_choice("executor", EXECUTORS)
         if self.top_p is not None:
             self._check_number("top_p", above=0, at_most=1)
         self._check_number("residual_scale", above=-1e-30)

@@ -86,6 +86,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             torch.device(device),
             get_options().parameters(page_size),
             limits,
+            executor=get_options().executor,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,

@@ -135,6 +135,7 @@ def make_batch(
     tuning: Tuning | None = None,
     token_major: bool = False,
     chunk: int = 37,
+    executor: str = "spla",
 ) -> Batch:
     """Random rows, written to the cache in chunks of `chunk` tokens (0: all at once).
 
@@ -156,6 +157,7 @@ def make_batch(
         max_model_len=longest,
         device=device,
         tuning=tuning,
+        executor=executor,
     )
     layout, rows = op.page_layout, len(lengths)
     width = -(-longest // page)
