@@ -136,10 +136,12 @@ def make_batch(
     token_major: bool = False,
     chunk: int = 37,
     executor: str = "spla",
+    captured: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
 ) -> Batch:
     """Random rows, written to the cache in chunks of `chunk` tokens (0: all at once).
 
     Keys have a mean of their own in every page, so that pages differ in mass and the residual has something to say.
+    `captured` takes their place: of each row keys and values `[length, G, d]` and queries `[query_len, H, d]`.
     """
     generator = torch.Generator().manual_seed(seed)
     page, longest = params.page_size, max(max(lengths), max_model_len, 1)
@@ -176,13 +178,17 @@ def make_batch(
         return torch.randn(size, generator=generator)
 
     keys, values = [], []
-    for length in lengths:
+    for length in lengths if captured is None else ():
         shift = draw(-(-max(length, 1) // page), num_kv_heads, head_size).repeat_interleave(page, 0)[:length]
         keys.append((draw(length, num_kv_heads, head_size) + 0.5 * shift).to(device, dtype))
         mixed = draw(length, num_kv_heads, head_size) + 0.5 * keys[-1].float().cpu() + shift
         values.append(mixed.to(device, dtype))
     # A token stride of its own, as a slice of a joint projection has it.
     joint = (2 * draw(rows * query_len, num_heads + 2, head_size)).to(device, dtype)
+    if captured is not None:
+        keys = [k.to(device, dtype) for k, _, _ in captured]
+        values = [v.to(device, dtype) for _, v, _ in captured]
+        joint[:, :num_heads] = torch.cat([q for _, _, q in captured]).to(device, dtype)
     starts = torch.arange(rows + 1) * query_len
     if lengths and lengths[-1] == 0:  # padded rows stand last and have no tokens
         real = sum(length > 0 for length in lengths)
