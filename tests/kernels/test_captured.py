@@ -122,7 +122,6 @@ def test_gpu_prefill(kind: str) -> None:
 
 @gpu
 @needs_flashinfer
-@pytest.mark.xdist_group("flashinfer")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gpu_flashinfer(kind: str) -> None:
     batch = make(kind, len(INPUTS["k"]), 64, 8, 4, executor="flashinfer")
