@@ -371,7 +371,8 @@ class FlashInferDecode:
         scratch, kv_heads, d = op._scratch, op.num_kv_heads, op.head_size
         tokens, budget = scratch.table.shape[0], scratch.table.shape[2]
         # The sizes that vLLM captures, as far as batches go; a step takes the next larger one.
-        self._sizes = sorted({1, 2, 4, *range(8, tokens, 8), tokens} - set(range(tokens + 1, 9)))
+        sizes = {1, 2, 4, *range(8, 256, 8), *range(256, tokens, 64)}
+        self._sizes = [*sorted(n for n in sizes if n < tokens), tokens]
         requests, device = tokens * kv_heads, op.device
         self._indptr = torch.arange(requests + 1, dtype=torch.int32, device=device) * budget
         self._last_page_len = torch.zeros(requests, dtype=torch.int32, device=device)
