@@ -24,6 +24,7 @@ One cache serves all contexts and batches of a page size: rows are cut from its 
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import multiprocessing
@@ -482,27 +483,28 @@ class Benchmark:
                 print(f"page {page}, context {context}: done", flush=True)
 
 
-def compile_shape(shape: Shape) -> None:
+def compile_shape(executors: list[str], shape: Shape) -> None:
     """Run a step of a shape on next to nothing, so that its kernels are compiled and cached on disk."""
-    op = shape.op()
-    width = -(-shape.context // shape.page)
-    cache = torch.zeros(
-        3 + op.state_layout.num_blocks, KV_HEADS, op.page_layout.rows, 2 * HEAD_SIZE, dtype=DTYPE, device=DEVICE
-    )
-    query = torch.zeros(shape.batch, HEADS, HEAD_SIZE, dtype=DTYPE, device=DEVICE)
-    blocks = torch.zeros(shape.batch, op.state_layout.num_blocks, dtype=torch.int32, device=DEVICE)
-    table = torch.zeros(shape.batch, width, dtype=torch.int32, device=DEVICE)
-    starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
-    lengths = torch.ones(shape.batch, dtype=torch.int32, device=DEVICE)
-    op.decode(query, cache, cache, starts, lengths, table, blocks, torch.empty_like(query), 1)
-    torch.cuda.synchronize()
+    for executor in executors:
+        op = shape.op(executor)
+        blocks = op.state_layout.num_blocks
+        pages = 3 + blocks
+        cache = torch.zeros(pages, KV_HEADS, op.page_layout.rows, 2 * HEAD_SIZE, dtype=DTYPE, device=DEVICE)
+        query = torch.zeros(shape.batch, HEADS, HEAD_SIZE, dtype=DTYPE, device=DEVICE)
+        width = -(-shape.context // shape.page)
+        tables = (torch.zeros(shape.batch, n, dtype=torch.int32, device=DEVICE) for n in (width, blocks))
+        starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
+        lengths = torch.ones(shape.batch, dtype=torch.int32, device=DEVICE)
+        op.decode(query, cache, cache, starts, lengths, *tables, torch.empty_like(query), 1)
+        torch.cuda.synchronize()
 
 
-def warm_up(shapes: list[Shape], processes: int) -> None:
-    """Compile the Triton kernels of many shapes side by side; one after the other they take minutes."""
+def warm_up(shapes: list[Shape], impls: list[str], processes: int) -> None:
+    """Compile the kernels of many shapes side by side; one after the other they take minutes."""
+    executors = [executor for executor, impl in (("spla", "spla"), ("flashinfer", "spla_flashinfer")) if impl in impls]
     different = {(s.batch, s.budget, s.page, max(s.context, 131072)): s for s in shapes}.values()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_shape, different))
+        list(pool.map(functools.partial(compile_shape, executors), different))
 
 
 def main() -> None:
@@ -514,7 +516,7 @@ def main() -> None:
     parser.add_argument("--impls", default=",".join(IMPLS))
     parser.add_argument("--quick", action="store_true", help="16K and 128K, batches 1, 8, 32, budget 2048, page 64")
     parser.add_argument("--breakdown", action="store_true", help="time the kernels of SPLA apart")
-    parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="compile Triton kernels in N processes")
+    parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="compile in N processes first")
     parser.add_argument("--append", action="store_true", help="add to the rows that the file has already")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="only draw the rows of this file, as PNG files beside it")
@@ -532,7 +534,8 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown implementations {', '.join(unknown)}")
     if args.warm_up:
-        warm_up([Shape(b, c, t, p) for p in pages for c in contexts for b in batches for t in budgets], args.warm_up)
+        shapes = [Shape(b, c, t, p) for p in pages for c in contexts for b in batches for t in budgets]
+        warm_up(shapes, impls, args.warm_up)
     benchmark = Benchmark(args.out, impls, args.breakdown, args.append)
     benchmark.run(pages, contexts, batches, budgets)
     print_tables(list(benchmark.rows.values()))
