@@ -43,6 +43,11 @@ class Batch:
         names = ["scores", "mass", "lse", "grouped", "part_out", "part_sum", "rest_mass"]
         for name in [*names, "read", "read_z", "read_v"]:
             getattr(scratch, name).fill_(float("nan"))
+        between = self.op._flashinfer
+        if between is not None:
+            for buffer in (between._packed, between._exact, between._lse):
+                buffer.fill_(float("nan"))
+            between._last_page_len.fill_(-1)
         scratch.table.fill_(-1)
         scratch.count.fill_(-1)
         scratch.flags.fill_(-1)
@@ -59,6 +64,9 @@ class Batch:
         )
         for name in ("fold_arrivals", "score_arrivals", "attend_arrivals"):
             assert int(getattr(scratch, name).abs().sum()) == 0, name
+        if between is not None:  # it was FlashInfer that attended
+            heads = self.op.num_kv_heads * int(self.query_start_loc[-1])
+            assert not bool(between._lse[:heads].isnan().any())
         return output
 
     def statistics(self, row: int, num_pages: int) -> torch.Tensor:
