@@ -1,131 +1,214 @@
 """Time a decode step of one attention layer: FA3 and FlashInfer dense, FlashInfer over sparse tables, SPLA, the floor.
 
     python benchmarks/decode.py --out benchmarks/results/decode_h200.json
+    python benchmarks/decode.py --quick --impls fa3,spla
 
 Every implementation reads the same paged cache in the same process. A measurement is a CUDA graph of several decode
 steps in a row, as a model's layers are, each on rows of its own, so that the data of the steps together exceeds twice
 the L2 cache; it is replayed, and the median of a step and the spread (10th to 90th percentile) are reported. Data are
-random, outputs are checked against a float64 softmax (dense) before they are timed, and a short table comes last.
+random. Before anything is timed its output is checked: FA3 and FlashInfer against a float64 softmax, SPLA against the
+float64 reference at batch 1, and at larger batches against the same rows at batch 1.
 
-The floor is the bytes that a step has to move (statistics of all complete pages, selected pages, float32 state) over
-the bandwidth of a large device-to-device copy measured in the same run.
+    fa3                 FlashAttention 3 over all pages
+    flashinfer_dense    FlashInfer (tensor cores) over all pages
+    flashinfer_sparse   FlashInfer over the pages that SPLA selected: exact part alone, no scores, no selection
+    spla                the whole of a SPLA step
+    spla_flashinfer     the same with the option `executor: flashinfer`; not among the defaults
+    floor               bytes that a steady step has to move (statistics of all complete pages, selected pages, float32
+                        state) over the bandwidth of a large device-to-device copy measured in the same run
+    spla/KERNEL         with --breakdown: time of each kernel of a step, from the profiler. Kernels that are launched
+                        before their predecessor ends count their waiting
+
+One cache serves all contexts and batches of a page size: rows are cut from its pages in random order.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import math
+import multiprocessing
 import platform
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.algorithm.reference import spla_token
 from spla_backend.kernels import triton_decode
-from spla_backend.kernels.triton_decode import TritonPagedSpla, Tuning
+from spla_backend.kernels.triton_decode import TritonPagedSpla
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
+GROUP = HEADS // KV_HEADS
 DTYPE = torch.bfloat16
 SCALE = HEAD_SIZE**-0.5
 L2_BYTES = 60e6
 MAX_STEPS = 16  # steps a graph
+SECONDS = 0.12  # a measurement, where that is enough for 7 replays
+CHECKED_CONTEXT = 131072  # beyond it the reference takes seconds: one shape is checked there
+TOLERANCE = 1e-2
+DEVICE = "cuda"
+
+DENSE = ("fa3", "flashinfer_dense")
+IMPLS = (*DENSE, "flashinfer_sparse", "spla")
+Run = Callable[["Rows"], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured."""
+
+    batch: int
+    context: int
+    budget: int  # tokens
+    page: int
+
+    @property
+    def budget_pages(self) -> int:
+        return self.budget // self.page
+
+    def op(self, executor: str = "spla") -> TritonPagedSpla:
+        return TritonPagedSpla(
+            SplaParameters(self.page, self.page, self.budget_pages),
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_size=HEAD_SIZE,
+            cache_dtype=DTYPE,
+            scale=SCALE,
+            max_num_rows=self.batch,
+            max_model_len=max(self.context, 131072),  # an engine's limit does not follow the length of its rows
+            device=DEVICE,
+            executor=executor,
+        )
 
 
 @dataclass
 class Rows:
     """One step's rows."""
 
+    first: int  # the first row's number in the pool
     query: torch.Tensor  # [batch, H, d]
     block_table: torch.Tensor  # [batch, pages] int32
     state_table: torch.Tensor  # [batch, K] int32
     output: torch.Tensor  # [batch, H, d]
+    selected: torch.Tensor | None = None  # [batch * G * budget_pages] int32, ids of SPLA's page tables
 
 
 class Pool:
-    """A cache with rows of one length, statistics and stamps in place, in random page order."""
+    """A cache of random pages with statistics and stamps in place, in random order.
 
-    def __init__(self, op: TritonPagedSpla, context: int, num_rows: int) -> None:
-        layout, device = op.page_layout, "cuda"
-        page, per_row = layout.page_size, -(-context // layout.page_size)
-        blocks = op.state_layout.num_blocks
-        total = num_rows * (per_row + blocks)
-        self.context, self.op = context, op
-        self.kv_cache = torch.empty(total, KV_HEADS, layout.rows, 2 * HEAD_SIZE, dtype=DTYPE, device=device)
-        words = self.kv_cache.view(torch.int32).flatten(2)  # [total, G, words]
-        for start in range(0, total, 4096):
+    Args:
+        op: Whose pages.
+        context: Tokens a row.
+        num_rows: Rows.
+        num_states: Recurrent states, for when the pages are cut into more rows.
+    """
+
+    def __init__(self, op: TritonPagedSpla, context: int, num_rows: int, num_states: int = 1) -> None:
+        self.op, layout, page = op, op.page_layout, op.params.page_size
+        per_row, num_blocks = -(-context // page), op.state_layout.num_blocks
+        num_states = max(num_rows, num_states)
+        num_pages = num_rows * per_row + num_states * num_blocks
+        self.kv_cache = torch.empty(num_pages, KV_HEADS, layout.rows, 2 * HEAD_SIZE, dtype=DTYPE, device=DEVICE)
+        words = self.kv_cache.view(torch.int32).flatten(2)  # [num_pages, G, words]
+        for start in range(0, num_pages, 4096):
             part = self.kv_cache[start : start + 4096]
             part.normal_()
             variance, mean = torch.var_mean(part[:, :, :page, :HEAD_SIZE].float(), dim=2, correction=0)
             moments = torch.cat([mean, variance], -1)[..., : layout.statistics_width]
             part[:, :, page:].flatten(2)[..., : layout.statistics_elements] = moments.to(DTYPE)
-            ids = torch.arange(start, start + len(part), dtype=torch.int32, device=device)
+            ids = torch.arange(start, start + len(part), dtype=torch.int32, device=DEVICE)
             words[start : start + 4096, :, -4:] = ids[:, None, None]
-        order = torch.randperm(total, device=device).to(torch.int32)
+        order = torch.randperm(num_pages, device=DEVICE).to(torch.int32)
+        # States overwrite their pages, which are therefore nobody's page in any cut.
         self.block_table = order[: num_rows * per_row].view(num_rows, per_row)
-        self.state_table = order[num_rows * per_row :].view(num_rows, blocks)
-        self.num_rows = num_rows
+        self.state_table = order[num_rows * per_row :].view(num_states, num_blocks)
+        self.query = torch.randn(4096, HEADS, HEAD_SIZE, device=DEVICE).to(DTYPE)  # of row 0, 1, ...
 
-    def steps(self, batch: int) -> list[Rows]:
+    def steps(self, shape: Shape) -> list[Rows]:
+        """Steps of rows cut anew from all pages, which together read more than twice the L2 as far as the pool goes."""
+        per_row = -(-shape.context // shape.page)
+        num_rows = min(self.block_table.numel() // per_row, len(self.state_table))
+        fit = num_rows // shape.batch
+        wanted = -(-int(2 * L2_BYTES) // (shape.batch * spla_bytes(shape)))
+        table = self.block_table.flatten()[: num_rows * per_row].view(num_rows, per_row)
         out = []
-        for start in range(0, self.num_rows - batch + 1, batch):
-            query = torch.randn(batch, HEADS, HEAD_SIZE, device="cuda").to(DTYPE)
-            rows = slice(start, start + batch)
-            tables = self.block_table[rows].contiguous(), self.state_table[rows].contiguous()
-            out.append(Rows(query, *tables, torch.full_like(query, float("nan"))))
+        for start in range(0, min(fit, max(2, wanted), MAX_STEPS) * shape.batch, shape.batch):
+            rows = slice(start, start + shape.batch)
+            query = self.query[rows].clone()
+            output = torch.full_like(query, float("nan"))
+            out.append(Rows(start, query, table[rows].clone(), self.state_table[rows].clone(), output))
         return out
 
 
-def time_steps(run: Callable[[Rows], None], steps: list[Rows], replays: int = 25) -> tuple[float, float]:
-    """Median and spread in microseconds of one step."""
-    repeat = max(1, 8 // len(steps))
+def spla_bytes(shape: Shape) -> int:
+    """Bytes that a steady SPLA step must move for one row."""
+    item = DTYPE.itemsize
+    pages = (shape.context - 1) // shape.page
+    if pages + 1 <= shape.budget_pages:
+        return KV_HEADS * shape.context * 2 * HEAD_SIZE * item
+    page_statistics = pages * 2 * HEAD_SIZE * item
+    state = (HEAD_SIZE + 2) * HEAD_SIZE * 4
+    return KV_HEADS * (page_statistics + shape.budget * 2 * HEAD_SIZE * item + state)
+
+
+def time_steps(run: Run, steps: list[Rows]) -> tuple[float, float, torch.cuda.CUDAGraph, int]:
+    """Median and spread in microseconds of one step; a graph of steps, and how many it has."""
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
     for rows in steps:
         run(rows)
-    torch.cuda.synchronize()
+    end.record()
+    end.synchronize()
+    slow = begin.elapsed_time(end) > 1e3 * SECONDS / 8
+    repeat = 1 if slow else max(1, 8 // len(steps))
+    num_steps = repeat * len(steps)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeat):
             for rows in steps:
                 run(rows)
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times: list[float] = []
+    warm = 2
+    while len(times) < 7 + warm or (len(times) < 40 + warm and sum(times) < 1e3 * SECONDS):
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / (repeat * len(steps)))
-    times.sort()
-    return statistics.median(times), times[int(0.9 * len(times))] - times[int(0.1 * len(times))]
+        times.append(begin.elapsed_time(end))
+    us = sorted(t * 1e3 / num_steps for t in times[warm:])
+    return statistics.median(us), us[int(0.9 * len(us))] - us[int(0.1 * len(us))], graph, num_steps
 
 
-def make_op(
-    budget: int, page: int, max_rows: int, context: int, tuning: Tuning | None = None, **more
-) -> TritonPagedSpla:
-    return TritonPagedSpla(
-        SplaParameters(page, page, budget // page, **more),
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_size=HEAD_SIZE,
-        cache_dtype=DTYPE,
-        scale=SCALE,
-        max_num_rows=max_rows,
-        max_model_len=max(context, 131072),  # an engine's limit does not follow the length of its rows
-        device="cuda",
-        tuning=tuning,
-    )
+def kernel_times(graph: torch.cuda.CUDAGraph, num_steps: int) -> dict[str, float]:
+    """Microseconds a step of each kernel in a graph of `num_steps` steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        graph.replay()
+        torch.cuda.synchronize()
+    total: dict[str, float] = defaultdict(float)
+    for event in profiler.events():
+        total[event.name.split("(")[0].split("<")[0].replace("void ", "")] += event.device_time / num_steps
+    return dict(total)
 
 
-def spla_runner(op: TritonPagedSpla, pool: Pool, batch: int) -> Callable[[Rows], None]:
-    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    lengths = torch.full((batch,), pool.context, dtype=torch.int32, device="cuda")
+# Implementations. Whatever they plan or compile is done before the function that they return is timed.
+
+
+def spla(op: TritonPagedSpla, pool: Pool, shape: Shape) -> Run:
+    starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE)
 
     def run(rows: Rows) -> None:
         op.decode(
@@ -136,69 +219,73 @@ def spla_runner(op: TritonPagedSpla, pool: Pool, batch: int) -> Callable[[Rows],
     return run
 
 
-def fa3_runner(pool: Pool, batch: int) -> Callable[[Rows], None]:
+def fa3(pool: Pool, shape: Shape) -> Run:
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-    page = pool.op.params.page_size
+    page, batch = shape.page, shape.batch
     keys, values = (x.transpose(1, 2) for x in pool.kv_cache[:, :, :page].split(HEAD_SIZE, -1))  # [pages, B, G, d]
-    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    lengths = torch.full((batch,), pool.context, dtype=torch.int32, device="cuda")
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((batch,), shape.context, dtype=torch.int32, device=DEVICE)
     metadata = get_scheduler_metadata(
-        batch_size=batch, max_seqlen_q=1, max_seqlen_k=pool.context, num_heads_q=HEADS, num_heads_kv=KV_HEADS,
+        batch_size=batch, max_seqlen_q=1, max_seqlen_k=shape.context, num_heads_q=HEADS, num_heads_kv=KV_HEADS,
         headdim=HEAD_SIZE, cache_seqlens=lengths, qkv_dtype=DTYPE, cu_seqlens_q=starts, page_size=page, causal=True,
     )  # fmt: skip
 
     def run(rows: Rows) -> None:
         flash_attn_varlen_func(
             q=rows.query, k=keys, v=values, out=rows.output, cu_seqlens_q=starts, max_seqlen_q=1, seqused_k=lengths,
-            max_seqlen_k=pool.context, softmax_scale=SCALE, causal=True, block_table=rows.block_table, fa_version=3,
+            max_seqlen_k=shape.context, softmax_scale=SCALE, causal=True, block_table=rows.block_table, fa_version=3,
             scheduler_metadata=metadata,
         )  # fmt: skip
 
     return run
 
 
-def flashinfer_runner(pool: Pool, batch: int, indptr: torch.Tensor, indices: list[torch.Tensor], sparse: bool):
-    """Dense: a request a row. Sparse: a request a (row, kv head), over SPLA's page tables. `indices`: one a step."""
+_workspace: list[torch.Tensor] = []  # of FlashInfer, one for all
+
+
+def flashinfer(pool: Pool, shape: Shape, sparse: bool) -> Run:
+    """Dense: a request a row. Sparse: a request a (row, kv head), over the tables that SPLA left in `Rows.selected`."""
     import flashinfer
 
-    layout = pool.op.page_layout
-    page = layout.page_size
-    cache = pool.kv_cache
+    if not _workspace:
+        _workspace.append(torch.zeros(256 << 20, dtype=torch.uint8, device=DEVICE))
+    page, cache = shape.page, pool.kv_cache
+    requests, per_request, heads, kv_heads = shape.batch, -(-shape.context // page), HEADS, KV_HEADS
     if sparse:
         cache = cache.view(-1, 1, *cache.shape[2:])  # [pages * G, 1, B + r, 2 d]
-    keys, values = cache[:, :, :page].split(HEAD_SIZE, -1)  # HND
-    requests = len(indptr) - 1
-    heads, kv_heads = (HEADS // KV_HEADS, 1) if sparse else (HEADS, KV_HEADS)
-    last = torch.full((requests,), (pool.context - 1) % page + 1, dtype=torch.int32, device="cuda")
+        requests, per_request, heads, kv_heads = shape.batch * KV_HEADS, shape.budget_pages, GROUP, 1
+    kv = cache[:, :, :page].split(HEAD_SIZE, -1)  # HND
+    indptr = torch.arange(requests + 1, dtype=torch.int32) * per_request
+    last = torch.full((requests,), (shape.context - 1) % page + 1, dtype=torch.int32)
+    indices = torch.zeros(requests * per_request, dtype=torch.int32, device=DEVICE)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(512 << 20, dtype=torch.uint8, device="cuda"),
+        _workspace[0],
         "HND",
         use_cuda_graph=True,
         use_tensor_cores=True,
-        paged_kv_indptr_buffer=torch.empty_like(indptr),
-        paged_kv_indices_buffer=torch.empty_like(indices[0]),
-        paged_kv_last_page_len_buffer=torch.empty_like(last),
+        paged_kv_indptr_buffer=indptr.to(DEVICE),
+        paged_kv_indices_buffer=indices,
+        paged_kv_last_page_len_buffer=last.to(DEVICE),
     )
     wrapper.plan(
-        indptr, indices[0], last, heads, kv_heads, HEAD_SIZE, page, q_data_type=DTYPE, kv_data_type=DTYPE,
+        indptr, indices, last, heads, kv_heads, HEAD_SIZE, page, q_data_type=DTYPE, kv_data_type=DTYPE,
         sm_scale=SCALE,
     )  # fmt: skip
-    step_of: dict[int, torch.Tensor] = {}
 
     def run(rows: Rows) -> None:
-        # The wrapper reads its own index buffer; the copy of the step's indices stands for a selection writing there.
-        wrapper._paged_kv_indices_buf[: indices[0].numel()].copy_(step_of[id(rows)])
-        query = rows.query.view(requests, heads, HEAD_SIZE)
-        wrapper.run(query, (keys, values), out=rows.output.view(requests, heads, HEAD_SIZE))
+        # The wrapper reads its own index buffer: instead of copying the step's table there, give it the table.
+        table = rows.selected if sparse else rows.block_table.view(-1)
+        assert table is not None and table.numel() == indices.numel()
+        wrapper._paged_kv_indices_buf = table
+        wrapper.run(rows.query.view(requests, heads, HEAD_SIZE), kv, out=rows.output.view(requests, heads, HEAD_SIZE))
 
-    run.step_of = step_of  # type: ignore[attr-defined]
     return run
 
 
 def copy_bandwidth() -> float:
     """Bytes a second of a large copy, read and written bytes counted."""
-    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(4 << 30, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     times = []
     for _ in range(10):
@@ -211,94 +298,225 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (statistics.median(times) * 1e-3)
 
 
-def floor_bytes(op: TritonPagedSpla, context: int, batch: int) -> int:
-    """Bytes that a steady step must move."""
-    layout, state = op.page_layout, op.state_layout
-    pages = (context - 1) // layout.page_size
-    if pages + 1 <= op.params.budget_blocks:
-        return batch * KV_HEADS * context * 2 * HEAD_SIZE * layout.itemsize
-    statistics_bytes = pages * layout.statistics_elements * layout.itemsize
-    selected = op.params.budget_blocks * layout.page_size * 2 * HEAD_SIZE * layout.itemsize
-    return batch * KV_HEADS * (statistics_bytes + selected + state.body_rows * HEAD_SIZE * 4)
+# Checks
 
 
-def check_dense(pool: Pool, rows: Rows, what: str) -> None:
-    """Compare a dense output's first row with a float64 softmax."""
-    page = pool.op.params.page_size
-    kv = pool.kv_cache[rows.block_table[0].long(), :, :page].transpose(0, 1).flatten(1, 2)  # [G, L, 2 d]
-    worst = 0.0
-    for head in range(0, HEADS, HEADS // KV_HEADS):
-        keys, values = kv[head // (HEADS // KV_HEADS), : pool.context].double().split(HEAD_SIZE, -1)
-        weights = torch.softmax(keys @ rows.query[0, head].double() * SCALE, 0)
-        want, got = weights @ values, rows.output[0, head].double()
-        worst = max(worst, float((got - want).norm() / want.norm()))
-    if not worst < 1e-2:
-        raise RuntimeError(f"{what}: relative error {worst}")
+class WrongOutputError(RuntimeError):
+    """What is wrong is not timed."""
 
 
-def check_spla(op: TritonPagedSpla, pool: Pool, rows: Rows) -> None:
-    """Compare one kv head of the first row with the float64 reference."""
-    from spla_backend.algorithm.reference import spla_token
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Over the last two dimensions; NaN is infinite."""
+    difference = (got.double() - want.double()).flatten(-2).norm(dim=-1)
+    return (difference / want.double().flatten(-2).norm(dim=-1)).nan_to_num(torch.inf)
 
-    spla_runner(op, pool, len(rows.query))(rows)
-    layout, group = op.page_layout, HEADS // KV_HEADS
+
+def check_exact(pool: Pool, shape: Shape, rows: Rows, impl: str) -> None:
+    """The first row's first head of each group against a float64 softmax over all pages, or over those selected."""
+    pages = rows.block_table[0][None].expand(KV_HEADS, -1)
+    if impl == "flashinfer_sparse":
+        assert rows.selected is not None
+        pages = rows.selected.view(shape.batch, KV_HEADS, -1)[0] // KV_HEADS
+    for head in range(KV_HEADS):  # one at a time: a long row in float64 is large
+        kv = pool.kv_cache[pages[head].long(), head, : shape.page].flatten(0, 1)  # [tokens, 2 d]
+        missing = -shape.context % shape.page  # tokens of the last page that do not exist
+        keys, values = kv[: len(kv) - missing].double().split(HEAD_SIZE, -1)
+        want = torch.softmax(keys @ rows.query[0, head * GROUP].double() * SCALE, 0) @ values
+        error = float(relative_error(rows.output[0, head * GROUP][None], want[None]))
+        if error > TOLERANCE:
+            raise WrongOutputError(f"{impl} {shape}: relative error {error}")
+
+
+def check_spla(op: TritonPagedSpla, pool: Pool, shape: Shape, rows: Rows) -> None:
+    """The first row's first kv head against the float64 reference."""
     pages = rows.block_table[0].long()
-    kv = pool.kv_cache[pages, :1]  # [pages, 1, B + r, 2 d]
-    keys, values = (
-        kv[:, :, : layout.page_size].transpose(1, 2).flatten(0, 1)[: pool.context].cpu().double().split(HEAD_SIZE, -1)
-    )  # [L, 1, d]
-    complete = (pool.context - 1) // layout.page_size
-    statistic = kv[:complete, :, layout.page_size :].flatten(2)[..., : layout.statistics_elements].cpu().double()
-    query = rows.query[0, :group].cpu().double() * SCALE
-    want = spla_token(query, keys, values, op.params, statistics=statistic).output
-    got = rows.output[0, :group].cpu().double()
-    error = float((got - want).norm() / want.norm())
-    if not error < 1e-2:
-        raise RuntimeError(f"spla at {pool.context}: relative error {error}")
+    kv = pool.kv_cache[pages, :1].cpu()  # [pages, 1, B + r, 2 d]
+    tokens = kv[:, :, : shape.page].transpose(1, 2).flatten(0, 1)[: shape.context].double()
+    keys, values = tokens.split(HEAD_SIZE, -1)  # [L, 1, d]
+    area = kv[: (shape.context - 1) // shape.page, :, shape.page :].flatten(2)
+    page_statistics = area[..., : op.page_layout.statistics_elements].double()
+    query = rows.query[0, :GROUP].cpu().double() * SCALE
+    want = spla_token(query, keys, values, op.params, statistics=page_statistics)
+    error = float(relative_error(rows.output[0, :GROUP].cpu(), want.output))
+    if error > TOLERANCE:
+        scores = want.group_scores[0].sort(descending=True).values
+        free = shape.budget_pages - op.params.max_forced_blocks  # forced pages may be among the best: look around
+        gap = float(scores[max(free - 1, 0) : shape.budget_pages + 1].diff().abs().min()) if len(scores) > free else 1
+        if gap > 1e-5:  # where float32 cannot tell two pages apart, either may be selected
+            raise WrongOutputError(f"spla {shape}: relative error {error}")
 
 
-@contextlib.contextmanager
-def without(*kernels: str) -> Iterator[None]:
-    """Leave launches of `triton_decode` out."""
+class Benchmark:
+    """Measurements of a run, added to those that its file has already."""
 
-    class Nothing:
-        def __getitem__(self, grid: object) -> Callable:
-            return lambda *args, **kwargs: None
+    def __init__(self, out: Path | None, impls: list[str], breakdown: bool, append: bool) -> None:
+        import triton
 
-    kept = {name: getattr(triton_decode, name) for name in kernels}
-    for name in kernels:
-        setattr(triton_decode, name, Nothing())
-    try:
-        yield
-    finally:
-        for name, kernel in kept.items():
-            setattr(triton_decode, name, kernel)
+        self.out, self.impls, self.breakdown = out, impls, breakdown
+        command = " ".join(["python", *sys.argv])
+        self.rows: dict[tuple, dict] = {}
+        self.failures: list[str] = []
+        if append and out and out.exists():
+            before = json.loads(out.read_text())
+            command = f"{before['command']} && {command}"
+            for row in before["rows"]:
+                self._keep(row)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+        for name in ("vllm", "flashinfer"):
+            with contextlib.suppress(Exception):
+                versions[name] = __import__(name).__version__
+        properties = torch.cuda.get_device_properties(0)
+        self.bandwidth = copy_bandwidth()
+        torch.cuda.empty_cache()
+        hardware = {
+            "gpu": properties.name,
+            "sms": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "copy_bytes_per_s": round(self.bandwidth),
+        }
+        self.about = {"command": command, "versions": versions, "hardware": hardware}
+        self._alone: dict[int, dict[int, torch.Tensor]] = {}  # by context: SPLA's outputs of single rows
+
+    def _keep(self, row: dict) -> None:
+        self.rows[tuple(row[key] for key in ("impl", "batch", "context", "budget", "page"))] = row
+
+    def record(self, impl: str, shape: Shape, us: float, spread: float) -> None:
+        self._keep({"impl": impl, **vars(shape), "us": round(us, 2), "spread_us": round(spread, 2)})
+
+    def save(self) -> None:
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps({**self.about, "rows": list(self.rows.values())}, indent=1) + "\n")
+
+    def measure(self, impl: str, run: Run, steps: list[Rows], *shapes: Shape) -> None:
+        us, spread, graph, num_steps = time_steps(run, steps)
+        for shape in shapes:
+            self.record(impl, shape, us, spread)
+        if self.breakdown and impl.startswith("spla"):
+            for kernel, time in kernel_times(graph, num_steps).items():
+                self.record(f"{impl}/{kernel}", shapes[0], time, 0.0)
+
+    def dense(self, pool: Pool, steps: list[Rows], shapes: list[Shape]) -> None:
+        """Dense attention, whatever the budget."""
+        for impl in DENSE:
+            if impl in self.impls:
+                run = fa3(pool, shapes[0]) if impl == "fa3" else flashinfer(pool, shapes[0], sparse=False)
+                run(steps[0])
+                check_exact(pool, shapes[0], steps[0], impl)
+                self.measure(impl, run, steps, *shapes)
+
+    def sparse(self, pool: Pool, steps: list[Rows], shape: Shape, check: bool) -> None:
+        self.record("floor", shape, shape.batch * spla_bytes(shape) / self.bandwidth * 1e6, 0.0)
+        for impl in ("spla", "spla_flashinfer"):
+            # FlashInfer reads the tables of SPLA.
+            if impl not in self.impls and (impl != "spla" or "flashinfer_sparse" not in self.impls):
+                continue
+            op = shape.op("flashinfer" if impl == "spla_flashinfer" else "spla")
+            run = spla(op, pool, shape)
+            for rows in steps:
+                rows.output.fill_(float("nan"))
+                run(rows)
+                if shape.context > shape.budget:
+                    rows.selected = op.page_table[: shape.batch, :, : shape.budget_pages].flatten()
+            self._check(op, pool, steps, shape, check)
+            if impl in self.impls:
+                self.measure(impl, run, steps, shape)
+        if "flashinfer_sparse" in self.impls and shape.context > shape.budget:
+            run = flashinfer(pool, shape, sparse=True)
+            run(steps[0])
+            check_exact(pool, shape, steps[0], "flashinfer_sparse")
+            self.measure("flashinfer_sparse", run, steps, shape)
+
+    def _check(self, op: TritonPagedSpla, pool: Pool, steps: list[Rows], shape: Shape, check: bool) -> None:
+        """The first row against the reference; all rows that were computed alone against those."""
+        if check:
+            check_spla(op, pool, shape, steps[0])
+        alone = self._alone.setdefault(shape.budget, {})
+        errors = []
+        for rows in steps:
+            if bool(rows.output.isnan().any()):
+                raise WrongOutputError(f"spla {shape}: NaN")
+            for row, output in enumerate(rows.output, rows.first):
+                if shape.batch == 1:
+                    alone.setdefault(row, output.clone())
+                if row in alone:
+                    heads = (x.view(KV_HEADS, GROUP, HEAD_SIZE) for x in (output, alone[row]))
+                    errors.append(relative_error(*heads))
+        # Another split of the work rounds scores in another way, and pages that are level may change places.
+        wrong = float((torch.cat(errors) > TOLERANCE).double().mean()) if errors else 0.0
+        if wrong > 0.02:
+            raise WrongOutputError(f"spla {shape}: {wrong:.1%} of the heads differ from those of single rows")
+
+    @contextlib.contextmanager
+    def _wrong_outputs_noted(self) -> Iterator[None]:
+        try:
+            yield
+        except WrongOutputError as error:
+            self.failures.append(str(error))
+            print(error, flush=True)
+
+    def run(self, pages: list[int], contexts: list[int], batches: list[int], budgets: list[int]) -> None:
+        for page in pages:
+            triton_decode._Scratch._instances.clear()
+            pool = None  # before the next one
+            torch.cuda.empty_cache()
+            op, longest = Shape(max(batches), max(contexts), budgets[0], page).op(), max(contexts)
+            row_bytes = longest * KV_HEADS * op.page_layout.rows // page * 2 * HEAD_SIZE * DTYPE.itemsize
+            free = torch.cuda.mem_get_info()[0] - 6e9
+            num_rows = min(int(free / row_bytes), max(2 * max(batches), MAX_STEPS))
+            pool = Pool(op, longest, num_rows, num_states=MAX_STEPS * max(batches))
+            for context in contexts:
+                self._alone.clear()
+                for batch in batches:
+                    shapes = [Shape(batch, context, budget, page) for budget in budgets]
+                    steps = pool.steps(shapes[0])
+                    if not steps:
+                        print("skipped, does not fit into memory:", shapes[0], flush=True)
+                        continue
+                    with self._wrong_outputs_noted():
+                        self.dense(pool, steps, shapes)
+                    for shape in shapes:
+                        known = context <= CHECKED_CONTEXT or (page == 64 and shape.budget == budgets[0])
+                        with self._wrong_outputs_noted():
+                            self.sparse(pool, steps, shape, check=batch == batches[0] and known)
+                self.save()
+                print(f"page {page}, context {context}: done", flush=True)
 
 
-def free_memory() -> None:
-    triton_decode._Scratch._instances.clear()
-    torch.cuda.empty_cache()
+def compile_shape(executors: list[str], shape: Shape) -> None:
+    """Run a step of a shape on next to nothing, so that its kernels are compiled and cached on disk."""
+    for executor in executors:
+        op = shape.op(executor)
+        blocks = op.state_layout.num_blocks
+        pages = 3 + blocks
+        cache = torch.zeros(pages, KV_HEADS, op.page_layout.rows, 2 * HEAD_SIZE, dtype=DTYPE, device=DEVICE)
+        query = torch.zeros(shape.batch, HEADS, HEAD_SIZE, dtype=DTYPE, device=DEVICE)
+        width = -(-shape.context // shape.page)
+        tables = (torch.zeros(shape.batch, n, dtype=torch.int32, device=DEVICE) for n in (width, blocks))
+        starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
+        lengths = torch.ones(shape.batch, dtype=torch.int32, device=DEVICE)
+        op.decode(query, cache, cache, starts, lengths, *tables, torch.empty_like(query), 1)
+        torch.cuda.synchronize()
 
 
-def num_rows_for(batch: int, context: int, token_bytes: int) -> int:
-    """Rows so that what the steps of a graph read exceeds twice the L2, as far as memory allows."""
-    row_bytes = context * KV_HEADS * token_bytes
-    read = context // 64 * KV_HEADS * 512 + 2048 * KV_HEADS * 512  # by SPLA, which reads least
-    wanted = max(2, -(-int(2 * L2_BYTES) // (batch * read))) * batch
-    while wanted > batch and wanted * row_bytes > 90e9:
-        wanted -= batch
-    return wanted
+def warm_up(shapes: list[Shape], impls: list[str], processes: int) -> None:
+    """Compile the kernels of many shapes side by side; one after the other they take minutes."""
+    executors = [executor for executor, impl in (("spla", "spla"), ("flashinfer", "spla_flashinfer")) if impl in impls]
+    different = {(s.batch, s.budget, s.page, max(s.context, 131072)): s for s in shapes}.values()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(functools.partial(compile_shape, executors), different))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="4096,8192,16384,32768,65536,131072,524288")
     parser.add_argument("--batches", default="1,4,8,32")
-    parser.add_argument("--budgets", default="2048")
-    parser.add_argument("--pages", default="64")
-    parser.add_argument("--impls", default="fa3,flashinfer_dense,flashinfer_sparse,spla")
-    parser.add_argument("--breakdown", action="store_true", help="time the launches of SPLA apart")
-    parser.add_argument("--check", action="store_true", help="compare SPLA with the float64 reference first")
+    parser.add_argument("--budgets", default="2048,1024,4096")
+    parser.add_argument("--pages", default="64,32,128")
+    parser.add_argument("--impls", default=",".join(IMPLS))
+    parser.add_argument("--quick", action="store_true", help="16K and 128K, batches 1, 8, 32, budget 2048, page 64")
+    parser.add_argument("--breakdown", action="store_true", help="time the kernels of SPLA apart")
+    parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="compile in N processes first")
     parser.add_argument("--append", action="store_true", help="add to the rows that the file has already")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="only draw the rows of this file, as PNG files beside it")
@@ -306,160 +524,116 @@ def main() -> None:
     if args.plot:
         plot(args.plot)
         return
-
-    def numbers(text: str) -> list[int]:
-        return [int(x) for x in text.split(",")]
-
-    import triton
-
+    if args.quick:
+        args.contexts, args.batches, args.budgets, args.pages = "16384,131072", "1,8,32", "2048", "64"
+    pages, contexts, batches, budgets = (
+        [int(x) for x in text.split(",")] for text in (args.pages, args.contexts, args.batches, args.budgets)
+    )
     impls = args.impls.split(",")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    for name in ("vllm", "flashinfer"):
-        with contextlib.suppress(Exception):
-            versions[name] = __import__(name).__version__
-    properties = torch.cuda.get_device_properties(0)
-    bandwidth = copy_bandwidth()
-    torch.cuda.empty_cache()
-    hardware = {
-        "gpu": properties.name,
-        "sms": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "copy_bytes_per_s": round(bandwidth),
-    }
-    rows: list[dict] = []
-    command = " ".join(["python", *sys.argv])
-    if args.append and args.out and args.out.exists():
-        rows = json.loads(args.out.read_text())["rows"]
+    unknown = set(impls) - {*IMPLS, "spla_flashinfer"}
+    if unknown:
+        parser.error(f"unknown implementations {', '.join(unknown)}")
+    if args.warm_up:
+        shapes = [Shape(b, c, t, p) for p in pages for c in contexts for b in batches for t in budgets]
+        warm_up(shapes, impls, args.warm_up)
+    benchmark = Benchmark(args.out, impls, args.breakdown, args.append)
+    benchmark.run(pages, contexts, batches, budgets)
+    print_tables(list(benchmark.rows.values()))
+    if benchmark.failures:
+        sys.exit("wrong outputs, not timed:\n" + "\n".join(benchmark.failures))
 
-    def record(impl: str, us: float, spread: float, **where: int) -> None:
-        row = {"impl": impl, **where, "us": round(us, 2), "spread_us": round(spread, 2)}
-        rows.append(row)
-        print(row, flush=True)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            result = {"command": command, "versions": versions, "hardware": hardware, "rows": rows}
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
 
-    for page in numbers(args.pages):
-        for context in numbers(args.contexts):
-            for batch in numbers(args.batches):
-                for index, budget in enumerate(numbers(args.budgets)):
-                    where = {"batch": batch, "context": context, "budget": budget, "page": page}
-                    op = make_op(budget, page, batch, context)
-                    layout = op.page_layout
-                    per_token = layout.rows * 2 * HEAD_SIZE * layout.itemsize // page
-                    if batch * context * KV_HEADS * per_token > 100e9:
-                        print("skipped, too large:", where, flush=True)
-                        continue
-                    if index == 0:  # the budgets of a shape share its cache
-                        pool = None
-                        free_memory()
-                        op = make_op(budget, page, batch, context)
-                        pool = Pool(op, context, num_rows_for(batch, context, per_token))
-                        steps = pool.steps(batch)[:MAX_STEPS]
-                    assert pool is not None
-                    record("floor", floor_bytes(op, context, batch) / bandwidth * 1e6, 0.0, **where)
-                    if "fa3" in impls and index == 0:
-                        run = fa3_runner(pool, batch)
-                        run(steps[0])
-                        check_dense(pool, steps[0], "fa3")
-                        us, spread = time_steps(run, steps)
-                        for other in numbers(args.budgets):
-                            record("fa3", us, spread, **(where | {"budget": other}))
-                    if "flashinfer_dense" in impls and index == 0:
-                        per_row = pool.block_table.shape[1]
-                        indptr = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * per_row
-                        indices = [s.block_table.flatten() for s in steps]
-                        run = flashinfer_runner(pool, batch, indptr, indices, sparse=False)
-                        run.step_of.update({id(s): i for s, i in zip(steps, indices, strict=True)})
-                        run(steps[0])
-                        check_dense(pool, steps[0], "flashinfer")
-                        us, spread = time_steps(run, steps)
-                        for other in numbers(args.budgets):
-                            record("flashinfer_dense", us, spread, **(where | {"budget": other}))
-                    run = spla_runner(op, pool, batch)
-                    if args.check:
-                        check_spla(op, pool, steps[0])
-                    tables = []
-                    for step in steps:
-                        run(step)
-                        tables.append(op.page_table[:batch].flatten().clone())
-                        if bool(step.output.isnan().any()):
-                            raise RuntimeError("spla wrote NaN")
-                    if "spla" in impls:
-                        record("spla", *time_steps(run, steps), **where)
-                    if args.breakdown:
-                        with without("attend_kernel"):
-                            record("spla_prepare_only", *time_steps(run, steps), **where)
-                    if "flashinfer_sparse" in impls and context > budget:
-                        count = budget // page
-                        indptr = torch.arange(batch * KV_HEADS + 1, dtype=torch.int32, device="cuda") * count
-                        run = flashinfer_runner(pool, batch, indptr, tables, sparse=True)
-                        run.step_of.update({id(s): i for s, i in zip(steps, tables, strict=True)})
-                        record("flashinfer_sparse", *time_steps(run, steps), **where)
-    print_table(rows)
+def print_tables(rows: list[dict]) -> None:
+    """Microseconds at the first page and budget, then the ratio of FA3 to SPLA at all of them."""
+    us: dict[tuple, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        us[row["page"], row["budget"], row["context"], row["batch"]][row["impl"]] = row["us"]
+    first = next(iter(us))[:2]
+    names = list(dict.fromkeys(row["impl"] for row in rows if "/" not in row["impl"]))
+    print(f"page {first[0]}, budget {first[1]}, microseconds\n{'context':>7} {'batch':>5}", end=" ")
+    print(*(f"{name.replace('flashinfer', 'fi'):>9}" for name in names), "fa3/spla")
+    for (page, budget, context, batch), found in us.items():
+        if (page, budget) == first:
+            cells = " ".join(f"{found.get(name, math.nan):9.1f}" for name in names)
+            print(f"{context:7d} {batch:5d} {cells} {found.get('fa3', math.nan) / found.get('spla', math.nan):8.2f}")
+            parts = [f"{name.split('/')[1]} {time:.1f}" for name, time in found.items() if "/" in name]
+            if parts:
+                print("        ", ", ".join(parts))
+    combinations = list(dict.fromkeys(key[:2] for key in us))
+    if len(combinations) < 2:
+        return
+    contexts, batches = sorted({key[2] for key in us}), sorted({key[3] for key in us})
+    print(f"fa3/spla at batches {'/'.join(map(str, batches))}")
+    print("page budget", *(f"{context:>19}" for context in contexts))
+    for page, budget in combinations:
+        ratios = []
+        for context in contexts:
+            at = [us.get((page, budget, context, batch), {}) for batch in batches]
+            ratios.append("/".join(f"{f.get('fa3', math.nan) / f.get('spla', math.nan):.1f}" for f in at))
+        print(f"{page:4d} {budget:6d}", *(f"{cell:>19}" for cell in ratios))
+
+
+NAMES = {
+    "fa3": "FA3, dense",
+    "flashinfer_dense": "FlashInfer, dense",
+    "flashinfer_sparse": "FlashInfer, selected pages only, no selection",
+    "spla": "SPLA",
+    "floor": "SPLA, byte floor",
+}
 
 
 def plot(path: Path) -> None:
-    """Time over context for each batch, at the budget and page that most rows have."""
+    """Time over context for each batch at budget 2048 and page 64; the ratio to FA3 by batch, by budget and by page."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     result = json.loads(path.read_text())
-    rows = [r for r in result["rows"] if r["budget"] == 2048 and r["page"] == 64]
-    names = {
-        "fa3": "FA3, dense",
-        "flashinfer_dense": "FlashInfer, dense",
-        "flashinfer_sparse": "FlashInfer, selected pages only, no selection",
-        "spla": "SPLA",
-        "floor": "SPLA, byte floor",
-    }
+    rows = [r for r in result["rows"] if r.get("run", 0) == 0]
+    us: dict[tuple[Any, ...], float] = {(r["impl"], r["context"], *where(r)): r["us"] for r in rows}
     batches = sorted({r["batch"] for r in rows})
-    figure, axes = pyplot.subplots(1, len(batches), figsize=(4 * len(batches), 4), sharey=True)
-    for axis, batch in zip(axes, batches, strict=True):
-        for color, (impl, label) in enumerate(names.items()):
-            points = sorted({(r["context"], r["us"]) for r in rows if r["impl"] == impl and r["batch"] == batch})
-            if points:
-                axis.loglog(*zip(*points, strict=True), marker="o", label=label, color=f"C{color}", base=2)
+    gpu = result["hardware"]["gpu"]
+
+    def points(impl: str, batch: int, budget: int = 2048, page: int = 64) -> list[tuple[int, float]]:
+        return sorted((key[1], value) for key, value in us.items() if (key[0], *key[2:]) == (impl, batch, budget, page))
+
+    figure, axes = pyplot.subplots(1, len(batches), figsize=(4 * len(batches), 4), sharey=True, squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for color, (impl, label) in enumerate(NAMES.items()):
+            if points(impl, batch):
+                axis.loglog(*zip(*points(impl, batch), strict=True), marker="o", label=label, color=f"C{color}", base=2)
         axis.set(title=f"batch {batch}", xlabel="context, tokens")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("one layer, microseconds")
-    axes[0].legend(fontsize=7)
-    figure.suptitle(f"Decode attention, H=32 G=8 d=128 bf16, budget 2048 tokens, page 64, {result['hardware']['gpu']}")
+    axes[0, 0].set_ylabel("one layer, microseconds")
+    axes[0, 0].legend(fontsize=7)
+    figure.suptitle(f"Decode attention, H=32 G=8 d=128 bf16, budget 2048 tokens, page 64, {gpu}")
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=130)
 
-    figure, axis = pyplot.subplots(figsize=(5, 4))
-    for batch in batches:
-        us = {(r["impl"], r["context"]): r["us"] for r in rows if r["batch"] == batch and r.get("run", 0) == 0}
-        contexts = sorted(c for impl, c in us if impl == "spla" and ("fa3", c) in us)
-        ratios = [us["fa3", c] / us["spla", c] for c in contexts]
-        axis.loglog(contexts, ratios, marker="o", label=f"batch {batch}", base=2)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set(xlabel="context, tokens", ylabel="FA3 time / SPLA time", title=result["hardware"]["gpu"])
-    axis.grid(alpha=0.3)
-    axis.legend()
+    panels = {
+        "budget 2048, page 64": {f"batch {b}": (b, 2048, 64) for b in batches},
+        "batch 8, page 64": {f"budget {t}": (8, t, 64) for t in sorted({r["budget"] for r in rows})},
+        "batch 8, budget 2048": {f"page {p}": (8, 2048, p) for p in sorted({r["page"] for r in rows})},
+    }
+    panels = {title: lines for title, lines in panels.items() if len(lines) > 1}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), sharey=True, squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for label, at in lines.items():
+            dense, ours = dict(points("fa3", *at)), dict(points("spla", *at))
+            both = sorted(dense.keys() & ours.keys())
+            axis.loglog(both, [dense[c] / ours[c] for c in both], marker="o", label=label, base=2)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(xlabel="context, tokens", title=title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0, 0].set_ylabel(f"FA3 time / SPLA time, {gpu}")
     figure.tight_layout()
     figure.savefig(path.with_name(path.stem + "_ratio.png"), dpi=130)
 
 
-def print_table(rows: list[dict]) -> None:
-    """One line a shape, ratios to FA3."""
-    names = ["fa3", "flashinfer_dense", "flashinfer_sparse", "spla", "floor"]
-    heading = " ".join(f"{n:>17}" for n in names)
-    print(f"{'context':>8} {'batch':>5} {'budget':>6} {'page':>4} {heading}  fa3/spla")
-    shapes = dict.fromkeys((r["context"], r["batch"], r["budget"], r["page"]) for r in rows)
-    for context, batch, budget, page in shapes:
-        us = {
-            r["impl"]: r["us"]
-            for r in rows
-            if (r["context"], r["batch"], r["budget"], r["page"]) == (context, batch, budget, page)
-        }
-        cells = " ".join(f"{us.get(n, math.nan):17.1f}" for n in names)
-        ratio = us.get("fa3", math.nan) / us.get("spla", math.nan)
-        print(f"{context:8d} {batch:5d} {budget:6d} {page:4d} {cells}  {ratio:7.2f}")
+def where(row: dict) -> tuple[int, int, int]:
+    return row["batch"], row["budget"], row["page"]
 
 
 if __name__ == "__main__":

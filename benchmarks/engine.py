@@ -80,21 +80,25 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["dense", "spla"], choices=["dense", "spla"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 4096, 8192])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--shapes", nargs="+", metavar="BATCHxCONTEXT", help="instead of all contexts with all batches")
     parser.add_argument("--tokens", type=int, default=33, help="output tokens a request")
     parser.add_argument("--options", type=json.loads, default={}, help="SPLA options, e.g. '{\"budget\": 1024}'")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
+    shapes = [(batch, context) for context in args.contexts for batch in args.batches]
+    if args.shapes:
+        shapes = [(int(batch), int(context)) for batch, context in (shape.split("x") for shape in args.shapes)]
     model = args.model
-    engine_args: dict[str, Any] = {"max_model_len": max(args.contexts), "enable_prefix_caching": False}
+    engine_args: dict[str, Any] = {"max_model_len": max(c for _, c in shapes), "enable_prefix_caching": False}
     if model == "llama-8b-random":
         folder = Path(os.environ.get("TMPDIR", "/tmp")) / "llama-8b-random"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(LLAMA_8B))
         model = str(folder)
         engine_args |= {"load_format": "dummy", "skip_tokenizer_init": True}
-    engine_args |= {"max_num_seqs": max(args.batches), **args.engine_args}
+    engine_args |= {"max_num_seqs": max(b for b, _ in shapes), **args.engine_args}
 
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -105,12 +109,11 @@ def main() -> None:
         llm = LLM(model, disable_log_stats=False, **engine_args, **chosen)
         source = token_source(model, llm.model_config.get_vocab_size())
         llm.generate([{"prompt_token_ids": source[:300]}], SamplingParams(max_tokens=4, detokenize=False))
-        for context in args.contexts:
-            for batch in args.batches:
-                row = {"backend": backend, "batch": batch, "context": context}
-                row |= measure(llm, source, batch, context, args.tokens)
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+        for batch, context in shapes:
+            row = {"backend": backend, "batch": batch, "context": context}
+            row |= measure(llm, source, batch, context, args.tokens)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

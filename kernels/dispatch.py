@@ -28,6 +28,7 @@ def check_cuda(
     head_size: int,
     cache_dtype: torch.dtype,
     max_query_len: int,
+    executor: str,
 ) -> None:
     """Refuse what the CUDA kernels do not compute, before there is a device to make them on.
 
@@ -38,6 +39,7 @@ def check_cuda(
         head_size: `d`.
         cache_dtype: Dtype of the cache.
         max_query_len: The most query tokens of a decode row.
+        executor: What attends to the selected pages, see `SplaOptions`.
 
     Raises:
         ValueError: These parameters, by name.
@@ -45,29 +47,39 @@ def check_cuda(
     from .triton_decode import _check
 
     try:
-        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len)
+        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, executor)
     except ValueError as error:
         raise ValueError(f"SPLA on a GPU does not compute these options: {error}") from None
 
 
-def make(device: torch.device, params: SplaParameters, limits: Limits, **shape: Any) -> Any:
+def check_cpu(executor: str) -> None:
+    """Raises:
+    ValueError: An executor that runs on a GPU only.
+    """
+    if executor != "spla":
+        raise ValueError(f"SPLA option executor {executor!r} needs a CUDA GPU: leave it at 'spla' on a CPU")
+
+
+def make(device: torch.device, params: SplaParameters, limits: Limits, *, executor: str = "spla", **shape: Any) -> Any:
     """The implementation for a device.
 
     Args:
         device: Where the cache lives.
         params: What to compute.
         limits: The largest step, and which tokens attend to everything.
+        executor: What attends to the selected pages in decode, see `SplaOptions`.
         shape: See `TorchPagedSpla`.
 
     Raises:
         ValueError: There is none for this device, or not for these parameters.
     """
     if device.type == "cpu":
+        check_cpu(executor)
         from .cpu import CpuPagedSpla
 
         return CpuPagedSpla(params, prefill_dense_below=limits.prefill_dense_below or 0, **shape)
     if device.type == "cuda":
         from .cuda import CudaPagedSpla
 
-        return CudaPagedSpla(params, **shape, **vars(limits), device=device)
+        return CudaPagedSpla(params, **shape, **vars(limits), executor=executor, device=device)
     raise ValueError(f"SPLA has no kernels for device {device.type!r}: use a CPU or a CUDA GPU")

@@ -23,7 +23,6 @@ WARPS = 8
 MAX_CLUSTER = 16
 SHARED_LIMIT = 227 << 10  # bytes a thread block may have on Hopper
 SHARED_ALONE = 115 << 10  # bytes that keep a second thread block from the multiprocessor, while another is idle
-LEAST_CLUSTER = 1
 
 
 class _Params(ctypes.Structure):
@@ -123,11 +122,18 @@ class FusedDecode:
 
     @functools.cache  # noqa: B019, an instance lives as long as its engine
     def _choose(self, num_rows: int) -> int:
-        """As many as let all clusters run at once, each thread block on a multiprocessor of its own."""
+        """As many as let all clusters run at once, a thread block a multiprocessor; 0 where this launch does not pay.
+
+        Clusters of one block are but a way to save launches, and pay where they fill the multiprocessors.
+        """
         clusters = num_rows * self.num_kv_heads
-        for blocks in (16, 8, 4, 2, 1):
+        for blocks in (16, 8, 4, 2):
             if self.shared_bytes(blocks) <= SHARED_LIMIT and clusters <= self._max_clusters(blocks):
                 return blocks
+        if self.shared_bytes(1) <= SHARED_LIMIT:
+            at_once = self._max_clusters(1)
+            if clusters >= 0.9 * at_once * -(-clusters // at_once):
+                return 1
         return 0
 
     def shared_bytes(self, blocks: int) -> int:
@@ -147,7 +153,7 @@ class FusedDecode:
 
     def pays(self, num_rows: int) -> bool:
         """Whether this launch is for batches of `num_rows`: larger ones wait for memory, not for each other."""
-        return self.cluster_size(num_rows) >= LEAST_CLUSTER
+        return self.cluster_size(num_rows) > 0
 
     def run(
         self,
@@ -163,12 +169,20 @@ class FusedDecode:
         table: torch.Tensor,
         count: torch.Tensor,
     ) -> None:
-        """Attention of one query token a row; arguments as in `TritonPagedSpla.decode`.
+        """Attention of one query token a row.
 
         Args:
+            query: `[rows, H, d]`, unscaled, heads dense, in the cache dtype.
+            kv_cache: `[num_pages, G, page_size + statistics_rows, 2 d]`, this step's tokens already in it.
+            state_cache: State blocks of the same geometry; anything without a residual.
+            query_start_loc: `[rows + 1]` int32.
+            seq_lens: `[rows]` int32, this step's tokens included; 0 marks padding.
+            block_table: `[rows, pages]` int32.
+            state_table: `[rows, >= K]` int32.
             gain: `[H]` float32.
-            table: `[tokens, G, width]` int32, written: the ids of the selected blocks, ascending, the current one last.
-            count: `[tokens, G]` int32, written.
+            output: `[rows, H, d]`; rows of padding become zero.
+            table: `[rows, G, width]` int32, written: the ids of the selected blocks, ascending, the current one last.
+            count: `[rows, G]` int32, written.
         """
         params, state = self.params, state_cache.view(torch.float32)
         arguments = _Params(
@@ -217,8 +231,7 @@ class FusedDecode:
     def prepare(self, max_num_rows: int) -> None:
         """Compile what batches of up to `max_num_rows` rows need, so that no step has to."""
         for num_rows in range(1, max_num_rows + 1):
-            if self.cluster_size(num_rows) < LEAST_CLUSTER:
-                break
+            self.cluster_size(num_rows)
 
     def _launch(self, arguments: _Params, blocks: int, num_rows: int) -> None:
         self._kernel(blocks)(arguments, (blocks, self.num_kv_heads, num_rows), self.shared_bytes(blocks))

@@ -3,7 +3,8 @@
 `TritonPagedSpla` is the peer of `TorchPagedSpla` for uniform batches of one to `1 + k` query tokens a row (plain decode
 and speculative verification). The plain reference of the whole is `reference.spla_token`.
 
-Launches, each dependent on the one before:
+Where it covers the parameters and pays, a step is the one launch of `fused_decode`. Otherwise its launches are, each
+dependent on the one before:
 
 1. `prepare_kernel`: fold the recurrent state (`triton_state`), score all pages (`triton_score`), and, in the last
    split of a (row, kv head) to arrive, select (`triton_select`). For many query tokens a row or very long contexts
@@ -23,6 +24,7 @@ import triton
 import triton.language as tl
 
 from ..algorithm.parameters import SplaParameters
+from .flashinfer_decode import FlashInferDecode, check_flashinfer
 from .fused_decode import FusedDecode, refusal
 from .layout import STATE_MAGIC, layouts
 from .triton_attend import RESIDUAL_CODES, attend_kernel
@@ -214,6 +216,7 @@ class _Scratch:
             # Arrival counters start at zero and every launch leaves them so; nothing else is read before it is written.
             setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
         self.nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+        self.flashinfer: dict[tuple, FlashInferDecode] = {}  # by what shapes do not tell
 
     scores: torch.Tensor  # [tokens, G, max_pages, GROUP_P] float32
     mass: torch.Tensor  # as scores, or 1 element
@@ -258,6 +261,7 @@ class TritonPagedSpla:
         device: Where the cache lives.
         tuning: Launch shapes for every batch, instead of those that `tuning` chooses; these launches then take every
             batch, and the fused one none.
+        executor: What attends to the selected pages: our own kernel (`spla`) or `flashinfer`.
 
     Attributes:
         page_layout: Bytes of a page.
@@ -286,8 +290,9 @@ class TritonPagedSpla:
         max_model_len: int,
         device: torch.device | str,
         tuning: Tuning | None = None,
+        executor: str = "spla",
     ) -> None:
-        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len)
+        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, executor)
         device = torch.device(device)
         self._tuning = tuning
         self.params, self.scale, self.device = params, float(scale), device
@@ -324,9 +329,15 @@ class TritonPagedSpla:
         self._width = min(self._pages_p, max(16, _SELECT_ELEMENTS // self._group_p))
         self._scratch = _Scratch.shared(self._scratch_shapes(), device)
         self.page_table, self.page_counts = self._scratch.table, self._scratch.count
+        self._flashinfer: FlashInferDecode | None = None
+        if executor == "flashinfer":
+            geometry = (params.page_size, head_size, self.group, cache_dtype, self.scale)
+            if geometry not in self._scratch.flashinfer:
+                self._scratch.flashinfer[geometry] = FlashInferDecode(self)
+            self._flashinfer = self._scratch.flashinfer[geometry]
         self.fused: FusedDecode | None = None
-        shape = {"group": self.group, "head_size": head_size, "cache_dtype": cache_dtype}
-        if self._dependent and tuning is None and refusal(params, **shape) is None:
+        refused = refusal(params, group=self.group, head_size=head_size, cache_dtype=cache_dtype)
+        if executor == "spla" and self._dependent and tuning is None and refused is None:
             self.fused = FusedDecode(
                 params,
                 num_kv_heads=num_kv_heads,
@@ -334,14 +345,16 @@ class TritonPagedSpla:
                 page_layout=self.page_layout,
                 state_layout=self.state_layout,
                 max_model_len=max_model_len,
-                **shape,
+                group=self.group,
+                head_size=head_size,
+                cache_dtype=cache_dtype,
             )
             self.fused.prepare(max_num_rows)
 
     @property
     def scratch_bytes(self) -> int:
         """Bytes of the scratch, which all layers of one geometry share."""
-        return self._scratch.nbytes
+        return self._scratch.nbytes + (self._flashinfer.nbytes if self._flashinfer else 0)
 
     def _scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, group, kv_heads, pages = self.max_num_rows, self._group_p, self.num_kv_heads, self.max_pages
@@ -594,6 +607,11 @@ class TritonPagedSpla:
                 **selection,
                 **dependent,
             )
+        if self._flashinfer is not None:
+            self._flashinfer.attend(
+                self, tuning, query, kv_cache, query_start_loc, seq_lens, output, max_query_len
+            )  # fmt: skip
+            return
         mass_parts = tuning.mass_parts if self.has_mass else 0
         attend_kernel[(tuning.attend_splits + mass_parts, kv_heads, tokens)](
             query,
@@ -649,7 +667,13 @@ class TritonPagedSpla:
 
 
 def _check(
-    params: SplaParameters, num_heads: int, num_kv_heads: int, head_size: int, cache_dtype: torch.dtype, query_len: int
+    params: SplaParameters,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    cache_dtype: torch.dtype,
+    query_len: int,
+    executor: str,
 ) -> None:
     """One place for every case that these kernels refuse."""
     if params.selection_block != params.page_size:
@@ -678,3 +702,7 @@ def _check(
         raise ValueError("several query tokens a row need last_blocks >= 2: the state does not cover the page before")
     if query_len > params.page_size:
         raise ValueError(f"{query_len} query tokens a row exceed a page of {params.page_size}")
+    if executor == "flashinfer":
+        check_flashinfer(head_size)
+    elif executor != "spla":
+        raise ValueError(f"executor {executor!r} is neither spla nor flashinfer")

@@ -11,6 +11,8 @@ from typing import Any
 
 from .algorithm.parameters import COMBINES, RESIDUALS, SplaParameters
 
+EXECUTORS = ("spla", "flashinfer")
+
 
 @dataclass(frozen=True)
 class SplaOptions:
@@ -32,6 +34,7 @@ class SplaOptions:
             is cheaper on a GPU (`kernels/cuda.py`), and none beyond the budget on a CPU.
         parameters_file: File of learned parameters, from the current folder or the model's; None means
             `spla.safetensors` beside the model's weights where there is one, `none` means no file.
+        executor: What attends to the selected pages in decode on a GPU: `spla` or `flashinfer`.
     """
 
     budget: int = 2048
@@ -47,6 +50,7 @@ class SplaOptions:
     rms_norm_eps: float = 1e-6
     prefill_dense_below: int | None = None
     parameters_file: str | None = None
+    executor: str = "spla"
 
     @classmethod
     def from_sources(cls, *sources: Mapping[str, Any] | None) -> "SplaOptions":
@@ -92,6 +96,7 @@ class SplaOptions:
         self._check_choice("residual", RESIDUALS)
         self._check_choice("feature_map", feature_map_names())
         self._check_choice("combine", COMBINES)
+        self._check_choice("executor", EXECUTORS)
         if self.top_p is not None:
             self._check_number("top_p", above=0, at_most=1)
         self._check_number("residual_scale", above=-1e-30)

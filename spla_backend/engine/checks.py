@@ -160,12 +160,12 @@ def check_config(vllm_config: "VllmConfig") -> None:
         )
     check_hybrid_manager(vllm_config, options)
     check_parameters(vllm_config, options)
-    check_cuda_kernels(vllm_config, options)
+    check_kernels(vllm_config, options)
 
 
-def check_cuda_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
+def check_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
     """Raises:
-    ValueError: The kernels of a GPU do not compute these options.
+    ValueError: The kernels of this device do not compute these options.
     """
     from vllm.platforms import current_platform
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
@@ -174,7 +174,10 @@ def check_cuda_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
     from ..kernels import dispatch
 
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    if model is None or not current_platform.is_cuda():
+    if not current_platform.is_cuda():
+        dispatch.check_cpu(options.executor)
+        return
+    if model is None:
         return
     dispatch.check_cuda(
         options.parameters(cache.block_size),
@@ -183,6 +186,7 @@ def check_cuda_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
         head_size=model.get_head_size(),
         cache_dtype=kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
         max_query_len=max_decode_query_len(vllm_config),
+        executor=options.executor,
     )
 
 

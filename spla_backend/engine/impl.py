@@ -121,6 +121,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             torch.device(device),
             self._parameters(page_size),
             limits,
+            executor=get_options().executor,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,

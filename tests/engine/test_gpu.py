@@ -114,6 +114,13 @@ def test_small_batches(model, sparse):
     assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_seqs=3)[0], sparse, SPARSE_NEAR_TIE)
 
 
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+def test_flashinfer_executor(model, sparse, eager):
+    pytest.importorskip("flashinfer")
+    options = {"budget": BUDGET, "executor": "flashinfer"}
+    assert_same(ask(model, "spla", options, enforce_eager=eager)[0], sparse, SPARSE_NEAR_TIE)
+
+
 def test_sparse_is_sparse(model, sparse):
     """Or the tests above show nothing: long prompts answer differently with a small budget and no residual."""
     other = ask(model, "spla", {"budget": 256, "residual": "none"})[0]

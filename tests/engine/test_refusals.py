@@ -1,5 +1,7 @@
 """What is not supported is refused at start-up, in one sentence that says what, why and what to do."""
 
+import importlib.util
+
 import pytest
 
 from .conftest import LLAMA, save_random_model
@@ -19,6 +21,8 @@ pytestmark = pytest.mark.engine
         ({"selection_block_size": 48}, {}, "selection blocks of 48 tokens do not divide pages of 32"),
         ({"selector": "quest"}, {}, "set residual to 'none' or choose another selector"),
         ({"combine": "double_rmsnorm"}, {}, "set residual to 'linear'"),
+        ({"executor": "cutlass"}, {}, "unknown SPLA executor 'cutlass': choose one of spla, flashinfer"),
+        ({"executor": "flashinfer"}, {}, "SPLA option executor 'flashinfer' needs a CUDA GPU: leave it at 'spla'"),
         ({}, {"block_size": 8}, "SPLA needs pages of a multiple of 16 tokens, not 8: set --block-size 64"),
         ({}, {"kv_cache_dtype": "fp8"}, "SPLA does not support --kv-cache-dtype fp8, .*choose one of auto, float16"),
         ({}, {"disable_hybrid_kv_cache_manager": True}, "remove --disable-hybrid-kv-cache-manager or set"),
@@ -159,6 +163,10 @@ def test_what_cuda_kernels_lack(monkeypatch):
     check_config(config)  # the CPU engine computes them
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     with pytest.raises(ValueError, match=r"SPLA on a GPU does not compute these options: feature_map 'elu1' has no"):
+        check_config(config)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config.additional_config = {"spla": {"executor": "flashinfer"}}
+    with pytest.raises(ValueError, match=r"SPLA on a GPU .*: executor 'flashinfer' needs the package flashinfer-pyt"):
         check_config(config)
 
 

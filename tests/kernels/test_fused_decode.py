@@ -10,6 +10,12 @@ from triton_cases import make_batch
 from spla_backend.algorithm.parameters import SplaParameters
 
 GPU = torch.cuda.is_available()
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not GPU, reason="needs a GPU")(test))
+
+
 emulated = pytest.mark.skipif(COMPILER is None, reason="needs g++ to emulate the kernel")
 
 
@@ -28,10 +34,9 @@ def emulate(batch, blocks: int) -> None:
 
 
 @emulated
-@pytest.mark.parametrize("blocks", [1, 2, 16])
-def test_lengths_around_page_and_budget_edges_and_padding(blocks: int) -> None:
+@pytest.mark.parametrize(("blocks", "lengths"), [(1, [16, 97]), (2, [1, 15, 17, 80, 81, 96, 300, 0]), (16, [331])])
+def test_lengths_around_page_and_budget_edges_and_padding(blocks: int, lengths: list[int]) -> None:
     params = SplaParameters(16, 16, 5)
-    lengths = [1, 15, 16, 17, 80, 81, 96, 97, 300, 0]
     batch = make_batch(params, lengths, num_heads=8, num_kv_heads=2, head_size=64, seed=fresh())
     emulate(batch, blocks)
     batch.check(batch.decode(), 2e-3)
@@ -69,3 +74,77 @@ def test_ties_go_to_the_lower_page() -> None:
     batch.decode()
     for head in range(2):
         assert batch.selected(0, 0, head) == [0, 1, 2, 11, 12]
+
+
+# Real sizes
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("heads", "page"),
+    [((4, 4, 64), 16), ((7, 1, 128), 32), ((8, 2, 128), 64), ((16, 2, 64), 64), ((16, 2, 128), 128), ((9, 3, 64), 128)],
+    ids=["g1-d64-p16", "g7-d128-p32", "g4-d128-p64", "g8-d64-p64", "g8-d128-p128", "g3-d64-p128"],
+)
+def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype) -> None:
+    num_heads, num_kv_heads, head_size = heads
+    edge = 6 * page
+    lengths = [edge * 4 + 5, edge - 1, edge, edge + 1, edge + page, edge + page + 1, 1, page, 0]
+    batch = make_batch(
+        SplaParameters(page, page, 6), lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size,
+        dtype=dtype, device="cuda", seed=fresh(), chunk=0, gain=torch.rand(num_heads) * 2,
+    )  # fmt: skip
+    for blocks in (1, 2, 8):
+        batch.op.fused._blocks = blocks
+        for _ in range(2):  # rebuilds the states, then finds them valid
+            output = batch.decode()
+            batch.check(output, 2e-3 if dtype == torch.float16 else 1e-2)
+            assert not bool(output.isnan().any())
+
+
+@needs_gpu
+@pytest.mark.parametrize("selector", ["taylor2", "cumulant2", "quest"])
+def test_gpu_selectors(selector: str) -> None:
+    params = SplaParameters(64, 64, 8, selector=selector, residual="none" if selector == "quest" else "regression")
+    batch = make_batch(
+        params, [2300, 577, 70], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device="cuda",
+        seed=fresh(), chunk=0,
+    )  # fmt: skip
+    batch.check(batch.decode(), 1e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("length", [40000, 131072, 524288 - 7])
+def test_gpu_long_context(length: int) -> None:
+    batch = make_batch(
+        SplaParameters(64, 64, 32), [length], num_heads=4, num_kv_heads=1, head_size=128, dtype=torch.bfloat16,
+        device="cuda", seed=fresh(), chunk=0,
+    )  # fmt: skip
+    for _ in range(2):
+        batch.check(batch.decode(), 1e-2)
+
+
+@needs_gpu
+def test_gpu_graph_replay() -> None:
+    """A graph captured on short rows replays on long ones, bit for bit."""
+    batch = make_batch(
+        SplaParameters(64, 64, 8), [1500, 900, 700], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16,
+        device="cuda", seed=fresh(), chunk=0, max_model_len=4096,
+    )  # fmt: skip
+    expected = batch.decode()
+    output = torch.full_like(batch.query, float("nan"))
+    lengths = batch.seq_lens.clone()
+    batch.seq_lens.fill_(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batch.op.decode(
+            batch.query, batch.kv_cache, batch.kv_cache, batch.query_start_loc, batch.seq_lens, batch.block_table,
+            batch.state_table, output, 1,
+        )  # fmt: skip
+    batch.seq_lens.copy_(lengths)
+    batch.decode()
+    for _ in range(3):
+        output.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(output, expected)

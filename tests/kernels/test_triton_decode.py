@@ -7,6 +7,7 @@ import torch
 from triton_cases import make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.kernels.fused_decode import FusedDecode
 from spla_backend.kernels.triton_decode import TritonPagedSpla, Tuning
 
 GPU = torch.cuda.is_available()
@@ -18,6 +19,12 @@ gpu = pytest.mark.gpu
 
 def params(page: int = 16, budget: int = 5, **more) -> SplaParameters:
     return SplaParameters(page, page, budget, **more)
+
+
+@pytest.fixture(autouse=True)
+def only_triton(monkeypatch) -> None:
+    """The fused launch has tests of its own."""
+    monkeypatch.setattr(FusedDecode, "pays", lambda self, num_rows: False)
 
 
 def fresh() -> int:
@@ -187,7 +194,7 @@ def test_gpu_residuals_and_verification(residual: str, combine: str, query_len: 
 @pytest.mark.parametrize("top_p", [None, 0.9], ids=["top-k", "top-p"])
 def test_gpu_batches_of_mixed_lengths(rows: int, top_p: float | None) -> None:
     seed = fresh()
-    lengths = [random.Random(seed + i).randrange(1, 3000) for i in range(rows)]
+    lengths = [random.Random(seed + i).randrange(1, 3000) for i in range(rows - rows // 4)] + [0] * (rows // 4)
     batch = make_batch(
         params(64, 16, top_p=top_p), lengths, num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16,
         device=DEVICE, seed=seed, chunk=0, max_model_len=8192,
@@ -195,6 +202,20 @@ def test_gpu_batches_of_mixed_lengths(rows: int, top_p: float | None) -> None:
     output = batch.decode()
     batch.check(output, TOLERANCE[torch.bfloat16], rows=sorted(random.sample(range(rows), min(rows, 6))))
     assert not bool(output.isnan().any())
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_gpu_edges_of_splits() -> None:
+    """Lengths one token to either side of where a tile, a split of the attention or a split of the scoring begins."""
+    chunk, splits, tile = 32, 4, 64
+    edges = [tile, splits * tile, 2 * splits * tile, 16 * 64, chunk * 64, splits * chunk * 64]
+    lengths = [edge + step for edge in edges for step in (-1, 0, 1, 64)]
+    batch = make_batch(
+        params(64, 16), lengths, num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device=DEVICE,
+        seed=fresh(), chunk=0, tuning=Tuning(splits, splits, chunk=chunk, tile=tile),
+    )  # fmt: skip
+    batch.check(batch.decode(), TOLERANCE[torch.bfloat16])
 
 
 @gpu

@@ -18,8 +18,10 @@ def attend(
     max_tiles: int | None = None,
     tuning: PrefillTuning | None = None,
     seed: int = 1,
+    captured: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, TritonPrefill]:
-    """Prefill the positions `ranges` of the batch's rows; queries, NaN-poisoned outputs, and the op.
+    """Prefill the positions `ranges` of the batch's rows; queries (random, or `captured [tokens, H, d]`), NaN-poisoned
+    outputs, and the op.
 
     The keys and values of those tokens, and of no later ones, are in the cache.
     """
@@ -39,6 +41,8 @@ def attend(
     total = sum(b - a for a, b in ranges)
     joint = 2 * torch.randn(total, base.num_heads + 2, base.head_size, generator=generator)
     query = joint.to(DEVICE, base.cache_dtype)[:, : base.num_heads]
+    if captured is not None:
+        query.copy_(captured)
     output = torch.full_like(query, float("nan"))
     starts = [0]
     for a, b in ranges:
@@ -53,7 +57,7 @@ def attend(
     return query, output, op
 
 
-def check(batch: Batch, ranges: list[tuple[int, int]], tolerance: float, sample: int = 1, **arguments: int) -> None:
+def check(batch: Batch, ranges: list[tuple[int, int]], tolerance: float, sample: int = 1, **arguments: object) -> None:
     """Compare every `sample`-th sparse token with the reference; dense ones must not have been touched."""
     query, output, op = attend(batch, ranges, **arguments)
     base, params = batch.op, batch.op.params

@@ -43,6 +43,11 @@ class Batch:
         names = ["scores", "mass", "lse", "grouped", "part_out", "part_sum", "rest_mass"]
         for name in [*names, "read", "read_z", "read_v"]:
             getattr(scratch, name).fill_(float("nan"))
+        between = self.op._flashinfer
+        if between is not None:
+            for buffer in (between._packed, between._exact, between._lse):
+                buffer.fill_(float("nan"))
+            between._last_page_len.fill_(-1)
         scratch.table.fill_(-1)
         scratch.count.fill_(-1)
         scratch.flags.fill_(-1)
@@ -59,6 +64,9 @@ class Batch:
         )
         for name in ("fold_arrivals", "score_arrivals", "attend_arrivals"):
             assert int(getattr(scratch, name).abs().sum()) == 0, name
+        if between is not None:  # it was FlashInfer that attended
+            heads = self.op.num_kv_heads * int(self.query_start_loc[-1])
+            assert not bool(between._lse[:heads].isnan().any())
         return output
 
     def statistics(self, row: int, num_pages: int) -> torch.Tensor:
@@ -135,10 +143,13 @@ def make_batch(
     tuning: Tuning | None = None,
     token_major: bool = False,
     chunk: int = 37,
+    executor: str = "spla",
+    captured: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
 ) -> Batch:
     """Random rows, written to the cache in chunks of `chunk` tokens (0: all at once).
 
     Keys have a mean of their own in every page, so that pages differ in mass and the residual has something to say.
+    `captured` takes their place: of each row keys and values `[length, G, d]` and queries `[query_len, H, d]`.
     """
     generator = torch.Generator().manual_seed(seed)
     page, longest = params.page_size, max(max(lengths), max_model_len, 1)
@@ -156,6 +167,7 @@ def make_batch(
         max_model_len=longest,
         device=device,
         tuning=tuning,
+        executor=executor,
     )
     layout, rows = op.page_layout, len(lengths)
     width = -(-longest // page)
@@ -174,13 +186,17 @@ def make_batch(
         return torch.randn(size, generator=generator)
 
     keys, values = [], []
-    for length in lengths:
+    for length in lengths if captured is None else ():
         shift = draw(-(-max(length, 1) // page), num_kv_heads, head_size).repeat_interleave(page, 0)[:length]
         keys.append((draw(length, num_kv_heads, head_size) + 0.5 * shift).to(device, dtype))
         mixed = draw(length, num_kv_heads, head_size) + 0.5 * keys[-1].float().cpu() + shift
         values.append(mixed.to(device, dtype))
     # A token stride of its own, as a slice of a joint projection has it.
     joint = (2 * draw(rows * query_len, num_heads + 2, head_size)).to(device, dtype)
+    if captured is not None:
+        keys = [k.to(device, dtype) for k, _, _ in captured]
+        values = [v.to(device, dtype) for _, v, _ in captured]
+        joint[:, :num_heads] = torch.cat([q for _, _, q in captured]).to(device, dtype)
     starts = torch.arange(rows + 1) * query_len
     if lengths and lengths[-1] == 0:  # padded rows stand last and have no tokens
         real = sum(length > 0 for length in lengths)

@@ -1,0 +1,498 @@
+"""Decode with FlashInfer for the exact part: it reads the page tables that selection writes, and is planned once.
+
+Every (query token, kv head) is a request of FlashInfer's with one query token and one kv head, over the cache seen as
+`[pages * G, 1, B + r, 2 d]`. What `plan` fixes, the partition of the requests among programs, is made for requests of
+`budget` pages each, so that `indptr` never changes. What changes from step to step, FlashInfer reads on the device:
+
+* the page ids: its index buffer is our page table;
+* the lengths. It takes `(indptr[i + 1] - indptr[i] - 1) * B + last_page_len[i]` tokens for request `i`, in integers
+  that may be negative. `pack_kernel` writes `last_page_len` so that this is the number of tokens that there are: rows
+  with fewer pages than the budget and top-p are lists that end early, padding is a request of no tokens. Programs
+  planned for what is beyond the end find nothing to do, and their empty share is merged with weight zero.
+
+So no step plans, copies tables, or waits for the host, and steps can be captured in CUDA graphs. (Programmatic
+dependent launch stays off: FlashInfer reads the lengths before it waits for the launch that wrote them.)
+
+After `prepare` and selection (`triton_decode`), a step launches
+
+1. `pack_kernel`: query tokens side by side, and the lengths;
+2. FlashInfer's attention, in two kernels where it splits: outputs in the cache dtype, and the LSE to base 2;
+3. `subtract_kernel`: `phi(q) S_selected` over the same pages, then the combination of `triton_attend`, to which
+   FlashInfer's result is the exact part of the first split.
+
+Plain reference: as `triton_attend`. Floor: as there, plus the selected pages a second time (from L2) where there is a
+residual. Source: FlashInfer, `BatchDecodeWithPagedKVCacheWrapper` with CUDA graphs (arXiv 2501.01005).
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .triton_attend import LINEAR, NO_RESIDUAL, RESIDUAL_CODES, mass_of_rest, merge_splits
+from .triton_state import softmax_features
+
+if TYPE_CHECKING:
+    from .triton_decode import TritonPagedSpla, Tuning
+
+HEAD_SIZES = (64, 128, 256)
+
+
+def check_flashinfer(head_size: int) -> None:
+    """Raises:
+    ValueError: FlashInfer is not installed, or has no kernel for this head size.
+    """
+    if importlib.util.find_spec("flashinfer") is None:
+        raise ValueError("executor 'flashinfer' needs the package flashinfer-python, which is not installed")
+    if head_size not in HEAD_SIZES:
+        raise ValueError(f"executor 'flashinfer' has no kernel for head_size {head_size}, only {HEAD_SIZES}")
+
+
+@triton.jit
+def pack_kernel(
+    query_ptr,  # [tokens, H, D]
+    packed_ptr,  # [slots, H, D] in the cache dtype
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    count_ptr,  # [tokens, G] int32
+    last_page_len_ptr,  # [slots, G] int32
+    num_rows,
+    query_token_stride,
+    query_head_stride,
+    num_kv_heads,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BUDGET: tl.constexpr,
+):
+    """Grid (G, slots), where slots behind the tokens of all rows are padding."""
+    head = tl.program_id(0)
+    slot = tl.program_id(1)
+    row = slot // QUERY_LEN
+    token_in_row = slot % QUERY_LEN
+    in_batch = row < num_rows
+    first_token = tl.load(query_start_loc_ptr + row, mask=in_batch, other=0)
+    query_len = tl.load(query_start_loc_ptr + row + 1, mask=in_batch, other=0) - first_token
+    if token_in_row < query_len:
+        token = (first_token + token_in_row).to(tl.int64)
+        seq_len = tl.load(seq_lens_ptr + row)
+        position = seq_len - query_len + token_in_row
+        count = tl.load(count_ptr + token * num_kv_heads + head, mask=seq_len > 0, other=0)
+        length = tl.where(seq_len > 0, (count - 1) * PAGE + position % PAGE + 1, 0)
+        tl.store(last_page_len_ptr + token * num_kv_heads + head, length - (BUDGET - 1) * PAGE)
+        member = tl.arange(0, GROUP_P)
+        column = tl.arange(0, DP)
+        mask = (member < GROUP)[:, None] & (column < D)[None, :]
+        head_row = (head * GROUP + member)[:, None]
+        query = query_ptr + token * query_token_stride + head_row * query_head_stride + column[None, :]
+        packed = packed_ptr + (token * num_kv_heads * GROUP + head_row) * D + column[None, :]
+        tl.store(packed, tl.load(query, mask=mask, other=0.0).to(packed_ptr.dtype.element_ty), mask=mask)
+    if slot >= tl.load(query_start_loc_ptr + num_rows):
+        tl.store(last_page_len_ptr + slot.to(tl.int64) * num_kv_heads + head, -(BUDGET - 1) * PAGE)
+
+
+@triton.jit
+def _subtract_split(
+    split,
+    num_splits,
+    token,
+    head,
+    num_subtract,  # tokens of the table that the state covers
+    query_ptr,
+    kv_ptr,
+    table_ptr,
+    exact_ptr,  # [slots, H, D] in the cache dtype
+    lse_ptr,  # [slots, H] float32, to base 2
+    part_out_ptr,  # as in triton_attend
+    part_sum_ptr,
+    part,
+    query_token_stride,
+    query_head_stride,
+    page_stride,
+    head_stride,
+    num_kv_heads,
+    scale,
+    GROUP: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BUDGET: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """One split as `triton_attend.attend_split` leaves it, but for the exact part, which is FlashInfer's."""
+    dtype = kv_ptr.dtype.element_ty
+    n = tl.arange(0, N)
+    column = tl.arange(0, DP)
+    in_head = column < D
+    total = tl.zeros([N], dtype=tl.float32)
+    out = tl.zeros([N, DP], dtype=tl.float32)
+    if RESIDUAL != NO_RESIDUAL:
+        query_row = query_ptr + token * query_token_stride + (head * GROUP + n % C) * query_head_stride  # [N]
+        q_mask = (n % C < GROUP)[None, :] & in_head[:, None]
+        q = tl.load(query_row[None, :] + column[:, None], mask=q_mask, other=0.0).to(dtype)  # [DP, N]
+        if RESIDUAL == LINEAR:
+            q = softmax_features(q.to(tl.float32) * scale, in_head[:, None], 0).to(dtype)
+        kind = (n // C)[None, :]
+        per_split = tl.cdiv(tl.cdiv(num_subtract, TILE), num_splits) * TILE
+        stop = tl.minimum((split + 1) * per_split, num_subtract)
+        table = table_ptr + (token * num_kv_heads + head) * BUDGET
+        kv = kv_ptr + head * head_stride
+        for first in tl.range(split * per_split, stop, TILE, num_stages=STAGES):
+            t = first + tl.arange(0, TILE)
+            covered = (t < stop)[:, None]
+            page = (tl.load(table + t // PAGE, mask=t < stop, other=0) // num_kv_heads).to(tl.int64)
+            rows = kv + (page * page_stride + (t % PAGE) * 2 * D)[:, None] + column[None, :]  # [TILE, DP]
+            k = tl.load(rows, mask=covered & in_head[None, :], other=0.0)
+            v = tl.load(rows + D, mask=covered & in_head[None, :], other=0.0)
+            if RESIDUAL == LINEAR:
+                phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
+                feature = tl.dot(phi_k, q)  # [TILE, N]
+            else:
+                feature = tl.dot(k, q) * scale
+            high = feature.to(dtype)
+            low = (feature - high.to(tl.float32)).to(dtype)
+            weight = tl.where(kind == 1, high, tl.where(kind == 2, low, tl.where(kind == 3, 1.0, 0.0).to(dtype)))
+            weight = tl.where(covered, weight, 0.0).to(dtype)
+            total += tl.sum(tl.where(covered & (kind > 0), feature, 0.0), axis=0)
+            out = tl.dot(tl.trans(weight), v, out)
+
+    # The whole of the exact part is in the first split: the others have the weight exp(-inf).
+    exact_group = n < tl.where(split == 0, GROUP, 0)
+    head_row = token * num_kv_heads * GROUP + head * GROUP + n  # [N]
+    exact = exact_ptr + head_row[:, None] * D + column[None, :]
+    out += tl.load(exact, mask=exact_group[:, None] & in_head[None, :], other=0.0).to(tl.float32)
+    lse = tl.load(lse_ptr + head_row, mask=exact_group, other=float("-inf")) * 0.6931471805599453
+    tl.store(part_out_ptr + (part * N + n[:, None]) * DP + column[None, :], out)
+    tl.store(part_sum_ptr + part * 2 * N + n, lse)
+    tl.store(part_sum_ptr + part * 2 * N + N + n, tl.where(exact_group, 1.0, total))
+
+
+@triton.jit
+def subtract_kernel(
+    query_ptr,
+    kv_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    table_ptr,
+    count_ptr,
+    flags_ptr,
+    mass_ptr,
+    exact_ptr,
+    lse_ptr,
+    part_out_ptr,
+    part_sum_ptr,
+    rest_mass_ptr,
+    read_ptr,
+    read_z_ptr,
+    read_v_ptr,
+    arrivals_ptr,  # [tokens, G] int32, zero between launches
+    gain_ptr,
+    exact_weight_ptr,
+    tail_weight_ptr,
+    output_ptr,
+    num_rows,
+    query_token_stride,
+    query_head_stride,
+    output_token_stride,
+    output_head_stride,
+    page_stride,
+    head_stride,
+    max_pages,
+    num_kv_heads,
+    scale,
+    residual_scale,
+    norm_eps,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    QUERY_LEN: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BUDGET: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MASS_PARTS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    HAS_MASS: tl.constexpr,
+    MASS_WIDTH: tl.constexpr,
+    DOUBLE_NORM: tl.constexpr,
+):
+    """Grid (SPLITS + MASS_PARTS, G, rows * QUERY_LEN); the last program of a (token, kv head) to arrive combines."""
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2) // QUERY_LEN
+    token_in_row = tl.program_id(2) % QUERY_LEN
+    seq_len = tl.load(seq_lens_ptr + row)
+    first_token = tl.load(query_start_loc_ptr + row)
+    query_len = tl.load(query_start_loc_ptr + row + 1) - first_token
+    if (seq_len > 0) & (token_in_row < query_len):
+        token = (first_token + token_in_row).to(tl.int64)
+        num_complete = (seq_len - query_len + token_in_row) // PAGE
+        count = tl.load(count_ptr + token * num_kv_heads + head)
+        has_rest = num_complete >= count
+        # Pages of this step's own tokens are beyond the state; they are forced, and stand last before the current one.
+        num_subtract = (count - 1 - (num_complete - (seq_len - query_len) // PAGE)) * PAGE
+        num_subtract = tl.where(has_rest, num_subtract, 0)
+        splits = tl.maximum(tl.minimum(SPLITS, tl.cdiv(num_subtract, TILE)), 1)
+        part = (tl.program_id(2).to(tl.int64) * num_kv_heads + head) * SPLITS
+        programs = splits
+        works = split < splits
+        if HAS_MASS:
+            programs = tl.where(has_rest, splits + MASS_PARTS, splits)
+            if (split >= SPLITS) & has_rest:
+                mass_of_rest(
+                    token * num_kv_heads + head, split - SPLITS, num_complete, flags_ptr, mass_ptr, rest_mass_ptr,
+                    max_pages, GROUP, GROUP_P, MASS_WIDTH, MASS_PARTS,
+                )  # fmt: skip
+                works = split >= SPLITS
+        if split < splits:
+            _subtract_split(
+                split, splits, token, head, num_subtract, query_ptr, kv_ptr, table_ptr, exact_ptr, lse_ptr,
+                part_out_ptr, part_sum_ptr, part + split,
+                query_token_stride, query_head_stride, page_stride, head_stride, num_kv_heads, scale,
+                GROUP, C, N, D, DP, PAGE, BUDGET, TILE, STAGES, RESIDUAL,
+            )  # fmt: skip
+        if works:
+            tl.debug_barrier()  # every thread's partial sums are written before the arrival is announced
+            arrivals = arrivals_ptr + tl.program_id(2) * num_kv_heads + head
+            if tl.atomic_add(arrivals, 1, sem="acq_rel") == programs - 1:
+                tl.store(arrivals, 0)
+                merge_splits(
+                    splits, token, head, count, num_complete, part_out_ptr, part_sum_ptr, part,
+                    rest_mass_ptr, read_ptr, read_z_ptr, read_v_ptr, gain_ptr, exact_weight_ptr, tail_weight_ptr,
+                    output_ptr, output_token_stride, output_head_stride, num_kv_heads, residual_scale, norm_eps,
+                    GROUP, GROUP_P, C, N, D, DP, PAGE, SPLITS, PARTS, MASS_PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
+                )  # fmt: skip
+    else:
+        # Padding. Its output row is ours to clear only behind the tokens of all real rows.
+        token = tl.program_id(2).to(tl.int64)
+        if (split == 0) & (token >= tl.load(query_start_loc_ptr + num_rows)):
+            column = tl.arange(0, DP)
+            for member in tl.static_range(GROUP):
+                output = output_ptr + token * output_token_stride + (head * GROUP + member) * output_head_stride
+                tl.store(output + column, tl.zeros([DP], output_ptr.dtype.element_ty), mask=column < D)
+
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""`attend(query [n, H / G, d], keys, values, out [n, H / G, d], lse [n, H / G])`; keys, values
+`[pages * G, 1, B, d]`."""
+
+
+def plan_flashinfer(
+    sizes: list[int],
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    last_page_len: torch.Tensor,
+    *,
+    group: int,
+    head_size: int,
+    page_size: int,
+    dtype: torch.dtype,
+    scale: float,
+) -> tuple[dict[int, Attend], int]:
+    """Plan FlashInfer for numbers of requests; its kernels are compiled now, if they never were.
+
+    Args:
+        sizes: Numbers of requests.
+        indptr: `[max(sizes) + 1]` int32, `budget` pages a request.
+        indices: `[indptr[-1]]` int32, the buffer of page ids that it will read.
+        last_page_len: `[max(sizes)]` int32, the buffer of lengths that it will read; overwritten.
+        group: Query heads of a request.
+        head_size: `d`.
+        page_size: `B`.
+        dtype: Of queries, keys, values and outputs.
+        scale: Softmax scale.
+
+    Returns:
+        A function for each size, and the bytes that they hold on the device.
+    """
+    import flashinfer
+
+    full = torch.full_like(last_page_len, page_size, device="cpu")
+    host_indptr = indptr.cpu()
+    shape = (group, 1, head_size, page_size)
+    dtypes = {"q_data_type": dtype, "kv_data_type": dtype, "sm_scale": scale}
+    planned = []
+    for n in sizes:
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            torch.empty(256, dtype=torch.uint8, device=indptr.device),
+            "HND",
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            backend="fa2",  # the one that reads lengths on the device
+            paged_kv_indptr_buffer=indptr[: n + 1],
+            paged_kv_indices_buffer=indices,
+            paged_kv_last_page_len_buffer=last_page_len[:n],
+        )
+        table = indices[: int(host_indptr[n])]  # copied to itself
+        arguments = (host_indptr[: n + 1], table, full[:n], *shape)
+        float_bytes, int_bytes = wrapper.workspace_size(*arguments, **dtypes)
+        plan = torch.zeros(int_bytes + 256, dtype=torch.uint8, device=indptr.device)
+        wrapper.reset_workspace_buffer(wrapper._float_workspace_buffer, plan)  # instead of 8 MiB
+        planned.append((n, wrapper, arguments, plan, float_bytes + 256))
+    # Steps run one after the other, so that all sizes share the buffer for partial results; each keeps its plan.
+    partial = torch.zeros(max(entry[-1] for entry in planned), dtype=torch.uint8, device=indptr.device)
+    nbytes = partial.nbytes
+    attends: dict[int, Attend] = {}
+    for n, wrapper, arguments, plan, _ in planned:
+        wrapper.reset_workspace_buffer(partial, plan)
+        wrapper.plan(*arguments, **dtypes)
+        nbytes += plan.nbytes
+
+        def attend(query, keys, values, out, lse, run=wrapper.run):
+            run(query, (keys, values), out=out, lse=lse, return_lse=True, enable_pdl=False)
+
+        attends[n] = attend
+    return attends, nbytes
+
+
+class FlashInferDecode:
+    """What stands in for `triton_attend.attend_kernel` in a step of `TritonPagedSpla`; layers of one geometry share it.
+
+    Args:
+        op: A layer's kernels, for their geometry and scratch.
+    """
+
+    def __init__(self, op: "TritonPagedSpla") -> None:
+        scratch, kv_heads, d = op._scratch, op.num_kv_heads, op.head_size
+        tokens, budget = scratch.table.shape[0], scratch.table.shape[2]
+        # The sizes that vLLM captures, as far as batches go; a step takes the next larger one.
+        sizes = {1, 2, 4, *range(8, 256, 8), *range(256, tokens, 64)}
+        self._sizes = [*sorted(n for n in sizes if n < tokens), tokens]
+        requests, device = tokens * kv_heads, op.device
+        self._indptr = torch.arange(requests + 1, dtype=torch.int32, device=device) * budget
+        self._last_page_len = torch.zeros(requests, dtype=torch.int32, device=device)
+        self._packed = torch.zeros(requests, op.group, d, dtype=op.cache_dtype, device=device)
+        self._exact = torch.zeros_like(self._packed)
+        self._lse = torch.zeros(requests, op.group, dtype=torch.float32, device=device)
+        self._attends, planned = plan_flashinfer(
+            [n * kv_heads for n in self._sizes],
+            self._indptr,
+            scratch.table.view(-1),
+            self._last_page_len,
+            group=op.group,
+            head_size=d,
+            page_size=op.params.page_size,
+            dtype=op.cache_dtype,
+            scale=op.scale,
+        )
+        buffers = (self._indptr, self._last_page_len, self._packed, self._exact, self._lse)
+        self.nbytes = planned + sum(buffer.nbytes for buffer in buffers)
+        # FlashInfer loads kernels and makes constants at its first run, which must not be in a capture. No tokens.
+        self._last_page_len.fill_(-(budget - 1) * op.params.page_size)
+        self._run(kv_heads, torch.zeros(1, 1, op.params.page_size, 2 * d, dtype=op.cache_dtype, device=device))
+
+    def _run(self, requests: int, pages: torch.Tensor) -> None:
+        keys, values = pages.split(pages.shape[-1] // 2, -1)
+        self._attends[requests](self._packed[:requests], keys, values, self._exact[:requests], self._lse[:requests])
+
+    def attend(
+        self,
+        op: "TritonPagedSpla",
+        tuning: "Tuning",
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        output: torch.Tensor,
+        max_query_len: int,
+    ) -> None:
+        """Attend to the selected pages and combine; arguments as `TritonPagedSpla.decode`, whose selection is done.
+
+        Raises:
+            ValueError: The kv heads of a page do not follow each other in memory, as FlashInfer needs them to.
+        """
+        params, scratch, kv_heads, num_rows = op.params, op._scratch, op.num_kv_heads, seq_lens.shape[0]
+        if kv_cache.stride(0) != kv_heads * kv_cache.stride(1):
+            raise ValueError("executor 'flashinfer' needs a cache of head-major pages, one after the other")
+        tokens = num_rows * max_query_len
+        size = next(n for n in self._sizes if n >= tokens)
+        shared = {
+            "GROUP": op.group,
+            "GROUP_P": op._group_p,
+            "QUERY_LEN": max_query_len,
+            "D": op.head_size,
+            "DP": op._dp,
+            "PAGE": params.page_size,
+            "BUDGET": params.budget_blocks,
+        }
+        pack_kernel[(kv_heads, size)](
+            query,
+            self._packed,
+            query_start_loc,
+            seq_lens,
+            scratch.count,
+            self._last_page_len,
+            num_rows,
+            query.stride(0),
+            query.stride(1),
+            kv_heads,
+            num_warps=1,
+            **shared,
+        )
+        pages = kv_cache.view(-1, 1, *kv_cache.shape[2:])[:, :, : params.page_size]  # [pages * G, 1, B, 2 d]
+        self._run(size * kv_heads, pages)
+        splits = tuning.attend_splits if op._parts else 1
+        mass_parts = tuning.mass_parts if op.has_mass else 0
+        subtract_kernel[(splits + mass_parts, kv_heads, tokens)](
+            query,
+            kv_cache,
+            query_start_loc,
+            seq_lens,
+            scratch.table,
+            scratch.count,
+            scratch.flags,
+            scratch.mass if op.write_mass else scratch.scores,
+            self._exact,
+            self._lse,
+            scratch.part_out,
+            scratch.part_sum,
+            scratch.rest_mass,
+            scratch.read,
+            scratch.read_z,
+            scratch.read_v,
+            scratch.attend_arrivals,
+            op.gain,
+            op.norm_weights[0],
+            op.norm_weights[1],
+            output,
+            num_rows,
+            query.stride(0),
+            query.stride(1),
+            output.stride(0),
+            output.stride(1),
+            kv_cache.stride(0),
+            kv_cache.stride(1),
+            op.max_pages,
+            kv_heads,
+            op.scale,
+            params.residual_scale,
+            params.rms_norm_eps,
+            C=op._columns,
+            N=op._attend_n,
+            TILE=tuning.tile,
+            STAGES=tuning.attend_stages,
+            SPLITS=splits,
+            PARTS=op._parts,
+            RESIDUAL=RESIDUAL_CODES[params.residual],
+            HAS_MASS=op.has_mass,
+            MASS_PARTS=mass_parts,
+            MASS_WIDTH=max(64, 1024 // op._group_p),
+            DOUBLE_NORM=params.combine == "double_rmsnorm",
+            num_warps=tuning.attend_warps,
+            **shared,
+        )

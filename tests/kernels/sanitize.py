@@ -1,0 +1,39 @@
+"""Small cases on a GPU for `scripts/sanitize.sh`, compared with the float64 reference as well."""
+
+import sys
+
+import torch
+from test_triton_prefill import check as check_prefill
+from triton_cases import make_batch
+
+from spla_backend.algorithm.parameters import SplaParameters
+
+SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_size": 64, "device": "cuda"}
+
+
+def decode(query_len: int) -> None:
+    """Rows beyond the budget, within it and padded: pages completed by the token itself (320), states folded from
+    nothing, by one page, and not at all."""
+    batch = make_batch(SplaParameters(16, 16, 6), [319, 200, 40, 0], query_len=query_len, **SHAPE)
+    batch.decode()
+    batch.keys[0] = torch.cat([batch.keys[0], batch.keys[0][:1]])
+    batch.values[0] = torch.cat([batch.values[0], batch.values[0][:1]])
+    batch.write(0, 319, 320)  # completes a page: statistics and stamp
+    batch.lengths[0] = 320
+    batch.seq_lens[0] = 320
+    batch.decode()
+    output = batch.decode()
+    batch.check(output, 3e-3)
+
+
+def prefill() -> None:
+    """Two rows, one of them behind a cached prefix."""
+    batch = make_batch(SplaParameters(16, 16, 4), [130, 90], **SHAPE)
+    check_prefill(batch, [(70, 130), (0, 90)], 5e-3, sample=23)
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:]:
+        {"decode": lambda: decode(1), "verify": lambda: decode(2), "prefill": prefill}[case]()
+        torch.cuda.synchronize()
+        print(case, "agrees with the reference")

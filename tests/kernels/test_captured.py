@@ -1,0 +1,128 @@
+"""Every kernel on queries, keys and values of a real model (tests/data): massive keys, a sink, values of all sizes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_flashinfer_decode import needs_flashinfer
+from test_triton_prefill import check as check_prefill
+from triton_cases import Batch, make_batch
+
+from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.algorithm.reference import spla_token
+from spla_backend.kernels.cpu import CpuPagedSpla
+from spla_backend.kernels.torch_paged import TorchPagedSpla
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+INPUTS = load_file(Path(__file__).parent.parent / "data" / "smollm2_qkv.safetensors")
+HEADS, KV_HEADS, HEAD_SIZE = 9, 3, 64
+TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+KINDS = {
+    "regression": {},
+    "paper": {"selector": "taylor2", "residual": "linear", "combine": "double_rmsnorm"},
+    "exact": {"residual": "none"},
+    "top-p": {"top_p": 0.9},
+}
+gpu = pytest.mark.gpu
+
+
+def captured(length: int, queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, values `[length, G, d]` and the last `queries` queries; a short cut keeps the sink and the end."""
+    q, k, v = (INPUTS[name] for name in "qkv")
+    head = min(32, length)
+    return *(torch.cat([x[:head], x[len(x) - length + head :]]) for x in (k, v)), q[len(q) - queries :]
+
+
+def make(
+    kind: str, length: int, page: int, budget: int, queries: int, dtype: torch.dtype = torch.float16, **more: object
+) -> Batch:
+    return make_batch(
+        SplaParameters(page, page, budget, **KINDS[kind]), [length], num_heads=HEADS, num_kv_heads=KV_HEADS,
+        head_size=HEAD_SIZE, dtype=dtype, query_len=queries, device=DEVICE, chunk=0,
+        captured=[captured(length, queries)], **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode(kind: str) -> None:
+    batch = make(kind, 333, 16, 7, 1)
+    batch.check(batch.decode(), TOLERANCE[torch.float16])
+
+
+def test_verification() -> None:
+    batch = make("regression", 333, 16, 7, 4)
+    batch.check(batch.decode(), TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("kind", ["regression", "paper", "exact"])
+def test_prefill(kind: str) -> None:
+    batch, queries = make(kind, 161, 16, 4, 1), 24
+    check_prefill(batch, [(161 - queries, 161)], 6e-3, sample=5, captured=captured(161, queries)[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", [TorchPagedSpla, CpuPagedSpla])
+def test_cpu(implementation: type[TorchPagedSpla], kind: str, dtype: torch.dtype) -> None:
+    """All tokens: the last as a step of decode, those before it as a chunk of prefill."""
+    params = SplaParameters(64, 32, 16, **KINDS[kind])
+    op = implementation(
+        params, num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, cache_dtype=dtype, scale=HEAD_SIZE**-0.5
+    )
+    keys, values, query = (x.to(dtype) for x in captured(len(INPUTS["k"]), 64))
+    length, page = len(keys), params.page_size
+    num_pages, num_blocks = -(-length // page), op.state_layout.num_blocks
+    kv_cache = torch.full((num_pages + num_blocks, KV_HEADS, op.page_layout.rows, 2 * HEAD_SIZE), torch.nan).to(dtype)
+    table = torch.randperm(num_pages)[None].int()
+    state_table = num_pages + torch.arange(num_blocks)[None].int()
+    position = torch.arange(length)
+    slots = table[0, position // page].long() * page + position % page
+    output = torch.full_like(query, torch.nan)
+    for start, stop in ((0, length - 64), (length - 64, length - 1), (length - 1, length)):
+        op.update_cache(keys[start:stop], values[start:stop], kv_cache, slots[start:stop])
+        if start:
+            rows = slice(start - length + 64, stop - length + 64)
+            op.forward(
+                query[rows], kv_cache, kv_cache, torch.tensor([0, stop - start]), torch.tensor([stop]), table,
+                state_table, output[rows],
+            )  # fmt: skip
+    complete = (length - 1) // page
+    area = kv_cache[table[0, :complete].long(), :, page:].flatten(2)[..., : op.page_layout.statistics_elements]
+    per_page = op.page_layout.blocks_per_page
+    statistics = area.unflatten(-1, (per_page, -1)).transpose(1, 2).flatten(0, 1).double()  # [blocks, G, width]
+    for token in (0, 17, 40, 63):
+        stop = length - 63 + token
+        want = spla_token(
+            query[token].double() * op.scale, keys[:stop].double(), values[:stop].double(), params,
+            statistics=statistics[: (stop - 1) // page * per_page],
+        ).output  # fmt: skip
+        error = float((output[token].double() - want).norm() / want.norm())
+        assert error < (1e-5 if dtype is torch.float32 else 1.5e-2), f"token {token}: relative error {error:.2e}"
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_decode(kind: str, dtype: torch.dtype) -> None:
+    batch = make(kind, len(INPUTS["k"]), 64, 8, 4, dtype)
+    batch.check(batch.decode(), TOLERANCE[dtype])
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_prefill(kind: str) -> None:
+    length = len(INPUTS["k"])
+    batch = make(kind, length, 32, 8, 1)
+    check_prefill(batch, [(length - 64, length)], 6e-3, sample=7, captured=captured(length, 64)[2])
+
+
+@gpu
+@needs_flashinfer
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpu_flashinfer(kind: str) -> None:
+    batch = make(kind, len(INPUTS["k"]), 64, 8, 4, executor="flashinfer")
+    batch.check(batch.decode(), TOLERANCE[torch.float16])
