@@ -95,10 +95,10 @@ class PrefillPlan:
 class PrefillTuning:
     """Launch shapes."""
 
-    normalise_chunk: int = 32
+    normalise_chunk: int = 64
     normalise_warps: int = 8
-    normalise_registers: int | None = 128
-    normalise_stages: int = 2
+    normalise_registers: int | None = None
+    normalise_stages: int = 3
     share_chunk: int = 32
     share_warps: int = 8
     share_registers: int | None = 128
@@ -114,13 +114,19 @@ class PrefillTuning:
     attend_stages: int = 2
     attend_warps: int = 4
     attend_registers: int | None = 168
-    merge_rows: int = 64
-    merge_stages: int = 3
-    merge_warps: int = 4
+    merge_rows: int = 128
+    merge_stages: int = 4
+    merge_warps: int = 8
     merge_registers: int | None = None
     state_slice: int = 16
     state_stages: int = 3
     state_warps: int = 4
+
+
+SMALL = PrefillTuning(
+    normalise_chunk=32, normalise_registers=128, normalise_stages=2, merge_rows=64, merge_stages=3, merge_warps=4
+)
+"""Where the others do not fit into shared memory: large heads, and `linear`, whose merge reads two matrices."""
 
 
 def _round_up(pages: int) -> int:
@@ -164,7 +170,8 @@ class TritonPrefill:
     ) -> None:
         self.base, self.device = base, device
         params, d = base.params, base.head_size
-        self.tuning = PrefillTuning() if tuning is None else tuning
+        small = d > 128 or params.residual == "linear"
+        self.tuning = tuning or (SMALL if small else PrefillTuning())
         self.dense_below = max(dense_below, params.budget_blocks * params.page_size)
         self._dp, self._group_p = triton.next_power_of_2(d), triton.next_power_of_2(base.group)
         wide = 1 if self._dp <= 128 else 2
