@@ -6,18 +6,18 @@
 // reference is `reference.spla_token`, the plain peer on a GPU `TritonPagedSpla`.
 //
 // Steps of a thread block (docs/design.md, 1 to 6, for what is computed):
-//   1. eight warps score their units (selection blocks) of the cluster's share; a ninth checks the recurrent state and
-//      reads its share of phi(q) S; where pages are to be folded, all warps fold first
+//   1. score the units (selection blocks) of the block's share; meanwhile one warp asks whether the recurrent state is
+//      valid for this sequence. Where it lacks pages, fold them in
 //   2. normalisers of all heads are exchanged, group scores computed and sent to all blocks of the cluster
-//   3. every block finds the same threshold and the same list; each attends to its share of the list's tokens
+//   3. every block finds the same threshold and the same list; each attends to its share of the list's tokens, and reads
+//      its rows of the state
 //   4. partial results are merged over warps, then over the cluster, a slice of the output a block
 //
 // Statistics, keys and values come by asynchronous copies into a ring that a warp owns: no warp waits for another.
 // What is read is a dense row of `2 D` elements in all cases: mean and variance of a unit, key and value of a token.
 //
 // Floor, bytes a (row, kv head): `2 D` elements a unit and 4 bytes a page; `2 D` elements a selected token;
-// `(D + 2) D` float32 of state. FLOP: `4 GROUP D` a unit, `8 GROUP D` a selected token, on the CUDA cores: for at most
-// 8 heads that is below what memory takes.
+// `(D + 2) D` float32 of state. FLOP: `4 GROUP D` a unit, `8 GROUP D` a selected token, on tensor cores that are mostly empty.
 //
 // Compiled with: D, GROUP, PAGE, UNIT (tokens a selection block), FP16 (0: bf16), SELECTOR, RESIDUAL (0 none,
 // 1 regression), NUM_BLOCKS, BODY (state blocks a request, body rows a block), STAMP_WORD, MAGIC, LOG_UNIT (log of UNIT),
@@ -157,7 +157,7 @@ DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// 16 bytes a lane, in groups that a lane closes and waits for itself: of small rows the bulk copy engine takes far fewer.
+// 16 bytes a lane, in groups that a lane closes and waits for itself: the bulk copy engine takes far fewer rows of 512 bytes a second.
 DEVICE void copy_in(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"((u64)from) : "memory");
 }
@@ -1052,7 +1052,6 @@ DEVICE void merge_blocks(
     float *mean_qk = share + GP;                // [GP]
     // The residual's sums are those of the selected tokens less those of the state.
     float per_token = num_rest > 0 ? -1.0f / (float)num_rest : 0.0f;
-    // Other blocks' numbers are asked for before this block's are waited for.
     constexpr int LANES = 8, MOST = 2;  // that read an element together, of `MOST` blocks each at most
     int lanes = min_(BLOCKS, LANES);
     int slice = ceil_div(GROUP * D, BLOCKS);
@@ -1154,18 +1153,10 @@ DEVICE void load_query(const Shared &s, const Params &p, i64 token, int head, in
     }
 }
 
-#ifdef SPLA_PROFILE
-__device__ long long stamps[64];
-#define STAMP(i) if (tid == 0 && block_x() == 0 && block_y() == 0 && block_z() == 0) stamps[i] = clock64();
-#else
-#define STAMP(i)
-#endif
-
 // Grid (blocks of a cluster, G, rows), clusters of (gridDim.x, 1, 1).
 KERNEL spla_fused_decode(KERNEL_PARAMS) {
     int tid = thread_id(), warp = tid / 32, lane = tid % 32;
     int rank = block_x(), head = block_y();
-    STAMP(0)
     Shared s = carve(shared_memory, p);
     grid_launch();
     s.bins[tid] = 0;
@@ -1212,9 +1203,7 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         int k = i * 4 + lane / TILE;
         ids[i] = k < STAGES && k < tiles ? row.pages[unit_of(first, num, warp, k, lane % TILE) / UNITS_PER_PAGE] : 0;
     }
-    STAMP(1)
     grid_wait();
-    STAMP(2)
 #pragma unroll
     for (int k = 0; k < STAGES; k++) {
         if (k < tiles) issue_tile(s, row, first, num, k, ids[k / 4], k % 4 * TILE, warp, lane);
@@ -1227,7 +1216,6 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
     }
     load_query(s, p, token, head, warp, lane);
     sync_block();
-    STAMP(3)
     if (tiles > 0) score_units(s, row, p, first, num, warp, lane);
     int covered = target;
     if (RESIDUAL && target > 0 && warp == WARPS - 1) {
@@ -1235,29 +1223,22 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         if (lane == 0) s.flags[0] = covered;
     }
     sync_block();
-    STAMP(4)
     if (RESIDUAL && target > 0) {
         covered = s.flags[0];
         if (covered < target) fold(s, row, rank, covered, target, warp, lane);
     }
-    STAMP(5)
     if (reads) share_norms(s, num, rank, tid);
-    STAMP(6)
     sync_cluster();
-    STAMP(7)
     // All blocks have read the headers.
     if (RESIDUAL && warp == 0 && rank == 0 && covered < target) write_headers(row, target, lane);
     if (reads) {
         share_keys(s, row, p, first, num, rank, tid);
-        STAMP(8)
         sync_cluster();
-        STAMP(9)
         int leading = min_(p.first, row.num_units);
         int trailing = row.num_units - max_(row.position / UNIT - p.last + 1, leading);
         select(s, row.num_units, n.complete, n.complete - leading - max_(trailing, 0), first, num, tid);
         sync_block();
     }
-    STAMP(10)
     n.covered = n.complete * UNIT;
     n.limit = (n.complete + num_current - 1) * UNIT + row.position % UNIT + 1;
     int steps = ceil_div(n.limit, TOKENS);
@@ -1269,19 +1250,13 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         if (n.start + k < n.stop) issue_step(s, row, n, k, warp, lane);
         close_copies();
     }
-    STAMP(11)
     if (RESIDUAL && reads) mass_of_rest(s, num, warp, lane);
-    STAMP(12)
     attend(s, row, p, n, reads, rank, warp, lane);
-    STAMP(13)
     merge_warps(s, reads, tid);
     for (int i = tid; i < BLOCKS * SCALARS * GP; i += THREADS)
         *of_block(s.scalars + rank * SCALARS * GP + i % (SCALARS * GP), i / (SCALARS * GP)) = s.mine[i % (SCALARS * GP)];
-    STAMP(14)
     sync_cluster();
-    STAMP(15)
     merge_blocks(s, row, p, token, reads ? (row.num_units - n.complete) * UNIT : 0, rank, tid);
-    STAMP(16)
     if (rank == BLOCKS - 1) {
         int entries = n.complete + num_current;
         i64 pair = token * p.num_kv_heads + head;
@@ -1293,7 +1268,6 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         if (tid == 0) p.count[pair] = entries;
     }
     sync_cluster();  // nobody leaves while others read its shared memory
-    STAMP(17)
 }
 
 }  // namespace spla

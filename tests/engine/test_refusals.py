@@ -112,7 +112,7 @@ def test_context_parallelism():
 
     assert vllm.__version__
     config = Namespace(
-        model_config=Namespace(use_mla=False, hf_text_config=None),
+        model_config=Namespace(model="no-such-folder", use_mla=False, hf_text_config=None),
         cache_config=Namespace(block_size=64, cache_dtype="auto"),
         parallel_config=Namespace(decode_context_parallel_size=2, prefill_context_parallel_size=1),
         additional_config={},
@@ -127,7 +127,7 @@ def test_mla():
     from spla_backend.engine.checks import check_config
 
     config = Namespace(
-        model_config=Namespace(use_mla=True, hf_text_config=None),
+        model_config=Namespace(model="no-such-folder", use_mla=True, hf_text_config=None),
         cache_config=Namespace(block_size=64, cache_dtype="auto"),
         parallel_config=Namespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
         additional_config={},
@@ -147,6 +147,7 @@ def test_what_cuda_kernels_lack(monkeypatch):
 
     config = Namespace(
         model_config=Namespace(
+            model="no-such-folder",
             use_mla=False,
             hf_text_config=None,
             dtype=torch.bfloat16,
