@@ -86,7 +86,6 @@ struct Params {
     i64 block_table_stride, state_table_stride;
     int num_rows, num_kv_heads, last_page, max_units, table_width;
     int budget, first, last;  // units
-    int dense_units;          // rows of at most so many units attend to all of them
     float scale, residual_scale;
 };
 
@@ -364,7 +363,7 @@ DEVICE void write_headers(const Row &row, int target, int lane) {
     }
 }
 
-// Fold the pages `covered .. target - 1` into this block's rows of the state. All eight warps: a warp has some rows, or,
+// Fold the pages `covered .. target - 1` into this block's rows of the state. A warp has some rows, or,
 // where a block has few rows, some of the tokens of each page, and the sums meet in the ring.
 DEVICE void fold(const Shared &s, const Row &row, int rank, int covered, int target, int warp, int lane) {
     constexpr int MOST = 8;  // rows at a time
@@ -1188,7 +1187,7 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
     row.num_units = target * UNITS_PER_PAGE;
     int num_current = row.position % PAGE / UNIT + 1;  // units of the current page, the last one partly filled
     Tokens n;
-    n.all = row.num_units + num_current <= max_(p.budget, p.dense_units);
+    n.all = row.num_units + num_current <= p.budget;
     n.complete = n.all ? row.num_units : p.budget - num_current;
     bool reads = !n.all;  // some units are left out
     int share = share_of(row.num_units);

@@ -1,7 +1,7 @@
 """SPLA decode of one layer in one launch, for the shapes that most models have: `fused_decode.cu`, compiled with NVRTC.
 
 The peer of the launches in `triton_decode`, which take over where `refusal` names a reason. It computes the same
-(`reference.spla_token`), with float32 products throughout.
+(`reference.spla_token`); the source says how, and what its floor is.
 """
 
 import ctypes
@@ -40,7 +40,6 @@ class _Params(ctypes.Structure):
         )]
         + [(name, ctypes.c_int) for name in (
             "num_rows", "num_kv_heads", "last_page", "max_units", "table_width", "budget", "first", "last",
-            "dense_units",
         )]
         + [("scale", ctypes.c_float), ("residual_scale", ctypes.c_float)]
     )  # fmt: skip
@@ -215,7 +214,6 @@ class FusedDecode:
             budget=params.budget_blocks,
             first=params.first_blocks,
             last=params.last_blocks,
-            dense_units=0,
             scale=self.scale,
             residual_scale=params.residual_scale,
         )
@@ -284,6 +282,7 @@ def _load(defines: tuple[tuple[str, Any], ...]) -> Any:
         config.attrs, config.numAttrs = [cluster, early], 2
         return config
 
+    @functools.cache
     def max_clusters(blocks: int, shared: int) -> int:
         return checked(driver.cuOccupancyMaxActiveClusters(function, configured((blocks, 1, 1), shared)))
 
