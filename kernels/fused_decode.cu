@@ -294,15 +294,16 @@ struct Row {
     float *state;           // state blocks of this kv head
     int position;           // of the query token
     int num_units;          // of complete pages
-    int num_current;        // units of the current page, the last one partly filled
     int head;
     i64 page_stride, state_block_stride;
     int last_page;
 };
 
 // Page ids come from the engine; one that no page has must not lead out of the cache.
+DEVICE int within_cache(const Row &row, int id) { return min_(max_(id, 0), row.last_page); }
+
 DEVICE const u16 *page_at(const Row &row, int id) {
-    return row.kv + (i64)min_(max_(id, 0), row.last_page) * row.page_stride;
+    return row.kv + (i64)within_cache(row, id) * row.page_stride;
 }
 
 DEVICE float *state_row(const Row &row, int t) {
@@ -469,9 +470,8 @@ DEVICE void prefetch_state(const Row &row, int rank, int tid) {
 }
 
 DEVICE void read_state(StateRead &out, const Shared &s, const Row &row, int rank, int warp, int lane) {
-    constexpr int LANES = STATE_LANES, AT_ONCE = STATE_ROWS_AT_ONCE;
     StateRows rows = state_rows(rank, warp);
-    int column = lane % LANES * 4, sub = lane / LANES;
+    int column = lane % STATE_LANES * 4, sub = lane / STATE_LANES;
     const float *z = state_row(row, D + 1);
 #pragma unroll
     for (int h = 0; h < GP; h++) {
@@ -480,7 +480,7 @@ DEVICE void read_state(StateRead &out, const Shared &s, const Row &row, int rank
         for (int j = 0; j < 4; j++) out.s[h][j] = 0.0f;
     }
 #pragma unroll 4
-    for (int i = sub; i < rows.num; i += AT_ONCE) {
+    for (int i = sub; i < rows.num; i += STATE_ROWS_AT_ONCE) {
         Four x = *(const Four *)(state_row(row, rows.first + i) + column);
         float x_z = z[rows.first + i];
 #pragma unroll
@@ -495,12 +495,12 @@ DEVICE void read_state(StateRead &out, const Shared &s, const Row &row, int rank
     if (rank == 0 && warp == 0) x = *(const Four *)(state_row(row, D) + column);
 #pragma unroll
     for (int j = 0; j < 4; j++) out.v[j] = x.x[j];
-    if constexpr (AT_ONCE > 1) {
+    if constexpr (STATE_ROWS_AT_ONCE > 1) {
 #pragma unroll
         for (int h = 0; h < GP; h++) {
-            out.z[h] += shuffle_xor(out.z[h], LANES);
+            out.z[h] += shuffle_xor(out.z[h], STATE_LANES);
 #pragma unroll
-            for (int j = 0; j < 4; j++) out.s[h][j] += shuffle_xor(out.s[h][j], LANES);
+            for (int j = 0; j < 4; j++) out.s[h][j] += shuffle_xor(out.s[h][j], STATE_LANES);
         }
     }
 }
@@ -1261,7 +1261,7 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         i64 pair = token * p.num_kv_heads + head;
         for (int i = tid; i < min_(entries, p.table_width); i += THREADS) {
             int unit = listed_unit(s, row, n, i);
-            int page = min_(max_(row.pages[unit / UNITS_PER_PAGE], 0), p.last_page);
+            int page = within_cache(row, row.pages[unit / UNITS_PER_PAGE]);
             p.table[pair * p.table_width + i] = (page * p.num_kv_heads + head) * UNITS_PER_PAGE + unit % UNITS_PER_PAGE;
         }
         if (tid == 0) p.count[pair] = entries;
