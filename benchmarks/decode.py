@@ -213,7 +213,7 @@ def spla(op: TritonPagedSpla, pool: Pool, shape: Shape) -> Run:
     def run(rows: Rows) -> None:
         op.decode(
             rows.query, pool.kv_cache, pool.kv_cache, starts, lengths, rows.block_table, rows.state_table,
-            rows.output, 1,
+            rows.output, 1, steady=True,
         )  # fmt: skip
 
     return run

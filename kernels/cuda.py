@@ -119,6 +119,7 @@ class CudaPagedSpla:
                 None if state_table is None else state_table[:n],
                 output[:tokens],
                 plan.decode_query_len,
+                steady=plan.prefill is None,
             )
         if plan.prefill is not None:
             for rows in plan.prefill.dense:

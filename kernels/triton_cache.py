@@ -44,8 +44,13 @@ def update_cache_kernel(
     STAMP_WORD: tl.constexpr,  # first int32 of the stamp within a page's head
     LIMIT: tl.constexpr,  # largest finite value of the cache dtype
     SELECTOR: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # launched before the one ahead has ended
 ):
     """Grid (tokens, G)."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        # Behind the wait: what may start now knows that everything but this launch has ended.
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     slot = tl.load(slot_ptr + token)

@@ -312,6 +312,7 @@ class TritonPagedSpla:
         self._salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(device=device, dtype=torch.int32)
         self._counter = torch.zeros(1, dtype=torch.int32, device=device)
         self._dependent = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        self._launch_early = {"launch_pdl": True} if self._dependent else {}
         self._num_sms = 132
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -444,7 +445,9 @@ class TritonPagedSpla:
             STAMP_WORD=self._stamp_word,
             LIMIT=torch.finfo(self.cache_dtype).max,
             SELECTOR=SELECTOR_CODES[self.params.selector],
+            DEPENDENT=self._dependent,
             num_warps=4 if self._fold_tile * self._dp >= 4096 else 2,
+            **self._launch_early,
         )
 
     @property
@@ -466,6 +469,7 @@ class TritonPagedSpla:
         state_table: torch.Tensor | None,
         output: torch.Tensor,
         max_query_len: int,
+        steady: bool = False,
     ) -> None:
         """Attention of one layer for a batch of decode rows.
 
@@ -479,6 +483,8 @@ class TritonPagedSpla:
             state_table: `[rows, >= K]` int32; may be None without a residual.
             output: `[rows * max_query_len, H, d]`; rows of padding become zero.
             max_query_len: Query tokens of a row.
+            steady: The step has no tokens but these rows', so that all pages but those that they complete now have had
+                their statistics before it began: these may be read while the launch ahead of this one still runs.
         """
         num_rows = seq_lens.shape[0]
         if num_rows == 0:
@@ -495,7 +501,7 @@ class TritonPagedSpla:
         if self.fused and max_query_len == 1 and query.dtype == self.cache_dtype and self.fused.pays(num_rows):
             self.fused.run(
                 query, kv_cache, state_cache, query_start_loc, seq_lens, block_table, state_table, self.gain, output,
-                scratch.table, scratch.count,
+                scratch.table, scratch.count, early=steady,
             )  # fmt: skip
             return
         tuning = self.tuning(num_rows, max_query_len)
@@ -522,7 +528,6 @@ class TritonPagedSpla:
             "SPLITS_P": splits_p,
             "TOP_P": self.top_p,
         }
-        dependent = {"launch_pdl": True} if self._dependent else {}
         prepare_kernel[(self._parts + tuning.score_splits, kv_heads, num_rows)](
             query,
             kv_cache,
@@ -605,7 +610,7 @@ class TritonPagedSpla:
                 num_warps=tuning.select_warps,
                 **shared,
                 **selection,
-                **dependent,
+                **self._launch_early,
             )
         if self._flashinfer is not None:
             self._flashinfer.attend(
@@ -662,7 +667,7 @@ class TritonPagedSpla:
             DEPENDENT=self._dependent,
             num_warps=tuning.attend_warps,
             **shared,
-            **dependent,
+            **self._launch_early,
         )
 
 

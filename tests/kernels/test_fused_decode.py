@@ -40,7 +40,7 @@ def test_lengths_around_page_and_budget_edges_and_padding(blocks: int, lengths: 
     batch = make_batch(params, lengths, num_heads=8, num_kv_heads=2, head_size=64, seed=fresh())
     emulate(batch, blocks)
     batch.check(batch.decode(), 2e-3)
-    again = batch.decode()
+    again = batch.decode(steady=True)
     batch.check(again, 2e-3)
 
 
@@ -74,6 +74,20 @@ def test_ties_go_to_the_lower_page() -> None:
     batch.decode()
     for head in range(2):
         assert batch.selected(0, 0, head) == [0, 1, 2, 11, 12]
+
+
+@emulated
+def test_many_units_about_the_threshold() -> None:
+    """More of them than are ranked against each other: the bins are refined until few are left, or none but ties."""
+    params = SplaParameters(16, 16, 9)
+    batch = make_batch(params, [400, 331], num_heads=4, num_kv_heads=1, head_size=64, seed=fresh())
+    batch.keys[0][48:240] = batch.keys[0][48:64].repeat(12, 1, 1)  # of the first row the pages 3 to 14 are alike
+    batch.query[0] = batch.keys[0][48:64].mean(0) * 8
+    batch.write(0, 0, 400)
+    emulate(batch, 2)
+    batch.op.fused.defines["MOST_MEMBERS"] = 2
+    batch.check(batch.decode(), 2e-3)
+    assert batch.selected(0, 0, 0) == [0, 3, 4, 5, 6, 7, 8, 23, 24]
 
 
 # Real sizes

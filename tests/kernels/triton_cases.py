@@ -36,7 +36,7 @@ class Batch:
         keys, values = self.keys[row][start:stop], self.values[row][start:stop]
         self.op.update_cache(keys, values, self.kv_cache, slots)
 
-    def decode(self) -> torch.Tensor:
+    def decode(self, steady: bool = False) -> torch.Tensor:
         """Run the op on NaN-poisoned output and scratch."""
         output = torch.full_like(self.query, float("nan"))
         scratch = self.op._scratch
@@ -61,6 +61,7 @@ class Batch:
             self.state_table,
             output,
             self.query_len,
+            steady,
         )
         for name in ("fold_arrivals", "score_arrivals", "attend_arrivals"):
             assert int(getattr(scratch, name).abs().sum()) == 0, name
