@@ -17,11 +17,13 @@ bandwidth of a large copy.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -45,6 +47,10 @@ TOLERANCE = 2e-2
 NEAR_TIE = 2e-4
 """How far apart, in the log of the shared score, pages may be that the rounding of `q^2` to bf16 exchanges: on inputs
 like these it is wrong by 9e-5 at most (`NOTES.md`), for either page."""
+
+
+LAYERS = 8
+"""Of a chunk; their pages together are larger than the second-level cache."""
 
 
 def matmul_rate() -> float:
@@ -80,7 +86,7 @@ def queries(context: int, kind: str) -> torch.Tensor:
     return (0.9 * mixed / (part**2 + (1 - part) ** 2).sqrt()[:, None, None] + 0.44 * fresh).to(DTYPE)
 
 
-def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0) -> Callable[[], object]:
+def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0, row: int = 0) -> Callable[[], object]:
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     page = pool.op.params.page_size
@@ -89,7 +95,8 @@ def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0) -
     lengths = torch.tensor([start + len(query)], dtype=torch.int32, device="cuda")
     return lambda: flash_attn_varlen_func(
         q=query, k=keys, v=values, out=output, cu_seqlens_q=starts, max_seqlen_q=len(query), seqused_k=lengths,
-        max_seqlen_k=start + len(query), softmax_scale=SCALE, causal=True, block_table=pool.block_table, fa_version=3,
+        max_seqlen_k=start + len(query), softmax_scale=SCALE, causal=True, block_table=pool.block_table[row : row + 1],
+        fa_version=3,
     )  # fmt: skip
 
 
@@ -132,7 +139,7 @@ def compare(got: torch.Tensor, *arguments: object, **more: object) -> tuple[floa
 
 
 def check(
-    op: TritonPrefill, pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0
+    op: TritonPrefill, pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0, *, many: bool = True
 ) -> tuple[float, int]:
     """Worst relative error of sampled tokens, one kv head, and how many of them are near-ties."""
     base, layout, group = op.base, op.base.page_layout, HEADS // KV_HEADS
@@ -142,7 +149,7 @@ def check(
     worst, ties = 0.0, 0
     first = max(op.dense_below, start)
     end = start + len(query)
-    picks = sorted({first, min(first + 77, end - 1), (first + end) // 2, end - 2, end - 1})
+    picks = sorted({first, end - 1} | ({min(first + 77, end - 1), (first + end) // 2, end - 2} if many else set()))
     for position in picks:
         keys, values = tokens[: position + 1].split(HEAD_SIZE, -1)
         heads = slice(group, 2 * group)
@@ -152,6 +159,120 @@ def check(
         )  # fmt: skip
         worst, ties = max(worst, error), ties + tie
     return worst, ties
+
+
+class Layers:
+    """Chunks of `LAYERS` layers, each with pages and a recurrent state of its own, as an engine runs them one after the
+    other: a chunk finds the state that the chunk before left, and no layer finds another's pages in the cache.
+
+    Args:
+        op: Sparse prefill.
+        context: The most tokens of a row.
+    """
+
+    def __init__(self, op: TritonPrefill, context: int) -> None:
+        self.op, self.pool = op, Pool(op.base, context, LAYERS)
+        self._blocks = self.pool.state_table.flatten().long()
+
+    def states(self, start: int) -> torch.Tensor:
+        """State blocks of all layers as a chunk at `start` finds them."""
+        # Rows that attend densely leave such states.
+        dense = TritonPrefill(
+            self.op.base, dense_below=1 << 30, max_num_tokens=1, max_num_rows=1, max_model_len=1, device=self.op.device
+        )
+        step = dense.plan(0, [0, 1], [start]).folds
+        cache = self.pool.kv_cache
+        if step is not None:
+            for row in range(LAYERS):
+                dense.fold(
+                    step, cache, cache, *(x[row : row + 1] for x in (self.pool.block_table, self.pool.state_table))
+                )
+        return cache[self._blocks]
+
+    def sparse(self, query: torch.Tensor, output: torch.Tensor, start: int, layers: int = LAYERS) -> Callable[[], None]:
+        """The first layers of a chunk at `start`, planned."""
+        passes = self.op.plan(0, [0, len(query)], [start + len(query)]).passes
+        cache = self.pool.kv_cache
+        tables = [[x[row : row + 1] for x in (self.pool.block_table, self.pool.state_table)] for row in range(layers)]
+
+        def run() -> None:
+            for block_table, state_table in tables:
+                for step in passes:
+                    self.op.run(step, query, cache, cache, block_table, state_table, output)
+
+        return run
+
+    def dense(self, query: torch.Tensor, output: torch.Tensor, start: int) -> Callable[[], None]:
+        """The same through FA3."""
+        calls = [fa3(self.pool, query, output, start, row) for row in range(LAYERS)]
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
+
+    def time(self, run: Callable[[], None], states: torch.Tensor, repeat: int = 9) -> dict[str, float]:
+        """Medians of a layer in milliseconds: `ms` from an idle device on, launches included; `gpu_ms` with all
+        launches queued before the first starts; `host_ms` of the calls alone."""
+        times: dict[str, list[float]] = {"ms": [], "gpu_ms": [], "host_ms": []}
+        for turn in range(2 * repeat + 4):
+            self.pool.kv_cache[self._blocks] = states
+            queued = turn % 2 == 1
+            torch.cuda.synchronize()
+            if queued:
+                torch.cuda._sleep(20_000_000)  # cycles
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            clock = time.perf_counter()
+            run()
+            clock = time.perf_counter() - clock
+            end.record()
+            end.synchronize()
+            if turn >= 4:
+                times["gpu_ms" if queued else "ms"].append(begin.elapsed_time(end) / LAYERS)
+                times["host_ms"].append(clock * 1e3 / LAYERS)
+        return {name: statistics.median(values) for name, values in times.items()} | {
+            "spread_ms": max(times["ms"]) - min(times["ms"])
+        }
+
+
+def time_chunks(
+    op: TritonPrefill, lengths: list[int], starts: list[int], record: Callable[..., None], breakdown: bool
+) -> None:
+    """Chunks of a prompt far into it, dense and sparse."""
+    layers = Layers(op, max(starts) + max(lengths))
+    for start in starts:
+        states = layers.states(start)
+        for length in lengths:
+            query = queries(length, "uniform")
+            output = torch.full_like(query, float("nan"))
+            where = {"batch": 1, "context": start + length, "chunk": length, "budget": op.base.params.budget_blocks
+                     * op.base.params.page_size, "page": op.base.params.page_size}  # fmt: skip
+            record("fa3", **layers.time(layers.dense(query, output, start), states), **where)
+            for _ in range(2):  # as Triton launches it, and as it was bound then
+                layers.pool.kv_cache[layers._blocks] = states
+                output.fill_(float("nan"))
+                layers.sparse(query, output, start, 1)()
+                error, ties = check(op, layers.pool, query, output, start, many=False)
+                if bool(output.isnan().any()) or not error < TOLERANCE:
+                    raise RuntimeError(f"{where}: NaN, or relative error {error:.1e}")
+            run = layers.sparse(query, output, start)
+            timed = layers.time(run, states)
+            record("spla", **timed, **where, kind="uniform", error=round(error, 5), near_ties=ties)
+            if breakdown:
+                layers.pool.kv_cache[layers._blocks] = states
+                print_kernels(run, LAYERS)
+
+
+def print_kernels(run: Callable[[], object], layers: int = 1) -> None:
+    """Milliseconds of each kernel of a layer, from the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    for item in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:12]:
+        time_ms, count = item.self_device_time_total / 1e3 / layers, item.count // layers
+        print(f"    {time_ms:9.3f} ms {count:5d}  {item.key[:70]}")
 
 
 def floor_ms(op: TritonPrefill, context: int, flops: float, bandwidth: float) -> float:
@@ -174,7 +295,7 @@ def plot(path: Path) -> None:
     result = json.loads(path.read_text())
     figure, axis = pyplot.subplots(figsize=(5.5, 4))
     for impl, label in {"fa3": "FA3, dense", "spla": "SPLA", "floor": "SPLA, floor"}.items():
-        rows = [r for r in result["rows"] if r["impl"] == impl and r["budget"] == 2048]
+        rows = [r for r in result["rows"] if r["impl"] == impl and r["budget"] == 2048 and "chunk" not in r]
         points = sorted({r["context"]: r["ms"] for r in rows if r.get("kind", "uniform") == "uniform"}.items())
         axis.loglog(*zip(*points, strict=True), marker="o", label=label, base=2)
     axis.set(xlabel="prompt, tokens", ylabel="one layer, milliseconds", title=result["hardware"]["gpu"])
@@ -184,9 +305,15 @@ def plot(path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
+def numbers(text: str) -> list[int]:
+    return [int(x) for x in text.split(",") if x]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="8192,16384,32768,65536,131072,524288")
+    parser.add_argument("--chunks", default="8,64,512,2048,8192", help="tokens of chunks far into a prompt")
+    parser.add_argument("--starts", default="16384,32768,65536,122880", help="where they stand, at least --dense-below")
     parser.add_argument("--budgets", default="2048")
     parser.add_argument("--page", type=int, default=64)
     parser.add_argument("--kinds", default="uniform,drifting")
@@ -216,30 +343,41 @@ def main() -> None:
     }
     rows: list[dict] = []
 
-    def record(impl: str, ms: float, spread: float, **where: object) -> None:
-        rows.append({"impl": impl, **where, "ms": round(ms, 3), "spread_ms": round(spread, 3)})
+    def record(impl: str, ms: float, spread_ms: float, **where: object) -> None:
+        where = {name: round(x, 4) if name.endswith("_ms") else x for name, x in where.items()}
+        rows.append({"impl": impl, **where, "ms": round(ms, 4), "spread_ms": round(spread_ms, 4)})
         print(rows[-1], flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             result = {"command": " ".join(["python", *sys.argv]), "versions": versions, "hardware": hardware}
             args.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
 
-    device = torch.device("cuda")
-    for context in (int(x) for x in args.contexts.split(",")):
-        for budget in (int(x) for x in args.budgets.split(",")):
-            _Scratch._instances.clear()
-            TritonPrefill._pools.clear()
-            torch.cuda.empty_cache()
-            params = SplaParameters(args.page, args.page, budget // args.page, **json.loads(args.options))
-            base = TritonPagedSpla(
-                params, num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE,
-                max_num_rows=1, max_model_len=context, device="cuda",
-            )  # fmt: skip
-            op = TritonPrefill(
-                base, dense_below=args.dense_below, max_num_tokens=context, max_num_rows=1, max_model_len=1 << 30,
-                device=device, tuning=PrefillTuning(**json.loads(args.tuning)), scratch_bytes=args.scratch << 20,
-            )  # fmt: skip
-            pool = Pool(base, context, 1)
+    def make(context: int, budget: int, max_num_tokens: int) -> TritonPrefill:
+        _Scratch._instances.clear()
+        TritonPrefill._pools.clear()
+        torch.cuda.empty_cache()
+        params = SplaParameters(args.page, args.page, budget // args.page, **json.loads(args.options))
+        base = TritonPagedSpla(
+            params, num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE,
+            max_num_rows=1, max_model_len=context, device="cuda",
+        )  # fmt: skip
+        return TritonPrefill(
+            base, dense_below=args.dense_below, max_num_tokens=max_num_tokens, max_num_rows=1, max_model_len=1 << 30,
+            device=torch.device("cuda"), tuning=PrefillTuning(**json.loads(args.tuning)),
+            scratch_bytes=args.scratch << 20,
+        )  # fmt: skip
+
+    budgets = numbers(args.budgets)
+    if args.chunks:
+        lengths, starts = numbers(args.chunks), numbers(args.starts)
+        for budget in budgets:
+            op = make(max(starts) + max(lengths), budget, 8192)
+            time_chunks(op, lengths, starts, record, args.breakdown)
+            del op
+    for context in numbers(args.contexts):
+        for budget in budgets:
+            op = make(context, budget, context)
+            pool = Pool(op.base, context, 1)
             where = {"batch": 1, "context": context, "budget": budget, "page": args.page}
             print(f"{where}: scratch {op.scratch_bytes / 2**20:.0f} MiB, {op.max_tiles} tiles a pass", flush=True)
             record("floor", floor_ms(op, context, flops, bandwidth), 0.0, **where)
@@ -256,20 +394,24 @@ def main() -> None:
                     raise RuntimeError(f"{where}, {kind}: NaN, or relative error {error:.1e}")
                 record("spla", *time_calls(run), **where, kind=kind, error=round(error, 5), near_ties=ties)
                 if args.breakdown:
-                    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                        run()
-                        torch.cuda.synchronize()
-                    for item in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:12]:
-                        print(f"    {item.self_device_time_total / 1e3:9.3f} ms {item.count:5d}  {item.key[:70]}")
+                    print_kernels(run)
     print(f"{'context':>8} {'budget':>6} {'floor':>9} {'fa3':>9} {'kind':>9} {'spla':>9}  fa3/spla")
     for row in rows:
-        if row["impl"] == "spla":
-            same = {r["impl"]: r["ms"] for r in rows if (r["context"], r["budget"]) == (row["context"], row["budget"])}
+        if row["impl"] == "spla" and "chunk" not in row:
+            same = {r["impl"]: r["ms"] for r in rows if "chunk" not in r
+                    and (r["context"], r["budget"]) == (row["context"], row["budget"])}  # fmt: skip
             ratio = same.get("fa3", math.nan) / row["ms"]
             print(
                 f"{row['context']:8d} {row['budget']:6d} {same['floor']:9.2f} {same['fa3']:9.2f} {row['kind']:>9} "
                 f"{row['ms']:9.2f}  {ratio:6.2f}"
             )
+    columns = "start   chunk    fa3 gpu   host    spla    gpu   host (ms a layer)  fa3/spla"
+    print(columns if args.chunks else "", end="\n" if args.chunks else "")
+    for dense, sparse in itertools.pairwise(r for r in rows if "chunk" in r):
+        if sparse["impl"] == "spla":
+            cells = (f"{r['ms']:7.3f} {r['gpu_ms']:6.3f} {r['host_ms']:6.3f}" for r in (dense, sparse))
+            start = sparse["context"] - sparse["chunk"]
+            print(f"{start:6d} {sparse['chunk']:6d} {' '.join(cells)}  {dense['ms'] / sparse['ms']:6.2f}")
 
 
 if __name__ == "__main__":
