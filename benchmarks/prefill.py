@@ -7,7 +7,8 @@ several calls between CUDA events, and the spread (10th to 90th percentile); wha
 layers, for SPLA and FA3 alike, is planned before. Tokens below `--dense-below` attend densely, through FA3, as in the
 backend. `uniform` inputs are independent random
 vectors, so that neighbouring tokens choose unrelated pages: the hardest case. In `drifting` inputs the queries of
-neighbouring tokens are alike, as a model's are. SPLA outputs of sampled tokens are checked against the float64
+neighbouring tokens are alike, as a model's are; `captured` ones select much as SmolLM2's tokens did on a short text
+(`captured`). SPLA outputs of sampled tokens are checked against the float64
 reference before they are timed, near-ties of the selection as such. A short table comes last.
 
 The floor is the larger of two: the products (three scores of every complete page, attention over the budget) at the
@@ -28,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import numpy
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -39,7 +41,7 @@ from spla_backend.algorithm import reference
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import forced_blocks, spla_token
 from spla_backend.kernels.triton_decode import TritonPagedSpla, _Scratch
-from spla_backend.kernels.triton_prefill import SCRATCH_BYTES, PrefillTuning, TritonPrefill
+from spla_backend.kernels.triton_prefill import SCRATCH_BYTES, Pass, PrefillTuning, TritonPrefill
 
 TOLERANCE = 2e-2
 """Relative error of a token in bf16; an exchanged page makes more."""
@@ -84,6 +86,54 @@ def queries(context: int, kind: str) -> torch.Tensor:
     index = torch.arange(context, device="cuda") // 64
     mixed = slow[index] * (1 - part)[:, None, None] + slow[index + 1] * part[:, None, None]
     return (0.9 * mixed / (part**2 + (1 - part) ** 2).sqrt()[:, None, None] + 0.44 * fresh).to(DTYPE)
+
+
+def captured(pool: Pool, context: int) -> torch.Tensor:
+    """Queries `[context, H, d]` that select much as SmolLM2's tokens did (`captured_pages.npz`); they change keys.
+
+    The record is of 1024 tokens, repeated: each time its pages stand for other ones, drawn at random from those before.
+    Every page gets a direction of its own, which its keys have a part of, and a query is the sum of the directions of
+    the pages that it shall select, a quarter of them a head of the group. In 128 dimensions so many directions are not
+    independent, so that not all of them come out; how far neighbours agree is reported (`union`).
+    """
+    record = numpy.load(Path(__file__).parent / "captured_pages.npz")
+    bits = numpy.bitwise_xor.accumulate(record["change"], axis=1)
+    chosen = torch.from_numpy(numpy.unpackbits(bits, axis=-1)[..., : int(record["pages"])]).cuda()  # [G, 1024, n]
+    heads, length, number = chosen.shape
+    page, pages, group = pool.op.params.page_size, pool.block_table.shape[1], HEADS // KV_HEADS
+    directions = torch.nn.functional.normalize(torch.randn(heads, pages, HEAD_SIZE, device="cuda"), dim=-1)
+    cache, table = pool.kv_cache, pool.block_table[0].long()
+    for place in range(0, pages, 256):  # keys, and their mean
+        rows = cache[table[place : place + 256]]  # [256, G, B + r, 2 d]
+        shift = 4 * directions[:, place : place + 256].transpose(0, 1)[:, :, None]
+        rows[:, :, :page, :HEAD_SIZE] = (rows[:, :, :page, :HEAD_SIZE].float() + shift).to(DTYPE)
+        rows[:, :, page, :HEAD_SIZE] = rows[:, :, :page, :HEAD_SIZE].float().mean(2).to(DTYPE)
+        cache[table[place : place + 256]] = rows
+    query = torch.empty(context, HEADS, HEAD_SIZE, device="cuda", dtype=DTYPE)
+    for start in range(0, context, length):
+        before = max(1, start // page - 2)  # pages that all of these tokens may select freely
+        order = torch.randperm(before, device="cuda").repeat(-(-number // before))[:number]
+        stands = torch.minimum(1 + order, torch.tensor(pages - 1, device="cuda"))
+        for head in range(HEADS):
+            mine = chosen[head // group].float() * (torch.arange(number, device="cuda") % group == head % group)
+            summed = mine[: context - start] @ directions[head // group, stands]  # [1024, d]
+            query[start : start + length, head] = (8 * summed).to(DTYPE)
+    return query
+
+
+def inputs(pool: Pool, context: int, kind: str) -> torch.Tensor:
+    """Queries `[context, H, d]` of a kind; `captured` ones change the pool's keys."""
+    return captured(pool, context) if kind == "captured" else queries(context, kind)
+
+
+def union(op: TritonPrefill, step: Pass) -> float:
+    """Pages in the union over a tile of neighbouring tokens, over the pages of one token, forced ones aside, in the
+    last kv heads of the pass that ran last."""
+    pairs, tokens = len(step.tiles) * step.heads, op.tile_tokens
+    table = op._pool["table"].flatten()[: pairs * tokens * op._slots].view(pairs, tokens, op._slots)
+    whole = (step.tiles[:, 2] == tokens).repeat_interleave(step.heads)
+    pages = table[whole][..., op._forced :].flatten(1).sort(1).values
+    return float(1 + (pages.diff(dim=1) != 0).sum(1).float().mean()) / (op._slots - op._forced)
 
 
 def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0, row: int = 0) -> Callable[[], object]:
@@ -305,6 +355,31 @@ def plot(path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
+def make_op(
+    context: int,
+    budget: int,
+    max_num_tokens: int,
+    *,
+    page: int = 64,
+    dense_below: int,
+    scratch: int = SCRATCH_BYTES >> 20,
+    options: dict | None = None,
+    tuning: PrefillTuning | None = None,
+) -> TritonPrefill:
+    """The op of one row; scratch of others is given back."""
+    _Scratch._instances.clear()
+    TritonPrefill._pools.clear()
+    torch.cuda.empty_cache()
+    base = TritonPagedSpla(
+        SplaParameters(page, page, budget // page, **(options or {})), num_heads=HEADS, num_kv_heads=KV_HEADS,
+        head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE, max_num_rows=1, max_model_len=context, device="cuda",
+    )  # fmt: skip
+    return TritonPrefill(
+        base, dense_below=dense_below, max_num_tokens=max_num_tokens, max_num_rows=1, max_model_len=1 << 30,
+        device=torch.device("cuda"), tuning=tuning, scratch_bytes=scratch << 20,
+    )  # fmt: skip
+
+
 def numbers(text: str) -> list[int]:
     return [int(x) for x in text.split(",") if x]
 
@@ -316,18 +391,21 @@ def main() -> None:
     parser.add_argument("--starts", default="16384,32768,65536,122880", help="where they stand, at least --dense-below")
     parser.add_argument("--budgets", default="2048")
     parser.add_argument("--page", type=int, default=64)
-    parser.add_argument("--kinds", default="uniform,drifting")
+    parser.add_argument("--kinds", default="uniform,drifting,captured")
     parser.add_argument("--dense-below", type=int, default=16384, help="tokens; at least the budget (%(default)s)")
     parser.add_argument("--scratch", type=int, default=SCRATCH_BYTES >> 20, help="MiB for the parts of a pass")
     parser.add_argument("--options", default="{}", help="parameters of SPLA as JSON")
     parser.add_argument("--tuning", default="{}", help="launch shapes as JSON")
     parser.add_argument("--breakdown", action="store_true", help="time of each kernel, from the profiler")
+    parser.add_argument("--quick", action="store_true", help="one length of each, in a minute")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="only draw the rows of this file, as a PNG beside it")
     args = parser.parse_args()
     if args.plot:
         plot(args.plot)
         return
+    if args.quick:
+        args.contexts, args.chunks, args.starts, args.kinds = "32768", "64,2048", "32768", "uniform"
     import triton
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
@@ -353,20 +431,12 @@ def main() -> None:
             args.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
 
     def make(context: int, budget: int, max_num_tokens: int) -> TritonPrefill:
-        _Scratch._instances.clear()
-        TritonPrefill._pools.clear()
-        torch.cuda.empty_cache()
-        params = SplaParameters(args.page, args.page, budget // args.page, **json.loads(args.options))
-        base = TritonPagedSpla(
-            params, num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE,
-            max_num_rows=1, max_model_len=context, device="cuda",
-        )  # fmt: skip
-        return TritonPrefill(
-            base, dense_below=args.dense_below, max_num_tokens=max_num_tokens, max_num_rows=1, max_model_len=1 << 30,
-            device=torch.device("cuda"), tuning=PrefillTuning(**json.loads(args.tuning)),
-            scratch_bytes=args.scratch << 20,
+        return make_op(
+            context, budget, max_num_tokens, page=args.page, dense_below=args.dense_below, scratch=args.scratch,
+            options=json.loads(args.options), tuning=tuning,
         )  # fmt: skip
 
+    tuning = PrefillTuning(**json.loads(args.tuning))
     budgets = numbers(args.budgets)
     if args.chunks:
         lengths, starts = numbers(args.chunks), numbers(args.starts)
@@ -382,7 +452,7 @@ def main() -> None:
             print(f"{where}: scratch {op.scratch_bytes / 2**20:.0f} MiB, {op.max_tiles} tiles a pass", flush=True)
             record("floor", floor_ms(op, context, flops, bandwidth), 0.0, **where)
             for kind in args.kinds.split(","):
-                query = queries(context, kind)
+                query = inputs(pool, context, kind)
                 output = torch.full_like(query, float("nan"))
                 if kind == args.kinds.split(",")[0]:
                     record("fa3", *time_calls(fa3(pool, query, output)), **where)
@@ -392,7 +462,9 @@ def main() -> None:
                 error, ties = check(op, pool, query, output) if context > op.dense_below else (0.0, 0)
                 if bool(output.isnan().any()) or not error < TOLERANCE:
                     raise RuntimeError(f"{where}, {kind}: NaN, or relative error {error:.1e}")
-                record("spla", *time_calls(run), **where, kind=kind, error=round(error, 5), near_ties=ties)
+                last = op.plan(0, [0, context], [context]).passes[-1:]
+                overlap = {"union": round(union(op, last[0]), 2)} if last else {}
+                record("spla", *time_calls(run), **where, kind=kind, **overlap, error=round(error, 5), near_ties=ties)
                 if args.breakdown:
                     print_kernels(run)
     print(f"{'context':>8} {'budget':>6} {'floor':>9} {'fa3':>9} {'kind':>9} {'spla':>9}  fa3/spla")

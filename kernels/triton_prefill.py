@@ -245,10 +245,10 @@ class TritonPrefill:
             positions.append((pages + 1) * params.page_size)
             pages *= 2
         for position in tqdm(positions, desc="Compiling SPLA prefill kernels", disable=len(positions) < 2):
-            for step in self.plan(0, [0, 1], [position + 1]).passes:
-                for small in (True, False):
-                    shape = replace(step, small=small, launches={})
-                    self.run(shape, query, kv_cache, kv_cache, block_table, state_table, torch.empty_like(query))
+            (step,) = self.plan(0, [0, 1], [position + 1]).passes
+            for small in (True, False):
+                size = replace(step, small=small, launches={})
+                self.run(size, query, kv_cache, kv_cache, block_table, state_table, torch.empty_like(query))
         torch.cuda.synchronize(self.device)
 
     def _shapes_key(self) -> tuple:
