@@ -109,12 +109,12 @@ def tile_union_kernel(
     next_bits = tl.load(bits_ptr + pair * width)
     for item in tl.range(0, number, num_stages=STAGES):
         # Fetched a step ahead, as in the package's kernels; the pipeline also looks behind the end.
-        rows = kv_ptr + tl.maximum(next_page, 0).to(tl.int64) * page_stride + head * head_stride
+        base = kv_ptr + tl.maximum(next_page, 0).to(tl.int64) * page_stride + head * head_stride
         bits = next_bits
         ahead = tl.minimum(item + 1, number - 1)
         next_page = tl.load(where + ahead)
         next_bits = tl.load(bits_ptr + pair * width + ahead)
-        place = rows + (t * 2 * D)[:, None] + column[None, :]
+        place = base + (t * 2 * D)[:, None] + column[None, :]
         k = tl.load(place)
         v = tl.load(place + D)
         mine = ((bits >> token) & 1) == 1  # [M]
