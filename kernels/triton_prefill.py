@@ -125,6 +125,7 @@ class PrefillTuning:
     merge_registers: int | None = None
     small_merge_rows: int = 16
     small_merge_warps: int = 4
+    dependent: bool = True  # kernels are launched while the ones before them still run
     state_slice: int = 16
     state_stages: int = 3
     state_warps: int = 4
@@ -181,6 +182,8 @@ class TritonPrefill:
         small = d > 128 or params.residual == "linear"
         self.tuning = tuning or (SMALL if small else PrefillTuning())
         self.dense_below = max(dense_below, params.budget_blocks * params.page_size)
+        dependent = base._dependent and self.tuning.dependent
+        self._chain = {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
         self._dp, self._group_p = triton.next_power_of_2(d), triton.next_power_of_2(base.group)
         wide = 1 if self._dp <= 128 else 2
         rows = self.tuning.tile_rows // wide
@@ -513,7 +516,7 @@ class TritonPrefill:
                 "BODY": base.state_layout.rows_per_block - 1, "PARTS": parts, "SLICE": tuning.state_slice,
                 "D": base.head_size, "DP": self._dp, "PAGE": base.params.page_size, "TILE": base._fold_tile,
                 "S_ROWS": self._s_rows, "STAGES": tuning.state_stages, "LINEAR": self._linear, "KEEP": keep,
-                "num_warps": tuning.state_warps,
+                **self._chain, "num_warps": tuning.state_warps,
             },
             layer,
         )  # fmt: skip
@@ -555,7 +558,7 @@ class TritonPrefill:
                 {
                     "MODE": MODES[mode], "TQ": self.tile_tokens, "LOG2_PAGE": math.log2(params.page_size),
                     "CHUNK": chunk, "SUB": SUB, "STAGES": stages, "SELECTOR": selector, "MASS": base.has_mass,
-                    "num_warps": warps, "maxnreg": registers, **shape,
+                    **self._chain, "num_warps": warps, "maxnreg": registers, **shape,
                 },
                 layer,
             )  # fmt: skip
@@ -576,7 +579,7 @@ class TritonPrefill:
             {
                 "TQ": self.tile_tokens, "PAGE": params.page_size, "GROUP": base.group, "SLOTS": self._slots,
                 "SLOTS_P": slots_p, "FIRST": params.first_blocks, "LAST": params.last_blocks, "SUB": SUB, "SUBS": subs,
-                "LANES": min(subs, 128 * warps), "TOP_P": base.top_p, "num_warps": warps,
+                "LANES": min(subs, 128 * warps), "TOP_P": base.top_p, **self._chain, "num_warps": warps,
                 "maxnreg": t.select_registers,
             },
             layer,
@@ -589,7 +592,7 @@ class TritonPrefill:
                 "block_table", step.runs, pool["totals"], pool["first"], pool["counters"], pool["work"], pool["list"],
                 table_stride, max_pages,
             ),
-            {"TM": self._attend_tokens, "SPAN": t.attend_span, "WIDTH": width, "num_warps": 1},
+            {"TM": self._attend_tokens, "SPAN": t.attend_span, "WIDTH": width, **self._chain, "num_warps": 1},
             layer,
         )  # fmt: skip
         yield Launch(
@@ -604,7 +607,7 @@ class TritonPrefill:
                 "TQ": self.tile_tokens, "TM": self._attend_tokens, "SLOTS": self._slots, "SLOTS_P": slots_p,
                 "FORCED": self._forced, "SELECTOR": selector, "MASS": base.has_mass,
                 "LIST_TAIL": base.has_mass and params.residual == "regression",
-                "num_warps": t.list_warps * max(1, slots_p * self._dp // 4096), **shape,
+                **self._chain, "num_warps": t.list_warps * max(1, slots_p * self._dp // 4096), **shape,
             },
             layer,
         )  # fmt: skip
@@ -618,7 +621,7 @@ class TritonPrefill:
             ),
             {
                 "TM": self._attend_tokens, "PAGE_P": page_p, "STAGES": t.attend_stages, "RESIDUAL": residual,
-                "num_warps": t.attend_warps, "maxnreg": t.attend_registers, **shape,
+                **self._chain, "num_warps": t.attend_warps, "maxnreg": t.attend_registers, **shape,
             },
             layer,
         )  # fmt: skip
@@ -637,7 +640,7 @@ class TritonPrefill:
                 "FORCED": self._forced, "PARTS": self._slots - self._forced, "S_ROWS": self._s_rows,
                 "STAGES": t.merge_stages, "RESIDUAL": residual, "DOUBLE_NORM": params.combine == "double_rmsnorm",
                 "num_warps": t.small_merge_warps if step.small else t.merge_warps, "maxnreg": t.merge_registers,
-                **shape,
+                **self._chain, **shape,
             },
             layer,
         )  # fmt: skip

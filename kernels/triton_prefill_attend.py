@@ -60,8 +60,12 @@ def page_attend_kernel(
     PAGE_P: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (programs): each takes every so many-th work item; its page is loaded once for all the item's steps."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     M: tl.constexpr = TM * GROUP_P
     dtype = kv_ptr.dtype.element_ty
     column = tl.arange(0, DP)
@@ -190,9 +194,13 @@ def prefill_merge_kernel(
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (heads, tiles, TQ / TM): the pages that all of the tile's tokens select, the current one causal; the parts
     of the other selected pages; the state's share; the output."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     M: tl.constexpr = TM * GROUP_P
     dtype = kv_ptr.dtype.element_ty
     local = tl.program_id(0)

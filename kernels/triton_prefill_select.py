@@ -117,8 +117,12 @@ def prefill_score_kernel(
     STAGES: tl.constexpr,
     SELECTOR: tl.constexpr,
     MASS: tl.constexpr,  # whether the mass of all pages is asked for
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (heads, tiles, splits)."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     M: tl.constexpr = TQ * GROUP_P
     if MODE == NORMALISE:
         program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
@@ -330,6 +334,7 @@ def prefill_select_kernel(
     SUBS: tl.constexpr,  # a power of two, at least the SUB-sized parts of every tile's complete pages
     LANES: tl.constexpr,
     TOP_P: tl.constexpr,  # 0 where there is none
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (heads, tiles, TQ / num_rows): every tile has more complete pages than SLOTS.
 
@@ -338,6 +343,9 @@ def prefill_select_kernel(
 
     A token at a time: with one warp, nothing waits for other warps.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(1).to(tl.int64)
     num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
     current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
@@ -421,10 +429,14 @@ def prefill_work_kernel(
     TM: tl.constexpr,  # tokens of a step
     SPAN: tl.constexpr,  # steps of a work item
     WIDTH: tl.constexpr,  # pages a program
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (page groups, heads, runs): cut lists into steps and these into work items; the unused end of a page's last
     step becomes -1. Where programs find place for theirs depends on which comes first; what comes out of an entry does
     not depend on its place."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     exists = index < max_pages
     head = tl.program_id(1)
@@ -495,9 +507,13 @@ def prefill_list_kernel(
     SELECTOR: tl.constexpr,
     MASS: tl.constexpr,  # whether there is a tail
     LIST_TAIL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (heads, tiles, TQ): every (token, page) that was selected and not forced into the list of its page; what was
     left out weighs what all pages weigh less the selected ones."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(1).to(tl.int64)
     token = tl.program_id(2)
     if token < tl.load(tiles_ptr + tile * 4 + 2):
