@@ -123,7 +123,14 @@ class PrefillTuning:
     merge_stages: int = 4
     merge_warps: int = 8
     merge_registers: int | None = None
+    # Of small passes.
+    small_attend_rows: int = 16
+    small_attend_programs: int = 3
+    small_attend_stages: int = 3
+    small_attend_registers: int | None = 168
     small_merge_rows: int = 16
+    small_merge_stages: int = 6
+    small_merge_forced_stages: int = 3
     small_merge_warps: int = 4
     dependent: bool = True  # kernels are launched while the ones before them still run
     state_slice: int = 16
@@ -191,6 +198,7 @@ class TritonPrefill:
         self._merge_tokens = max(1, min(self.tile_tokens, self.tuning.merge_rows // wide // self._group_p))
         self._small_merge_tokens = max(1, min(self._merge_tokens, self.tuning.small_merge_rows // self._group_p))
         self._attend_tokens = max(1, self.tuning.attend_rows // wide // self._group_p)
+        self._small_attend_tokens = max(1, self.tuning.small_attend_rows // self._group_p)
         self._slots = params.budget_blocks - 1
         self._forced = params.first_blocks + params.last_blocks - 1  # complete pages that every token selects
         self._linear = params.residual == "linear"
@@ -211,6 +219,8 @@ class TritonPrefill:
         # States are made for all kv heads at once: page comes after page there, so that few heads take as long as all.
         state = base.num_kv_heads * (self._s_rows + 1) * d * 4  # bytes
         self.max_states = max(1, min(limit, scratch_bytes // 4 // state)) if params.residual != "none" else limit
+        # Tiles times kv heads that leave multiprocessors idle unless they are cut into small pieces.
+        self._small_pairs = base._num_sms * self._merge_tokens // self.tile_tokens // 2
         self._sparse = max_model_len > self.dense_below
         self._max_num_rows = max_num_rows
         self._pool = self._shared_pool()
@@ -269,6 +279,9 @@ class TritonPrefill:
         regression = base.params.residual == "regression"
         lists = self._max_lists * self._max_pages
         steps = min(parts, parts // self._attend_tokens + lists)  # every list ends with a step that is not full
+        small = min(pairs, self._small_pairs) * self.tile_tokens * (self._slots - self._forced)
+        small = min(small, small // self._small_attend_tokens + lists)
+        entries = max(steps * self._attend_tokens, small * self._small_attend_tokens)
         return arrivals | {
             "out": ((max(parts * base.group * base.head_size, grouped),), base.cache_dtype),
             "part_sum": ((parts, 2, self._group_p), torch.float32),
@@ -284,9 +297,9 @@ class TritonPrefill:
             "totals": ((lists,), torch.int32),
             "first": ((lists,), torch.int32),
             "counters": ((2,), torch.int32),
-            "list": ((steps, self._attend_tokens, 2), torch.int32),
-            "list_tail": ((steps if regression else 1, self._attend_tokens, 2, self._group_p), torch.float32),
-            "work": ((steps, 4), torch.int32),
+            "list": ((entries, 2), torch.int32),
+            "list_tail": ((entries if regression else 1, 2, self._group_p), torch.float32),
+            "work": ((max(steps, small), 4), torch.int32),
             "states": (
                 (self.max_states if rest else 1, base.num_kv_heads, self._s_rows + 1, base.head_size),
                 torch.float32,
@@ -384,7 +397,7 @@ class TritonPrefill:
                 runs=buffer[runs_at : runs_at + 3 * r].view(r, 3),
                 max_complete=complete,
                 heads=self._heads(n, r),
-                small=self._heads(n, r) * n * (self.tile_tokens // self._merge_tokens) <= self.base._num_sms // 2,
+                small=self._heads(n, r) * n <= self._small_pairs,
             )
             for (tiles_at, run_at, state_at, runs_at), n, r, complete in passes
         ]
@@ -585,6 +598,9 @@ class TritonPrefill:
             layer,
         )  # fmt: skip
         width = 32
+        step_tokens, span = self._attend_tokens, t.attend_span
+        if step.small:
+            step_tokens, span = self._small_attend_tokens, 1
         yield Launch(
             prefill_work_kernel,
             (triton.cdiv(max_pages, width), heads, num_runs),
@@ -592,7 +608,7 @@ class TritonPrefill:
                 "block_table", step.runs, pool["totals"], pool["first"], pool["counters"], pool["work"], pool["list"],
                 table_stride, max_pages,
             ),
-            {"TM": self._attend_tokens, "SPAN": t.attend_span, "WIDTH": width, **self._chain, "num_warps": 1},
+            {"TM": step_tokens, "SPAN": span, "WIDTH": width, **self._chain, "num_warps": 1},
             layer,
         )  # fmt: skip
         yield Launch(
@@ -604,7 +620,7 @@ class TritonPrefill:
                 table_stride, last_page, max_pages, first_head, norms, base.scale,
             ),
             {
-                "TQ": self.tile_tokens, "TM": self._attend_tokens, "SLOTS": self._slots, "SLOTS_P": slots_p,
+                "TQ": self.tile_tokens, "TM": step_tokens, "SLOTS": self._slots, "SLOTS_P": slots_p,
                 "FORCED": self._forced, "SELECTOR": selector, "MASS": base.has_mass,
                 "LIST_TAIL": base.has_mass and params.residual == "regression",
                 **self._chain, "num_warps": t.list_warps * max(1, slots_p * self._dp // 4096), **shape,
@@ -614,14 +630,17 @@ class TritonPrefill:
         parts = pool["out"], pool["part_sum"], pool["part_tail"], pool["part_z"]
         yield Launch(
             page_attend_kernel,
-            (t.attend_programs * sms,),
+            ((t.small_attend_programs if step.small else t.attend_programs) * sms,),
             (
                 "query", "kv", pool["work"], pool["counters"], pool["list"], pool["list_tail"], *parts, *strides,
                 last_page, first_head, num_parts, base.scale, params.residual_scale,
             ),
             {
-                "TM": self._attend_tokens, "PAGE_P": page_p, "STAGES": t.attend_stages, "RESIDUAL": residual,
-                **self._chain, "num_warps": t.attend_warps, "maxnreg": t.attend_registers, **shape,
+                "TM": step_tokens, "SPAN": span, "PAGE_P": page_p, "RESIDUAL": residual,
+                "STAGES": t.small_attend_stages if step.small else t.attend_stages,
+                "num_warps": t.attend_warps,
+                "maxnreg": t.small_attend_registers if step.small else t.attend_registers,
+                **self._chain, **shape,
             },
             layer,
         )  # fmt: skip
@@ -632,13 +651,15 @@ class TritonPrefill:
             (
                 "query", "kv", "block_table", step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"],
                 *parts, "exact_weight", "tail_weight", "output", *strides[:2], output.stride(0), output.stride(1),
-                *strides[2:], table_stride, base.num_kv_heads, first_head, num_parts, base.scale,
+                *strides[2:], table_stride, last_page, base.num_kv_heads, first_head, num_parts, base.scale,
                 params.residual_scale, params.rms_norm_eps,
             ),
             {
                 "TQ": self.tile_tokens, "TM": tokens, "PAGE_P": page_p, "FIRST": params.first_blocks,
                 "FORCED": self._forced, "PARTS": self._slots - self._forced, "S_ROWS": self._s_rows,
-                "STAGES": t.merge_stages, "RESIDUAL": residual, "DOUBLE_NORM": params.combine == "double_rmsnorm",
+                "STAGES": t.small_merge_stages if step.small else t.merge_stages,
+                "FORCED_STAGES": t.small_merge_forced_stages if step.small else 1, "RESIDUAL": residual,
+                "DOUBLE_NORM": params.combine == "double_rmsnorm",
                 "num_warps": t.small_merge_warps if step.small else t.merge_warps, "maxnreg": t.merge_registers,
                 **self._chain, **shape,
             },

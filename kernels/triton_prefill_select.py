@@ -447,7 +447,10 @@ def prefill_work_kernel(
     steps = (total + TM - 1) // TM
     items = (steps + SPAN - 1) // SPAN
     first_item = tl.atomic_add(counters_ptr, tl.sum(items, axis=0), sem="relaxed")
-    first = tl.atomic_add(counters_ptr + 1, tl.sum(steps, axis=0), sem="relaxed")
+    if SPAN == 1:
+        first = first_item  # a step and its item have one number
+    else:
+        first = tl.atomic_add(counters_ptr + 1, tl.sum(steps, axis=0), sem="relaxed")
     first_item = (first_item + tl.cumsum(items, axis=0) - items).to(tl.int64)
     first += tl.cumsum(steps, axis=0) - steps
     tl.store(first_ptr + where, first, mask=exists)

@@ -25,7 +25,8 @@ def attend(
     """Prefill the positions `ranges` of the batch's rows; queries (random, or `captured [tokens, H, d]`), NaN-poisoned
     outputs, and the op.
 
-    The keys and values of those tokens, and of no later ones, are in the cache.
+    The keys and values of those tokens, and of no later ones, are in the cache. The launch shapes of large and of small
+    passes take turns.
     """
     base = batch.op
     op = TritonPrefill(
@@ -53,7 +54,8 @@ def attend(
     for name, buffer in op._pool.items():
         if name != "arrivals":
             buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
-    for step in plan.passes:
+    for number, planned in enumerate(plan.passes):
+        step = replace(planned, small=number % 2 == 1)
         op.run(step, query, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table, output)
     assert int(op._pool["arrivals"].abs().sum()) == 0
     return query, output, op
@@ -167,7 +169,7 @@ RESIDUALS = {
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_residuals(residual: str) -> None:
     params = SplaParameters(16, 16, 4, **RESIDUALS[residual])
-    check(case(params, [150]), [(0, 150)], 3e-3, sample=3)
+    check(case(params, [150]), [(0, 150)], 3e-3, sample=3, max_tiles=4)
 
 
 @pytest.mark.parametrize("selector", ["mean", "taylor2", "cumulant2", "quest"])
