@@ -139,7 +139,13 @@ class PrefillTuning:
 
 
 SMALL = PrefillTuning(
-    normalise_chunk=32, normalise_registers=128, normalise_stages=2, merge_rows=64, merge_stages=3, merge_warps=4
+    normalise_chunk=32,
+    normalise_registers=128,
+    normalise_stages=2,
+    merge_rows=64,
+    merge_stages=3,
+    merge_warps=4,
+    small_merge_stages=3,
 )
 """Where the others do not fit into shared memory: large heads, and `linear`, whose merge reads two matrices."""
 
@@ -548,6 +554,7 @@ class TritonPrefill:
         strides = query.stride(0), query.stride(1), kv_cache.stride(0), kv_cache.stride(1)
         table_stride, last_page = own["block_table"].stride(0), len(kv_cache) - 1
         page_p = triton.next_power_of_2(params.page_size)
+        deep = page_p * self._dp <= 8192  # whether several pages are in shared memory at a time
         grouped = pool["out"].view(torch.float32)
         shape = {"GROUP": base.group, "GROUP_P": self._group_p, "D": d, "DP": self._dp, "PAGE": params.page_size}
         selector = SELECTOR_CODES[params.selector]
@@ -637,7 +644,7 @@ class TritonPrefill:
             ),
             {
                 "TM": step_tokens, "SPAN": span, "PAGE_P": page_p, "RESIDUAL": residual,
-                "STAGES": t.small_attend_stages if step.small else t.attend_stages,
+                "STAGES": t.attend_stages if not step.small else t.small_attend_stages if deep else 2,
                 "num_warps": t.attend_warps,
                 "maxnreg": t.small_attend_registers if step.small else t.attend_registers,
                 **self._chain, **shape,
@@ -658,7 +665,7 @@ class TritonPrefill:
                 "TQ": self.tile_tokens, "TM": tokens, "PAGE_P": page_p, "FIRST": params.first_blocks,
                 "FORCED": self._forced, "PARTS": self._slots - self._forced, "S_ROWS": self._s_rows,
                 "STAGES": t.small_merge_stages if step.small else t.merge_stages,
-                "FORCED_STAGES": t.small_merge_forced_stages if step.small else 1, "RESIDUAL": residual,
+                "FORCED_STAGES": t.small_merge_forced_stages if step.small and deep else 1, "RESIDUAL": residual,
                 "DOUBLE_NORM": params.combine == "double_rmsnorm",
                 "num_warps": t.small_merge_warps if step.small else t.merge_warps, "maxnreg": t.merge_registers,
                 **self._chain, **shape,
