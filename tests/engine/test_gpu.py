@@ -101,8 +101,10 @@ def test_eager_equals_graphs(model, sparse):
     assert_same(ask(model, "spla", {"budget": BUDGET}, enforce_eager=True)[0], sparse, SPARSE_NEAR_TIE)
 
 
-def test_chunked_prefill(model, sparse):
-    assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_batched_tokens=256)[0], sparse, SPARSE_NEAR_TIE)
+@pytest.mark.parametrize("size", [64, 100, 1024])
+def test_chunked_prefill(model, sparse, size):
+    arguments = {"max_num_batched_tokens": size, "max_num_seqs": 16}
+    assert_same(ask(model, "spla", {"budget": BUDGET}, **arguments)[0], sparse, SPARSE_NEAR_TIE)
 
 
 def test_prefix_caching(model, sparse):
