@@ -276,7 +276,7 @@ class TritonPagedSpla:
         page_counts: `[tokens, G]` int32, blocks of each list.
 
     Raises:
-        ValueError: Parameters or lengths that these kernels do not cover.
+        ValueError: Parameters that these kernels do not cover.
     """
 
     def __init__(
@@ -297,7 +297,7 @@ class TritonPagedSpla:
         tuning: Tuning | None = None,
         executor: str = "spla",
     ) -> None:
-        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, executor)
+        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, max_model_len, executor)
         device = torch.device(device)
         self._tuning = tuning
         self.params, self.scale, self.device = params, float(scale), device
@@ -309,10 +309,6 @@ class TritonPagedSpla:
         self.page_layout, self.state_layout = layouts(params, head_size, cache_dtype)
         self.max_pages = -(-max_model_len // params.page_size)
         self.max_units = self.max_pages * params.blocks_per_page
-        if self.max_units >= 1 << 16:  # selection counts in 16 bits
-            raise ValueError(
-                f"max_model_len {max_model_len} is more than 65535 selection blocks of {params.selection_block} tokens"
-            )
         self.has_mass = params.residual != "none" and params.combine == "shared_normalizer"
         self.write_mass = self.has_mass and params.selector not in ("mean", "taylor2")
         self.gain = torch.ones(num_heads) if gain is None else gain
@@ -692,6 +688,7 @@ def _check(
     head_size: int,
     cache_dtype: torch.dtype,
     query_len: int,
+    max_model_len: int,
     executor: str,
 ) -> None:
     """One place for every case that these kernels refuse."""
@@ -721,6 +718,10 @@ def _check(
         raise ValueError(f"cache_dtype {cache_dtype} is neither float16 nor bfloat16")
     if query_len > params.page_size:
         raise ValueError(f"{query_len} query tokens a row exceed a page of {params.page_size}")
+    if -(-max_model_len // params.page_size) * params.blocks_per_page >= 1 << 16:  # selection counts in 16 bits
+        raise ValueError(
+            f"max_model_len {max_model_len} is more than 65535 selection blocks of {params.selection_block} tokens"
+        )
     if executor == "flashinfer":
         if params.selection_block != params.page_size:
             raise ValueError(

@@ -173,14 +173,16 @@ def test_shapes(case: tuple[int, int, int, int]) -> None:
         ({"feature_map": "elu1", "residual": "linear"}, "feature_map"),
         ({"selector": "quest"}, "tail mass"),
         ({"budget_blocks": 2}, "forced"),
+        ({"max_model_len": 1 << 20}, "65535"),
     ],
 )
 def test_refusals_name_the_cause(change: dict, message: str) -> None:
     values = {"page_size": 16, "selection_block": 16, "budget_blocks": 5} | change
+    longest = values.pop("max_model_len", 64)
     with pytest.raises(ValueError, match=message):
         TritonPagedSpla(
             SplaParameters(**values), num_heads=2, num_kv_heads=1, head_size=32, cache_dtype=torch.float16, scale=1.0,
-            max_num_rows=1, max_query_len=2, max_model_len=64, device="cpu",
+            max_num_rows=1, max_query_len=2, max_model_len=longest, device="cpu",
         )  # fmt: skip
 
 
