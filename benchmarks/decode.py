@@ -2,7 +2,10 @@
 
     python benchmarks/decode.py --out benchmarks/results/decode_h200.json
     python benchmarks/decode.py --quick --impls fa3,spla
-    python benchmarks/decode.py --contexts 131072 --pages 64 --blocks 64,32,16 --selectors rem,km2-rem --impls fa3,spla
+    python benchmarks/decode.py --contexts 131072 --batches 1,8,32 --budgets 1024,2048 --pages 64 --blocks 64,32,16 \
+        --selectors rem,km2-rem --impls fa3,spla --out benchmarks/results/decode_blocks_h200.json
+    python benchmarks/decode.py --plot benchmarks/results/decode_blocks_h200.json \
+        --losses benchmarks/results/quality_perplexity_cpu.json benchmarks/results/quality_perplexity_fine.json
 
 Every implementation reads the same paged cache in the same process. A measurement is a CUDA graph of several decode
 steps in a row, as a model's layers are, each on rows of its own, so that the data of the steps together exceeds twice
@@ -533,9 +536,13 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="add to the rows that the file has already")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="only draw the rows of this file, as PNG files beside it")
+    parser.add_argument("--losses", type=Path, nargs="+", help="plot instead: loss in these reports against its times")
     args = parser.parse_args()
     if args.plot:
-        plot(args.plot)
+        if args.losses:
+            plot_losses(args.plot, args.losses)
+        else:
+            plot(args.plot)
         return
     if args.quick:
         args.contexts, args.batches, args.budgets, args.pages = "16384,131072", "1,8,32", "2048", "64"
@@ -648,6 +655,46 @@ def plot(path: Path) -> None:
     axes[0, 0].set_ylabel(f"FA3 time / SPLA time, {gpu}")
     figure.tight_layout()
     figure.savefig(path.with_name(path.stem + "_ratio.png"), dpi=130)
+
+
+def plot_losses(path: Path, reports: list[Path]) -> None:
+    """Loss of `spla-eval perplexity`, residual `regression`, against time at the longest context, for each batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    losses: dict[tuple[str, int, int], tuple[float, float]] = {}  # by selector, block, budget: loss, standard error
+    for report in map(json.loads, map(Path.read_text, reports)):
+        variants = {name: options or {"residual": "dense"} for name, options in report["settings"]["variants"].items()}
+        last = max(row["end"] for row in report["rows"])
+        for row in report["rows"]:
+            options = variants[row["variant"]]
+            if row["file"] == "all" and row["end"] == last and set(options) <= {
+                "selector", "selection_block_size", "budget", "residual",
+            } and options.get("residual", "regression") == "regression":  # fmt: skip
+                kind = options.get("selector", "rem"), options.get("selection_block_size", 64), options["budget"]
+                losses[kind] = row["difference"], row["difference_se"]
+    result = json.loads(path.read_text())
+    context = max(row["context"] for row in result["rows"])
+    rows = [row for row in result["rows"] if row["context"] == context]
+    batches = sorted({row["batch"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(batches), figsize=(4.5 * len(batches), 4), sharey=True, squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for row in rows:
+            _, budget, _, block, selector = where(row)
+            if row["impl"] == "spla" and row["batch"] == batch and (selector, block, budget) in losses:
+                loss, error = losses[selector, block, budget]
+                axis.errorbar(row["us"], loss, error, marker="o", capsize=3)
+                axis.annotate(f" {selector} {block}", (row["us"], loss), fontsize=8)
+        dense = [row["us"] for row in rows if row["impl"] == "fa3" and row["batch"] == batch]
+        axis.set(xlabel="one layer, microseconds", title=f"batch {batch} (FA3 {min(dense):.0f})")
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("loss above dense, nats a token")
+    figure.suptitle(f"Loss of SmolLM2-135M at 8K against decode time at {context} tokens, {result['hardware']['gpu']}")
+    figure.tight_layout()
+    figure.savefig(path.with_name(path.stem + "_loss.png"), dpi=130)
 
 
 def where(row: dict) -> tuple[int, int, int, int, str]:
