@@ -210,6 +210,8 @@ def kernel_times(graph: torch.cuda.CUDAGraph, num_steps: int) -> dict[str, float
         torch.cuda.synchronize()
     total: dict[str, float] = defaultdict(float)
     for event in profiler.events():
+        if event.device_time == 0:  # of the host
+            continue
         total[event.name.split("(")[0].split("<")[0].replace("void ", "")] += event.device_time / num_steps
     return dict(total)
 

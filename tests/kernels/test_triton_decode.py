@@ -23,8 +23,9 @@ def params(page: int = 16, budget: int = 5, **more) -> SplaParameters:
 
 @pytest.fixture(autouse=True)
 def only_triton(monkeypatch) -> None:
-    """The fused launch has tests of its own."""
+    """The fused launch has tests of its own, and takes its time to compile."""
     monkeypatch.setattr(FusedDecode, "pays", lambda self, num_rows: False)
+    monkeypatch.setattr(FusedDecode, "prepare", lambda self, max_num_rows: None)
 
 
 def fresh() -> int:
