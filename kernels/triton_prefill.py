@@ -172,9 +172,7 @@ class TritonPrefill:
         params, d = base.params, base.head_size
         small = d > 128 or params.residual == "linear"
         self.tuning = tuning or (SMALL if small else PrefillTuning())
-        self.dense_below = max(dense_below, params.budget_blocks * params.selection_block)
-        if params.selection_block != params.page_size or params.selector == "km2-rem":
-            self.dense_below = max(self.dense_below, max_model_len)  # no kernels for sparse tokens yet
+        self.dense_below = max(dense_below, params.budget_blocks * params.page_size)
         self._dp, self._group_p = triton.next_power_of_2(d), triton.next_power_of_2(base.group)
         wide = 1 if self._dp <= 128 else 2
         rows = self.tuning.tile_rows // wide
