@@ -132,6 +132,8 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             gain=self.learned.gain,
             norm_weights=self.learned.norm_weights,
         )
+        if hasattr(self.op, "prefill_dense_below"):
+            logger.info_once("SPLA prompt tokens below position %d attend densely", self.op.prefill_dense_below)
         if hasattr(self.op, "scratch_bytes"):
             logger.info_once("SPLA scratch for all layers: %.1f MiB", self.op.scratch_bytes / 2**20)
 

@@ -92,9 +92,20 @@ def sparse(model):
     return ask(model, "spla", {"budget": BUDGET})[0]
 
 
+FINE = {"selector": "km2-rem", "selection_block_size": 16}
+
+
 def test_whole_budget_is_dense(model):
     dense = ask(model, "FLASH_ATTN")[0]
     assert_same(ask(model, "spla", {"budget": 4096})[0], dense)
+    assert_same(ask(model, "spla", {"budget": 4096, **FINE})[0], dense)
+
+
+def test_finer_blocks(model):
+    options = {"budget": BUDGET, **FINE}
+    graphs = ask(model, "spla", options)[0]
+    eager = ask(model, "spla", options, enforce_eager=True, max_num_batched_tokens=256)[0]
+    assert_same(eager, graphs, SPARSE_NEAR_TIE)
 
 
 def test_eager_equals_graphs(model, sparse):

@@ -66,6 +66,15 @@ def test_selectors(selector: str) -> None:
 
 
 @emulated
+@pytest.mark.parametrize("block", [16, 32])
+def test_finer_blocks(block: int) -> None:
+    params = SplaParameters(64, block, 160 // block)
+    batch = make_batch(params, [331, 257, 160, 3], num_heads=4, num_kv_heads=2, head_size=64, seed=fresh(), chunk=0)
+    emulate(batch, 2)
+    batch.check(batch.decode(), 2e-3)
+
+
+@emulated
 def test_ties_go_to_the_lower_page() -> None:
     batch = make_batch(SplaParameters(16, 16, 5), [200], num_heads=8, num_kv_heads=2, head_size=64, seed=fresh())
     batch.keys[0][:] = batch.keys[0][:16].repeat(13, 1, 1)[:200]
@@ -125,6 +134,21 @@ def test_gpu_selectors(selector: str) -> None:
         seed=fresh(), chunk=0,
     )  # fmt: skip
     batch.check(batch.decode(), 1e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("heads", [(8, 1, 64), (8, 2, 128)], ids=["g8-d64", "g4-d128"])
+def test_gpu_finer_blocks(heads: tuple[int, int, int], block: int) -> None:
+    num_heads, num_kv_heads, head_size = heads
+    batch = make_batch(
+        SplaParameters(64, block, 512 // block), [2300, 577, 513, 512, 511, 70, 0], num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_size=head_size, dtype=torch.bfloat16, device="cuda", seed=fresh(), chunk=0,
+    )  # fmt: skip
+    for blocks in (1, 2, 8):
+        batch.op.fused._blocks = blocks
+        for _ in range(2):  # rebuilds the states, then finds them valid
+            batch.check(batch.decode(), 1e-2)
 
 
 @needs_gpu
