@@ -1354,6 +1354,7 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
                 p.output[row_index * p.output_token_stride + (head * GROUP + e / D) * p.output_head_stride + e % D] = 0;
         return;
     }
+    arrive_at_cluster();
     Row row;
     row.pages = p.block_table + row_index * p.block_table_stride;
 #pragma unroll
@@ -1428,6 +1429,8 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         if (lane == 0) s.flags[0] = covered;
     }
     sync_block();
+    sync_warp();
+    wait_for_cluster();  // every block has begun, so that its shared memory may be written
     if (reads) share_norms(s, rank, tid);
     if (RESIDUAL && target > 0) {
         covered = s.flags[0];

@@ -50,7 +50,8 @@ def ask(model, backend, options=None, rounds=1, **engine_args):
         "block_size": 64,
         "enforce_eager": False,
         "max_num_batched_tokens": 4096,
-        "gpu_memory_utilization": 0.3,
+        "gpu_memory_utilization": 0.2,
+        "kv_cache_memory_bytes": 1 << 30,  # nothing is measured: others may use the GPU meanwhile
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
         **engine_args,
     }
