@@ -16,8 +16,10 @@ float64 reference at batch 1, and at larger batches against the same rows at bat
     fa3                 FlashAttention 3 over all pages
     flashinfer_dense    FlashInfer (tensor cores) over all pages
     flashinfer_sparse   FlashInfer over the pages that SPLA selected: exact part alone, no scores, no selection
-    spla                the whole of a SPLA step
-    spla_flashinfer     the same with the option `executor: flashinfer`; not among the defaults
+    spla                the whole of a SPLA step, of a batch that decodes: statistics of earlier steps are asked for while
+                        the launch ahead ends, which here is the step before
+    spla_mixed          the same as in a step that holds prompt tokens too, where everything waits for the launch ahead
+    spla_flashinfer     a SPLA step with the option `executor: flashinfer`; not among the defaults
     floor               bytes that a steady step has to move (statistics of all complete pages, selected pages, float32
                         state) over the bandwidth of a large device-to-device copy measured in the same run
     spla/KERNEL         with --breakdown: time of each kernel of a step, from the profiler. Kernels that are launched
@@ -64,7 +66,7 @@ TOLERANCE = 1e-2
 DEVICE = "cuda"
 
 DENSE = ("fa3", "flashinfer_dense")
-IMPLS = (*DENSE, "flashinfer_sparse", "spla")
+IMPLS = (*DENSE, "flashinfer_sparse", "spla", "spla_mixed")
 Run = Callable[["Rows"], None]
 
 
@@ -219,14 +221,14 @@ def kernel_times(graph: torch.cuda.CUDAGraph, num_steps: int) -> dict[str, float
 # Implementations. Whatever they plan or compile is done before the function that they return is timed.
 
 
-def spla(op: TritonPagedSpla, pool: Pool, shape: Shape) -> Run:
+def spla(op: TritonPagedSpla, pool: Pool, shape: Shape, steady: bool = True) -> Run:
     starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
     lengths = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE)
 
     def run(rows: Rows) -> None:
         op.decode(
             rows.query, pool.kv_cache, pool.kv_cache, starts, lengths, rows.block_table, rows.state_table,
-            rows.output, 1, steady=True,
+            rows.output, 1, steady,
         )  # fmt: skip
 
     return run
@@ -420,12 +422,13 @@ class Benchmark:
 
     def sparse(self, pool: Pool, steps: list[Rows], shape: Shape, check: bool) -> None:
         self.record("floor", shape, shape.batch * spla_bytes(shape) / self.bandwidth * 1e6, 0.0)
-        for impl in ("spla", "spla_flashinfer") if shape.block == shape.page else ("spla",):
+        of_pages = ("spla_flashinfer",) if shape.block == shape.page else ()
+        for impl in ("spla", "spla_mixed", *of_pages):
             # FlashInfer reads the tables of SPLA.
             if impl not in self.impls and (impl != "spla" or "flashinfer_sparse" not in self.impls):
                 continue
             op = shape.op("flashinfer" if impl == "spla_flashinfer" else "spla")
-            run = spla(op, pool, shape)
+            run = spla(op, pool, shape, steady=impl != "spla_mixed")
             for rows in steps:
                 rows.output.fill_(float("nan"))
                 run(rows)
