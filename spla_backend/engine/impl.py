@@ -61,8 +61,6 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         self.bound: tuple[int, torch.dtype] | None = None
         self.learned: learned.LayerParameters | None = None
         logger.info_once("SPLA options: %s", options)
-        if options.executor == "flashinfer":
-            logger.warning_once("SPLA's executor 'flashinfer' has not been verified on a GPU: compare it with 'spla'")
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Read learned parameters, and claim what memory profiling must see: the kernels' scratch, and the companion
