@@ -16,7 +16,7 @@ float64 reference at batch 1, and at larger batches against the same rows at bat
     fa3                 FlashAttention 3 over all pages
     flashinfer_dense    FlashInfer (tensor cores) over all pages
     flashinfer_sparse   FlashInfer over the pages that SPLA selected: exact part alone, no scores, no selection
-    spla                the whole of a SPLA step, of a batch that decodes: statistics of earlier steps are asked for while
+    spla                the whole of a SPLA step of a decoding batch: statistics of earlier steps are asked for while
                         the launch ahead ends, which here is the step before
     spla_mixed          the same as in a step that holds prompt tokens too, where everything waits for the launch ahead
     spla_flashinfer     a SPLA step with the option `executor: flashinfer`; not among the defaults
