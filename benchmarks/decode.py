@@ -694,7 +694,7 @@ def plot_losses(path: Path, reports: list[Path]) -> None:
                 axis.annotate(f" {selector} {block}", (row["us"], loss), fontsize=8)
         dense = [row["us"] for row in rows if row["impl"] == "fa3" and row["batch"] == batch]
         axis.set(xlabel="one layer, microseconds", title=f"batch {batch} (FA3 {min(dense):.0f})")
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.3 * axis.get_xlim()[1])
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("loss above dense, nats a token")
     figure.suptitle(f"Loss of SmolLM2-135M at 8K against decode time at {context} tokens, {result['hardware']['gpu']}")
