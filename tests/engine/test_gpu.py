@@ -1,6 +1,8 @@
 """The real engine on a GPU: the dense answer where everything fits into the budget, and one answer whatever the engine
 does (CUDA graphs, chunked prefill, prefix caching, batching)."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -112,6 +114,28 @@ def test_prefix_caching(model, sparse):
 
 def test_small_batches(model, sparse):
     assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_seqs=3)[0], sparse, SPARSE_NEAR_TIE)
+
+
+def test_dense_layers(model, sparse):
+    """All but one layer dense: what the algorithm says of every generated token, with CUDA graphs and without."""
+    from spla_backend.evaluate.capture import CapturingModel
+    from spla_backend.evaluate.fidelity import attention
+    from spla_backend.evaluate.variants import Variant, parameters_of
+
+    options = {"budget": BUDGET, "dense_layers": [0, 1, 3]}
+    graphs = ask(model, "spla", options)[0]
+    assert_same(ask(model, "spla", options, enforce_eager=True)[0], graphs, SPARSE_NEAR_TIE)
+    reference = CapturingModel(model, torch.float16, "cuda", head=True)
+    params = parameters_of(Variant("spla", {"budget": BUDGET}), 64, None)
+    visit = partial(attention, params=params, dense_layers=[0, 1, 3])
+    differing = 0
+    for length, (tokens, gaps) in zip(LENGTHS, graphs, strict=True):
+        logits = reference.run(random_prompt(length, seed=length) + tokens[:-1], visit).logits[0, length - 1 :]
+        wrong = [gap for ours, gap, best in zip(tokens, gaps, logits.argmax(-1).tolist(), strict=True) if ours != best]
+        assert all(gap < SPARSE_NEAR_TIE for gap in wrong), f"prompt of {length}: {wrong}"
+        differing += len(wrong)
+    assert differing <= 0.1 * sum(len(tokens) for tokens, _ in graphs)
+    assert any(a != b for (a, _), (b, _) in zip(graphs, sparse, strict=True))
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
