@@ -116,26 +116,26 @@ def test_small_batches(model, sparse):
     assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_seqs=3)[0], sparse, SPARSE_NEAR_TIE)
 
 
-def test_dense_layers(model, sparse):
-    """All but one layer dense: what the algorithm says of every generated token, with CUDA graphs and without."""
+def test_dense_layers(model):
+    """All but one layer dense: the algorithm's token in almost every step, where dense attention has others."""
     from spla_backend.evaluate.capture import CapturingModel
     from spla_backend.evaluate.fidelity import attention
     from spla_backend.evaluate.variants import Variant, parameters_of
 
-    options = {"budget": BUDGET, "dense_layers": [0, 1, 3]}
-    graphs = ask(model, "spla", options)[0]
-    assert_same(ask(model, "spla", options, enforce_eager=True)[0], graphs, SPARSE_NEAR_TIE)
+    answers = ask(model, "spla", {"budget": BUDGET, "dense_layers": [0, 1, 3]})[0]
     reference = CapturingModel(model, torch.float16, "cuda", head=True)
     params = parameters_of(Variant("spla", {"budget": BUDGET}), 64, None)
-    visit = partial(attention, params=params, dense_layers=[0, 1, 3])
-    differing = 0
-    for length, (tokens, gaps) in zip(LENGTHS, graphs, strict=True):
-        logits = reference.run(random_prompt(length, seed=length) + tokens[:-1], visit).logits[0, length - 1 :]
-        wrong = [gap for ours, gap, best in zip(tokens, gaps, logits.argmax(-1).tolist(), strict=True) if ours != best]
-        assert all(gap < SPARSE_NEAR_TIE for gap in wrong), f"prompt of {length}: {wrong}"
-        differing += len(wrong)
-    assert differing <= 0.1 * sum(len(tokens) for tokens, _ in graphs)
-    assert any(a != b for (a, _), (b, _) in zip(graphs, sparse, strict=True))
+    visits = {"spla": partial(attention, params=params, dense_layers=[0, 1, 3]), "dense": None}
+    differing = dict.fromkeys(visits, 0)
+    for length, (tokens, gaps) in zip(LENGTHS, answers, strict=True):
+        for name, visit in visits.items():
+            logits = reference.run(random_prompt(length, seed=length) + tokens[:-1], visit).logits[0, length - 1 :]
+            best = logits.argmax(-1).tolist()
+            wrong = [gap for ours, gap, theirs in zip(tokens, gaps, best, strict=True) if ours != theirs]
+            assert name == "dense" or all(gap < SPARSE_NEAR_TIE for gap in wrong), f"prompt of {length}: {wrong}"
+            differing[name] += len(wrong)
+    print(f"tokens that differ from the reference's: {differing}")
+    assert differing["spla"] < 0.5 * differing["dense"]
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
