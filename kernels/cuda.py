@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..algorithm.combine import rms_norm
 from ..algorithm.parameters import SplaParameters
 from .triton_decode import TritonPagedSpla
 from .triton_prefill import DenseRows, PrefillPlan, TritonPrefill
@@ -131,6 +132,11 @@ class CudaPagedSpla:
         if plan.prefill is not None:
             for rows in plan.prefill.dense:
                 self._attend_densely(rows, query, kv_cache, plan.block_table, output)
+                if self._decode.params.combine == "double_rmsnorm":
+                    exact = output[rows.first_token : rows.first_token + rows.num_tokens]
+                    # There is no tail where nothing is left out.
+                    weight, eps = self._decode.norm_weights[0], self._decode.params.rms_norm_eps
+                    exact.copy_(rms_norm(exact.float(), weight, eps))
             if plan.prefill.folds is not None and state_cache is not None and state_table is not None:
                 self._prefill.fold(plan.prefill.folds, kv_cache, state_cache, plan.block_table, state_table)
             for step in plan.prefill.passes:

@@ -57,6 +57,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         options = resolve_options(self.vllm_config)
         check_hybrid_manager(self.vllm_config, options)
         set_options(options)
+        self.is_dense = False  # until the layer's name is known
         self.op: Any = None
         self.bound: tuple[int, torch.dtype] | None = None
         self.learned: learned.LayerParameters | None = None
@@ -67,6 +68,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         layer that makes the engine allocate the recurrent state. Idempotent: weights may be loaded again."""
         context = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((n, item) for n, item in context.items() if getattr(item, "impl", None) is self)
+        self.is_dense = extract_layer_index(name) in get_options().dense_layers
         self.learned = self._read_learned(name)
         if get_options().residual != "none":
             context.setdefault(companion_name(name), RecurrentStateLayer(layer))
@@ -83,7 +85,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
                 those.
         """
         path = parameters_file(self.vllm_config)
-        if path is None:
+        if path is None or self.is_dense:
             return learned.LayerParameters()
         rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         index = extract_layer_index(layer_name)
@@ -122,6 +124,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             self._parameters(page_size),
             limits,
             executor=get_options().executor,
+            dense=self.is_dense,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
@@ -191,7 +194,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         if attn_metadata is None:
             return output.zero_()
         state_cache, state_table = self._state(layer)
-        self.op.run(attn_metadata.plan, query, kv_cache, state_cache, state_table, output)
+        self.op.run(attn_metadata.plans[self.is_dense], query, kv_cache, state_cache, state_table, output)
         return output
 
     @staticmethod
