@@ -115,8 +115,6 @@ DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lan
 DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE u32 warp_sum(u32 x) { return __reduce_add_sync(0xffffffffu, x); }
-DEVICE u32 warp_min(u32 x) { return __reduce_min_sync(0xffffffffu, x); }
-DEVICE u32 warp_max(u32 x) { return __reduce_max_sync(0xffffffffu, x); }
 DEVICE u32 shuffle_up(u32 x, int by) { return __shfl_up_sync(0xffffffffu, x, by); }
 DEVICE int popcount(u32 x) { return __popc(x); }
 DEVICE int leading_zeros(u32 x) { return __clz(x); }
@@ -797,9 +795,9 @@ DEVICE void make_keys(const Shared &s, const Forced &forced, int first, int num,
     }
 }
 
-// A range of keys, `BINS` parts of it, and where this block's units of a part stand among those of all.
+// The keys `lower .. upper - 1` in bins of `1 << shift` from `origin` on; the first and the last bin reach to the ends.
 struct Bins {
-    u32 lower, upper, origin;  // `origin`: where the second part would begin if the first were as long
+    u32 lower, upper, origin;
     int shift;
 };
 

@@ -103,8 +103,6 @@ static unsigned ballot(bool x) {
     return over_warp(x ? 1u << thread_id() % 32 : 0u, [](unsigned a, unsigned b) { return a | b; });
 }
 static unsigned warp_sum(unsigned x) { return over_warp(x, [](unsigned a, unsigned b) { return a + b; }); }
-static unsigned warp_min(unsigned x) { return over_warp(x, [](unsigned a, unsigned b) { return a < b ? a : b; }); }
-static unsigned warp_max(unsigned x) { return over_warp(x, [](unsigned a, unsigned b) { return a > b ? a : b; }); }
 static int shuffle(int x, int lane) { return emulator::exchange(x, lane); }
 static unsigned shuffle_up(unsigned x, int by) {
     int lane = thread_id() % 32;
