@@ -6,7 +6,8 @@ Every model is served with the attention it was trained for; the one trained wit
 with those they were not. Prompts select as in decode. One engine a process; with `--parallel` several of them share a
 GPU, which changes no result. Rows are `{trained, attention, budget, kind, ...}`: `perplexity` rows as those of
 `spla-eval perplexity`, paired to the model trained with dense attention; `task` rows with score, standard error and the
-paired difference.
+paired difference. Both also pair a residual with the same budget without one (`sparse_difference`): with the model
+trained so, or with the same model where it was trained without SPLA.
 """
 
 import argparse
@@ -102,6 +103,11 @@ def rows_of(jobs: list[dict[str, Any]], inputs: dict[str, Any], folder: Path) ->
         if path.exists():
             found[i] = json.loads(path.read_text())
     base = {job["trained"]: i for i, job in enumerate(jobs) if job["attention"] == "dense" and i in found}
+    without = {
+        (job["trained"], job["budget"]): i
+        for i, job in enumerate(jobs)
+        if i in found and "sparse" in (job["attention"], job["trained"])
+    }
     rows: list[dict[str, Any]] = []
     scores = {
         i: [score(text, answers) for text, answers in zip(done["texts"], inputs["answers"], strict=True)]
@@ -111,15 +117,25 @@ def rows_of(jobs: list[dict[str, Any]], inputs: dict[str, Any], folder: Path) ->
         job = {key: jobs[i][key] for key in ("trained", "attention", "budget")}
         # The start is compared with itself, what was trained with the model trained with dense attention.
         against = base.get("start" if job["trained"] == "start" else "dense", i)
+        alone = None
+        if job["attention"] in ("regression", "trained"):
+            alone = without.get((job["trained"] if job["attention"] == "regression" else "sparse", job["budget"]))
         for kind, losses in done["losses"].items():
             for start, end in itertools.pairwise(BUCKETS):
                 pair = compare(losses, found[against]["losses"][kind], start, end)
+                if alone not in (None, i):
+                    to_sparse = compare(losses, found[alone]["losses"][kind], start, end)
+                    pair |= {f"sparse_{name}": to_sparse[name] for name in ("difference", "difference_se")}
                 rows.append(job | {"kind": "perplexity", "text": kind} | pair)
         for task in [*dict.fromkeys(inputs["tasks"]), "mean"]:
             chosen = [k for k, name in enumerate(inputs["tasks"]) if task in (name, "mean")]
             mean, error = mean_and_error([scores[i][k] for k in chosen])
             difference, difference_error = mean_and_error([scores[i][k] - scores[against][k] for k in chosen])
             row = {"score": mean, "score_se": error, "difference": difference, "difference_se": difference_error}
+            if alone not in (None, i):
+                row["sparse_difference"], row["sparse_difference_se"] = mean_and_error(
+                    [scores[i][k] - scores[alone][k] for k in chosen]
+                )
             numbers = {name: None if x is None else round(x, 4) for name, x in row.items()}
             rows.append(job | {"kind": "task", "task": task} | numbers)
     return rows
@@ -128,7 +144,9 @@ def rows_of(jobs: list[dict[str, Any]], inputs: dict[str, Any], folder: Path) ->
 def table(rows: list[dict[str, Any]]) -> str:
     """Last bucket of positions, and the mean of the tasks."""
     head = f"{'trained':>10} {'attention':>10} {'budget':>6}"
-    lines = [f"{head} {'prose':>8} {'- dense':>15} {'code':>8} {'- dense':>15}  tasks"]
+    lines = [
+        f"{head} {'prose':>8} {'- dense':>15} {'- sparse':>15} {'code':>8} {'- dense':>15} {'- sparse':>15}  tasks"
+    ]
     for key in dict.fromkeys((row["trained"], row["attention"], row["budget"]) for row in rows):
         mine = [row for row in rows if (row["trained"], row["attention"], row["budget"]) == key]
         line = f"{key[0]:>10} {key[1]:>10} {key[2] or '':>6}"
@@ -136,6 +154,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             for row in mine:
                 if row.get("text") == text and row["end"] == BUCKETS[-1]:
                     line += f" {row['perplexity']:8.3f} {row['difference']:+8.4f}+-{row['difference_se'] or 0:.3f}"
+                    to_sparse, error = row.get("sparse_difference"), row.get("sparse_difference_se")
+                    line += f" {'':>15}" if to_sparse is None else f" {to_sparse:+8.4f}+-{error or 0:.3f}"
         tasks = " ".join(f"{row['task'][:6]} {row['score']:.2f}" for row in mine if row["kind"] == "task")
         lines.append(f"{line}  {tasks}")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..algorithm.combine import rms_norm
 from ..algorithm.parameters import SplaParameters
 from .triton_decode import TritonPagedSpla
 from .triton_prefill import DenseRows, PrefillPlan, TritonPrefill
@@ -17,9 +18,9 @@ more: measured on an H200 (`benchmarks/NOTES.md`)."""
 
 def default_dense_below(params: SplaParameters, max_model_len: int) -> int:
     """Where prompt tokens begin to select unless the user says: what a sparse token costs grows with the budget. In
-    smaller pages than 64 it costs more than a dense one at every length measured, so that all attend densely."""
-    budget = params.budget_blocks * params.page_size
-    return DENSE_BELOW * max(budget, 2048) // 2048 if params.page_size >= 64 else max_model_len
+    smaller blocks than 64 it costs more than a dense one at every length measured, so that all attend densely."""
+    budget = params.budget_blocks * params.selection_block
+    return DENSE_BELOW * max(budget, 2048) // 2048 if params.selection_block >= 64 else max_model_len
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class CudaPagedSpla:
         self._decode = TritonPagedSpla(params, **arguments)
         if prefill_dense_below is None:
             prefill_dense_below = default_dense_below(params, arguments["max_model_len"])
+        if params.selection_block != params.page_size or params.selector == "km2-rem":
+            prefill_dense_below = arguments["max_model_len"]  # no kernels for sparse prompt tokens yet
         self._prefill = TritonPrefill(
             self._decode,
             dense_below=prefill_dense_below,
@@ -62,6 +65,11 @@ class CudaPagedSpla:
         self.page_layout, self.state_layout = self._decode.page_layout, self._decode.state_layout
         self.update_cache = self._decode.update_cache
         self._prefill.warm_up()
+
+    @property
+    def prefill_dense_below(self) -> int:
+        """Position below which prompt tokens attend to everything."""
+        return self._prefill.dense_below
 
     @property
     def scratch_bytes(self) -> int:
@@ -119,10 +127,16 @@ class CudaPagedSpla:
                 None if state_table is None else state_table[:n],
                 output[:tokens],
                 plan.decode_query_len,
+                steady=plan.prefill is None,
             )
         if plan.prefill is not None:
             for rows in plan.prefill.dense:
                 self._attend_densely(rows, query, kv_cache, plan.block_table, output)
+                if self._decode.params.combine == "double_rmsnorm":
+                    exact = output[rows.first_token : rows.first_token + rows.num_tokens]
+                    # There is no tail where nothing is left out.
+                    weight, eps = self._decode.norm_weights[0], self._decode.params.rms_norm_eps
+                    exact.copy_(rms_norm(exact.float(), weight, eps))
             if plan.prefill.folds is not None and state_cache is not None and state_table is not None:
                 self._prefill.fold(plan.prefill.folds, kv_cache, state_cache, plan.block_table, state_table)
             for step in plan.prefill.passes:

@@ -1,7 +1,7 @@
 """Kernels by device. All implementations share one interface: `plan`, `run`, `update_cache`, `page_layout`,
 `state_layout` (see `torch_paged.TorchPagedSpla`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def check_cuda(
     head_size: int,
     cache_dtype: torch.dtype,
     max_query_len: int,
+    max_model_len: int,
     executor: str,
 ) -> None:
     """Refuse what the CUDA kernels do not compute, before there is a device to make them on.
@@ -39,6 +40,7 @@ def check_cuda(
         head_size: `d`.
         cache_dtype: Dtype of the cache.
         max_query_len: The most query tokens of a decode row.
+        max_model_len: The most tokens of a sequence.
         executor: What attends to the selected pages, see `SplaOptions`.
 
     Raises:
@@ -47,7 +49,7 @@ def check_cuda(
     from .triton_decode import _check
 
     try:
-        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, executor)
+        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, max_model_len, executor)
     except ValueError as error:
         raise ValueError(f"SPLA on a GPU does not compute these options: {error}") from None
 
@@ -60,7 +62,15 @@ def check_cpu(executor: str) -> None:
         raise ValueError(f"SPLA option executor {executor!r} needs a CUDA GPU: leave it at 'spla' on a CPU")
 
 
-def make(device: torch.device, params: SplaParameters, limits: Limits, *, executor: str = "spla", **shape: Any) -> Any:
+def make(
+    device: torch.device,
+    params: SplaParameters,
+    limits: Limits,
+    *,
+    executor: str = "spla",
+    dense: bool = False,
+    **shape: Any,
+) -> Any:
     """The implementation for a device.
 
     Args:
@@ -68,6 +78,7 @@ def make(device: torch.device, params: SplaParameters, limits: Limits, *, execut
         params: What to compute.
         limits: The largest step, and which tokens attend to everything.
         executor: What attends to the selected pages in decode, see `SplaOptions`.
+        dense: Whether this is one of the layers that attend to everything; its cache is as the others'.
         shape: See `TorchPagedSpla`.
 
     Raises:
@@ -77,9 +88,22 @@ def make(device: torch.device, params: SplaParameters, limits: Limits, *, execut
         check_cpu(executor)
         from .cpu import CpuPagedSpla
 
+        if dense:  # a budget that holds everything
+            pages = limits.max_model_len // params.page_size + 1
+            params = replace(
+                params,
+                budget_blocks=max(params.budget_blocks, pages * params.blocks_per_page),
+                residual="none",
+                combine="shared_normalizer",
+                top_p=None,
+            )
+            shape |= {"gain": None, "norm_weights": None}
         return CpuPagedSpla(params, prefill_dense_below=limits.prefill_dense_below or 0, **shape)
     if device.type == "cuda":
         from .cuda import CudaPagedSpla
+        from .cuda_dense import CudaDense
 
-        return CudaPagedSpla(params, **shape, **vars(limits), executor=executor, device=device)
+        return (CudaDense if dense else CudaPagedSpla)(
+            params, **shape, **vars(limits), executor=executor, device=device
+        )
     raise ValueError(f"SPLA has no kernels for device {device.type!r}: use a CPU or a CUDA GPU")

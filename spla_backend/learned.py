@@ -10,7 +10,8 @@ are float32 for all heads of the model; tensor parallelism shares the heads out 
 | `exact_norm` | `[H, d]` | weight of the exact part's norm under `double_rmsnorm` |
 | `tail_norm` | `[H, d]` | weight of the tail's norm under `double_rmsnorm` |
 
-A file holds a parameter for all layers that SPLA computes, or for none. Metadata of the safetensors header:
+A file holds a parameter for all layers that SPLA computes, or for none; what it holds for `dense_layers` is not read.
+Metadata of the safetensors header:
 `format` is `spla`, `version` is `1`, and `spla_config` is a JSON object of the options that the parameters were made
 for. These options go before SPLA's defaults and behind all others (docs/options.md).
 """
@@ -164,15 +165,18 @@ def read_options(path: Path) -> dict[str, Any]:
     return options
 
 
-def check(path: Path, *, layers: Iterable[int], num_heads: int, head_size: int, combine: str) -> None:
+def check(
+    path: Path, *, layers: Iterable[int], num_heads: int, head_size: int, combine: str, dense_layers: Iterable[int] = ()
+) -> None:
     """Check a whole file against a model; only its header is read.
 
     Args:
         path: The file.
-        layers: Indices of the layers that SPLA computes.
+        layers: Indices of the layers of full attention.
         num_heads: Query heads of the model.
         head_size: `d`.
         combine: The combination in use.
+        dense_layers: Those among `layers` that SPLA leaves dense, which need no parameters.
 
     Raises:
         ValueError: A tensor is unknown, missing, of another shape, or of no use to `combine`; one sentence.
@@ -198,8 +202,9 @@ def check(path: Path, *, layers: Iterable[int], num_heads: int, head_size: int, 
     if combine == "double_rmsnorm" and found:
         found.setdefault("exact_norm", set())
         found.setdefault("tail_norm", set())
+    layers -= set(dense_layers)
     for parameter, have in found.items():
-        if have != layers:
+        if layers - have:
             raise ValueError(
                 f"{path} lacks layers.{min(layers - have)}.{parameter}, it holds the parameter for "
                 f"{_ranges(have) or 'no layer'} and SPLA computes {_ranges(layers)}: write the file again with "

@@ -5,7 +5,7 @@ that learned parameters bring (`learned.py`), those before the defaults. `docs/o
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,6 +30,7 @@ class SplaOptions:
         residual_scale: Factor on the covariance term of the `regression` residual.
         combine: `shared_normalizer`, or `double_rmsnorm` for models trained with it.
         rms_norm_eps: Epsilon of `double_rmsnorm`.
+        dense_layers: Indices of layers that attend to everything, as without SPLA.
         prefill_dense_below: Prompt tokens at positions below this attend to everything. None means where a dense token
             is cheaper on a GPU (`kernels/cuda.py`), and none beyond the budget on a CPU.
         parameters_file: File of learned parameters, from the current folder or the model's; None means
@@ -48,6 +49,7 @@ class SplaOptions:
     residual_scale: float = 0.5
     combine: str = "shared_normalizer"
     rms_norm_eps: float = 1e-6
+    dense_layers: tuple[int, ...] = ()
     prefill_dense_below: int | None = None
     parameters_file: str | None = None
     executor: str = "spla"
@@ -72,6 +74,8 @@ class SplaOptions:
                 near = difflib.get_close_matches(str(key), known, 1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise ValueError(f"unknown SPLA option {key!r}{hint}: valid options are {', '.join(sorted(known))}")
+        if isinstance(merged.get("dense_layers"), list):  # as JSON has it
+            merged["dense_layers"] = tuple(merged["dense_layers"])
         options = cls(**merged)
         options._check()
         return options
@@ -92,6 +96,9 @@ class SplaOptions:
                     f"SPLA option selection_block_size must be a multiple of 16, not {self.selection_block_size}"
                 )
         check_parameters_file(self.parameters_file)
+        layers = self.dense_layers
+        if not isinstance(layers, tuple) or any(type(i) is not int or i < 0 for i in layers):
+            raise ValueError(f"SPLA option dense_layers must be a list of layer indices like [0, 1], not {layers!r}")
         self._check_choice("selector", selector_names())
         self._check_choice("residual", RESIDUALS)
         self._check_choice("feature_map", feature_map_names())
@@ -131,6 +138,21 @@ class SplaOptions:
     def block_size(self, page_size: int) -> int:
         """Tokens a selection block for pages of `page_size` tokens."""
         return min(64, page_size) if self.selection_block_size is None else self.selection_block_size
+
+    def check_layers(self, layers: Collection[int]) -> None:
+        """Check `dense_layers` against the indices of a model's layers of full attention.
+
+        Raises:
+            ValueError: One of them is none of these, or all of these are dense.
+        """
+        unknown = set(self.dense_layers) - set(layers)
+        if unknown:
+            raise ValueError(
+                f"SPLA option dense_layers names layer {min(unknown)}, which is no layer of full attention in this "
+                f"model: choose among {', '.join(map(str, sorted(layers)))}"
+            )
+        if layers and not set(layers) - set(self.dense_layers):
+            raise ValueError("SPLA option dense_layers names all layers: remove --attention-backend spla instead")
 
     def parameters(self, page_size: int) -> SplaParameters:
         """What the algorithm computes, for pages of `page_size` tokens.

@@ -102,7 +102,8 @@ def _attend(
     """The attention function that transformers calls: query `[batch, H, L, d]`, key and value `[batch, G, T, d]`."""
     if getattr(module, "sliding_window", None) or kwargs.get("sliding_window"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    layer = getattr(module, NAME, None)
+    options = getattr(module.config, "spla_config", None) or {}
+    layer = _attend_densely if module.layer_idx in options.get("dense_layers", ()) else getattr(module, NAME, None)
     if layer is None:
         raise ValueError("this model has no SPLA parameters yet: call spla_backend.training.attach(model) first")
     if attention_mask is not None:
@@ -115,6 +116,15 @@ def _attend(
     scaling = kwargs.get("scaling")
     output = layer(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key, value)
     return output.to(query.dtype).transpose(1, 2), None
+
+
+def _attend_densely(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What `LearnedSpla` computes, of every token before: for the layers that the option `dense_layers` names."""
+    length, total = q.shape[2], k.shape[2]
+    seen = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length) if length < total else None
+    return nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, scale=1.0, enable_gqa=True
+    )
 
 
 def _mask(
@@ -176,7 +186,12 @@ def attach(model: PreTrainedModel, options: Mapping[str, Any] | None = None, pag
         raise ValueError(f"{type(model).__name__} has no attention layer that SPLA could replace")
     folder = Path(model.config._name_or_path or "-")
     side_file = folder / learned.FILE_NAME
+    resolved.check_layers([index for index, _ in layers])
     for index, module in layers:
+        if index in resolved.dense_layers:
+            if hasattr(module, NAME):
+                delattr(module, NAME)
+            continue
         device = next(module.parameters()).device
         layer = LearnedSpla(params, config.num_attention_heads, module.head_dim, device)
         if hasattr(module, NAME):
@@ -185,7 +200,7 @@ def attach(model: PreTrainedModel, options: Mapping[str, Any] | None = None, pag
             shape = {"num_heads": config.num_attention_heads, "head_size": module.head_dim}
             layer.load(learned.read_layer(side_file, index, **shape))
         setattr(module, NAME, layer)
-    config.spla_config = {name: value for name, value in asdict(resolved).items() if value is not None}
+    config.spla_config = {name: value for name, value in asdict(resolved).items() if value not in (None, ())}
     model.set_attn_implementation(NAME)
 
 
@@ -218,7 +233,7 @@ def fit_norms(model: PreTrainedModel, batches: Iterable[Tensor]) -> None:
     Raises:
         ValueError: The model combines in another way.
     """
-    layers = [getattr(module, NAME) for _, module in attention_layers(model)]
+    layers = [getattr(module, NAME) for _, module in attention_layers(model) if hasattr(module, NAME)]
     if not layers or layers[0].params.combine != "double_rmsnorm":
         raise ValueError("fit_norms is for models with the option combine 'double_rmsnorm'")
     sums = {layer: (torch.zeros_like(layer.exact_norm), torch.zeros_like(layer.exact_norm)) for layer in layers}

@@ -67,6 +67,12 @@ def test_refused(tmp_path, tensors, message):
         learned.check(path, layers=[0, 1], combine="shared_normalizer", **SHAPE)
 
 
+def test_dense_layers_need_no_parameters(tmp_path):
+    path = tmp_path / learned.FILE_NAME
+    write_raw(path, {"layers.1.gain": torch.ones(HEADS)})
+    learned.check(path, layers=[0, 1], dense_layers=[0], combine="shared_normalizer", **SHAPE)
+
+
 def test_half_a_norm_is_refused(tmp_path):
     path = tmp_path / learned.FILE_NAME
     write_raw(path, {"layers.0.exact_norm": torch.ones(HEADS, SIZE)})

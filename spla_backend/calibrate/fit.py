@@ -5,7 +5,7 @@ with Adam, through the whole model: a gain that lowers the error of its layer's 
 Which blocks are selected is not differentiated through.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -82,6 +82,7 @@ def fit(
     params: SplaParameters,
     fitted: HeadParameters,
     *,
+    dense_layers: Collection[int] = (),
     steps: int,
     learning_rate: float,
     report: Callable[[float], None],
@@ -93,6 +94,7 @@ def fit(
         documents: Token ids, each longer than the budget.
         params: What SPLA computes, with a residual under a shared normaliser.
         fitted: Where to start; changed in place.
+        dense_layers: Layers that are left as they are.
         steps: Steps of Adam.
         learning_rate: Its rate at the start; it falls to a tenth along a cosine.
         report: Gets the divergence of every step, before it changes anything.
@@ -104,7 +106,7 @@ def fit(
         tokens = documents[step % len(documents)]
         with torch.no_grad():
             teacher = model.forward(tokens, None).logits[0, budget:]
-        visit = partial(attention, params=params, learned=fitted.layers())
+        visit = partial(attention, params=params, learned=fitted.layers(), dense_layers=dense_layers)
         loss = divergence(teacher, model.forward(tokens, visit).logits[0, budget:])
         optimizer.zero_grad()
         loss.backward()

@@ -3,7 +3,7 @@
 import argparse
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> str:
     shape = ModelShape.of(args.model)
     options = SplaOptions.from_sources(args.options, shape.spla_config)
     params = options.parameters(args.page_size)
+    options.check_layers(range(shape.num_layers))
+    dense_layers = options.dense_layers
     path = _output(args.output or Path(args.model) / learned.FILE_NAME)
     if args.report is not None:
         _output(args.report)
@@ -64,18 +66,34 @@ def run(args: argparse.Namespace) -> str:
             bar.set_postfix(divergence=f"{sum(recent) / len(recent):.4f}")
             bar.update()
 
-        fit(model, windows, params, fitted, steps=args.steps, learning_rate=args.learning_rate, report=show)
+        fit(
+            model,
+            windows,
+            params,
+            fitted,
+            dense_layers=dense_layers,
+            steps=args.steps,
+            learning_rate=args.learning_rate,
+            report=show,
+        )
     seconds = round(time.monotonic() - began, 1)
 
     with torch.no_grad():
-        layers = fitted.layers()
-    losses = _losses(model, tests, params, layers)
+        layers = {i: layer for i, layer in fitted.layers().items() if i not in dense_layers}
+    losses = _losses(model, tests, params, layers, dense_layers)
     kinds = {BEFORE: params, AFTER: params, NONE: without_residual(params)}
     gained = compare(losses[AFTER], losses[BEFORE], budget, test_length)
     result: dict[str, Any] = {
         **report.header("calibration", _settings(args, options, files, len(windows), device), "spla-calibrate"),
         "fit_seconds": seconds,
-        "rows": rows_of(losses, kinds, files, [(budget, test_length)], shape.head_size),
+        "rows": rows_of(
+            losses,
+            kinds,
+            files,
+            [(budget, test_length)],
+            shape,
+            {name: () if name == DENSE.name else dense_layers for name in losses},
+        ),
         "after_against_before": {key: gained[key] for key in ("difference", "difference_se")},
         "segments": segments_of(losses, files),
         "divergence_of_steps": [round(x, 6) for x in divergences],
@@ -116,13 +134,14 @@ def _losses(
     tests: Sequence[Sequence[int]],
     params: SplaParameters,
     layers: Mapping[int, learned.LayerParameters],
+    dense_layers: Collection[int],
 ) -> dict[str, list[list[float]]]:
     """Loss of every token by variant and document."""
     visits = {
         DENSE.name: None,
-        NONE: partial(attention, params=without_residual(params)),
-        BEFORE: partial(attention, params=params),
-        AFTER: partial(attention, params=params, learned=layers),
+        NONE: partial(attention, params=without_residual(params), dense_layers=dense_layers),
+        BEFORE: partial(attention, params=params, dense_layers=dense_layers),
+        AFTER: partial(attention, params=params, learned=layers, dense_layers=dense_layers),
     }
     losses: dict[str, list[list[float]]] = {name: [] for name in visits}
     with tqdm(total=len(visits) * len(tests), desc="judging", unit="document") as bar:
@@ -145,6 +164,8 @@ def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
     }
     if params.top_p is not None:
         fitted_for["top_p"] = params.top_p
+    if options.dense_layers:
+        fitted_for["dense_layers"] = list(options.dense_layers)
     if params.residual == "linear":
         fitted_for["feature_map"] = params.feature_map
     return fitted_for

@@ -66,17 +66,29 @@ def check_parameters(vllm_config: "VllmConfig", options: SplaOptions) -> None:
     if path is None:
         return
     text, model = _text_config(vllm_config), vllm_config.model_config
-    # Layers with windows, in models that mix them with full attention, are not SPLA's.
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    layers = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
     learned.check_place(path)
     learned.check(
         path,
-        layers=layers,
+        layers=_full_attention_layers(text),
         num_heads=text.num_attention_heads,
         head_size=model.get_head_size(),
         combine=options.combine,
+        dense_layers=options.dense_layers,
     )
+
+
+def check_dense_layers(vllm_config: "VllmConfig", options: SplaOptions) -> None:
+    """Raises:
+    ValueError: The option names layers that this model has not, or all that it has.
+    """
+    if options.dense_layers and vllm_config.model_config is not None:
+        options.check_layers(_full_attention_layers(_text_config(vllm_config)))
+
+
+def _full_attention_layers(text: Any) -> list[int]:
+    """Indices; layers with windows, in models that mix them with full attention, are not SPLA's."""
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
 
 
 def check_vllm_version(version: str) -> None:
@@ -159,6 +171,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "have to carry page statistics: remove --kv-transfer-config"
         )
     check_hybrid_manager(vllm_config, options)
+    check_dense_layers(vllm_config, options)
     check_parameters(vllm_config, options)
     check_kernels(vllm_config, options)
 
@@ -186,6 +199,7 @@ def check_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
         head_size=model.get_head_size(),
         cache_dtype=kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
         max_query_len=max_decode_query_len(vllm_config),
+        max_model_len=model.max_model_len,
         executor=options.executor,
     )
 

@@ -57,18 +57,18 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         options = resolve_options(self.vllm_config)
         check_hybrid_manager(self.vllm_config, options)
         set_options(options)
+        self.is_dense = False  # until the layer's name is known
         self.op: Any = None
         self.bound: tuple[int, torch.dtype] | None = None
         self.learned: learned.LayerParameters | None = None
         logger.info_once("SPLA options: %s", options)
-        if options.executor == "flashinfer":
-            logger.warning_once("SPLA's executor 'flashinfer' has not been verified on a GPU: compare it with 'spla'")
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Read learned parameters, and claim what memory profiling must see: the kernels' scratch, and the companion
         layer that makes the engine allocate the recurrent state. Idempotent: weights may be loaded again."""
         context = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((n, item) for n, item in context.items() if getattr(item, "impl", None) is self)
+        self.is_dense = extract_layer_index(name) in get_options().dense_layers
         self.learned = self._read_learned(name)
         if get_options().residual != "none":
             context.setdefault(companion_name(name), RecurrentStateLayer(layer))
@@ -85,7 +85,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
                 those.
         """
         path = parameters_file(self.vllm_config)
-        if path is None:
+        if path is None or self.is_dense:
             return learned.LayerParameters()
         rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         index = extract_layer_index(layer_name)
@@ -124,6 +124,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             self._parameters(page_size),
             limits,
             executor=get_options().executor,
+            dense=self.is_dense,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
@@ -132,6 +133,8 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             gain=self.learned.gain,
             norm_weights=self.learned.norm_weights,
         )
+        if hasattr(self.op, "prefill_dense_below"):
+            logger.info_once("SPLA prompt tokens below position %d attend densely", self.op.prefill_dense_below)
         if hasattr(self.op, "scratch_bytes"):
             logger.info_once("SPLA scratch for all layers: %.1f MiB", self.op.scratch_bytes / 2**20)
 
@@ -191,7 +194,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         if attn_metadata is None:
             return output.zero_()
         state_cache, state_table = self._state(layer)
-        self.op.run(attn_metadata.plan, query, kv_cache, state_cache, state_table, output)
+        self.op.run(attn_metadata.plans[self.is_dense], query, kv_cache, state_cache, state_table, output)
         return output
 
     @staticmethod

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class SplaMetadata(AttentionMetadata):
     """One step of one group of layers."""
 
-    plan: Any
-    """What the kernels planned for this step; see `spla_backend.kernels`."""
+    plans: dict[bool, Any]
+    """What the kernels planned for this step, for layers that are dense (True) and for those that are not; see
+    `spla_backend.kernels`."""
 
 
 class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
@@ -44,7 +45,7 @@ class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
         # Only now are page size, cache dtype and memory limits final.
         for impl in impls:
             impl.bind(kv_cache_spec.block_size, kv_cache_spec.dtype, device)
-        self.op = impls[0].op
+        self.ops = {impl.is_dense: impl.op for impl in impls}  # any layer's of each kind: plans are the same for all
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -52,8 +53,8 @@ class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
         """See `AttentionMetadataBuilder.build`."""
         common = common_attn_metadata
         split = {} if self.device.type == "cpu" else self._split(common)
-        plan = self.op.plan(common.query_start_loc, common.seq_lens, common.block_table_tensor, **split)
-        return SplaMetadata(plan)
+        batch = common.query_start_loc, common.seq_lens, common.block_table_tensor
+        return SplaMetadata({is_dense: op.plan(*batch, **split) for is_dense, op in self.ops.items()})
 
     def _split(self, common: CommonAttentionMetadata) -> dict[str, Any]:
         """Decode rows, which vLLM puts first, and prefill rows, from what the host knows."""

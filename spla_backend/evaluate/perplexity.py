@@ -19,7 +19,16 @@ from . import engines, report
 from .capture import CapturingModel, Visit
 from .documents import cut_documents, load_tokenizer
 from .fidelity import attention
-from .variants import DENSE, ModelShape, Variant, bytes_read, parameters_of, parse_variants, without_residual
+from .variants import (
+    DENSE,
+    ModelShape,
+    Variant,
+    dense_layers_of,
+    mean_bytes_read,
+    parameters_of,
+    parse_variants,
+    without_residual,
+)
 
 SEGMENT = 128
 """Neighbouring tokens whose mean loss counts as one observation: losses of neighbours are not independent."""
@@ -119,7 +128,10 @@ class _Transformers:
         visit: Visit | None = None
         if variant.options is not None:
             params = parameters_of(variant, self.page_size, self.shape)
-            visit = partial(attention, params=params, learned=self.shape.learned(variant.options))
+            dense_layers = dense_layers_of(variant, self.shape)
+            visit = partial(
+                attention, params=params, learned=self.shape.learned(variant.options), dense_layers=dense_layers
+            )
         bar = tqdm(documents, desc=variant.name, unit="document")
         return [self.model.logprobs(tokens, visit) for tokens in bar]
 
@@ -151,12 +163,13 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
         for variant in variants
         if variant.options is not None
     }
+    dense_layers = {variant.name: dense_layers_of(variant, shape) for variant in variants}
     losses: dict[str, list[list[float]]] = {}
     warnings: list[str] = []
     result = {**report.header("perplexity", settings), "warnings": warnings}
     for variant in variants:
         losses[variant.name] = [[-x for x in document] for document in logprobs(variant, tokens)]
-        result["rows"] = rows_of(losses, params, files, buckets, shape.head_size)
+        result["rows"] = rows_of(losses, params, files, buckets, shape, dense_layers)
         result["segments"] = segments_of(losses, files)
         if variant.name in params:
             budget = params[variant.name].budget_blocks * params[variant.name].selection_block
@@ -191,7 +204,8 @@ def rows_of(
     params: Mapping[str, SplaParameters],
     files: Sequence[str],
     buckets: Sequence[tuple[int, int]],
-    head_size: int,
+    shape: ModelShape,
+    dense_layers: Mapping[str, tuple[int, ...]],
 ) -> list[dict[str, Any]]:
     """Rows of a report: every variant, all files together and each by itself, every bucket.
 
@@ -200,18 +214,21 @@ def rows_of(
         params: What the variants compute that are not dense.
         files: Of each document.
         buckets: Positions `(start, end)`.
-        head_size: `d`.
+        shape: The model.
+        dense_layers: Layers that a variant leaves dense.
     """
     rows = []
     for name, mine in losses.items():
         without = None
         if name in params and params[name].residual != "none":
             wanted = without_residual(params[name])
-            without = next((other for other in losses if params.get(other) == wanted), None)
+            same_layers = [other for other in losses if dense_layers[other] == dense_layers[name]]
+            without = next((other for other in same_layers if params.get(other) == wanted), None)
         for file in dict.fromkeys(["all", *files]):
             chosen = [i for i, of in enumerate(files) if file in ("all", of)]
             for start, end in buckets:
-                row = {"variant": name, "file": file, "bytes": bytes_read(params.get(name), end, head_size)}
+                num_bytes = mean_bytes_read(params.get(name), end, shape, dense_layers[name])
+                row = {"variant": name, "file": file, "bytes": num_bytes}
                 row |= compare([mine[i] for i in chosen], [losses[DENSE.name][i] for i in chosen], start, end)
                 if without is not None:
                     pair = compare([mine[i] for i in chosen], [losses[without][i] for i in chosen], start, end)

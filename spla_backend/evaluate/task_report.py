@@ -11,7 +11,7 @@ from tqdm import tqdm
 from . import engines, report
 from .documents import load_tokenizer
 from .tasks import make_sample, score
-from .variants import DENSE, ModelShape, bytes_read, parameters_of, parse_variants
+from .variants import DENSE, ModelShape, dense_layers_of, mean_bytes_read, parameters_of, parse_variants
 
 
 def mean_and_error(scores: list[float]) -> tuple[float, float | None]:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
                     "variant": variant.name,
                     "task": task,
                     "length": length,
-                    "bytes": bytes_read(params, length, shape.head_size),
+                    "bytes": mean_bytes_read(params, length, shape, dense_layers_of(variant, shape)),
                     "score": _round(mean),
                     "score_se": _round(error),
                     "difference": _round(difference),

@@ -86,7 +86,7 @@ class ModelShape:
         return SplaOptions.from_sources(options, self.spla_config, None if path is None else learned.read_options(path))
 
     def learned(self, options: Mapping[str, Any] | None) -> dict[int, learned.LayerParameters] | None:
-        """Learned parameters of every layer, None without a file.
+        """Learned parameters of every layer that SPLA computes, None without a file.
 
         Raises:
             ValueError: The file is not this model's.
@@ -94,8 +94,9 @@ class ModelShape:
         path = self.parameters_file(options)
         if path is None:
             return None
+        dense = self.options(options).dense_layers
         of_layer = partial(learned.read_layer, path, num_heads=self.num_heads, head_size=self.head_size)
-        return {i: of_layer(i) for i in range(self.num_layers)}
+        return {i: of_layer(i) for i in range(self.num_layers) if i not in dense}
 
 
 def parse_variants(texts: Sequence[str], page_size: int, shape: ModelShape | None) -> list[Variant]:
@@ -152,7 +153,14 @@ def parameters_of(variant: Variant, page_size: int, shape: ModelShape | None) ->
         ValueError: Its options are not valid, or do not fit the page.
     """
     options = SplaOptions.from_sources(variant.options) if shape is None else shape.options(variant.options)
+    if shape is not None and options.dense_layers:
+        options.check_layers(range(shape.num_layers))
     return options.parameters(page_size)
+
+
+def dense_layers_of(variant: Variant, shape: ModelShape) -> tuple[int, ...]:
+    """Layers that a variant leaves dense beside those of SPLA; none for the variant that is dense altogether."""
+    return () if variant.options is None else shape.options(variant.options).dense_layers
 
 
 def without_residual(params: SplaParameters) -> SplaParameters:
@@ -167,6 +175,15 @@ def without_residual(params: SplaParameters) -> SplaParameters:
         top_p=params.top_p,
         residual="none",
     )
+
+
+def mean_bytes_read(
+    params: SplaParameters | None, seq_len: int, shape: ModelShape, dense_layers: Sequence[int] = ()
+) -> int:
+    """`bytes_read` with a cache of 2-byte elements, the mean over the layers of a model, some of which may be dense."""
+    share = len(dense_layers) / shape.num_layers
+    dense = bytes_read(None, seq_len, shape.head_size)
+    return round(share * dense + (1 - share) * bytes_read(params, seq_len, shape.head_size))
 
 
 def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int, itemsize: int = 2) -> int:

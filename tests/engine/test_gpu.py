@@ -1,6 +1,8 @@
 """The real engine on a GPU: the dense answer where everything fits into the budget, and one answer whatever the engine
 does (CUDA graphs, chunked prefill, prefix caching, batching)."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -50,7 +52,8 @@ def ask(model, backend, options=None, rounds=1, **engine_args):
         "block_size": 64,
         "enforce_eager": False,
         "max_num_batched_tokens": 4096,
-        "gpu_memory_utilization": 0.3,
+        "gpu_memory_utilization": 0.2,
+        "kv_cache_memory_bytes": 1 << 30,  # nothing is measured: others may use the GPU meanwhile
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
         **engine_args,
     }
@@ -92,9 +95,20 @@ def sparse(model):
     return ask(model, "spla", {"budget": BUDGET})[0]
 
 
+FINE = {"selector": "km2-rem", "selection_block_size": 16}
+
+
 def test_whole_budget_is_dense(model):
     dense = ask(model, "FLASH_ATTN")[0]
     assert_same(ask(model, "spla", {"budget": 4096})[0], dense)
+    assert_same(ask(model, "spla", {"budget": 4096, **FINE})[0], dense)
+
+
+def test_finer_blocks(model):
+    options = {"budget": BUDGET, **FINE}
+    graphs = ask(model, "spla", options)[0]
+    eager = ask(model, "spla", options, enforce_eager=True, max_num_batched_tokens=256)[0]
+    assert_same(eager, graphs, SPARSE_NEAR_TIE)
 
 
 def test_eager_equals_graphs(model, sparse):
@@ -114,6 +128,57 @@ def test_prefix_caching(model, sparse):
 
 def test_small_batches(model, sparse):
     assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_seqs=3)[0], sparse, SPARSE_NEAR_TIE)
+
+
+def test_double_rmsnorm_served_as_trained(tmp_path):
+    """Log-probabilities of a prompt, within the budget and beyond it, as transformers gives them."""
+    from transformers import AutoModelForCausalLM
+
+    from spla_backend.training import attach, save
+
+    start = save_random_model(tmp_path / "start", {**LLAMA, "dtype": "float16"}, std=0.05)
+    trained = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float16).cuda().eval()
+    options = {"residual": "linear", "combine": "double_rmsnorm", "selector": "taylor2"}
+    attach(trained, {"budget": BUDGET, **options}, 64)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trained.named_parameters():
+        if ".spla." in name:
+            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator).cuda()
+    save(trained, tmp_path / "trained")
+    prompt = random_prompt(900, seed=0)
+    ids = torch.tensor([prompt]).cuda()
+    with torch.no_grad():
+        logprobs = trained(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+    expected = logprobs.gather(-1, ids[0, 1:, None])[:, 0].cpu()
+    arguments = {"dtype": "float16", "block_size": 64, "gpu_memory_utilization": 0.1, "options": {"budget": BUDGET}}
+    with start_engine(str(tmp_path / "trained"), **arguments) as engine:
+        error = (torch.tensor(engine.answer([prompt], max_tokens=1)[0].logprobs) - expected).abs()
+    print(
+        f"mean difference within the budget {error[: BUDGET - 1].mean():.1e}, beyond {error[BUDGET - 1 :].mean():.1e}"
+    )
+    assert error[: BUDGET - 1].mean() < 0.01 and error[BUDGET - 1 :].mean() < 0.05
+
+
+def test_dense_layers(model):
+    """All but one layer dense: the algorithm's token in almost every step, where dense attention has others."""
+    from spla_backend.evaluate.capture import CapturingModel
+    from spla_backend.evaluate.fidelity import attention
+    from spla_backend.evaluate.variants import Variant, parameters_of
+
+    answers = ask(model, "spla", {"budget": BUDGET, "dense_layers": [0, 1, 3]})[0]
+    reference = CapturingModel(model, torch.float16, "cuda", head=True)
+    params = parameters_of(Variant("spla", {"budget": BUDGET}), 64, None)
+    visits = {"spla": partial(attention, params=params, dense_layers=[0, 1, 3]), "dense": None}
+    differing = dict.fromkeys(visits, 0)
+    for length, (tokens, gaps) in zip(LENGTHS, answers, strict=True):
+        for name, visit in visits.items():
+            logits = reference.run(random_prompt(length, seed=length) + tokens[:-1], visit).logits[0, length - 1 :]
+            best = logits.argmax(-1).tolist()
+            wrong = [gap for ours, gap, theirs in zip(tokens, gaps, best, strict=True) if ours != theirs]
+            assert name == "dense" or all(gap < SPARSE_NEAR_TIE for gap in wrong), f"prompt of {length}: {wrong}"
+            differing[name] += len(wrong)
+    print(f"tokens that differ from the reference's: {differing}")
+    assert differing["spla"] < 0.5 * differing["dense"]
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])

@@ -9,6 +9,7 @@ pytestmark = pytest.mark.engine
 
 VARIANTS = {
     "regression": {},
+    "dense layers": {"dense_layers": [0, 2], "selection_block_size": 16},
     "linear": {"residual": "linear"},
     "double_rmsnorm": {"residual": "linear", "combine": "double_rmsnorm", "selector": "taylor2"},
 }

@@ -11,7 +11,15 @@ import pytest
 from spla_backend.evaluate import cli, report
 from spla_backend.evaluate.documents import cut_documents
 from spla_backend.evaluate.perplexity import SEGMENT, buckets_of, compare, looks_dense
-from spla_backend.evaluate.variants import ModelShape, Variant, bytes_read, parameters_of, parse_variants
+from spla_backend.evaluate.variants import (
+    ModelShape,
+    Variant,
+    bytes_read,
+    dense_layers_of,
+    mean_bytes_read,
+    parameters_of,
+    parse_variants,
+)
 from spla_backend.kernels.layout import PageLayout
 
 
@@ -93,6 +101,16 @@ def test_bytes_read():
     assert bytes_read(params, length, size) - bytes_read(without, length, size) == state
     # One token in the current page instead of 64.
     assert bytes_read(params, length - 63, size) == bytes_read(params, length, size) - 63 * 2 * size * 2
+
+
+def test_bytes_of_dense_layers():
+    shape = ModelShape("no/model", 4, 4, 2, 64, 8192, {"dense_layers": [0]})
+    params, dense = parameters_of(Variant("x", {}), 64, shape), dense_layers_of(Variant("x", {}), shape)
+    assert (
+        mean_bytes_read(params, 8000, shape, dense)
+        == (bytes_read(None, 8000, 64) + 3 * bytes_read(params, 8000, 64)) / 4
+    )
+    assert dense_layers_of(Variant("dense"), shape) == ()
 
 
 def test_buckets():
