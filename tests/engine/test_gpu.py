@@ -104,11 +104,18 @@ def test_whole_budget_is_dense(model):
     assert_same(ask(model, "spla", {"budget": 4096, **FINE})[0], dense)
 
 
-def test_finer_blocks(model):
-    options = {"budget": BUDGET, **FINE}
-    graphs = ask(model, "spla", options)[0]
-    eager = ask(model, "spla", options, enforce_eager=True, max_num_batched_tokens=256)[0]
-    assert_same(eager, graphs, SPARSE_NEAR_TIE)
+@pytest.fixture(scope="module")
+def fine(model):
+    return ask(model, "spla", {"budget": BUDGET, **FINE})[0]
+
+
+def test_finer_blocks_eager_equals_graphs(model, fine):
+    assert_same(ask(model, "spla", {"budget": BUDGET, **FINE}, enforce_eager=True)[0], fine, SPARSE_NEAR_TIE)
+
+
+def test_finer_blocks_chunked_prefill(model, fine):
+    arguments = {"max_num_batched_tokens": 256, "max_num_seqs": 16}
+    assert_same(ask(model, "spla", {"budget": BUDGET, **FINE}, **arguments)[0], fine, SPARSE_NEAR_TIE)
 
 
 def test_eager_equals_graphs(model, sparse):
