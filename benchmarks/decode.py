@@ -2,6 +2,10 @@
 
     python benchmarks/decode.py --out benchmarks/results/decode_h200.json
     python benchmarks/decode.py --quick --impls fa3,spla
+    python benchmarks/decode.py --contexts 131072 --batches 1,8,32 --budgets 1024,2048 --pages 64 --blocks 64,32,16 \
+        --selectors rem,km2-rem --impls fa3,spla --out benchmarks/results/decode_blocks_h200.json
+    python benchmarks/decode.py --plot benchmarks/results/decode_blocks_h200.json \
+        --losses benchmarks/results/quality_perplexity_cpu.json benchmarks/results/quality_perplexity_fine.json
 
 Every implementation reads the same paged cache in the same process. A measurement is a CUDA graph of several decode
 steps in a row, as a model's layers are, each on rows of its own, so that the data of the steps together exceeds twice
@@ -12,8 +16,10 @@ float64 reference at batch 1, and at larger batches against the same rows at bat
     fa3                 FlashAttention 3 over all pages
     flashinfer_dense    FlashInfer (tensor cores) over all pages
     flashinfer_sparse   FlashInfer over the pages that SPLA selected: exact part alone, no scores, no selection
-    spla                the whole of a SPLA step
-    spla_flashinfer     the same with the option `executor: flashinfer`; not among the defaults
+    spla                the whole of a SPLA step of a decoding batch: statistics of earlier steps are asked for while
+                        the launch ahead ends, which here is the step before
+    spla_mixed          the same as in a step that holds prompt tokens too, where everything waits for the launch ahead
+    spla_flashinfer     a SPLA step with the option `executor: flashinfer`; not among the defaults
     floor               bytes that a steady step has to move (statistics of all complete pages, selected pages, float32
                         state) over the bandwidth of a large device-to-device copy measured in the same run
     spla/KERNEL         with --breakdown: time of each kernel of a step, from the profiler. Kernels that are launched
@@ -44,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
+from spla_backend.algorithm.selectors import get_selector
 from spla_backend.kernels import triton_decode
 from spla_backend.kernels.triton_decode import TritonPagedSpla
 
@@ -59,7 +66,7 @@ TOLERANCE = 1e-2
 DEVICE = "cuda"
 
 DENSE = ("fa3", "flashinfer_dense")
-IMPLS = (*DENSE, "flashinfer_sparse", "spla")
+IMPLS = (*DENSE, "flashinfer_sparse", "spla", "spla_mixed")
 Run = Callable[["Rows"], None]
 
 
@@ -71,6 +78,12 @@ class Shape:
     context: int
     budget: int  # tokens
     page: int
+    block: int  # tokens a selection block
+    selector: str = "rem"
+
+    @property
+    def budget_blocks(self) -> int:
+        return self.budget // self.block
 
     @property
     def budget_pages(self) -> int:
@@ -78,7 +91,7 @@ class Shape:
 
     def op(self, executor: str = "spla") -> TritonPagedSpla:
         return TritonPagedSpla(
-            SplaParameters(self.page, self.page, self.budget_pages),
+            SplaParameters(self.page, self.block, self.budget_blocks, selector=self.selector),
             num_heads=HEADS,
             num_kv_heads=KV_HEADS,
             head_size=HEAD_SIZE,
@@ -120,14 +133,14 @@ class Pool:
         num_pages = num_rows * per_row + num_states * num_blocks
         self.kv_cache = torch.empty(num_pages, KV_HEADS, layout.rows, 2 * HEAD_SIZE, dtype=DTYPE, device=DEVICE)
         words = self.kv_cache.view(torch.int32).flatten(2)  # [num_pages, G, words]
-        for start in range(0, num_pages, 4096):
-            part = self.kv_cache[start : start + 4096]
+        selector = get_selector(op.params.selector)
+        for start in range(0, num_pages, 1024):
+            part = self.kv_cache[start : start + 1024]
             part.normal_()
-            variance, mean = torch.var_mean(part[:, :, :page, :HEAD_SIZE].float(), dim=2, correction=0)
-            moments = torch.cat([mean, variance], -1)[..., : layout.statistics_width]
-            part[:, :, page:].flatten(2)[..., : layout.statistics_elements] = moments.to(DTYPE)
+            keys = part[:, :, :page, :HEAD_SIZE].float().unflatten(2, (-1, op.params.selection_block))
+            layout.statistics(part)[:] = selector.statistics(keys).to(DTYPE)
             ids = torch.arange(start, start + len(part), dtype=torch.int32, device=DEVICE)
-            words[start : start + 4096, :, -4:] = ids[:, None, None]
+            words[start : start + 1024, :, -4:] = ids[:, None, None]
         order = torch.randperm(num_pages, device=DEVICE).to(torch.int32)
         # States overwrite their pages, which are therefore nobody's page in any cut.
         self.block_table = order[: num_rows * per_row].view(num_rows, per_row)
@@ -153,12 +166,12 @@ class Pool:
 def spla_bytes(shape: Shape) -> int:
     """Bytes that a steady SPLA step must move for one row."""
     item = DTYPE.itemsize
-    pages = (shape.context - 1) // shape.page
-    if pages + 1 <= shape.budget_pages:
+    if shape.context <= shape.budget:
         return KV_HEADS * shape.context * 2 * HEAD_SIZE * item
-    page_statistics = pages * 2 * HEAD_SIZE * item
+    blocks = (shape.context - 1) // shape.page * (shape.page // shape.block)
+    block_statistics = blocks * get_selector(shape.selector).width(HEAD_SIZE) * item
     state = (HEAD_SIZE + 2) * HEAD_SIZE * 4
-    return KV_HEADS * (page_statistics + shape.budget * 2 * HEAD_SIZE * item + state)
+    return KV_HEADS * (block_statistics + shape.budget * 2 * HEAD_SIZE * item + state)
 
 
 def time_steps(run: Run, steps: list[Rows]) -> tuple[float, float, torch.cuda.CUDAGraph, int]:
@@ -199,6 +212,8 @@ def kernel_times(graph: torch.cuda.CUDAGraph, num_steps: int) -> dict[str, float
         torch.cuda.synchronize()
     total: dict[str, float] = defaultdict(float)
     for event in profiler.events():
+        if event.device_time == 0:  # of the host
+            continue
         total[event.name.split("(")[0].split("<")[0].replace("void ", "")] += event.device_time / num_steps
     return dict(total)
 
@@ -206,14 +221,14 @@ def kernel_times(graph: torch.cuda.CUDAGraph, num_steps: int) -> dict[str, float
 # Implementations. Whatever they plan or compile is done before the function that they return is timed.
 
 
-def spla(op: TritonPagedSpla, pool: Pool, shape: Shape) -> Run:
+def spla(op: TritonPagedSpla, pool: Pool, shape: Shape, steady: bool = True) -> Run:
     starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
     lengths = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE)
 
     def run(rows: Rows) -> None:
         op.decode(
             rows.query, pool.kv_cache, pool.kv_cache, starts, lengths, rows.block_table, rows.state_table,
-            rows.output, 1,
+            rows.output, 1, steady,
         )  # fmt: skip
 
     return run
@@ -333,16 +348,16 @@ def check_spla(op: TritonPagedSpla, pool: Pool, shape: Shape, rows: Rows) -> Non
     kv = pool.kv_cache[pages, :1].cpu()  # [pages, 1, B + r, 2 d]
     tokens = kv[:, :, : shape.page].transpose(1, 2).flatten(0, 1)[: shape.context].double()
     keys, values = tokens.split(HEAD_SIZE, -1)  # [L, 1, d]
-    area = kv[: (shape.context - 1) // shape.page, :, shape.page :].flatten(2)
-    page_statistics = area[..., : op.page_layout.statistics_elements].double()
+    complete = kv[: (shape.context - 1) // shape.page]
+    block_statistics = op.page_layout.statistics(complete).transpose(1, 2).flatten(0, 1).double()
     query = rows.query[0, :GROUP].cpu().double() * SCALE
-    want = spla_token(query, keys, values, op.params, statistics=page_statistics)
+    want = spla_token(query, keys, values, op.params, statistics=block_statistics)
     error = float(relative_error(rows.output[0, :GROUP].cpu(), want.output))
     if error > TOLERANCE:
         scores = want.group_scores[0].sort(descending=True).values
-        free = shape.budget_pages - op.params.max_forced_blocks  # forced pages may be among the best: look around
-        gap = float(scores[max(free - 1, 0) : shape.budget_pages + 1].diff().abs().min()) if len(scores) > free else 1
-        if gap > 1e-5:  # where float32 cannot tell two pages apart, either may be selected
+        free = shape.budget_blocks - op.params.max_forced_blocks  # forced blocks may be among the best: look around
+        gap = float(scores[max(free - 1, 0) : shape.budget_blocks + 1].diff().abs().min()) if len(scores) > free else 1
+        if gap > 1e-5:  # where float32 cannot tell two blocks apart, either may be selected
             raise WrongOutputError(f"spla {shape}: relative error {error}")
 
 
@@ -378,7 +393,7 @@ class Benchmark:
         self._alone: dict[int, dict[int, torch.Tensor]] = {}  # by context: SPLA's outputs of single rows
 
     def _keep(self, row: dict) -> None:
-        self.rows[tuple(row[key] for key in ("impl", "batch", "context", "budget", "page"))] = row
+        self.rows[row["impl"], row["context"], *where(row)] = row
 
     def record(self, impl: str, shape: Shape, us: float, spread: float) -> None:
         self._keep({"impl": impl, **vars(shape), "us": round(us, 2), "spread_us": round(spread, 2)})
@@ -407,21 +422,22 @@ class Benchmark:
 
     def sparse(self, pool: Pool, steps: list[Rows], shape: Shape, check: bool) -> None:
         self.record("floor", shape, shape.batch * spla_bytes(shape) / self.bandwidth * 1e6, 0.0)
-        for impl in ("spla", "spla_flashinfer"):
+        of_pages = ("spla_flashinfer",) if shape.block == shape.page else ()
+        for impl in ("spla", "spla_mixed", *of_pages):
             # FlashInfer reads the tables of SPLA.
             if impl not in self.impls and (impl != "spla" or "flashinfer_sparse" not in self.impls):
                 continue
             op = shape.op("flashinfer" if impl == "spla_flashinfer" else "spla")
-            run = spla(op, pool, shape)
+            run = spla(op, pool, shape, steady=impl != "spla_mixed")
             for rows in steps:
                 rows.output.fill_(float("nan"))
                 run(rows)
-                if shape.context > shape.budget:
+                if shape.context > shape.budget and shape.block == shape.page:
                     rows.selected = op.page_table[: shape.batch, :, : shape.budget_pages].flatten()
             self._check(op, pool, steps, shape, check)
             if impl in self.impls:
                 self.measure(impl, run, steps, shape)
-        if "flashinfer_sparse" in self.impls and shape.context > shape.budget:
+        if "flashinfer_sparse" in self.impls and shape.context > shape.budget and shape.block == shape.page:
             run = flashinfer(pool, shape, sparse=True)
             run(steps[0])
             check_exact(pool, shape, steps[0], "flashinfer_sparse")
@@ -442,7 +458,7 @@ class Benchmark:
                 if row in alone:
                     heads = (x.view(KV_HEADS, GROUP, HEAD_SIZE) for x in (output, alone[row]))
                     errors.append(relative_error(*heads))
-        # Another split of the work rounds scores in another way, and pages that are level may change places.
+        # Another split of the work rounds scores in another way, and blocks that are level may change places.
         wrong = float((torch.cat(errors) > TOLERANCE).double().mean()) if errors else 0.0
         if wrong > 0.02:
             raise WrongOutputError(f"spla {shape}: {wrong:.1%} of the heads differ from those of single rows")
@@ -455,20 +471,23 @@ class Benchmark:
             self.failures.append(str(error))
             print(error, flush=True)
 
-    def run(self, pages: list[int], contexts: list[int], batches: list[int], budgets: list[int]) -> None:
-        for page in pages:
+    def run(
+        self, kinds: list[tuple[int, int, str]], contexts: list[int], batches: list[int], budgets: list[int]
+    ) -> None:
+        """`kinds`: page, selection block, selector."""
+        for kind in kinds:
             triton_decode._Scratch._instances.clear()
             pool = None  # before the next one
             torch.cuda.empty_cache()
-            op, longest = Shape(max(batches), max(contexts), budgets[0], page).op(), max(contexts)
-            row_bytes = longest * KV_HEADS * op.page_layout.rows // page * 2 * HEAD_SIZE * DTYPE.itemsize
+            op, longest = Shape(max(batches), max(contexts), budgets[0], *kind).op(), max(contexts)
+            row_bytes = longest * KV_HEADS * op.page_layout.rows // kind[0] * 2 * HEAD_SIZE * DTYPE.itemsize
             free = torch.cuda.mem_get_info()[0] - 6e9
             num_rows = min(int(free / row_bytes), max(2 * max(batches), MAX_STEPS))
             pool = Pool(op, longest, num_rows, num_states=MAX_STEPS * max(batches))
             for context in contexts:
                 self._alone.clear()
                 for batch in batches:
-                    shapes = [Shape(batch, context, budget, page) for budget in budgets]
+                    shapes = [Shape(batch, context, budget, *kind) for budget in budgets]
                     steps = pool.steps(shapes[0])
                     if not steps:
                         print("skipped, does not fit into memory:", shapes[0], flush=True)
@@ -476,11 +495,11 @@ class Benchmark:
                     with self._wrong_outputs_noted():
                         self.dense(pool, steps, shapes)
                     for shape in shapes:
-                        known = context <= CHECKED_CONTEXT or (page == 64 and shape.budget == budgets[0])
+                        known = context <= CHECKED_CONTEXT or (kind[0] == 64 and shape.budget == budgets[0])
                         with self._wrong_outputs_noted():
                             self.sparse(pool, steps, shape, check=batch == batches[0] and known)
                 self.save()
-                print(f"page {page}, context {context}: done", flush=True)
+                print("page {}, blocks of {}, {}, context {}: done".format(*kind, context), flush=True)
 
 
 def compile_shape(executors: list[str], shape: Shape) -> None:
@@ -502,7 +521,7 @@ def compile_shape(executors: list[str], shape: Shape) -> None:
 def warm_up(shapes: list[Shape], impls: list[str], processes: int) -> None:
     """Compile the kernels of many shapes side by side; one after the other they take minutes."""
     executors = [executor for executor, impl in (("spla", "spla"), ("flashinfer", "spla_flashinfer")) if impl in impls]
-    different = {(s.batch, s.budget, s.page, max(s.context, 131072)): s for s in shapes}.values()
+    different = {(*where(vars(s)), max(s.context, 131072)): s for s in shapes}.values()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(functools.partial(compile_shape, executors), different))
 
@@ -513,6 +532,8 @@ def main() -> None:
     parser.add_argument("--batches", default="1,4,8,32")
     parser.add_argument("--budgets", default="2048,1024,4096")
     parser.add_argument("--pages", default="64,32,128")
+    parser.add_argument("--blocks", default="0", help="tokens a selection block; 0: a page")
+    parser.add_argument("--selectors", default="rem")
     parser.add_argument("--impls", default=",".join(IMPLS))
     parser.add_argument("--quick", action="store_true", help="16K and 128K, batches 1, 8, 32, budget 2048, page 64")
     parser.add_argument("--breakdown", action="store_true", help="time the kernels of SPLA apart")
@@ -520,57 +541,65 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="add to the rows that the file has already")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="only draw the rows of this file, as PNG files beside it")
+    parser.add_argument("--losses", type=Path, nargs="+", help="plot instead: loss in these reports against its times")
     args = parser.parse_args()
     if args.plot:
-        plot(args.plot)
+        if args.losses:
+            plot_losses(args.plot, args.losses)
+        else:
+            plot(args.plot)
         return
     if args.quick:
         args.contexts, args.batches, args.budgets, args.pages = "16384,131072", "1,8,32", "2048", "64"
     pages, contexts, batches, budgets = (
         [int(x) for x in text.split(",")] for text in (args.pages, args.contexts, args.batches, args.budgets)
     )
+    blocks = [int(x) for x in args.blocks.split(",")]
+    kinds = [(page, block or page, s) for s in args.selectors.split(",") for page in pages for block in blocks]
     impls = args.impls.split(",")
     unknown = set(impls) - {*IMPLS, "spla_flashinfer"}
     if unknown:
         parser.error(f"unknown implementations {', '.join(unknown)}")
     if args.warm_up:
-        shapes = [Shape(b, c, t, p) for p in pages for c in contexts for b in batches for t in budgets]
+        shapes = [Shape(b, c, t, *kind) for kind in kinds for c in contexts for b in batches for t in budgets]
         warm_up(shapes, impls, args.warm_up)
     benchmark = Benchmark(args.out, impls, args.breakdown, args.append)
-    benchmark.run(pages, contexts, batches, budgets)
+    benchmark.run(kinds, contexts, batches, budgets)
     print_tables(list(benchmark.rows.values()))
     if benchmark.failures:
         sys.exit("wrong outputs, not timed:\n" + "\n".join(benchmark.failures))
 
 
 def print_tables(rows: list[dict]) -> None:
-    """Microseconds at the first page and budget, then the ratio of FA3 to SPLA at all of them."""
+    """Microseconds of the first kind, then the ratio of FA3 to SPLA, and SPLA's microseconds, of all of them."""
     us: dict[tuple, dict[str, float]] = defaultdict(dict)
     for row in rows:
-        us[row["page"], row["budget"], row["context"], row["batch"]][row["impl"]] = row["us"]
-    first = next(iter(us))[:2]
+        batch, *kind = where(row)
+        us[tuple(kind), row["context"], batch][row["impl"]] = row["us"]
+    first = next(iter(us))[0]
     names = list(dict.fromkeys(row["impl"] for row in rows if "/" not in row["impl"]))
-    print(f"page {first[0]}, budget {first[1]}, microseconds\n{'context':>7} {'batch':>5}", end=" ")
-    print(*(f"{name.replace('flashinfer', 'fi'):>9}" for name in names), "fa3/spla")
-    for (page, budget, context, batch), found in us.items():
-        if (page, budget) == first:
+    print("budget {}, page {}, blocks of {}, {}, microseconds".format(*first))
+    print(f"{'context':>7} {'batch':>5}", *(f"{name.replace('flashinfer', 'fi'):>9}" for name in names), "fa3/spla")
+    for (kind, context, batch), found in us.items():
+        if kind == first:
             cells = " ".join(f"{found.get(name, math.nan):9.1f}" for name in names)
             print(f"{context:7d} {batch:5d} {cells} {found.get('fa3', math.nan) / found.get('spla', math.nan):8.2f}")
             parts = [f"{name.split('/')[1]} {time:.1f}" for name, time in found.items() if "/" in name]
             if parts:
                 print("        ", ", ".join(parts))
-    combinations = list(dict.fromkeys(key[:2] for key in us))
-    if len(combinations) < 2:
+    kinds = list(dict.fromkeys(key[0] for key in us))
+    if len(kinds) < 2:
         return
-    contexts, batches = sorted({key[2] for key in us}), sorted({key[3] for key in us})
-    print(f"fa3/spla at batches {'/'.join(map(str, batches))}")
-    print("page budget", *(f"{context:>19}" for context in contexts))
-    for page, budget in combinations:
-        ratios = []
+    contexts, batches = sorted({key[1] for key in us}), sorted({key[2] for key in us})
+    print(f"fa3/spla, and microseconds of spla, at batches {'/'.join(map(str, batches))}")
+    print("budget page block selector ", *(f"{context:>36}" for context in contexts))
+    for budget, page, block, selector in kinds:
+        cells = []
         for context in contexts:
-            at = [us.get((page, budget, context, batch), {}) for batch in batches]
-            ratios.append("/".join(f"{f.get('fa3', math.nan) / f.get('spla', math.nan):.1f}" for f in at))
-        print(f"{page:4d} {budget:6d}", *(f"{cell:>19}" for cell in ratios))
+            at = [us.get(((budget, page, block, selector), context, batch), {}) for batch in batches]
+            ratios = "/".join(f"{f.get('fa3', math.nan) / f.get('spla', math.nan):.1f}" for f in at)
+            cells.append(f"{ratios}  {'/'.join(format(f.get('spla', math.nan), '.1f') for f in at)}")
+        print(f"{budget:6d} {page:4d} {block:5d} {selector:9s}", *(f"{cell:>36}" for cell in cells))
 
 
 NAMES = {
@@ -596,7 +625,8 @@ def plot(path: Path) -> None:
     gpu = result["hardware"]["gpu"]
 
     def points(impl: str, batch: int, budget: int = 2048, page: int = 64) -> list[tuple[int, float]]:
-        return sorted((key[1], value) for key, value in us.items() if (key[0], *key[2:]) == (impl, batch, budget, page))
+        wanted = (impl, batch, budget, page, page, "rem")
+        return sorted((key[1], value) for key, value in us.items() if (key[0], *key[2:]) == wanted)
 
     figure, axes = pyplot.subplots(1, len(batches), figsize=(4 * len(batches), 4), sharey=True, squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):
@@ -632,8 +662,49 @@ def plot(path: Path) -> None:
     figure.savefig(path.with_name(path.stem + "_ratio.png"), dpi=130)
 
 
-def where(row: dict) -> tuple[int, int, int]:
-    return row["batch"], row["budget"], row["page"]
+def plot_losses(path: Path, reports: list[Path]) -> None:
+    """Loss of `spla-eval perplexity`, residual `regression`, against time at the longest context, for each batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    losses: dict[tuple[str, int, int], tuple[float, float]] = {}  # by selector, block, budget: loss, standard error
+    for report in map(json.loads, map(Path.read_text, reports)):
+        variants = {name: options or {"residual": "dense"} for name, options in report["settings"]["variants"].items()}
+        last = max(row["end"] for row in report["rows"])
+        for row in report["rows"]:
+            options = variants[row["variant"]]
+            if row["file"] == "all" and row["end"] == last and set(options) <= {
+                "selector", "selection_block_size", "budget", "residual",
+            } and options.get("residual", "regression") == "regression":  # fmt: skip
+                kind = options.get("selector", "rem"), options.get("selection_block_size", 64), options["budget"]
+                losses[kind] = row["difference"], row["difference_se"]
+    result = json.loads(path.read_text())
+    context = max(row["context"] for row in result["rows"])
+    rows = [row for row in result["rows"] if row["context"] == context]
+    batches = sorted({row["batch"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(batches), figsize=(4.5 * len(batches), 4), sharey=True, squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for row in rows:
+            _, budget, _, block, selector = where(row)
+            if row["impl"] == "spla" and row["batch"] == batch and (selector, block, budget) in losses:
+                loss, error = losses[selector, block, budget]
+                axis.errorbar(row["us"], loss, error, marker="o", capsize=3)
+                axis.annotate(f" {selector} {block}", (row["us"], loss), fontsize=8)
+        dense = [row["us"] for row in rows if row["impl"] == "fa3" and row["batch"] == batch]
+        axis.set(xlabel="one layer, microseconds", title=f"batch {batch} (FA3 {min(dense):.0f})")
+        axis.set_xlim(0, 1.3 * axis.get_xlim()[1])
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("loss above dense, nats a token")
+    figure.suptitle(f"Loss of SmolLM2-135M at 8K against decode time at {context} tokens, {result['hardware']['gpu']}")
+    figure.tight_layout()
+    figure.savefig(path.with_name(path.stem + "_loss.png"), dpi=130)
+
+
+def where(row: dict) -> tuple[int, int, int, int, str]:
+    """Batch, budget, page, selection block, selector; files from before the last two hold pages and `rem`."""
+    return row["batch"], row["budget"], row["page"], row.get("block", row["page"]), row.get("selector", "rem")
 
 
 if __name__ == "__main__":

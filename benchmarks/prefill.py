@@ -7,7 +7,8 @@ several calls between CUDA events, and the spread (10th to 90th percentile); wha
 layers, for SPLA and FA3 alike, is planned before. Tokens below `--dense-below` attend densely, through FA3, as in the
 backend. `uniform` inputs are independent random
 vectors, so that neighbouring tokens choose unrelated pages: the hardest case. In `drifting` inputs the queries of
-neighbouring tokens are alike, as a model's are. SPLA outputs of sampled tokens are checked against the float64
+neighbouring tokens are alike, as a model's are; `captured` ones select much as SmolLM2's tokens did on a short text
+(`captured`). SPLA outputs of sampled tokens are checked against the float64
 reference before they are timed, near-ties of the selection as such. A short table comes last.
 
 The floor is the larger of two: the products (three scores of every complete page, attention over the budget) at the
@@ -17,15 +18,18 @@ bandwidth of a large copy.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import numpy
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -37,7 +41,7 @@ from spla_backend.algorithm import reference
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import forced_blocks, spla_token
 from spla_backend.kernels.triton_decode import TritonPagedSpla, _Scratch
-from spla_backend.kernels.triton_prefill import SCRATCH_BYTES, PrefillTuning, TritonPrefill
+from spla_backend.kernels.triton_prefill import SCRATCH_BYTES, Pass, PrefillTuning, TritonPrefill
 
 TOLERANCE = 2e-2
 """Relative error of a token in bf16; an exchanged page makes more."""
@@ -45,6 +49,10 @@ TOLERANCE = 2e-2
 NEAR_TIE = 2e-4
 """How far apart, in the log of the shared score, pages may be that the rounding of `q^2` to bf16 exchanges: on inputs
 like these it is wrong by 9e-5 at most (`NOTES.md`), for either page."""
+
+
+LAYERS = 8
+"""Of a chunk; their pages together are larger than the second-level cache."""
 
 
 def matmul_rate() -> float:
@@ -80,7 +88,55 @@ def queries(context: int, kind: str) -> torch.Tensor:
     return (0.9 * mixed / (part**2 + (1 - part) ** 2).sqrt()[:, None, None] + 0.44 * fresh).to(DTYPE)
 
 
-def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0) -> Callable[[], object]:
+def captured(pool: Pool, context: int) -> torch.Tensor:
+    """Queries `[context, H, d]` that select much as SmolLM2's tokens did (`captured_pages.npz`); they change keys.
+
+    The record is of 1024 tokens, repeated: each time its pages stand for other ones, drawn at random from those before.
+    Every page gets a direction of its own, which its keys have a part of, and a query is the sum of the directions of
+    the pages that it shall select, a quarter of them a head of the group. In 128 dimensions so many directions are not
+    independent, so that not all of them come out; how far neighbours agree is reported (`union`).
+    """
+    record = numpy.load(Path(__file__).parent / "captured_pages.npz")
+    bits = numpy.bitwise_xor.accumulate(record["change"], axis=1)
+    chosen = torch.from_numpy(numpy.unpackbits(bits, axis=-1)[..., : int(record["pages"])]).cuda()  # [G, 1024, n]
+    heads, length, number = chosen.shape
+    page, pages, group = pool.op.params.page_size, pool.block_table.shape[1], HEADS // KV_HEADS
+    directions = torch.nn.functional.normalize(torch.randn(heads, pages, HEAD_SIZE, device="cuda"), dim=-1)
+    cache, table = pool.kv_cache, pool.block_table[0].long()
+    for place in range(0, pages, 256):  # keys, and their mean
+        rows = cache[table[place : place + 256]]  # [256, G, B + r, 2 d]
+        shift = 4 * directions[:, place : place + 256].transpose(0, 1)[:, :, None]
+        rows[:, :, :page, :HEAD_SIZE] = (rows[:, :, :page, :HEAD_SIZE].float() + shift).to(DTYPE)
+        rows[:, :, page, :HEAD_SIZE] = rows[:, :, :page, :HEAD_SIZE].float().mean(2).to(DTYPE)
+        cache[table[place : place + 256]] = rows
+    query = torch.empty(context, HEADS, HEAD_SIZE, device="cuda", dtype=DTYPE)
+    for start in range(0, context, length):
+        before = max(1, start // page - 2)  # pages that all of these tokens may select freely
+        order = torch.randperm(before, device="cuda").repeat(-(-number // before))[:number]
+        stands = torch.minimum(1 + order, torch.tensor(pages - 1, device="cuda"))
+        for head in range(HEADS):
+            mine = chosen[head // group].float() * (torch.arange(number, device="cuda") % group == head % group)
+            summed = mine[: context - start] @ directions[head // group, stands]  # [1024, d]
+            query[start : start + length, head] = (8 * summed).to(DTYPE)
+    return query
+
+
+def inputs(pool: Pool, context: int, kind: str) -> torch.Tensor:
+    """Queries `[context, H, d]` of a kind; `captured` ones change the pool's keys."""
+    return captured(pool, context) if kind == "captured" else queries(context, kind)
+
+
+def union(op: TritonPrefill, step: Pass) -> float:
+    """Pages in the union over a tile of neighbouring tokens, over the pages of one token, forced ones aside, in the
+    last kv heads of the pass that ran last."""
+    pairs, tokens = len(step.tiles) * step.heads, op.tile_tokens
+    table = op._pool["table"].flatten()[: pairs * tokens * op._slots].view(pairs, tokens, op._slots)
+    whole = (step.tiles[:, 2] == tokens).repeat_interleave(step.heads)
+    pages = table[whole][..., op._forced :].flatten(1).sort(1).values
+    return float(1 + (pages.diff(dim=1) != 0).sum(1).float().mean()) / (op._slots - op._forced)
+
+
+def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0, row: int = 0) -> Callable[[], object]:
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     page = pool.op.params.page_size
@@ -89,7 +145,8 @@ def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0) -
     lengths = torch.tensor([start + len(query)], dtype=torch.int32, device="cuda")
     return lambda: flash_attn_varlen_func(
         q=query, k=keys, v=values, out=output, cu_seqlens_q=starts, max_seqlen_q=len(query), seqused_k=lengths,
-        max_seqlen_k=start + len(query), softmax_scale=SCALE, causal=True, block_table=pool.block_table, fa_version=3,
+        max_seqlen_k=start + len(query), softmax_scale=SCALE, causal=True, block_table=pool.block_table[row : row + 1],
+        fa_version=3,
     )  # fmt: skip
 
 
@@ -131,27 +188,153 @@ def compare(got: torch.Tensor, *arguments: object, **more: object) -> tuple[floa
     return (exchanged, 1) if gap < NEAR_TIE else (error, 0)
 
 
+def stored(pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the reference reads of kv head 1 of row 0, float64: keys and values `[tokens, 1, 2 d]`, statistics."""
+    layout = pool.op.page_layout
+    kv = pool.kv_cache[pool.block_table[0].long(), 1:2].cpu()  # [pages, 1, B + r, 2 d]
+    tokens = kv[:, :, : layout.page_size].transpose(1, 2).flatten(0, 1).double()
+    return tokens, kv[:, :, layout.page_size :].flatten(2)[..., : layout.statistics_elements].double()
+
+
 def check(
-    op: TritonPrefill, pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0
+    op: TritonPrefill,
+    known: tuple[torch.Tensor, torch.Tensor],
+    query: torch.Tensor,
+    output: torch.Tensor,
+    start: int = 0,
+    *,
+    many: bool = True,
 ) -> tuple[float, int]:
-    """Worst relative error of sampled tokens, one kv head, and how many of them are near-ties."""
-    base, layout, group = op.base, op.base.page_layout, HEADS // KV_HEADS
-    kv = pool.kv_cache[pool.block_table[0].long(), 1:2]  # [pages, 1, B + r, 2 d]
-    tokens = kv[:, :, : layout.page_size].transpose(1, 2).flatten(0, 1).cpu().double()
-    statistic = kv[:, :, layout.page_size :].flatten(2)[..., : layout.statistics_elements].cpu().double()
+    """Worst relative error of sampled tokens, one kv head, and how many of them are near-ties; `known` is `stored`."""
+    (tokens, statistic), base, group = known, op.base, HEADS // KV_HEADS
     worst, ties = 0.0, 0
     first = max(op.dense_below, start)
     end = start + len(query)
-    picks = sorted({first, min(first + 77, end - 1), (first + end) // 2, end - 2, end - 1})
+    picks = sorted({first, end - 1} | ({min(first + 77, end - 1), (first + end) // 2, end - 2} if many else set()))
     for position in picks:
         keys, values = tokens[: position + 1].split(HEAD_SIZE, -1)
         heads = slice(group, 2 * group)
         error, tie = compare(
             output[position - start, heads].cpu().double(), query[position - start, heads].cpu().double() * SCALE,
-            keys, values, base.params, statistics=statistic[: position // layout.page_size],
+            keys, values, base.params, statistics=statistic[: position // base.params.page_size],
         )  # fmt: skip
         worst, ties = max(worst, error), ties + tie
     return worst, ties
+
+
+class Layers:
+    """Chunks of `LAYERS` layers, each with pages and a recurrent state of its own, as an engine runs them one after the
+    other: a chunk finds the state that the chunk before left, and no layer finds another's pages in the cache.
+
+    Args:
+        op: Sparse prefill.
+        context: The most tokens of a row.
+    """
+
+    def __init__(self, op: TritonPrefill, context: int) -> None:
+        self.op, self.pool = op, Pool(op.base, context, LAYERS)
+        self._blocks = self.pool.state_table.flatten().long()
+        self.stored = stored(self.pool)
+
+    def states(self, start: int) -> torch.Tensor:
+        """State blocks of all layers as a chunk at `start` finds them."""
+        # Rows that attend densely leave such states.
+        dense = TritonPrefill(
+            self.op.base, dense_below=1 << 30, max_num_tokens=1, max_num_rows=1, max_model_len=1, device=self.op.device
+        )
+        step = dense.plan(0, [0, 1], [start]).folds
+        cache = self.pool.kv_cache
+        if step is not None:
+            for row in range(LAYERS):
+                dense.fold(
+                    step, cache, cache, *(x[row : row + 1] for x in (self.pool.block_table, self.pool.state_table))
+                )
+        return cache[self._blocks]
+
+    def sparse(self, query: torch.Tensor, output: torch.Tensor, start: int, layers: int = LAYERS) -> Callable[[], None]:
+        """The first layers of a chunk at `start`, planned."""
+        passes = self.op.plan(0, [0, len(query)], [start + len(query)]).passes
+        cache = self.pool.kv_cache
+        tables = [[x[row : row + 1] for x in (self.pool.block_table, self.pool.state_table)] for row in range(layers)]
+
+        def run() -> None:
+            for block_table, state_table in tables:
+                for step in passes:
+                    self.op.run(step, query, cache, cache, block_table, state_table, output)
+
+        return run
+
+    def dense(self, query: torch.Tensor, output: torch.Tensor, start: int) -> Callable[[], None]:
+        """The same through FA3."""
+        calls = [fa3(self.pool, query, output, start, row) for row in range(LAYERS)]
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
+
+    def time(self, run: Callable[[], None], states: torch.Tensor, repeat: int = 9) -> dict[str, float]:
+        """Medians of a layer in milliseconds: `ms` from an idle device on, launches included; `gpu_ms` with all
+        launches queued before the first starts; `host_ms` of the calls alone."""
+        times: dict[str, list[float]] = {"ms": [], "gpu_ms": [], "host_ms": []}
+        for turn in range(2 * repeat + 4):
+            self.pool.kv_cache[self._blocks] = states
+            queued = turn % 2 == 1
+            torch.cuda.synchronize()
+            if queued:
+                torch.cuda._sleep(20_000_000)  # cycles
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            clock = time.perf_counter()
+            run()
+            clock = time.perf_counter() - clock
+            end.record()
+            end.synchronize()
+            if turn >= 4:
+                times["gpu_ms" if queued else "ms"].append(begin.elapsed_time(end) / LAYERS)
+                times["host_ms"].append(clock * 1e3 / LAYERS)
+        return {name: statistics.median(values) for name, values in times.items()} | {
+            "spread_ms": max(times["ms"]) - min(times["ms"])
+        }
+
+
+def time_chunks(
+    op: TritonPrefill, lengths: list[int], starts: list[int], record: Callable[..., None], breakdown: bool
+) -> None:
+    """Chunks of a prompt far into it, dense and sparse."""
+    layers = Layers(op, max(starts) + max(lengths))
+    for start in starts:
+        states = layers.states(start)
+        for length in lengths:
+            query = queries(length, "uniform")
+            output = torch.full_like(query, float("nan"))
+            where = {"batch": 1, "context": start + length, "chunk": length, "budget": op.base.params.budget_blocks
+                     * op.base.params.page_size, "page": op.base.params.page_size}  # fmt: skip
+            record("fa3", **layers.time(layers.dense(query, output, start), states), **where)
+            for _ in range(2):  # as Triton launches it, and as it was bound then
+                layers.pool.kv_cache[layers._blocks] = states
+                output.fill_(float("nan"))
+                layers.sparse(query, output, start, 1)()
+            error, ties = check(op, layers.stored, query, output, start, many=False)
+            if bool(output.isnan().any()) or not error < TOLERANCE:
+                raise RuntimeError(f"{where}: NaN, or relative error {error:.1e}")
+            run = layers.sparse(query, output, start)
+            timed = layers.time(run, states)
+            record("spla", **timed, **where, kind="uniform", error=round(error, 5), near_ties=ties)
+            if breakdown:
+                layers.pool.kv_cache[layers._blocks] = states
+                print_kernels(run, LAYERS)
+
+
+def print_kernels(run: Callable[[], object], layers: int = 1) -> None:
+    """Milliseconds of each kernel of a layer, from the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    for item in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:12]:
+        time_ms, count = item.self_device_time_total / 1e3 / layers, item.count // layers
+        print(f"    {time_ms:9.3f} ms {count:5d}  {item.key[:70]}")
 
 
 def floor_ms(op: TritonPrefill, context: int, flops: float, bandwidth: float) -> float:
@@ -174,7 +357,7 @@ def plot(path: Path) -> None:
     result = json.loads(path.read_text())
     figure, axis = pyplot.subplots(figsize=(5.5, 4))
     for impl, label in {"fa3": "FA3, dense", "spla": "SPLA", "floor": "SPLA, floor"}.items():
-        rows = [r for r in result["rows"] if r["impl"] == impl and r["budget"] == 2048]
+        rows = [r for r in result["rows"] if r["impl"] == impl and r["budget"] == 2048 and "chunk" not in r]
         points = sorted({r["context"]: r["ms"] for r in rows if r.get("kind", "uniform") == "uniform"}.items())
         axis.loglog(*zip(*points, strict=True), marker="o", label=label, base=2)
     axis.set(xlabel="prompt, tokens", ylabel="one layer, milliseconds", title=result["hardware"]["gpu"])
@@ -184,23 +367,57 @@ def plot(path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=130)
 
 
+def make_op(
+    context: int,
+    budget: int,
+    max_num_tokens: int,
+    *,
+    page: int = 64,
+    dense_below: int,
+    scratch: int = SCRATCH_BYTES >> 20,
+    options: dict | None = None,
+    tuning: PrefillTuning | None = None,
+) -> TritonPrefill:
+    """The op of one row; scratch of others is given back."""
+    _Scratch._instances.clear()
+    TritonPrefill._pools.clear()
+    torch.cuda.empty_cache()
+    base = TritonPagedSpla(
+        SplaParameters(page, page, budget // page, **(options or {})), num_heads=HEADS, num_kv_heads=KV_HEADS,
+        head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE, max_num_rows=1, max_model_len=context, device="cuda",
+    )  # fmt: skip
+    return TritonPrefill(
+        base, dense_below=dense_below, max_num_tokens=max_num_tokens, max_num_rows=1, max_model_len=1 << 30,
+        device=torch.device("cuda"), tuning=tuning, scratch_bytes=scratch << 20,
+    )  # fmt: skip
+
+
+def numbers(text: str) -> list[int]:
+    return [int(x) for x in text.split(",") if x]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="8192,16384,32768,65536,131072,524288")
+    parser.add_argument("--chunks", default="8,64,512,2048,8192", help="tokens of chunks far into a prompt")
+    parser.add_argument("--starts", default="16384,32768,65536,122880", help="where they stand, at least --dense-below")
     parser.add_argument("--budgets", default="2048")
     parser.add_argument("--page", type=int, default=64)
-    parser.add_argument("--kinds", default="uniform,drifting")
+    parser.add_argument("--kinds", default="uniform,drifting,captured")
     parser.add_argument("--dense-below", type=int, default=16384, help="tokens; at least the budget (%(default)s)")
     parser.add_argument("--scratch", type=int, default=SCRATCH_BYTES >> 20, help="MiB for the parts of a pass")
     parser.add_argument("--options", default="{}", help="parameters of SPLA as JSON")
     parser.add_argument("--tuning", default="{}", help="launch shapes as JSON")
     parser.add_argument("--breakdown", action="store_true", help="time of each kernel, from the profiler")
+    parser.add_argument("--quick", action="store_true", help="one length of each, in a minute")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="only draw the rows of this file, as a PNG beside it")
     args = parser.parse_args()
     if args.plot:
         plot(args.plot)
         return
+    if args.quick:
+        args.contexts, args.chunks, args.starts, args.kinds = "32768", "64,2048", "32768", "uniform"
     import triton
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
@@ -216,60 +433,69 @@ def main() -> None:
     }
     rows: list[dict] = []
 
-    def record(impl: str, ms: float, spread: float, **where: object) -> None:
-        rows.append({"impl": impl, **where, "ms": round(ms, 3), "spread_ms": round(spread, 3)})
+    def record(impl: str, ms: float, spread_ms: float, **where: object) -> None:
+        where = {name: round(x, 4) if name.endswith("_ms") else x for name, x in where.items()}
+        rows.append({"impl": impl, **where, "ms": round(ms, 4), "spread_ms": round(spread_ms, 4)})
         print(rows[-1], flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             result = {"command": " ".join(["python", *sys.argv]), "versions": versions, "hardware": hardware}
             args.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
 
-    device = torch.device("cuda")
-    for context in (int(x) for x in args.contexts.split(",")):
-        for budget in (int(x) for x in args.budgets.split(",")):
-            _Scratch._instances.clear()
-            TritonPrefill._pools.clear()
-            torch.cuda.empty_cache()
-            params = SplaParameters(args.page, args.page, budget // args.page, **json.loads(args.options))
-            base = TritonPagedSpla(
-                params, num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE,
-                max_num_rows=1, max_model_len=context, device="cuda",
-            )  # fmt: skip
-            op = TritonPrefill(
-                base, dense_below=args.dense_below, max_num_tokens=context, max_num_rows=1, max_model_len=1 << 30,
-                device=device, tuning=PrefillTuning(**json.loads(args.tuning)), scratch_bytes=args.scratch << 20,
-            )  # fmt: skip
-            pool = Pool(base, context, 1)
+    def make(context: int, budget: int, max_num_tokens: int) -> TritonPrefill:
+        return make_op(
+            context, budget, max_num_tokens, page=args.page, dense_below=args.dense_below, scratch=args.scratch,
+            options=json.loads(args.options), tuning=tuning,
+        )  # fmt: skip
+
+    tuning = PrefillTuning(**json.loads(args.tuning))
+    budgets = numbers(args.budgets)
+    if args.chunks:
+        lengths, starts = numbers(args.chunks), numbers(args.starts)
+        for budget in budgets:
+            op = make(max(starts) + max(lengths), budget, 8192)
+            time_chunks(op, lengths, starts, record, args.breakdown)
+            del op
+    for context in numbers(args.contexts):
+        for budget in budgets:
+            op = make(context, budget, context)
+            pool = Pool(op.base, context, 1)
             where = {"batch": 1, "context": context, "budget": budget, "page": args.page}
             print(f"{where}: scratch {op.scratch_bytes / 2**20:.0f} MiB, {op.max_tiles} tiles a pass", flush=True)
             record("floor", floor_ms(op, context, flops, bandwidth), 0.0, **where)
             for kind in args.kinds.split(","):
-                query = queries(context, kind)
+                query = inputs(pool, context, kind)
                 output = torch.full_like(query, float("nan"))
                 if kind == args.kinds.split(",")[0]:
                     record("fa3", *time_calls(fa3(pool, query, output)), **where)
                     output.fill_(float("nan"))
                 run = spla(op, pool, query, output)
                 run()
-                error, ties = check(op, pool, query, output) if context > op.dense_below else (0.0, 0)
+                error, ties = check(op, stored(pool), query, output) if context > op.dense_below else (0.0, 0)
                 if bool(output.isnan().any()) or not error < TOLERANCE:
                     raise RuntimeError(f"{where}, {kind}: NaN, or relative error {error:.1e}")
-                record("spla", *time_calls(run), **where, kind=kind, error=round(error, 5), near_ties=ties)
+                last = op.plan(0, [0, context], [context]).passes[-1:]
+                overlap = {"union": round(union(op, last[0]), 2)} if last else {}
+                record("spla", *time_calls(run), **where, kind=kind, **overlap, error=round(error, 5), near_ties=ties)
                 if args.breakdown:
-                    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                        run()
-                        torch.cuda.synchronize()
-                    for item in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:12]:
-                        print(f"    {item.self_device_time_total / 1e3:9.3f} ms {item.count:5d}  {item.key[:70]}")
+                    print_kernels(run)
     print(f"{'context':>8} {'budget':>6} {'floor':>9} {'fa3':>9} {'kind':>9} {'spla':>9}  fa3/spla")
     for row in rows:
-        if row["impl"] == "spla":
-            same = {r["impl"]: r["ms"] for r in rows if (r["context"], r["budget"]) == (row["context"], row["budget"])}
+        if row["impl"] == "spla" and "chunk" not in row:
+            same = {r["impl"]: r["ms"] for r in rows if "chunk" not in r
+                    and (r["context"], r["budget"]) == (row["context"], row["budget"])}  # fmt: skip
             ratio = same.get("fa3", math.nan) / row["ms"]
             print(
                 f"{row['context']:8d} {row['budget']:6d} {same['floor']:9.2f} {same['fa3']:9.2f} {row['kind']:>9} "
                 f"{row['ms']:9.2f}  {ratio:6.2f}"
             )
+    columns = "start   chunk    fa3 gpu   host    spla    gpu   host (ms a layer)  fa3/spla"
+    print(columns if args.chunks else "", end="\n" if args.chunks else "")
+    for dense, sparse in itertools.pairwise(r for r in rows if "chunk" in r):
+        if sparse["impl"] == "spla":
+            cells = (f"{r['ms']:7.3f} {r['gpu_ms']:6.3f} {r['host_ms']:6.3f}" for r in (dense, sparse))
+            start = sparse["context"] - sparse["chunk"]
+            print(f"{start:6d} {sparse['chunk']:6d} {' '.join(cells)}  {dense['ms'] / sparse['ms']:6.2f}")
 
 
 if __name__ == "__main__":

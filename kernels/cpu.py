@@ -96,7 +96,7 @@ class CpuPagedSpla(TorchPagedSpla):
                 params.first_blocks,
                 params.last_blocks,
             )
-        self._sizes = params.page_size, params.selection_block, self.page_layout.statistics_width
+        self._sizes = params.page_size, params.selection_block, self.page_layout.statistics_stride
         # All of the mass takes all of the budget, whatever the rounding.
         self._mass_wanted = np.inf if params.top_p is None or params.top_p >= 1 else float(params.top_p)
         gain = torch.zeros(self.num_heads) if self._log_gain is None else self._log_gain

@@ -18,9 +18,9 @@ more: measured on an H200 (`benchmarks/NOTES.md`)."""
 
 def default_dense_below(params: SplaParameters, max_model_len: int) -> int:
     """Where prompt tokens begin to select unless the user says: what a sparse token costs grows with the budget. In
-    smaller pages than 64 it costs more than a dense one at every length measured, so that all attend densely."""
-    budget = params.budget_blocks * params.page_size
-    return DENSE_BELOW * max(budget, 2048) // 2048 if params.page_size >= 64 else max_model_len
+    smaller blocks than 64 it costs more than a dense one at every length measured, so that all attend densely."""
+    budget = params.budget_blocks * params.selection_block
+    return DENSE_BELOW * max(budget, 2048) // 2048 if params.selection_block >= 64 else max_model_len
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class CudaPagedSpla:
         self._decode = TritonPagedSpla(params, **arguments)
         if prefill_dense_below is None:
             prefill_dense_below = default_dense_below(params, arguments["max_model_len"])
+        if params.selection_block != params.page_size or params.selector == "km2-rem":
+            prefill_dense_below = arguments["max_model_len"]  # no kernels for sparse prompt tokens yet
         self._prefill = TritonPrefill(
             self._decode,
             dense_below=prefill_dense_below,
@@ -63,6 +65,11 @@ class CudaPagedSpla:
         self.page_layout, self.state_layout = self._decode.page_layout, self._decode.state_layout
         self.update_cache = self._decode.update_cache
         self._prefill.warm_up()
+
+    @property
+    def prefill_dense_below(self) -> int:
+        """Position below which prompt tokens attend to everything."""
+        return self._prefill.dense_below
 
     @property
     def scratch_bytes(self) -> int:
@@ -120,6 +127,7 @@ class CudaPagedSpla:
                 None if state_table is None else state_table[:n],
                 output[:tokens],
                 plan.decode_query_len,
+                steady=plan.prefill is None,
             )
         if plan.prefill is not None:
             for rows in plan.prefill.dense:

@@ -28,6 +28,7 @@ def check_cuda(
     head_size: int,
     cache_dtype: torch.dtype,
     max_query_len: int,
+    max_model_len: int,
     executor: str,
 ) -> None:
     """Refuse what the CUDA kernels do not compute, before there is a device to make them on.
@@ -39,6 +40,7 @@ def check_cuda(
         head_size: `d`.
         cache_dtype: Dtype of the cache.
         max_query_len: The most query tokens of a decode row.
+        max_model_len: The most tokens of a sequence.
         executor: What attends to the selected pages, see `SplaOptions`.
 
     Raises:
@@ -47,7 +49,7 @@ def check_cuda(
     from .triton_decode import _check
 
     try:
-        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, executor)
+        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, max_model_len, executor)
     except ValueError as error:
         raise ValueError(f"SPLA on a GPU does not compute these options: {error}") from None
 

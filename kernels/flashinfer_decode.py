@@ -207,7 +207,7 @@ def subtract_kernel(
     output_head_stride,
     page_stride,
     head_stride,
-    max_pages,
+    max_units,
     num_kv_heads,
     scale,
     residual_scale,
@@ -244,9 +244,7 @@ def subtract_kernel(
         num_complete = (seq_len - query_len + token_in_row) // PAGE
         count = tl.load(count_ptr + token * num_kv_heads + head)
         has_rest = num_complete >= count
-        # Pages of this step's own tokens are beyond the state; they are forced, and stand last before the current one.
-        num_subtract = (count - 1 - (num_complete - (seq_len - query_len) // PAGE)) * PAGE
-        num_subtract = tl.where(has_rest, num_subtract, 0)
+        num_subtract = tl.where(has_rest, (count - 1) * PAGE, 0)  # all but the current page, which no state has
         splits = tl.maximum(tl.minimum(SPLITS, tl.cdiv(num_subtract, TILE)), 1)
         part = (tl.program_id(2).to(tl.int64) * num_kv_heads + head) * SPLITS
         programs = splits
@@ -256,7 +254,7 @@ def subtract_kernel(
             if (split >= SPLITS) & has_rest:
                 mass_of_rest(
                     token * num_kv_heads + head, split - SPLITS, num_complete, flags_ptr, mass_ptr, rest_mass_ptr,
-                    max_pages, GROUP, GROUP_P, MASS_WIDTH, MASS_PARTS,
+                    max_units, GROUP, GROUP_P, MASS_WIDTH, MASS_PARTS,
                 )  # fmt: skip
                 works = split >= SPLITS
         if split < splits:
@@ -272,7 +270,7 @@ def subtract_kernel(
             if tl.atomic_add(arrivals, 1, sem="acq_rel") == programs - 1:
                 tl.store(arrivals, 0)
                 merge_splits(
-                    splits, token, head, count, num_complete, part_out_ptr, part_sum_ptr, part,
+                    splits, token, head, num_complete + 1 - count, part_out_ptr, part_sum_ptr, part,
                     rest_mass_ptr, read_ptr, read_z_ptr, read_v_ptr, gain_ptr, exact_weight_ptr, tail_weight_ptr,
                     output_ptr, output_token_stride, output_head_stride, num_kv_heads, residual_scale, norm_eps,
                     GROUP, GROUP_P, C, N, D, DP, PAGE, SPLITS, PARTS, MASS_PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
@@ -477,7 +475,7 @@ class FlashInferDecode:
             output.stride(1),
             kv_cache.stride(0),
             kv_cache.stride(1),
-            op.max_pages,
+            op.max_units,
             kv_heads,
             op.scale,
             params.residual_scale,

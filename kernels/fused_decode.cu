@@ -8,10 +8,10 @@
 // Steps of a thread block (docs/design.md, 1 to 6, for what is computed):
 //   1. score the units (selection blocks) of the block's share; meanwhile one warp asks whether the recurrent state is
 //      valid for this sequence. Where it lacks pages, fold them in
-//   2. normalisers of all heads are exchanged, group scores computed and sent to all blocks of the cluster
-//   3. every block finds the same threshold and the same list; each attends to its share of the list's tokens, and reads
-//      its rows of the state
-//   4. partial results are merged over warps, then over the cluster, a slice of the output a block
+//   2. normalisers of all heads are exchanged, then histograms of the group scores; with them every block knows which of its
+//      units are selected but for those near the threshold, and sends both kinds to all blocks, which rank the latter
+//   3. each block attends to its share of the selected tokens, and reads its rows of the state
+//   4. partial results are merged over warps; each block gets the columns of the output that are its own from all others
 //
 // Statistics, keys and values come by asynchronous copies into a ring that a warp owns: no warp waits for another.
 // What is read is a dense row of `2 D` elements in all cases: mean and variance of a unit, key and value of a token.
@@ -21,7 +21,7 @@
 //
 // Compiled with: D, GROUP, PAGE, UNIT (tokens a selection block), FP16 (0: bf16), SELECTOR, RESIDUAL (0 none,
 // 1 regression), NUM_BLOCKS, BODY (state blocks a request, body rows a block), STAMP_WORD, MAGIC, LOG_UNIT (log of UNIT),
-// BLOCKS (of a cluster).
+// BLOCKS (of a cluster), TABLE (1: the row's block table fits into shared memory, too).
 
 namespace spla {
 
@@ -44,10 +44,10 @@ constexpr int ROW = 2 * D;                 // elements of a row
 constexpr int ROW_BYTES = 2 * ROW;
 constexpr int UNITS_PER_PAGE = PAGE / UNIT;
 constexpr int STRIDE = ROW_BYTES + 16;     // bytes between rows in shared memory: eight rows lie in different banks
-constexpr int TILE = 8;                    // rows of a matrix tile
+constexpr int TILE = 16;                   // rows of a matrix tile
 constexpr int RING_ROWS = 4096 / D;                      // rows a warp has in flight
-constexpr int STAGES = RING_ROWS / TILE;                 // scoring goes by 8 units
-constexpr int TOKENS = 16;                               // attention by 16 tokens
+constexpr int STAGES = RING_ROWS / TILE;                 // scoring goes by 16 units
+constexpr int TOKENS = TILE;                             // attention by 16 tokens
 constexpr int STEPS = RING_ROWS / TOKENS;
 constexpr int RING_BYTES = RING_ROWS * STRIDE;           // a warp; later its partial result
 constexpr int QUERY_STRIDE = D + 8;                      // elements
@@ -58,12 +58,22 @@ constexpr int PART_STRIDE = D + 4;                       // floats
 constexpr int PART_ROWS = RESIDUAL ? 2 * GP + 1 : GP;    // exact, residual of each head; sum of values
 constexpr int SCALARS = 4;                               // a head: maximum, sum, phi(q) . z, mass of the rest
 constexpr int MAX_CLUSTER = 16;
-constexpr int BINS = 256;
+constexpr int BINS = 256;                   // of keys; those of scores are 16 an octave, from 2^-6 on
+constexpr int BIN_SHIFT = 19;
+constexpr u32 FIRST_BIN = (127 - 6) << 4;
+constexpr u32 END_OF_KEYS = 0x80000000u;
+constexpr u32 FORCED = 0xffffffffu;         // key of a unit that is selected anyway
+constexpr int BIN_WORDS = BINS / 2;         // two counts a word: there are fewer than 65,536 units
+#ifndef MOST_MEMBERS
+#define MOST_MEMBERS THREADS
+#endif
+constexpr int MEMBERS = MOST_MEMBERS;       // of the bin of the threshold, that are ranked against each other; tests set less
+constexpr int ROWS_OF_BLOCK = (D + BLOCKS - 1) / BLOCKS; // of the state, at most
+constexpr int SLICE = (D / 4 + BLOCKS - 1) / BLOCKS;     // columns of the output that a block has at most, by fours
 constexpr int STATE_LANES = D / 4;                       // lanes of a row of the state, or of a value: 4 elements each
 constexpr int STATE_ROWS_AT_ONCE = 32 / STATE_LANES;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
-constexpr u32 FORCED = 0xffffffffu;        // key of a unit that is selected anyway
 
 static_assert(COLUMN_TILES * 8 * PART_STRIDE * 4 <= RING_BYTES, "a warp's partial result fits into its ring");
 
@@ -86,6 +96,7 @@ struct Params {
     i64 block_table_stride, state_table_stride;
     int num_rows, num_kv_heads, last_page, max_units, table_width;
     int budget, first, last;  // units
+    int early;                // 1: the launch before this one writes no statistics but those of pages that it completes
     float scale, residual_scale;
 };
 
@@ -104,18 +115,15 @@ DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lan
 DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE u32 warp_sum(u32 x) { return __reduce_add_sync(0xffffffffu, x); }
-DEVICE u32 warp_min(u32 x) { return __reduce_min_sync(0xffffffffu, x); }
-DEVICE u32 warp_max(u32 x) { return __reduce_max_sync(0xffffffffu, x); }
 DEVICE u32 shuffle_up(u32 x, int by) { return __shfl_up_sync(0xffffffffu, x, by); }
 DEVICE int popcount(u32 x) { return __popc(x); }
 DEVICE int leading_zeros(u32 x) { return __clz(x); }
-DEVICE void add_to(u32 *p, u32 x) { atomicAdd(p, x); }
+DEVICE u32 add_to(u32 *p, u32 x) { return atomicAdd(p, x); }
 DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"((u64)p)); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
-DEVICE void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+DEVICE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // The same place in the shared memory of another block of the cluster.
 template <typename T> DEVICE T *of_block(T *p, int rank) {
     u64 out;
@@ -126,6 +134,7 @@ DEVICE void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void grid_launch() { asm volatile("griddepcontrol.launch_dependents;"); }
 DEVICE float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float log2_(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float sqrt_(float x) { float y; asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE int as_int(float x) { return __float_as_int(x); }
 DEVICE float as_float(u32 x) { return __uint_as_float(x); }
@@ -144,6 +153,12 @@ DEVICE void load_tiles_transposed(u32 (&x)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
 }
+// An 8x8 matrix of 16-bit elements, a lane two neighbours of row `l / 4`, transposed.
+DEVICE u32 transposed(u32 x) {
+    u32 y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
 #if FP16
 #define MMA_TYPE "f16"
 #else
@@ -159,6 +174,9 @@ DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
 // 16 bytes a lane, in groups that a lane closes and waits for itself: the bulk copy engine takes far fewer rows of 512 bytes a second.
 DEVICE void copy_in(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"((u64)from) : "memory");
+}
+DEVICE void copy_word(void *to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"((u64)from) : "memory");
 }
 DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // All groups but the last `N` have arrived.
@@ -199,17 +217,16 @@ DEVICE float log_(float x) { return log2_(x) * LN2; }
 DEVICE int min_(int a, int b) { return a < b ? a : b; }
 DEVICE int max_(int a, int b) { return a > b ? a : b; }
 DEVICE float max_(float a, float b) { return a > b ? a : b; }
+DEVICE u32 max_(u32 a, u32 b) { return a > b ? a : b; }
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE float finite_or_0(float x) { return x == -infinity() ? 0.0f : x; }
 
-DEVICE u32 two(float a, float b) { return (u32)rounded(a) | (u32)rounded(b) << 16; }
-
-// Unsigned that compares as the float does, and is neither 0 nor one of the two largest.
-DEVICE u32 ordered(float x) {
-    u32 bits = (u32)as_int(x);
-    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return bits < 1u ? 1u : bits > FORCED - 2 ? FORCED - 2 : bits;
+DEVICE void sync_cluster() {
+    arrive_at_cluster();
+    wait_for_cluster();
 }
+
+DEVICE u32 two(float a, float b) { return (u32)rounded(a) | (u32)rounded(b) << 16; }
 
 // What the variance `s2` of q . k adds to a score (SPLA, COBS, random energy model).
 DEVICE float second_order(float s2) {
@@ -225,25 +242,27 @@ DEVICE float second_order(float s2) {
 // Shared memory of a block.
 struct Shared {
     char *ring;       // [WARPS][RING_BYTES]
-    u32 *keys;        // [max_units]: group scores of all units, in their order; shares the ring's memory where it can
+    u32 *keys;        // [share]: of this block's units: bits of a bound less the group score, so that the least is the best
     float *score;     // [share][GP]: of this block's units
     float *mass;      // [share][GP], where there is a residual
     int *list;        // [budget]: selected units, where some are left out
     u16 *query;       // [3][8][QUERY_STRIDE]: q; q^2 in two parts, normalised; row `r` is head `r % GP`
     float *scaled;    // [GP][D]: q times the softmax scale
     float *restore;   // [GP]: what undoes the normalisation of q^2
-    float *part;      // [PART_ROWS][D]: this block's partial result; shares the scores' memory where it can
+    float *part;      // [BLOCKS][PART_ROWS][SLICE * 4]: partial results of all blocks, this block's columns of them; shares
+                      // the scores' memory where it can
     float *gain;      // [GP]
     float *norms;     // [MAX_CLUSTER][2 GP]: maxima and sums of the blocks' scores
-    u32 *ranges;      // [MAX_CLUSTER][2]: least and largest key of the blocks, forced units left out
+    u32 *bins;        // [BIN_WORDS]: units a bin, forced ones left out, of this block
+    u32 *all_bins;    // [2][BLOCKS][BIN_WORDS]: of all blocks, in turns
+    Pair *members;    // [MEMBERS]: key and index of the units in the bin of the threshold
     float *lse;       // [GP], of all scores
     float *scalars;   // [MAX_CLUSTER][SCALARS][GP]: of all blocks
-    float *mine;      // [SCALARS][GP]: of this block
     float *warp;      // [WARPS][SCALARS][GP]
     float *final_;    // [MAX_CLUSTER + 4][GP]
-    u32 *bins;        // [3][BINS]
-    u32 *count;       // [2][WARPS]
+    u32 *count;       // [WARPS]
     int *flags;       // [4]
+    int *table;       // [max_pages]: the row's block table
 };
 
 // Units of a block's share.
@@ -256,16 +275,12 @@ DEVICE Shared carve(char *base, const Params &p) {
     int share = share_of(p.max_units);
 #define TAKE(field, type, n) s.field = (type *)at; at += ((n) * sizeof(type) + 15) / 16 * 16;
     TAKE(ring, char, WARPS * RING_BYTES)
-    // No warp scores any more when keys are written, nor has a token been asked for before they are read.
-    s.keys = (u32 *)s.ring;
-    if (p.max_units * 4 > WARPS * RING_BYTES) {
-        TAKE(keys, u32, (p.max_units + 3) / 4 * 4)
-    }
+    TAKE(keys, u32, share)
     TAKE(score, float, share * GP)
-    // Nobody needs the scores of single heads any more when the partial result is written.
+    // No block needs the scores of single heads any more when partial results are sent.
     s.part = s.score;
-    if (share * GP < PART_ROWS * D) {
-        TAKE(part, float, PART_ROWS * D)
+    if (share * GP < BLOCKS * PART_ROWS * SLICE * 4) {
+        TAKE(part, float, BLOCKS * PART_ROWS * SLICE * 4)
     }
     TAKE(mass, float, RESIDUAL ? share * GP : 0)
     TAKE(list, int, p.budget)
@@ -274,22 +289,23 @@ DEVICE Shared carve(char *base, const Params &p) {
     TAKE(restore, float, GP)
     TAKE(gain, float, GP)
     TAKE(norms, float, MAX_CLUSTER * 2 * GP)
-    TAKE(ranges, u32, MAX_CLUSTER * 2)
+    TAKE(bins, u32, BIN_WORDS)
+    TAKE(all_bins, u32, 2 * BLOCKS * BIN_WORDS)
+    TAKE(members, Pair, MEMBERS)
     TAKE(lse, float, GP)
     TAKE(scalars, float, MAX_CLUSTER * SCALARS * GP)
-    TAKE(mine, float, SCALARS * GP)
     TAKE(warp, float, WARPS * SCALARS * GP)
     TAKE(final_, float, (MAX_CLUSTER + 4) * GP)
-    TAKE(bins, u32, 3 * BINS)
-    TAKE(count, u32, 2 * WARPS)
+    TAKE(count, u32, WARPS)
     TAKE(flags, int, 4)
+    TAKE(table, int, TABLE ? p.max_units / UNITS_PER_PAGE : 0)
 #undef TAKE
     return s;
 }
 
 struct Row {
     const int *pages;       // block table
-    const int *blocks;      // state blocks
+    int blocks[NUM_BLOCKS]; // state blocks
     const u16 *kv;          // pages of this kv head
     float *state;           // state blocks of this kv head
     int position;           // of the query token
@@ -306,10 +322,23 @@ DEVICE const u16 *page_at(const Row &row, int id) {
     return row.kv + (i64)within_cache(row, id) * row.page_stride;
 }
 
-DEVICE float *state_row(const Row &row, int t) {
-    i64 block = max_(row.blocks[t / BODY], 0);
-    return row.state + block * row.state_block_stride + (1 + t % BODY) * D;
+// Of the page that has a unit.
+DEVICE int page_id(const Shared &s, const Row &row, int unit) {
+    return within_cache(row, (TABLE ? s.table : row.pages)[unit / UNITS_PER_PAGE]);
 }
+
+DEVICE float *state_block(const Row &row, int block) {
+    i64 id = row.blocks[0];
+#pragma unroll
+    for (int b = 1; b < NUM_BLOCKS; b++)
+        if (block == b) id = row.blocks[b];
+    return row.state + id * row.state_block_stride;
+}
+
+DEVICE float *state_row(const Row &row, int t) { return state_block(row, t / BODY) + (1 + t % BODY) * D; }
+
+// Rows of the state, and fours of columns of the output, are dealt out to the blocks of the cluster.
+DEVICE int first_of(int count, int rank) { return rank * count / BLOCKS; }
 
 // ------------------------------------------------------------------------------------------------ recurrent state
 
@@ -320,17 +349,18 @@ struct Trust {
     int last, before;
 };
 
-DEVICE Trust ask_trust(const Row &row, int target, int lane) {
+// `last` and `before` are the ids of the last two complete pages.
+DEVICE Trust ask_trust(const Row &row, int last, int before, int lane) {
     Trust t;
     int word = lane & 7;
-    const u16 *page = page_at(row, row.pages[target - 1]), *other = page_at(row, row.pages[max_(target - 2, 0)]);
+    const u16 *page = page_at(row, last), *other = page_at(row, before);
     bool of_stamp = word >= 2 && word < 6;
     t.last = of_stamp ? ((const int *)page)[STAMP_WORD + word - 2] : 0;
     t.before = of_stamp ? ((const int *)other)[STAMP_WORD + word - 2] : 0;
 #pragma unroll
     for (int i = 0; i < (NUM_BLOCKS + 3) / 4; i++) {
         int block = min_(i * 4 + lane / 8, NUM_BLOCKS - 1);
-        t.found[i] = ((const int *)(row.state + (i64)max_(row.blocks[block], 0) * row.state_block_stride))[word];
+        t.found[i] = ((const int *)state_block(row, block))[word];
     }
     return t;
 }
@@ -358,7 +388,7 @@ DEVICE void write_headers(const Row &row, int target, int lane) {
         int stamp = 0;
         if (lane >= 2 && lane < 6) stamp = ((const int *)page_at(row, row.pages[target - 1]))[STAMP_WORD + lane - 2];
         for (int b = 0; b < NUM_BLOCKS; b++) {
-            int *header = (int *)(row.state + (i64)max_(row.blocks[b], 0) * row.state_block_stride);
+            int *header = (int *)state_block(row, b);
             header[lane] = lane == 0 ? MAGIC : lane == 1 ? target : lane == 6 ? b : stamp;
         }
     }
@@ -367,18 +397,16 @@ DEVICE void write_headers(const Row &row, int target, int lane) {
 // Fold the pages `covered .. target - 1` into this block's rows of the state. A warp has some rows, or,
 // where a block has few rows, some of the tokens of each page, and the sums meet in the ring.
 DEVICE void fold(const Shared &s, const Row &row, int rank, int covered, int target, int warp, int lane) {
-    constexpr int MOST = 8;  // rows at a time
-    int num_rows = D / BLOCKS;
-    int first_row = rank * num_rows;
-    int chunk = min_(MOST, num_rows);
-    int num_chunks = num_rows / chunk;
-    int sharing = max_(1, WARPS / num_chunks);  // warps a chunk
+    constexpr int MOST = ROWS_OF_BLOCK < 8 ? ROWS_OF_BLOCK : 8;  // rows at a time
+    constexpr int CHUNKS = (ROWS_OF_BLOCK + MOST - 1) / MOST;
+    constexpr int sharing = CHUNKS < WARPS ? WARPS / CHUNKS : 1;  // warps a chunk
+    int first_row = first_of(D, rank), last_row = first_of(D, rank + 1);
     int part = warp % sharing;
     int column = lane % STATE_LANES * 4;
     int sub = lane / STATE_LANES;
-    for (int first_chunk = 0; first_chunk < num_chunks; first_chunk += WARPS / sharing) {
-        int c = first_chunk + warp / sharing;
-        int base = first_row + c * chunk;
+    for (int first_chunk = 0; first_chunk < CHUNKS; first_chunk += WARPS / sharing) {
+        int base = first_row + (first_chunk + warp / sharing) * MOST;
+        int chunk = min_(max_(last_row - base, 0), MOST);
         float sum[MOST][4] = {}, z[MOST] = {}, v_sum[4] = {};
         for (int index = covered; index < target; index++) {
             const u16 *page = page_at(row, row.pages[index]);
@@ -449,28 +477,45 @@ struct StateRead {
     float v[4];
 };
 
-struct StateRows {
-    int first, num;
-};
-
-DEVICE StateRows state_rows(int rank, int warp) {
-    int num_rows = D / BLOCKS;  // of this block
-    int per_warp = max_(1, num_rows / WARPS);
-    if (warp * per_warp >= num_rows) return {0, 0};
-    return {rank * num_rows + warp * per_warp, per_warp};
-}
-
 DEVICE void prefetch_state(const Row &row, int rank, int tid) {
     constexpr int LINES = (D * 4 + 127) / 128;  // of a row
-    int num_rows = D / BLOCKS;
+    int first = first_of(D, rank), num_rows = first_of(D, rank + 1) - first;
+#pragma unroll 1
     for (int i = tid; i < num_rows * LINES; i += THREADS)
-        prefetch(state_row(row, rank * num_rows + i / LINES) + i % LINES * 32);
+        prefetch(state_row(row, first + i / LINES) + i % LINES * 32);
     if (tid < LINES) prefetch(state_row(row, D + 1) + tid * 32);
     if (rank == 0 && tid < LINES) prefetch(state_row(row, D) + tid * 32);
 }
 
-DEVICE void read_state(StateRead &out, const Shared &s, const Row &row, int rank, int warp, int lane) {
-    StateRows rows = state_rows(rank, warp);
+constexpr int STATE_ROWS_OF_WARP = (ROWS_OF_BLOCK + WARPS - 1) / WARPS;
+constexpr int STATE_ROWS_AHEAD = 2;  // of a lane
+
+// What a lane reads of the state, on its way: the first rows of its warp and their z; sum v.
+struct StateAhead {
+    Four x[STATE_ROWS_AHEAD];
+    float z[STATE_ROWS_AHEAD];
+    Four v;
+};
+
+DEVICE StateAhead ask_state(const Row &row, int rank, int warp, int lane) {
+    int first = first_of(D, rank) + warp * STATE_ROWS_OF_WARP, num = min_(first_of(D, rank + 1) - first, STATE_ROWS_OF_WARP);
+    int column = lane % STATE_LANES * 4, sub = lane / STATE_LANES;
+    StateAhead out = {};
+#pragma unroll
+    for (int j = 0; j < STATE_ROWS_AHEAD; j++) {
+        int i = sub + j * STATE_ROWS_AT_ONCE;
+        if (i < num) {
+            out.x[j] = *(const Four *)(state_row(row, first + i) + column);
+            out.z[j] = state_row(row, D + 1)[first + i];
+        }
+    }
+    if (rank == 0 && warp == 0) out.v = *(const Four *)(state_row(row, D) + column);
+    return out;
+}
+
+DEVICE void read_state(
+    StateRead &out, const StateAhead &ahead, const Shared &s, const Row &row, int rank, int warp, int lane) {
+    int first = first_of(D, rank) + warp * STATE_ROWS_OF_WARP, num = min_(first_of(D, rank + 1) - first, STATE_ROWS_OF_WARP);
     int column = lane % STATE_LANES * 4, sub = lane / STATE_LANES;
     const float *z = state_row(row, D + 1);
 #pragma unroll
@@ -479,22 +524,23 @@ DEVICE void read_state(StateRead &out, const Shared &s, const Row &row, int rank
 #pragma unroll
         for (int j = 0; j < 4; j++) out.s[h][j] = 0.0f;
     }
-#pragma unroll 4
-    for (int i = sub; i < rows.num; i += STATE_ROWS_AT_ONCE) {
-        Four x = *(const Four *)(state_row(row, rows.first + i) + column);
-        float x_z = z[rows.first + i];
+    auto add = [&](int i, const Four &x, float x_z) {
 #pragma unroll
         for (int h = 0; h < GP; h++) {
-            float q = s.scaled[h * D + rows.first + i];
+            float q = s.scaled[h * D + first + i];
             out.z[h] += q * x_z;
 #pragma unroll
             for (int j = 0; j < 4; j++) out.s[h][j] += q * x.x[j];
         }
-    }
-    Four x = {{0, 0, 0, 0}};
-    if (rank == 0 && warp == 0) x = *(const Four *)(state_row(row, D) + column);
+    };
 #pragma unroll
-    for (int j = 0; j < 4; j++) out.v[j] = x.x[j];
+    for (int j = 0; j < STATE_ROWS_AHEAD; j++)
+        if (sub + j * STATE_ROWS_AT_ONCE < num) add(sub + j * STATE_ROWS_AT_ONCE, ahead.x[j], ahead.z[j]);
+#pragma unroll 4
+    for (int i = sub + STATE_ROWS_AHEAD * STATE_ROWS_AT_ONCE; i < num; i += STATE_ROWS_AT_ONCE)
+        add(i, *(const Four *)(state_row(row, first + i) + column), z[first + i]);
+#pragma unroll
+    for (int j = 0; j < 4; j++) out.v[j] = ahead.v.x[j];
     if constexpr (STATE_ROWS_AT_ONCE > 1) {
 #pragma unroll
         for (int h = 0; h < GP; h++) {
@@ -507,7 +553,7 @@ DEVICE void read_state(StateRead &out, const Shared &s, const Row &row, int rank
 
 // ------------------------------------------------------------------------------------------------------- scoring
 
-// Shares of a block are cut into tiles of 8 units; warp `w` has the tiles `w`, `w + 8`, ... Lanes `0 .. 7` fetch.
+// Shares of a block are cut into tiles of 16 units; warp `w` has the tiles `w`, `w + 8`, ... Lanes `0 .. 15` fetch ids.
 DEVICE int tiles_of(int num, int warp) {
     int tiles = ceil_div(num, TILE);
     return tiles > warp ? ceil_div(tiles - warp, WARPS) : 0;
@@ -516,118 +562,160 @@ DEVICE int tiles_of(int num, int warp) {
 // Page id of the unit `r` of a warp's `k`-th tile; behind the last unit, the last again.
 DEVICE int unit_of(int first, int num, int warp, int k, int r) { return first + min_((warp + k * WARPS) * TILE + r, num - 1); }
 
-// Ask for a tile; lane `from_lane + r` has the page id of its unit `r`.
+// Ask for a tile; lane `from_lane + r` has the page id of its unit `r`, within the cache.
 DEVICE void issue_tile(
     const Shared &s, const Row &row, int first, int num, int k, int id, int from_lane, int warp, int lane) {
-    char *to = s.ring + warp * RING_BYTES + k % STAGES * TILE * STRIDE + lane % STATE_LANES * 16;
-#pragma unroll
+    int r = lane / STATE_LANES;
+    char *to = s.ring + warp * RING_BYTES + (k % STAGES * TILE + r) * STRIDE + lane % STATE_LANES * 16;
+    const u16 *from = row.kv + PAGE * ROW + lane % STATE_LANES * 8;
+#pragma unroll 4
     for (int j = 0; j < TILE; j += STATE_ROWS_AT_ONCE) {
-        int r = j + lane / STATE_LANES;
-        int unit = unit_of(first, num, warp, k, r);
-        const u16 *from = page_at(row, shuffle(id, from_lane + r)) + (PAGE + unit % UNITS_PER_PAGE) * ROW;
-        copy_in(to + r * STRIDE, from + lane % STATE_LANES * 8);
+        int unit = unit_of(first, num, warp, k, r + j);
+        copy_in(to + j * STRIDE, from + shuffle(id, from_lane + r + j) * row.page_stride + unit % UNITS_PER_PAGE * ROW);
     }
 }
 
-// Scores, and masses where there is a residual, of this block's units. The first `STAGES` tiles have been asked for.
+// Statistics behind the ring, so that they are on their way while the launch ahead ends, and in any order. As much as the
+// second-level cache can keep: only where few blocks share it.
+constexpr int TILES_AHEAD = BLOCKS >= 8 ? 10 : 0;  // of a warp
+
+DEVICE void prefetch_tiles(const Row &row, int first, int num, int tiles, int warp, int lane) {
+    constexpr int LINES = ROW_BYTES / 128, AT_ONCE = 32 / LINES;  // rows
+#pragma unroll 4
+    for (int i = 0; i < (min_(tiles, STAGES + TILES_AHEAD) - STAGES) * (TILE / AT_ONCE); i++) {
+        int unit = unit_of(first, num, warp, STAGES + i / (TILE / AT_ONCE), i % (TILE / AT_ONCE) * AT_ONCE + lane / LINES);
+        int id = within_cache(row, row.pages[unit / UNITS_PER_PAGE]);
+        prefetch(row.kv + id * row.page_stride + (PAGE + unit % UNITS_PER_PAGE) * ROW + lane % LINES * 64);
+    }
+}
+
+// Scores, and masses where there is a residual, of this block's units; the warp's maximum of its scores and sum of
+// exponentials from it, in `s.warp [warp][2][GP]`. The first `STAGES` tiles have been asked for.
 DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int first, int num, int warp, int lane) {
     const char *ring = s.ring + warp * RING_BYTES;
     int tiles = tiles_of(num, warp);
-    int next_id = lane < TILE && STAGES < tiles ? row.pages[unit_of(first, num, warp, STAGES, lane) / UNITS_PER_PAGE] : 0;
+    int next_id = lane < TILE && STAGES < tiles ? page_id(s, row, unit_of(first, num, warp, STAGES, lane)) : 0;
 
-    // The heads are the rows of the left side: `q` for the first half of a statistic; for the second `q^2`, its low part
-    // in the rows 8 to 15. For quest the negative and the positive part of q, and rows 8 to 15 are not read.
-    u32 q[D / 16][2], square[D / 16][4];
+    // Units are the rows of the left side, heads the columns of the right one: `q` for the first half of a statistic, `q^2`
+    // for the second. Its low part has the columns 4 to 7, or, where there are more than four heads, a product of its own.
+    // For quest the halves meet the negative and the positive part of q.
+    constexpr bool QUEST_ = SELECTOR == QUEST, OWN_PRODUCT = GP > 4 && !QUEST_;
+    u32 q[D / 16][2], square[D / 16][2], rest[OWN_PRODUCT ? D / 16 : 1][2];
     int matrix = lane / 8, r = lane % 8;
-#if SELECTOR == QUEST
-    int first_part = 1, second_part = 2;
-#else
-    int first_part = 0, second_part = 1 + matrix % 2;
-#endif
+    int second_part = QUEST_ || (GP <= 4 && r >= 4) ? 2 : 1;
 #pragma unroll
     for (int k = 0; k < D / 16; k += 2) {
         u32 x[4];
-        load_tiles(x, s.query + (first_part * 8 + r) * QUERY_STRIDE + k * 16 + matrix * 8);
-        q[k][0] = x[0];
-        q[k][1] = x[1];
-        q[k + 1][0] = x[2];
-        q[k + 1][1] = x[3];
-    }
+        load_tiles(x, s.query + (QUEST_ * 8 + r) * QUERY_STRIDE + k * 16 + matrix * 8);
 #pragma unroll
-    for (int k = 0; k < D / 16; k++)
-        load_tiles(square[k], s.query + (second_part * 8 + r) * QUERY_STRIDE + k * 16 + matrix / 2 * 8);
-    int head = lane / 4 % GP;
-    float restore = s.restore[head];
+        for (int j = 0; j < 4; j++) q[k + j / 2][j % 2] = x[j];
+        load_tiles(x, s.query + (second_part * 8 + r) * QUERY_STRIDE + k * 16 + matrix * 8);
+#pragma unroll
+        for (int j = 0; j < 4; j++) square[k + j / 2][j % 2] = x[j];
+        if constexpr (OWN_PRODUCT) {
+            load_tiles(x, s.query + (16 + r) * QUERY_STRIDE + k * 16 + matrix * 8);
+#pragma unroll
+            for (int j = 0; j < 4; j++) rest[k + j / 2][j % 2] = x[j];
+        }
+    }
+    // A lane has two heads of the units `lane / 4` and `lane / 4 + 8`; with up to four heads, of one of the two.
+    constexpr int HALVES = GP > 4 ? 2 : 1;
+    int half = GP > 4 ? 0 : lane % 4 / 2, head = (GP > 4 ? lane % 4 : lane % 2) * 2;
+    float restore[2], top[2], sum[2];  // of a lane's heads
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        restore[j] = s.restore[(head + j) % GP];
+        top[j] = -infinity();
+        sum[j] = 0.0f;
+    }
 
     for (int k = 0; k < tiles; k++) {
         wait_copies<STAGES - 1>();
         sync_warp();
-        const char *rows = ring + (k % STAGES * TILE + r) * STRIDE + matrix * 16;
+        const char *rows = ring + (k % STAGES * TILE + matrix % 2 * 8 + r) * STRIDE + matrix / 2 * 16;
         float linear[4] = {}, second[4] = {};
 #pragma unroll
-        for (int i = 0; i < D / 16; i += 2) {
-            u32 x[4];
+        for (int i = 0; i < D / 16; i++) {
+            u32 x[4], y[4];
             load_tiles(x, rows + i * 32);
-            multiply(linear, q[i][0], 0, q[i][1], 0, x[0], x[1]);
-            multiply(linear, q[i + 1][0], 0, q[i + 1][1], 0, x[2], x[3]);
-        }
-#pragma unroll
-        for (int i = 0; i < D / 16; i += 2) {
-            u32 x[4];
-            load_tiles(x, rows + 2 * D + i * 32);
-            multiply(second, square[i][0], square[i][1], square[i][2], square[i][3], x[0], x[1]);
-            multiply(second, square[i + 1][0], square[i + 1][1], square[i + 1][2], square[i + 1][3], x[2], x[3]);
+            load_tiles(y, rows + 2 * D + i * 32);
+            multiply(linear, x[0], x[1], x[2], x[3], q[i][0], q[i][1]);
+            multiply(second, y[0], y[1], y[2], y[3], square[i][0], square[i][1]);
+            if constexpr (OWN_PRODUCT) multiply(second, y[0], y[1], y[2], y[3], rest[i][0], rest[i][1]);
         }
         sync_warp();  // all lanes have read the stage
         if (k + STAGES < tiles) {
             issue_tile(s, row, first, num, k + STAGES, next_id, 0, warp, lane);
             if (lane < TILE && k + STAGES + 1 < tiles)
-                next_id = row.pages[unit_of(first, num, warp, k + STAGES + 1, lane) / UNITS_PER_PAGE];
+                next_id = page_id(s, row, unit_of(first, num, warp, k + STAGES + 1, lane));
         }
         close_copies();
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int unit = (warp + k * WARPS) * TILE + lane % 4 * 2 + i;
-            if (lane / 4 < GP && unit < num) {
+        for (int j = 0; j < 2; j++) {
+            float score[HALVES], best = top[j];
+#pragma unroll
+            for (int i = 0; i < HALVES; i++) {
+                int unit = (warp + k * WARPS) * TILE + lane / 4 + (half + i) * 8;
+                float one, two;
+                if constexpr (GP > 4) {
+                    one = linear[i * 2 + j];
+                    two = second[i * 2 + j];
+                } else {  // the other part of q^2 is two lanes away, which has the other half of the units
+                    one = half ? linear[2 + j] : linear[j];
+                    two = half ? second[2 + j] : second[j];
+                    if constexpr (!QUEST_) two += shuffle_xor(half ? second[j] : second[2 + j], 2);
+                }
 #if SELECTOR == QUEST
-                s.score[unit * GP + head] = (linear[i] + second[i]) * p.scale;
+                score[i] = (one + two) * p.scale;
 #else
-                float base = LOG_UNIT + linear[i] * p.scale;
-                float s2 = max_((second[i] + second[i + 2]) * restore, 0.0f);
-                s.score[unit * GP + head] = base + second_order(s2);
+                float base = LOG_UNIT + one * p.scale;
+                float s2 = max_(two * restore[j], 0.0f);
+                score[i] = base + second_order(s2);
+#endif
+                if (unit >= num) {
+                    score[i] = -infinity();
+                } else if (head + j < GP) {
+                    s.score[unit * GP + head + j] = score[i];
 #if RESIDUAL
-                s.mass[unit * GP + head] = base + log_(1.0f + 0.5f * s2);
+                    s.mass[unit * GP + head + j] = base + log_(1.0f + 0.5f * s2);
 #endif
-#endif
+                }
+                best = max_(best, score[i]);
             }
+            float anchor = finite_or_0(best);
+            sum[j] *= exp_(top[j] - anchor);
+#pragma unroll
+            for (int i = 0; i < HALVES; i++) sum[j] += exp_(score[i] - anchor);
+            top[j] = best;
+        }
+    }
+#pragma unroll 1
+    for (int other = GP > 4 ? 4 : 2; other < 32; other *= 2) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float best = max_(top[j], shuffle_xor(top[j], other)), anchor = finite_or_0(best);
+            sum[j] *= exp_(top[j] - anchor);
+            sum[j] += shuffle_xor(sum[j], other);
+            top[j] = best;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        if (lane < 4 && half == 0 && head + j < GP) {
+            s.warp[warp * 2 * GP + head + j] = top[j];
+            s.warp[warp * 2 * GP + GP + head + j] = sum[j];
         }
     }
 }
 
 // Maximum of this block's scores and sum of exponentials from it, for each head, to all blocks of the cluster.
-DEVICE void share_norms(const Shared &s, int num, int rank, int tid) {
-    int lane = tid % 32, warp = tid / 32;
-    float top = -infinity();
-    for (int i = tid; i < num * GP; i += THREADS) top = max_(top, s.score[i]);
-#pragma unroll
-    for (int other = GP; other < 32; other *= 2) top = max_(top, shuffle_xor(top, other));
-    // Every warp from its own maximum: they are joined below.
-    float anchor = finite_or_0(top), sum = 0.0f;
-    for (int i = tid; i < num * GP; i += THREADS) sum += exp_(s.score[i] - anchor);
-#pragma unroll
-    for (int other = GP; other < 32; other *= 2) sum += shuffle_xor(sum, other);
-    if (lane < GP) {
-        s.warp[warp * 2 * GP + lane] = top;
-        s.warp[warp * 2 * GP + GP + lane] = sum;
-    }
-    sync_block();
+DEVICE void share_norms(const Shared &s, int rank, int tid) {
     for (int i = tid; i < BLOCKS * GP; i += THREADS) {
         int h = i % GP;
-        top = -infinity();
+        float top = -infinity();
 #pragma unroll
         for (int w = 0; w < WARPS; w++) top = max_(top, s.warp[w * 2 * GP + h]);
-        anchor = finite_or_0(top);
-        sum = 0.0f;
+        float anchor = finite_or_0(top), sum = 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += s.warp[w * 2 * GP + GP + h] * exp_(s.warp[w * 2 * GP + h] - anchor);
         float *to = of_block(s.norms + rank * 2 * GP + h, i / GP);
@@ -636,11 +724,34 @@ DEVICE void share_norms(const Shared &s, int num, int rank, int tid) {
     }
 }
 
-// Group scores of this block's units, as keys, to all blocks of the cluster.
-DEVICE void share_keys(const Shared &s, const Row &row, const Params &p, int first, int num, int rank, int tid) {
-    int lane = tid % 32, warp = tid / 32;
+// A warp has neighbouring units of the block's share, so that prefix sums order them.
+struct Mine {
+    int start, stop;
+};
+
+DEVICE Mine units_of(int num, int warp) {
+    int per_warp = ceil_div(num, THREADS) * 32, start = min_(warp * per_warp, num);
+    return {start, min_(start + per_warp, num)};
+}
+
+// Of complete pages: units that are selected anyway, the first and the last ones.
+struct Forced {
+    int leading, trailing;  // end of the leading, begin of the trailing
+    int num_units;
+};
+
+DEVICE Forced forced_units(const Row &row, const Params &p) {
+    int leading = min_(p.first, row.num_units);
+    return {leading, min_(max_(row.position / UNIT - p.last + 1, leading), row.num_units), row.num_units};
+}
+DEVICE bool is_forced(const Forced &f, int unit) { return unit < f.leading || unit >= f.trailing; }
+DEVICE int forced_before(const Forced &f, int unit) { return min_(unit, f.leading) + max_(unit - f.trailing, 0); }
+
+// Keys of this block's units, from the group scores.
+DEVICE void make_keys(const Shared &s, const Forced &forced, int first, int num, int tid) {
+    int lane = tid % 32;
     // Normalisers over the blocks: a lane has head `lane % GP` of every so many-th block.
-    constexpr int ROUNDS = (MAX_CLUSTER * GP + 31) / 32;
+    constexpr int ROUNDS = (BLOCKS * GP + 31) / 32;
     float tops[ROUNDS], sums[ROUNDS], top = -infinity(), sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
@@ -655,15 +766,20 @@ DEVICE void share_keys(const Shared &s, const Row &row, const Params &p, int fir
     for (int i = 0; i < ROUNDS; i++) sum += sums[i] * exp_(tops[i] - top);
 #pragma unroll
     for (int other = GP; other < 32; other *= 2) sum += shuffle_xor(sum, other);
-    float mine = top + log_(sum);
+    float log_sum = log_(sum), mine = top + log_sum;
     if (tid < GP) s.lse[tid] = mine;
-    float lse[GROUP];
+    // No group score is larger than the bound.
+    float lse[GROUP], bound = -infinity();
 #pragma unroll
-    for (int h = 0; h < GROUP; h++) lse[h] = shuffle(mine, h);
+    for (int h = 0; h < GROUP; h++) {
+        lse[h] = shuffle(mine, h);
+        bound = max_(bound, -shuffle(log_sum, h));
+    }
+    bound += log_((float)GROUP);
 
-    int current = row.position / UNIT;
-    u32 least = FORCED, largest = 0;
-    for (int i = tid; i < num; i += THREADS) {
+    Mine units = units_of(num, tid / 32);
+#pragma unroll 1
+    for (int i = units.start + lane; i < units.stop; i += 32) {
         float best = -infinity(), x[GROUP];
 #pragma unroll
         for (int h = 0; h < GROUP; h++) {
@@ -673,152 +789,178 @@ DEVICE void share_keys(const Shared &s, const Row &row, const Params &p, int fir
         float total = 0.0f, anchor = finite_or_0(best);
 #pragma unroll
         for (int h = 0; h < GROUP; h++) total += exp_(x[h] - anchor);
-        int unit = first + i;
-        u32 key = ordered(anchor + log_(total));
-        if (unit < p.first || unit > current - p.last) {
-            key = FORCED;
-        } else {
-            least = key < least ? key : least;
-            largest = key > largest ? key : largest;
-        }
-        s.keys[unit] = key;
-    }
-    least = warp_min(least);
-    largest = warp_max(largest);
-    if (lane == 0) {
-        s.count[warp] = least;
-        s.count[WARPS + warp] = largest;
-    }
-    sync_block();
-    int quads = ceil_div(num, 4);  // what lies behind the last unit is read by nobody
-    for (int i = tid; i < quads * (BLOCKS - 1); i += THREADS) {
-        int to = i / quads;
-        to += to >= rank;
-        u32 *quad = s.keys + first + i % quads * 4;
-        *of_block((Words *)quad, to) = *(const Words *)quad;
-    }
-    if (tid < BLOCKS) {
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            least = s.count[w] < least ? s.count[w] : least;
-            largest = s.count[WARPS + w] > largest ? s.count[WARPS + w] : largest;
-        }
-        u32 *to = of_block(s.ranges + rank * 2, tid);
-        to[0] = least;
-        to[1] = largest;
+        float less = bound - (anchor + log_(total));
+        u32 key = less == less ? (u32)as_int(max_(less, 0.0f)) : END_OF_KEYS - 1;  // NaN is last
+        s.keys[i] = is_forced(forced, first + i) ? FORCED : key;
     }
 }
 
-// The `wanted` units of largest key, ties to the lower index, as an ascending list; and this block's masses of them
-// removed. `free` of them are not forced.
-DEVICE void select(const Shared &s, int num_units, int wanted, int free, int first, int num, int tid) {
+// The keys `lower .. upper - 1` in bins of `1 << shift` from `origin` on; the first and the last bin reach to the ends.
+struct Bins {
+    u32 lower, upper, origin;
+    int shift;
+};
+
+// The list of the `n_complete` units that are selected: the forced ones, and of the others the `free` of least key, ties to
+// the lower index. First what is surely selected, in ascending order, then the rest by key. This block's masses of selected
+// units are removed. `between` runs while the blocks wait for each other.
+template <typename F>
+DEVICE void select(
+    const Shared &s, const Forced &forced, int n_complete, int first, int num, int rank, int tid, F between) {
     int lane = tid % 32, warp = tid / 32;
-    int per_warp = ceil_div(num_units, THREADS) * 32;  // neighbouring units, so that a prefix sum orders them
-    int start = warp * per_warp, stop = min_(start + per_warp, num_units);
-    // A lane has every 32nd unit, eight at a time; the first eight stay in registers. Key 0: there is no such unit.
-    constexpr int HELD = 8;
-    u32 held[HELD];
-    auto load = [&](int base, u32 (&key)[HELD]) {
-#pragma unroll
-        for (int j = 0; j < HELD; j++) {
-            int i = base + j * 32 + lane;
-            key[j] = i < stop ? s.keys[i] : 0;
+    Mine units = units_of(num, warp);
+    int free = n_complete - forced_before(forced, forced.num_units);
+    Bins range = {0, END_OF_KEYS, FIRST_BIN << BIN_SHIFT, BIN_SHIFT};
+    int better = 0, better_before = 0;  // units of less key than the range; those of the blocks before this one
+    int members, members_before;        // units in the bin of the threshold
+#pragma unroll 1
+    for (int level = 0;; level++) {
+        if (level > 0) {
+            if (tid < BIN_WORDS) s.bins[tid] = 0;
+            sync_block();
         }
-    };
-    load(start, held);
-    auto each_key = [&](auto f) {
-#pragma unroll
-        for (int j = 0; j < HELD; j++) f(held[j], start + j * 32);
-        for (int base = start + HELD * 32; base < stop; base += HELD * 32) {
-            u32 key[HELD];
-            load(base, key);
-#pragma unroll
-            for (int j = 0; j < HELD; j++) f(key[j], base + j * 32);
-        }
-    };
-    u32 lower = warp_min(lane < BLOCKS ? s.ranges[lane * 2] : FORCED);
-    u32 upper = warp_max(lane < BLOCKS ? s.ranges[lane * 2 + 1] : 0) + 1;
-    // Invariant, of the units that are not forced: count(key >= lower) >= free > count(key >= upper) = above.
-    int above = 0;
-    bool exact = false;  // count(key >= lower) == free
-    if (free == 0) {
-        lower = FORCED - 1;
-        exact = true;
-    }
-    for (int step = 0; !exact && upper - lower > 1; step++) {
-        // A histogram of the keys in between, and the bin in which the threshold lies.
-        int shift = max_(24 - leading_zeros(upper - lower - 1), 0);
-        u32 *bins = s.bins + step % 3 * BINS;
-        s.bins[(step + 1) % 3 * BINS + tid] = 0;  // last read two steps ago
-        each_key([&](u32 key, int) {
-            if (key >= lower && key < upper) add_to(bins + ((key - lower) >> shift), 1);
-        });
-        sync_block();
-        // Every warp for itself, a lane eight bins, the largest keys in the last lane.
-        const Words *mine = (const Words *)(bins + lane * 8);
-        Words x = mine[0], y = mine[1];
-        u32 sum = x.x[0] + x.x[1] + x.x[2] + x.x[3] + y.x[0] + y.x[1] + y.x[2] + y.x[3];
-        u32 upto = sum;  // of the lanes up to this one
-#pragma unroll
-        for (int by = 1; by < 32; by *= 2) {
-            u32 other = shuffle_up(upto, by);
-            if (lane >= by) upto += other;
-        }
-        u32 here = (u32)above + (u32)shuffle((int)upto, 31) - upto;  // keys above this lane's bins
-        u32 having = ballot(here + sum >= (u32)free);
-        int owner = 31 - leading_zeros(having);  // the last lane with enough from its bins on
-        int bin = 0;
-        u32 at_bin = here;
-        bool found = false;
-#pragma unroll
-        for (int j = 7; j >= 0; j--) {
-            u32 one = j < 4 ? x.x[j % 4] : y.x[j % 4];
-            if (!found) {
-                at_bin = here + one;
-                found = at_bin >= (u32)free;
-                bin = j;
-                if (!found) here = at_bin;
+        auto bin_of = [&](u32 key) {
+            int bin = (int)(max_(key, range.origin) - range.origin >> range.shift);
+            return min_(bin, BINS - 1);
+        };
+#pragma unroll 1
+        for (int i = units.start + lane; i < units.stop; i += 32) {
+            u32 key = s.keys[i];
+            if (key >= range.lower && key < range.upper) {
+                int bin = bin_of(key);
+                add_to(s.bins + bin / 2, bin % 2 ? 65536u : 1u);
             }
         }
+        sync_block();
+        u32 *all_bins = s.all_bins + level % 2 * BLOCKS * BIN_WORDS;
+#pragma unroll 1
+        for (int i = tid; i < BLOCKS * BIN_WORDS / 4; i += THREADS) {
+            Words *to = (Words *)all_bins + rank * (BIN_WORDS / 4) + i % (BIN_WORDS / 4);
+            *of_block(to, i / (BIN_WORDS / 4)) = ((const Words *)s.bins)[i % (BIN_WORDS / 4)];
+        }
+        sync_cluster();
+        // Every warp for itself, a lane eight bins.
+        u32 all[4] = {}, before[4] = {};
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            Words x = ((const Words *)all_bins)[b * (BIN_WORDS / 4) + lane];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                all[i] += x.x[i];
+                if (b < rank) before[i] += x.x[i];
+            }
+        }
+        auto half = [](const u32 (&words)[4], int j) { return (int)(j % 2 ? words[j / 2] >> 16 : words[j / 2] & 65535); };
+        int sum = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += half(all, j);
+        int upto = sum;  // of the lanes up to this one
+#pragma unroll
+        for (int by = 1; by < 32; by *= 2) {
+            int other = (int)shuffle_up((u32)upto, by);
+            if (lane >= by) upto += other;
+        }
+        int wanted = free - better;
+        u32 having = ballot(upto >= wanted);
+        int owner = popcount((having & -having) - 1);
+        int above = upto - sum, at_bin = above, bin = 0;  // units of better bins; and of this one, too
+        bool found = false;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            bin = found ? bin : j;
+            above = found ? above : at_bin;
+            at_bin += found ? 0 : half(all, j);
+            found = at_bin >= wanted;
+        }
         bin = shuffle(lane * 8 + bin, owner);
-        exact = shuffle((int)at_bin, owner) == free;
-        above = shuffle((int)here, owner);
-        u32 next = lower + ((u32)(bin + 1) << shift);
-        if (bin < BINS - 1 && next < upper) upper = next;
-        lower += (u32)bin << shift;
+        members = shuffle(at_bin - above, owner);
+        better += shuffle(above, owner);
+        u32 of_better = 0, of_members = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            of_better += lane * 8 + j < bin ? half(before, j) : 0;
+            of_members += lane * 8 + j == bin ? half(before, j) : 0;
+        }
+        better_before += warp_sum(of_better);
+        members_before = warp_sum(of_members);
+        u32 from = range.origin + ((u32)bin << range.shift), to = from + (1u << range.shift);
+        if (bin > 0) range.lower = from;
+        if (bin < BINS - 1) range.upper = to;
+        if (members <= MEMBERS || range.upper - range.lower == 1) break;
+        // Hundreds of units that weigh about the same.
+        range.origin = range.lower;
+        range.shift = max_(24 - leading_zeros(range.upper - range.lower - 1), 0);
     }
-    // Everything above the threshold; of the keys that are equal to it as many as are wanted, in their order.
-    u32 threshold = exact ? lower - 1 : lower;
-    int allowed = exact ? 0 : free - above;
-    u32 mine = 0;  // above in the lower half, tied in the upper
-    each_key([&](u32 key, int) { mine += (key > threshold ? 1u : 0u) + (key == threshold ? 65536u : 0u); });
-    mine = warp_sum(mine);
-    if (lane == 0) s.count[warp] = mine;
+
+    // What is surely selected, and the members of the bin; of many that weigh just the same, the first are taken.
+    int wanted = free - better;  // members
+    bool ranked = members <= MEMBERS;
+    int sure = forced_before(forced, forced.num_units) + better;
+    u32 counts = 0;  // of the first kind, and of the second in the upper half
+    auto kind = [&](u32 key) { return key == FORCED || key < range.lower ? 1u : key < range.upper ? 65536u : 0u; };
+#pragma unroll 1
+    for (int i = units.start + lane; i < units.stop; i += 32) counts += kind(s.keys[i]);
+    counts = warp_sum(counts);
+    if (lane == 0) s.count[warp] = counts;
     sync_block();
-    int before = 0, tied_before = 0;
+    u32 ahead = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-        u32 x = w < warp ? s.count[w] : 0;
-        before += x & 65535;
-        tied_before += x >> 16;
-    }
-    u32 lanes_before = (1u << lane) - 1;
-    each_key([&](u32 key, int base) {
-        bool is_above = key > threshold, is_tied = key == threshold;
-        u32 all_above = ballot(is_above), all_tied = allowed > 0 ? ballot(is_tied) : 0;
-        int rank = tied_before + popcount(all_tied & lanes_before);
-        if (is_above || (is_tied && rank < allowed)) {
-            s.list[min_(before + popcount(all_above & lanes_before) + min_(rank, allowed), wanted - 1)] = base + lane;
+    for (int w = 0; w < WARPS; w++) ahead += w < warp ? s.count[w] : 0;
+    int at_sure = forced_before(forced, first) + better_before + (int)(ahead & 65535);
+    int at_member = members_before + (int)(ahead >> 16);
+#pragma unroll 1
+    for (int base = units.start; base < units.stop; base += 32) {
+        int i = base + lane;
+        u32 key = i < units.stop ? s.keys[i] : END_OF_KEYS;
+        u32 mine = kind(key);
+        u32 all_sure = ballot(mine == 1), all_members = ballot(mine == 65536);
+        u32 lanes_before = (1u << lane) - 1;
+        int place = at_sure + popcount(all_sure & lanes_before), member = at_member + popcount(all_members & lanes_before);
+        bool selected = mine == 1;
+        if (mine == 65536 && !ranked && member < wanted) {
+            place = sure + member;
+            selected = true;
+        }
+        if (selected) {
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b++) *of_block(s.list + min_(place, n_complete - 1), b) = first + i;
 #if RESIDUAL
-            int at = base + lane - first;
-            if (at >= 0 && at < num)
 #pragma unroll
-                for (int h = 0; h < GP; h++) s.mass[at * GP + h] = -infinity();
+            for (int h = 0; h < GP; h++) s.mass[i * GP + h] = -infinity();
+#endif
+        } else if (mine == 65536 && ranked) {
+#pragma unroll
+            for (int b = 0; b < BLOCKS; b++) *of_block(s.members + min_(member, MEMBERS - 1), b) = {{key, (u32)(first + i)}};
+        }
+        at_sure += popcount(all_sure);
+        at_member += popcount(all_members);
+    }
+    sync_warp();
+    arrive_at_cluster();
+    between();
+    sync_warp();
+    wait_for_cluster();
+    if (ranked) {
+        // A warp a member, a lane one of the others.
+#pragma unroll 1
+        for (int i = warp; i < members; i += WARPS) {
+            Pair mine = s.members[i];
+            int place = 0;
+#pragma unroll 1
+            for (int k = lane; k - lane < members; k += 32) {
+                Pair other = s.members[min_(k, MEMBERS - 1)];
+                bool is = other.x[0] < mine.x[0] || (other.x[0] == mine.x[0] && other.x[1] < mine.x[1]);
+                place += popcount(ballot(is && k < members));
+            }
+            if (place >= wanted) continue;
+            int unit = (int)mine.x[1], own = unit - first;
+            if (lane == 0) s.list[min_(sure + place, n_complete - 1)] = unit;
+#if RESIDUAL
+            if (lane < GP && own >= 0 && own < num) s.mass[own * GP + lane] = -infinity();
 #endif
         }
-        before += popcount(all_above);
-        tied_before += popcount(all_tied);
-    });
+    }
+    sync_block();
 }
 
 // ----------------------------------------------------------------------------------------------------- attention
@@ -836,28 +978,57 @@ DEVICE int listed_unit(const Shared &s, const Row &row, const Tokens &n, int ent
     return n.all ? entry : entry < n.complete ? s.list[entry] : row.num_units + entry - n.complete;
 }
 
+// The selection, in ascending order.
+DEVICE void write_table(const Shared &s, const Row &row, const Params &p, const Tokens &n, i64 token, int tid) {
+    int entries = (n.limit + UNIT - 1) / UNIT;
+    i64 pair = token * p.num_kv_heads + row.head;
+#pragma unroll 1
+    for (int i = tid; i < min_(entries, p.table_width); i += THREADS) {
+        int unit = listed_unit(s, row, n, i), place = i;
+        if (!n.all && i < n.complete) {
+            place = 0;
+#pragma unroll 8
+            for (int k = 0; k < n.complete; k++) place += s.list[k] < unit;
+        }
+        p.table[pair * p.table_width + place] =
+            (page_id(s, row, unit) * p.num_kv_heads + row.head) * UNITS_PER_PAGE + unit % UNITS_PER_PAGE;
+    }
+    if (tid == 0) p.count[pair] = entries;
+}
+
 // Ask for the tokens of a warp's `k`-th step, which are of one unit.
 DEVICE void issue_step(const Shared &s, const Row &row, const Tokens &n, int k, int warp, int lane) {
     int t = (n.start + k) * TOKENS;
     int unit = listed_unit(s, row, n, t / UNIT);
-    const u16 *from = page_at(row, row.pages[unit / UNITS_PER_PAGE]) + (unit % UNITS_PER_PAGE * UNIT + t % UNIT) * ROW;
-    char *to = s.ring + warp * RING_BYTES + k % STEPS * TOKENS * STRIDE;
+    int r = lane / STATE_LANES;
+    const u16 *from = row.kv + page_id(s, row, unit) * row.page_stride + (unit % UNITS_PER_PAGE * UNIT + t % UNIT + r) * ROW;
+    char *to = s.ring + warp * RING_BYTES + (k % STEPS * TOKENS + r) * STRIDE + lane % STATE_LANES * 16;
 #pragma unroll
-    for (int j = 0; j < TOKENS; j += STATE_ROWS_AT_ONCE) {
-        int r = j + lane / STATE_LANES;
-        copy_in(to + r * STRIDE + lane % STATE_LANES * 16, from + r * ROW + lane % STATE_LANES * 8);
-    }
+    for (int j = 0; j < TOKENS; j += STATE_ROWS_AT_ONCE)
+        copy_in(to + j * STRIDE, from + j * ROW + lane % STATE_LANES * 8);
 }
 
 // One warp's partial result: numerators in its ring `[COLUMNS][PART_STRIDE]`, scalars in `s.warp [warp][SCALARS][GP]`.
 DEVICE void attend(
-    const Shared &s, const Row &row, const Params &p, const Tokens &n, bool reads, int rank, int warp, int lane) {
+    const Shared &s, const Row &row, const Params &p, const Tokens &n, const StateRead &state, bool reads, int warp, int lane) {
     char *ring = s.ring + warp * RING_BYTES;
     int matrix = lane / 8, r = lane % 8;
-    int head = lane / 4 % GP;
-    StateRead state;
-    if (RESIDUAL && reads) read_state(state, s, row, rank, warp, lane);
-    float top = -infinity(), sum = 0.0f, z = 0.0f;
+    u32 q[D / 16][2];  // heads are the columns of the right side of K q
+#pragma unroll
+    for (int i = 0; i < D / 16; i += 2) {
+        u32 x[4];
+        load_tiles(x, s.query + r * QUERY_STRIDE + i * 16 + matrix * 8);
+#pragma unroll
+        for (int j = 0; j < 4; j++) q[i + j / 2][j % 2] = x[j];
+    }
+    // A lane has two heads, `column + j` modulo GP, of the tokens `lane / 4` and `lane / 4 + 8`.
+    int column = lane % 4 * 2;
+    float top[2], sum[2], z[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        top[j] = -infinity();
+        sum[j] = z[j] = 0.0f;
+    }
     float out[D / 16][COLUMN_TILES][4];  // [dims, columns]
 #pragma unroll
     for (int i = 0; i < D / 16; i++)
@@ -876,73 +1047,65 @@ DEVICE void attend(
                 for (int i = lane; i < D / 4; i += 32) *(Pair *)(rows + t * STRIDE + 2 * D + i * 8) = {{0, 0}};
             sync_warp();
         }
-        float logit[2][4] = {};  // [heads, tokens], 8 tokens each
+        float products[2][4] = {};  // [tokens, heads], in two sums that do not wait for each other
 #pragma unroll
-        for (int i = 0; i < D / 16; i += 2) {
-            u32 q[4];
-            load_tiles(q, s.query + r * QUERY_STRIDE + i * 16 + matrix * 8);
+        for (int i = 0; i < D / 16; i++) {
+            u32 x[4];
+            load_tiles(x, rows + (matrix % 2 * 8 + r) * STRIDE + i * 32 + matrix / 2 * 16);
+            multiply(products[i % 2], x[0], x[1], x[2], x[3], q[i][0], q[i][1]);
+        }
+        float logit[2][2], best[2], decay[2], weight[2][2];  // [half of the tokens][head], [head]
+        bool moved = false;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            best[j] = top[j];
 #pragma unroll
             for (int t = 0; t < 2; t++) {
-                u32 x[4];
-                load_tiles(x, rows + (t * 8 + r) * STRIDE + i * 32 + matrix * 16);
-                multiply(logit[t], q[0], 0, q[1], 0, x[0], x[1]);
-                multiply(logit[t], q[2], 0, q[3], 0, x[2], x[3]);
+                bool exists = first + t * 8 + lane / 4 < n.limit;
+                logit[t][j] = exists ? (products[0][t * 2 + j] + products[1][t * 2 + j]) * p.scale : -infinity();
+                best[j] = max_(best[j], logit[t][j]);
             }
         }
-        // A lane has head `lane / 4` of the tokens `lane % 4 * 2 ..`, which is just what the right side of W^T V wants.
-        float best = top;
 #pragma unroll
-        for (int t = 0; t < 2; t++)
+        for (int other = 4; other < 32; other *= 2)
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                logit[t][j] *= p.scale;
-                bool exists = first + t * 8 + lane % 4 * 2 + j < n.limit;
-                if (!exists) logit[t][j] = -infinity();
-                best = max_(best, logit[t][j]);
-            }
-        best = max_(best, shuffle_xor(best, 1));
-        best = max_(best, shuffle_xor(best, 2));
-        float decay = exp_(top - best);
-        bool moved = best > top;
-        top = best;
-        float weight[2][2];
+            for (int j = 0; j < 2; j++) best[j] = max_(best[j], shuffle_xor(best[j], other));
 #pragma unroll
-        for (int t = 0; t < 2; t++)
+        for (int j = 0; j < 2; j++) {
+            decay[j] = exp_(top[j] - best[j]);
+            moved = moved || best[j] > top[j];
+            top[j] = best[j];
 #pragma unroll
-            for (int j = 0; j < 2; j++) weight[t][j] = exp_(logit[t][j] - best);
-        sum = sum * decay + (weight[0][0] + weight[0][1]) + (weight[1][0] + weight[1][1]);
-        if (subtract) z += (logit[0][0] + logit[0][1]) + (logit[1][0] + logit[1][1]);
+            for (int t = 0; t < 2; t++) weight[t][j] = exp_(logit[t][j] - best[j]);
+            sum[j] = sum[j] * decay[j] + (weight[0][j] + weight[1][j]);
+            if (subtract) z[j] += logit[0][j] + logit[1][j];
+            if (column + j >= GP) decay[j] = 1.0f;  // columns of softmax weights are the first ones
+        }
         if (ballot(moved)) {
-            // Columns of softmax weights are in the first tile.
-            float factor[2];
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                int column = lane % 4 * 2 + j;
-                factor[j] = shuffle(decay, column * 4);
-                if (column >= GP) factor[j] = 1.0f;
-            }
 #pragma unroll
             for (int i = 0; i < D / 16; i++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) out[i][0][j] *= factor[j % 2];
+                for (int j = 0; j < 4; j++) out[i][0][j] *= decay[j % 2];
         }
-        u32 b[COLUMN_TILES][2];
+        u32 b[COLUMN_TILES][2];  // the right side of V^T W
 #pragma unroll
-        for (int c = 0; c < COLUMN_TILES; c++) {
-            int column = c * 8 + lane / 4;
-            int kind = column / GP;
+        for (int c = 0; c < COLUMN_TILES; c++)
 #pragma unroll
             for (int t = 0; t < 2; t++) {
-                u32 x = 0;
-                if (kind == 0) {
-                    x = two(weight[t][0], weight[t][1]);
-                } else if (RESIDUAL && subtract && column < COLUMNS) {
-                    u32 upper = two(logit[t][0], logit[t][1]);
-                    x = kind == 1 ? upper : kind == 2 ? two(logit[t][0] - low(upper), logit[t][1] - high(upper)) : two(1.0f, 1.0f);
+                float x[2];
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    int kind = (c * 8 + column + j) / GP;
+                    x[j] = 0.0f;
+                    if (kind == 0) {
+                        x[j] = weight[t][j];
+                    } else if (RESIDUAL && subtract && c * 8 + column + j < COLUMNS) {
+                        float upper = element(rounded(logit[t][j]));
+                        x[j] = kind == 1 ? upper : kind == 2 ? logit[t][j] - upper : 1.0f;
+                    }
                 }
-                b[c][t] = x;
+                b[c][t] = transposed(two(x[0], x[1]));
             }
-        }
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
             u32 v[4];
@@ -956,10 +1119,12 @@ DEVICE void attend(
         close_copies();
     }
 #pragma unroll
-    for (int other = 1; other < 4; other *= 2) {
-        sum += shuffle_xor(sum, other);
-        z += shuffle_xor(z, other);
-    }
+    for (int other = 4; other < 32; other *= 2)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            sum[j] += shuffle_xor(sum[j], other);
+            z[j] += shuffle_xor(z[j], other);
+        }
     float *part = (float *)ring;
 #pragma unroll
     for (int i = 0; i < D / 16; i++)
@@ -970,8 +1135,11 @@ DEVICE void attend(
                 part[(c * 8 + lane % 4 * 2 + j % 2) * PART_STRIDE + i * 16 + j / 2 * 8 + lane / 4] = out[i][c][j];
     if (RESIDUAL && reads) {  // the rest: less what the state has
 #pragma unroll
-        for (int h = 0; h < GP; h++)
-            if (head == h) z -= state.z[h];
+        for (int h = 0; h < GP; h++) {
+            float of_state = state.z[h];
+#pragma unroll
+            for (int j = 0; j < 2; j++) z[j] -= column + j == h ? of_state : 0.0f;
+        }
         sync_warp();
         if (lane < D / 4) {
 #pragma unroll
@@ -984,34 +1152,38 @@ DEVICE void attend(
             }
         }
     }
-    if (lane % 4 == 0 && lane / 4 < GP) {
-        s.warp[warp * SCALARS * GP + head] = top;
-        s.warp[(warp * SCALARS + 1) * GP + head] = sum;
-        s.warp[(warp * SCALARS + 2) * GP + head] = z;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        if (lane < 4 && column + j < GP) {
+            s.warp[warp * SCALARS * GP + column + j] = top[j];
+            s.warp[(warp * SCALARS + 1) * GP + column + j] = sum[j];
+            s.warp[(warp * SCALARS + 2) * GP + column + j] = z[j];
+        }
     }
 }
 
 // Mass of this block's units that were not selected, from the normaliser of the scores, which are no smaller.
 DEVICE void mass_of_rest(const Shared &s, int num, int warp, int lane) {
     float anchor = s.lse[lane % GP], sum = 0.0f;
+#pragma unroll 1
     for (int i = warp * 32 + lane; i < num * GP; i += THREADS) sum += exp_(s.mass[i] - anchor);
 #pragma unroll
     for (int other = GP; other < 32; other *= 2) sum += shuffle_xor(sum, other);
     if (lane < GP) s.warp[(warp * SCALARS + 3) * GP + lane] = sum;
 }
 
-// The warps' partial results become this block's.
-DEVICE void merge_warps(const Shared &s, bool reads, int tid) {
+// The warps' partial results, merged, to the blocks that have the columns; this block's scalars to all.
+DEVICE void merge_warps(const Shared &s, bool reads, int rank, int tid) {
     sync_block();
     for (int e = tid; e < PART_ROWS * D / 4; e += THREADS) {
-        int r = e / (D / 4), column = e % (D / 4) * 4;
+        int r = e / (D / 4), quad = e % (D / 4);
         float sum[4] = {}, top = -infinity();
         if (r < GP)
 #pragma unroll
             for (int w = 0; w < WARPS; w++) top = max_(top, s.warp[w * SCALARS * GP + r]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            const float *part = (const float *)(s.ring + w * RING_BYTES) + column;
+            const float *part = (const float *)(s.ring + w * RING_BYTES) + quad * 4;
             Four x = *(const Four *)(part + (r < 2 * GP ? r : 3 * GP) * PART_STRIDE);
             float weight = r < GP ? exp_(s.warp[w * SCALARS * GP + r] - finite_or_0(top)) : 1.0f;
             if (r >= GP && r < 2 * GP) {
@@ -1022,28 +1194,31 @@ DEVICE void merge_warps(const Shared &s, bool reads, int tid) {
 #pragma unroll
             for (int j = 0; j < 4; j++) sum[j] += weight * x.x[j];
         }
-        *(Four *)(s.part + e * 4) = {{sum[0], sum[1], sum[2], sum[3]}};
+        int owner = ((quad + 1) * BLOCKS - 1) / (D / 4);
+        Four *to = (Four *)s.part + (rank * PART_ROWS + r) * SLICE + quad - first_of(D / 4, owner);
+        *of_block(to, owner) = {{sum[0], sum[1], sum[2], sum[3]}};
     }
-    if (tid < GP) {
+    for (int i = tid; i < BLOCKS * GP; i += THREADS) {
+        int h = i % GP;
         float top = -infinity(), sum = 0.0f, z = 0.0f, mass = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) top = max_(top, s.warp[w * SCALARS * GP + tid]);
+        for (int w = 0; w < WARPS; w++) top = max_(top, s.warp[w * SCALARS * GP + h]);
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            const float *x = s.warp + w * SCALARS * GP + tid;
+            const float *x = s.warp + w * SCALARS * GP + h;
             sum += x[GP] * exp_(x[0] - finite_or_0(top));
             z += x[2 * GP];
             if (RESIDUAL && reads) mass += x[3 * GP];
         }
-        s.mine[tid] = top;
-        s.mine[GP + tid] = sum;
-        s.mine[2 * GP + tid] = z;
-        s.mine[3 * GP + tid] = mass;
+        float *to = of_block(s.scalars + rank * SCALARS * GP + h, i / GP);
+        to[0] = top;
+        to[GP] = sum;
+        to[2 * GP] = z;
+        to[3 * GP] = mass;
     }
-    sync_block();
 }
 
-// Merge the blocks of the cluster, combine, and write this block's slice of the output.
+// Merge what the blocks of the cluster sent, combine, and write this block's columns of the output.
 DEVICE void merge_blocks(
     const Shared &s, const Row &row, const Params &p, i64 token, int num_rest, int rank, int tid) {
     float *weight = s.final_;                   // [MAX_CLUSTER][GP]: of a block's exact part
@@ -1051,101 +1226,105 @@ DEVICE void merge_blocks(
     float *mean_qk = share + GP;                // [GP]
     // The residual's sums are those of the selected tokens less those of the state.
     float per_token = num_rest > 0 ? -1.0f / (float)num_rest : 0.0f;
-    constexpr int LANES = 8, MOST = 2;  // that read an element together, of `MOST` blocks each at most
-    int lanes = min_(BLOCKS, LANES);
-    int slice = ceil_div(GROUP * D, BLOCKS);
-    int lane = tid % lanes;
-    if (tid < max_(32, MAX_CLUSTER * GP)) {
-        int h = tid / MAX_CLUSTER % GP, b = tid % MAX_CLUSTER;  // a lane a block
+    constexpr int WIDTH = next_power(BLOCKS);
+    if (tid < max_(32, WIDTH * GP)) {
+        int h = tid / WIDTH % GP, b = tid % WIDTH;  // a lane a block
         const float *x = s.scalars + b * SCALARS * GP + h;
         bool exists = b < BLOCKS;
         float mine = exists ? x[0] : -infinity();
         float top = mine;
 #pragma unroll
-        for (int other = 1; other < MAX_CLUSTER; other *= 2) top = max_(top, shuffle_xor(top, other));
+        for (int other = 1; other < WIDTH; other *= 2) top = max_(top, shuffle_xor(top, other));
         float decay = exp_(mine - top);
         float sum = exists ? decay * x[GP] : 0.0f, z = exists ? x[2 * GP] : 0.0f, mass = exists ? x[3 * GP] : 0.0f;
 #pragma unroll
-        for (int other = 1; other < MAX_CLUSTER; other *= 2) {
+        for (int other = 1; other < WIDTH; other *= 2) {
             sum += shuffle_xor(sum, other);
             z += shuffle_xor(z, other);
             mass += shuffle_xor(mass, other);
         }
-        weight[b * GP + h] = decay / sum;
+        weight[b * GP + h] = decay * reciprocal(sum);
         float gain = s.gain[h], tail = 0.0f;
         if (num_rest > 0 && gain > 0.0f && mass > 0.0f)
-            tail = 1.0f / (1.0f + exp_(top - s.lse[h] + log_(sum) - log_(mass) - log_(gain)));
+            tail = reciprocal(1.0f + exp_(top - s.lse[h]) * sum * reciprocal(max_(mass * gain, 1e-30f)));
         share[h] = tail;
         mean_qk[h] = z * per_token;
     }
     sync_block();
-    for (int e = tid / lanes; e < slice; e += THREADS / lanes) {
-        int at = rank * slice + e;
-        bool exists = at < GROUP * D;
-        int h = exists ? at / D : 0, column = at % D;
+    constexpr int LANES = BLOCKS < 3 ? BLOCKS : 4;  // that add up an element together
+    int first = first_of(D / 4, rank) * 4, columns = first_of(D / 4, rank + 1) * 4 - first;
+    int lane = tid % LANES;
+    for (int e = tid / LANES; e < ceil_div(GROUP * SLICE * 4, THREADS / LANES) * (THREADS / LANES); e += THREADS / LANES) {
+        int h = min_(e / (SLICE * 4), GROUP - 1), column = e % (SLICE * 4);
         float exact = 0.0f, rest = 0.0f, v = 0.0f;
 #pragma unroll
-        for (int i = 0; i < MOST; i++) {
+        for (int i = 0; i < (BLOCKS + LANES - 1) / LANES; i++) {
             int b = lane + i * LANES;
-            if (exists && b < BLOCKS) {
-                const float *part = of_block(s.part, b);
-                exact += weight[b * GP + h] * part[h * D + column];
+            if (column < columns && b < BLOCKS) {
+                const float *part = s.part + b * PART_ROWS * SLICE * 4 + column;
+                exact += weight[b * GP + h] * part[h * SLICE * 4];
                 if (RESIDUAL && num_rest > 0) {
-                    rest += part[(GP + h) * D + column];
-                    v += part[2 * GP * D + column];
+                    rest += part[(GP + h) * SLICE * 4];
+                    v += part[2 * GP * SLICE * 4];
                 }
             }
         }
-        for (int other = 1; other < lanes; other *= 2) {
+#pragma unroll
+        for (int other = 1; other < LANES; other *= 2) {
             exact += shuffle_xor(exact, other);
             rest += shuffle_xor(rest, other);
             v += shuffle_xor(v, other);
         }
-        if (exists && lane == 0) {
+        if (lane == 0 && column < columns && e < GROUP * SLICE * 4) {
             float out = exact;
             if (RESIDUAL && share[h] > 0.0f) {
                 float mean_v = v * per_token;
                 float tail = mean_v + p.residual_scale * (rest * per_token - mean_qk[h] * mean_v);
                 out = exact + share[h] * (tail - exact);
             }
-            p.output[token * p.output_token_stride + (row.head * GROUP + h) * p.output_head_stride + column] = rounded(out);
+            p.output[token * p.output_token_stride + (row.head * GROUP + h) * p.output_head_stride + first + column] = rounded(out);
         }
     }
 }
 
-// q, and q^2 in two parts of the cache dtype: normalised to its largest element, so that fp16 holds it. Warp `w` has head
+// q, and q^2 in two parts of the cache dtype: in fp16 normalised to its largest element, so that fp16 holds it. Warp `w` has head
 // `w % GP`.
 DEVICE void load_query(const Shared &s, const Params &p, i64 token, int head, int warp, int lane) {
     int h = warp % GP;
     u16 *q = s.query + warp * QUERY_STRIDE;
     const u16 *from = p.query + token * p.query_token_stride + (head * GROUP + h) * p.query_head_stride;
-    u16 raw[D / 32];
-    float peak = 0.0f;
+    // A lane has neighbouring elements.
+    constexpr int EACH = D / 32;
+    struct alignas(2 * EACH) Elements { u16 x[EACH]; } raw = {}, upper = {}, lower = {};
+    if (h < GROUP) raw = *(const Elements *)(from + lane * EACH);
+    float peak = 1024.0f;
+#if FP16
+    peak = 1e-30f;
 #pragma unroll
-    for (int i = 0; i < D / 32; i++) {
-        raw[i] = h < GROUP ? from[i * 32 + lane] : 0;
-        float x = element(raw[i]) * p.scale;
+    for (int i = 0; i < EACH; i++) {
+        float x = element(raw.x[i]) * p.scale;
         peak = max_(peak, x * x);
     }
 #pragma unroll
     for (int other = 1; other < 32; other *= 2) peak = max_(peak, shuffle_xor(peak, other));
-    peak = max_(peak, 1e-30f);
-#pragma unroll
-    for (int i = 0; i < D / 32; i++) {
-        int at = i * 32 + lane;
-        float x = element(raw[i]), scaled = x * p.scale;
-        q[at] = raw[i];
-#if SELECTOR == QUEST
-        q[8 * QUERY_STRIDE + at] = x < 0.0f ? raw[i] : 0;
-        q[16 * QUERY_STRIDE + at] = x > 0.0f ? raw[i] : 0;
-#else
-        float square = scaled * scaled * (1024.0f / peak);
-        u16 upper = rounded(square);
-        q[8 * QUERY_STRIDE + at] = upper;
-        q[16 * QUERY_STRIDE + at] = rounded(square - element(upper));
 #endif
-        if (warp < GP) s.scaled[h * D + at] = scaled;
+    float to_1024 = 1024.0f / peak;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        float x = element(raw.x[i]), scaled = x * p.scale;
+#if SELECTOR == QUEST
+        upper.x[i] = x < 0.0f ? raw.x[i] : 0;
+        lower.x[i] = x > 0.0f ? raw.x[i] : 0;
+#else
+        float square = scaled * scaled * to_1024;
+        upper.x[i] = rounded(square);
+        lower.x[i] = rounded(square - element(upper.x[i]));
+#endif
+        if (warp < GP) s.scaled[h * D + lane * EACH + i] = scaled;
     }
+    *(Elements *)(q + lane * EACH) = raw;
+    *(Elements *)(q + 8 * QUERY_STRIDE + lane * EACH) = upper;
+    *(Elements *)(q + 16 * QUERY_STRIDE + lane * EACH) = lower;
     if (warp < GP && lane == 0) {
         s.restore[h] = peak * (1.0f / 1024.0f);
         s.gain[h] = h < GROUP ? p.gain[head * GROUP + h] : 0.0f;
@@ -1157,8 +1336,7 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
     int tid = thread_id(), warp = tid / 32, lane = tid % 32;
     int rank = block_x(), head = block_y();
     Shared s = carve(shared_memory, p);
-    grid_launch();
-    s.bins[tid] = 0;
+    if (tid < BIN_WORDS) s.bins[tid] = 0;
 
     // Lengths and tables are the step's and stand long before the launch that is waited for.
     i64 row_index = block_z();
@@ -1169,13 +1347,16 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         // Padding. Its output row is ours to clear only behind the tokens of all real rows.
         grid_wait();
         if (rank == 0 && row_index >= p.query_start_loc[p.num_rows])
+#pragma unroll 1
             for (int e = tid; e < GROUP * D; e += THREADS)
                 p.output[row_index * p.output_token_stride + (head * GROUP + e / D) * p.output_head_stride + e % D] = 0;
         return;
     }
+    arrive_at_cluster();
     Row row;
     row.pages = p.block_table + row_index * p.block_table_stride;
-    row.blocks = p.state_table + row_index * p.state_table_stride;
+#pragma unroll
+    for (int b = 0; b < NUM_BLOCKS; b++) row.blocks[b] = max_(p.state_table[row_index * p.state_table_stride + b], 0);
     row.kv = p.kv + head * p.head_stride;
     row.state = p.state + head * p.state_head_stride;
     row.position = seq_len - 1;
@@ -1194,49 +1375,77 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
     int first = min_(rank * share, row.num_units);
     int num = min_(share, row.num_units - first);
     int tiles = reads ? tiles_of(num, warp) : 0;
+    if (TABLE)
+        for (int i = tid; i <= target; i += THREADS) copy_word(s.table + i, row.pages + i);
+    close_copies();
     // A lane a unit of the first tiles.
-    constexpr int ASKING = STAGES * TILE / 32 > 0 ? STAGES * TILE / 32 : 1;
-    int ids[ASKING];
+    constexpr int AT_ONCE = 32 / TILE;
+    int ids[STAGES / AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < ASKING; i++) {
-        int k = i * 4 + lane / TILE;
-        ids[i] = k < STAGES && k < tiles ? row.pages[unit_of(first, num, warp, k, lane % TILE) / UNITS_PER_PAGE] : 0;
+    for (int i = 0; i < STAGES / AT_ONCE; i++) {
+        int k = i * AT_ONCE + lane / TILE;
+        ids[i] = k < tiles ? within_cache(row, row.pages[unit_of(first, num, warp, k, lane % TILE) / UNITS_PER_PAGE]) : 0;
     }
-    grid_wait();
+    int last_page = 0, page_before = 0;
+    if (RESIDUAL && target > 0 && warp == WARPS - 1) {
+        last_page = row.pages[target - 1];
+        page_before = row.pages[max_(target - 2, 0)];
+    }
+    if (RESIDUAL && reads) prefetch_state(row, rank, tid);
+    if (TILES_AHEAD > 0) prefetch_tiles(row, first, num, tiles, warp, lane);
+    // Statistics that stand already are asked for before the launch ahead has ended. Its own are at most those of the last
+    // complete page of a row, which are in the warp's last tile.
+    // One loop, a turn of which waits, because code that runs once costs its fetching.
+    int standing = 0;  // tiles
+    if (p.early)
+        while (standing < min_(tiles, STAGES) &&
+               first + min_((warp + standing * WARPS + 1) * TILE, num) <= row.num_units - UNITS_PER_PAGE)
+            standing++;
+#pragma unroll 1
+    for (int k = 0; k <= STAGES; k++) {
+        if (k == standing) {
+            grid_wait();
+            grid_launch();  // so that whoever is launched next knows all but this launch to have ended
+        }
+        if (k == STAGES) break;
+        int id = ids[0];
 #pragma unroll
-    for (int k = 0; k < STAGES; k++) {
-        if (k < tiles) issue_tile(s, row, first, num, k, ids[k / 4], k % 4 * TILE, warp, lane);
+        for (int i = 1; i < STAGES / AT_ONCE; i++)
+            if (k / AT_ONCE == i) id = ids[i];
+        if (k < tiles) issue_tile(s, row, first, num, k, id, k % AT_ONCE * TILE, warp, lane);
         close_copies();
     }
     Trust trust;
-    if (RESIDUAL && target > 0) {
-        if (warp == WARPS - 1) trust = ask_trust(row, target, lane);
-        if (reads) prefetch_state(row, rank, tid);
-    }
+    if (RESIDUAL && target > 0 && warp == WARPS - 1) trust = ask_trust(row, last_page, page_before, lane);
     load_query(s, p, token, head, warp, lane);
+    wait_copies<STAGES>();  // for the block table
     sync_block();
-    if (tiles > 0) score_units(s, row, p, first, num, warp, lane);
+    if (reads) score_units(s, row, p, first, num, warp, lane);
     int covered = target;
     if (RESIDUAL && target > 0 && warp == WARPS - 1) {
         covered = trusted_pages(trust, row, target, lane);
         if (lane == 0) s.flags[0] = covered;
     }
     sync_block();
+    sync_warp();
+    wait_for_cluster();  // every block has begun, so that its shared memory may be written
+    if (reads) share_norms(s, rank, tid);
     if (RESIDUAL && target > 0) {
         covered = s.flags[0];
         if (covered < target) fold(s, row, rank, covered, target, warp, lane);
     }
-    if (reads) share_norms(s, num, rank, tid);
     sync_cluster();
     // All blocks have read the headers.
     if (RESIDUAL && warp == 0 && rank == 0 && covered < target) write_headers(row, target, lane);
+    StateRead state;
     if (reads) {
-        share_keys(s, row, p, first, num, rank, tid);
-        sync_cluster();
-        int leading = min_(p.first, row.num_units);
-        int trailing = row.num_units - max_(row.position / UNIT - p.last + 1, leading);
-        select(s, row.num_units, n.complete, n.complete - leading - max_(trailing, 0), first, num, tid);
-        sync_block();
+        StateAhead ahead;
+        if (RESIDUAL) ahead = ask_state(row, rank, warp, lane);
+        Forced forced = forced_units(row, p);
+        make_keys(s, forced, first, num, tid);
+        select(s, forced, n.complete, first, num, rank, tid, [&]() {
+            if (RESIDUAL) read_state(state, ahead, s, row, rank, warp, lane);
+        });
     }
     n.covered = n.complete * UNIT;
     n.limit = (n.complete + num_current - 1) * UNIT + row.position % UNIT + 1;
@@ -1250,23 +1459,11 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         close_copies();
     }
     if (RESIDUAL && reads) mass_of_rest(s, num, warp, lane);
-    attend(s, row, p, n, reads, rank, warp, lane);
-    merge_warps(s, reads, tid);
-    for (int i = tid; i < BLOCKS * SCALARS * GP; i += THREADS)
-        *of_block(s.scalars + rank * SCALARS * GP + i % (SCALARS * GP), i / (SCALARS * GP)) = s.mine[i % (SCALARS * GP)];
-    sync_cluster();
+    if (rank == BLOCKS - 1) write_table(s, row, p, n, token, tid);  // while tokens are on their way
+    attend(s, row, p, n, state, reads, warp, lane);
+    merge_warps(s, reads, rank, tid);
+    sync_cluster();  // nobody reads or writes another block's shared memory from here on
     merge_blocks(s, row, p, token, reads ? (row.num_units - n.complete) * UNIT : 0, rank, tid);
-    if (rank == BLOCKS - 1) {
-        int entries = n.complete + num_current;
-        i64 pair = token * p.num_kv_heads + head;
-        for (int i = tid; i < min_(entries, p.table_width); i += THREADS) {
-            int unit = listed_unit(s, row, n, i);
-            int page = within_cache(row, row.pages[unit / UNITS_PER_PAGE]);
-            p.table[pair * p.table_width + i] = (page * p.num_kv_heads + head) * UNITS_PER_PAGE + unit % UNITS_PER_PAGE;
-        }
-        if (tid == 0) p.count[pair] = entries;
-    }
-    sync_cluster();  // nobody leaves while others read its shared memory
 }
 
 }  // namespace spla

@@ -39,7 +39,7 @@ class _Params(ctypes.Structure):
             "state_table_stride",
         )]
         + [(name, ctypes.c_int) for name in (
-            "num_rows", "num_kv_heads", "last_page", "max_units", "table_width", "budget", "first", "last",
+            "num_rows", "num_kv_heads", "last_page", "max_units", "table_width", "budget", "first", "last", "early",
         )]
         + [("scale", ctypes.c_float), ("residual_scale", ctypes.c_float)]
     )  # fmt: skip
@@ -137,18 +137,30 @@ class FusedDecode:
 
     def shared_bytes(self, blocks: int) -> int:
         """Shared memory of a thread block; `carve` in the source lays it out."""
+        used = self._bytes_without_table(blocks)
+        return max(used + self._has_table(blocks) * self._table_bytes, SHARED_ALONE)
+
+    @property
+    def _table_bytes(self) -> int:
+        """A row's block table."""
+        return 4 * self.max_units // self.params.blocks_per_page
+
+    def _has_table(self, blocks: int) -> bool:
+        """Whether shared memory has room for it."""
+        return self._bytes_without_table(blocks) + self._table_bytes <= SHARED_LIMIT
+
+    def _bytes_without_table(self, blocks: int) -> int:
         group, d = self._group_p, self.head_size
         share = (-(-self.max_units // blocks) + 3) // 4 * 4
         has_residual = self.params.residual != "none"
         rows = 4096 // d  # of a warp's ring
         ring = WARPS * rows * (4 * d + 16)
-        keys = 4 * self.max_units + 12 if 4 * self.max_units > ring else 0
-        part = (2 * group + 1 if has_residual else group) * d
-        words = share * group * (2 if has_residual else 1) + (part if share * group < part else 0)
-        words += self.params.budget_blocks + 12 * (d + 8) + group * d + MAX_CLUSTER * (2 * group + 2) + 3 * group
-        words += (MAX_CLUSTER + 1 + WARPS) * 4 * group + (MAX_CLUSTER + 4) * group + 3 * 256 + 2 * WARPS + 4
-        used = ring + keys + 4 * words + 20 * 16  # the last: every part begins at 16 bytes
-        return max(used, SHARED_ALONE)
+        part = blocks * (2 * group + 1 if has_residual else group) * -(-d // 4 // blocks) * 4
+        words = share * (1 + group * (2 if has_residual else 1)) + (part if share * group < part else 0)
+        words += self.params.budget_blocks + 12 * (d + 8) + group * d + MAX_CLUSTER * 2 * group + 3 * group
+        words += (MAX_CLUSTER + WARPS) * 4 * group + (MAX_CLUSTER + 4) * group
+        words += (2 * blocks + 1) * 128 + 2 * 256 + WARPS + 4  # selection
+        return ring + 4 * words + 23 * 16  # the last: every part begins at 16 bytes
 
     def pays(self, num_rows: int) -> bool:
         """Whether this launch is for batches of `num_rows`: larger ones wait for memory, not for each other."""
@@ -167,6 +179,7 @@ class FusedDecode:
         output: torch.Tensor,
         table: torch.Tensor,
         count: torch.Tensor,
+        early: bool = False,
     ) -> None:
         """Attention of one query token a row.
 
@@ -182,6 +195,8 @@ class FusedDecode:
             output: `[rows, H, d]`; rows of padding become zero.
             table: `[rows, G, width]` int32, written: the ids of the selected blocks, ascending, the current one last.
             count: `[rows, G]` int32, written.
+            early: The launch before this one writes no statistics but those of pages that the rows' own tokens
+                complete, so that the others are read before it has ended.
         """
         params, state = self.params, state_cache.view(torch.float32)
         arguments = _Params(
@@ -214,6 +229,7 @@ class FusedDecode:
             budget=params.budget_blocks,
             first=params.first_blocks,
             last=params.last_blocks,
+            early=early,
             scale=self.scale,
             residual_scale=params.residual_scale,
         )
@@ -224,7 +240,8 @@ class FusedDecode:
         return self._kernel(blocks).max_clusters(blocks, self.shared_bytes(blocks))
 
     def _kernel(self, blocks: int) -> Any:
-        return _load(tuple(sorted({**self.defines, "BLOCKS": blocks}.items())))
+        defines = {**self.defines, "BLOCKS": blocks, "TABLE": int(self._has_table(blocks))}
+        return _load(tuple(sorted(defines.items())))
 
     def prepare(self, max_num_rows: int) -> None:
         """Compile what batches of up to `max_num_rows` rows need, so that no step has to."""
@@ -249,6 +266,7 @@ def _load(defines: tuple[tuple[str, Any], ...]) -> Any:
 
     major, minor = torch.cuda.get_device_capability()
     options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major == 9 else ''}", "--std=c++17"]
+    options.append("--generate-line-info")  # for profilers
     options.append("--device-as-default-execution-space")  # for `constexpr` functions
     options += [f"-D{name}={value}" for name, value in defines]
     program = checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))

@@ -40,15 +40,26 @@ class PageLayout:
         return self.page_size // self.selection_block
 
     @property
+    def statistics_stride(self) -> int:
+        """Elements from one selection block's statistics to the next: each set begins at a multiple of 16 bytes."""
+        unit = 16 // self.itemsize
+        return _ceil_div(self.statistics_width, unit) * unit
+
+    @property
     def statistics_elements(self) -> int:
         """Elements of the statistics area in use, stamp excluded."""
-        return self.blocks_per_page * self.statistics_width
+        return self.blocks_per_page * self.statistics_stride
 
     @property
     def statistics_rows(self) -> int:
         """Rows of `2 * head_size` elements behind a page's tokens (`r` in docs/design.md)."""
         used = self.statistics_elements * self.itemsize + STAMP_WORDS * 4
         return _ceil_div(used, 2 * self.head_size * self.itemsize)
+
+    def statistics(self, pages: torch.Tensor) -> torch.Tensor:
+        """The statistics `[..., blocks_per_page, statistics_width]` in pages `[..., rows, 2 * head_size]`, a view."""
+        area = pages[..., self.page_size :, :].flatten(-2)[..., : self.statistics_elements]
+        return area.unflatten(-1, (self.blocks_per_page, self.statistics_stride))[..., : self.statistics_width]
 
     @property
     def rows(self) -> int:

@@ -143,19 +143,19 @@ def _score(selector, q, q2, cache, pages, page_step, start, area, block_size, sc
         pages: `[num_pages]` page ids.
         page_step: Elements from page to page.
         start: First element of this kv head's statistics in page 0.
-        area: `(blocks a page, width)`.
+        area: `(blocks a page, elements from one block's statistics to the next)`.
         block_size: Tokens a selection block.
         score: Output `[group, blocks]`.
         linear: Output `[clusters, group, blocks]`, `log count + q . mu`: all that the mass needs, with `variance`.
         variance: Output `[clusters, group, blocks]`, `q^T Sigma q`.
     """
     group, d = q.shape
-    per_page, width = area
+    per_page, stride = area
     log_block = np.float32(math.log(block_size))
-    statistics = np.empty(width, np.float32)
+    statistics = np.empty(stride, np.float32)
     zeros = np.zeros(d, np.float32)
     for i in range(score.shape[1]):
-        _load(cache, start + pages[i // per_page] * page_step + i % per_page * width, statistics)
+        _load(cache, start + pages[i // per_page] * page_step + i % per_page * stride, statistics)
         if selector == _QUEST:
             low, high = statistics[:d], statistics[d:]
             for h in range(group):
@@ -373,7 +373,7 @@ def _attend_one(
 ):
     """One query token of one kv head; the other arguments as in `attend`."""
     heads, d = query.shape[1:]
-    page_size, block, width = sizes
+    page_size, block, stride = sizes
     selector, budget, first_blocks, last_blocks = rule
     page_step, head_step, row_step = steps
     state_step, together = state_steps
@@ -399,7 +399,7 @@ def _attend_one(
         linear = np.empty((clusters, group, num_complete), np.float32)
         variance = np.empty((clusters, group, num_complete), np.float32)
         start = kv_head * head_step + page_size * row_step
-        _score(selector, q, q2, cache, pages, page_step, start, (per_page, width), block, score, linear, variance)
+        _score(selector, q, q2, cache, pages, page_step, start, (per_page, stride), block, score, linear, variance)
         shared = np.empty(num_complete, np.float32)
         _share(score, shared)
         forced = np.empty(num_complete, np.bool_)
@@ -511,7 +511,7 @@ def attend(
         positions: `[tokens]` int64.
         rows: `[tokens]` int64, rows of `table`.
         table: `[rows, pages]` int, page ids.
-        sizes: `(page size, selection block, statistics width)`.
+        sizes: `(page size, selection block, elements from one block's statistics to the next)`.
         rule: `(selector, budget in blocks, first blocks, last blocks)`.
         mass_wanted: Share of the mass at which selection stops; infinite where the budget alone counts.
         state: Flat float32 array with the bodies of the regression residual's states.

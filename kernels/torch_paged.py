@@ -214,7 +214,8 @@ class TorchPagedSpla:
         area = torch.zeros(
             pages.numel(), self.num_kv_heads, layout.statistics_rows * 2 * d, dtype=kv_cache.dtype
         )  # [pages, kv_heads, elements]
-        area[..., : layout.statistics_elements] = statistics.flatten(-2)
+        sets = area[..., : layout.statistics_elements].unflatten(-1, (params.blocks_per_page, -1))
+        sets[..., : layout.statistics_width] = statistics
         self._counter += 1
         stamp = torch.empty(pages.numel(), STAMP_WORDS, dtype=torch.int32)
         stamp[:, :2], stamp[:, 2], stamp[:, 3] = self._salt, self._counter, pages
@@ -406,7 +407,7 @@ class TorchPagedSpla:
         layout = self.page_layout
         area = _gather(kv_cache, tile.pages[:, None], self._head, layout.page_size, layout.statistics_elements)
         num_blocks = tile.pages.shape[1] * layout.blocks_per_page
-        return area.float().view(-1, num_blocks, layout.statistics_width)
+        return area.float().view(-1, num_blocks, layout.statistics_stride)[..., : layout.statistics_width]
 
     def _select(self, tile: Tile, q: torch.Tensor, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Selected complete blocks `[rows, kv_heads, tokens, num_blocks]` and the log mass of the others

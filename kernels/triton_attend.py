@@ -1,4 +1,4 @@
-"""Attention over the selected pages, the residual by subtraction, and their combination, in one launch.
+"""Attention over the selected units (selection blocks), the residual by subtraction, their combination, in one launch.
 
 Plain reference: `reference.exact_attention`, `residual_direction`, `combine_shared_normalizer`, `rms_norm`. Sources:
 SPLA (arXiv 2601.22379), residual linear attention by subtraction; RAttention (arXiv 2506.15545), double RMSNorm;
@@ -14,10 +14,10 @@ With `C` the heads of a group, padded, the `N = 4 C` columns of `W` are
     3C            ones                                                 -> the sum of the selected values
 
 The last program of a (token, kv head) to arrive merges the splits, takes the state's share from `triton_state`, and
-combines. Programs beside the splits sum the mass of the pages that were not selected.
+combines. Programs beside the splits sum the mass of the units that were not selected.
 
-Floor, bytes a (token, kv head): the selected pages' `2 B d` elements each, 5 bytes a page and head for mass and flag,
-`GROUP d` output elements. FLOP: `4 N d` a selected token.
+Floor, bytes a (token, kv head): `2 d` elements a selected token, 5 bytes a unit and head for mass and flag, `GROUP d`
+output elements. FLOP: `4 N d` a selected token.
 """
 
 import triton
@@ -32,15 +32,15 @@ RESIDUAL_CODES = {"none": 0, "regression": 1, "linear": 2}
 
 
 @triton.jit
-def _page_of(table, first, limit, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Table entries of the tokens `first .. first + TILE - 1`: one, or `[TILE]` where a tile spans pages.
+def _unit_of(table, first, limit, UNIT: tl.constexpr, TILE: tl.constexpr):
+    """Table entries of the tokens `first .. first + TILE - 1`: one, or `[TILE]` where a tile spans units.
 
     Behind the last token, the last entry again.
     """
-    if TILE <= PAGE:
-        entry = tl.load(table + tl.minimum(first, limit - 1) // PAGE)
+    if UNIT % TILE == 0:
+        entry = tl.load(table + tl.minimum(first, limit - 1) // UNIT)
     else:
-        entry = tl.load(table + tl.minimum(first + tl.arange(0, TILE), limit - 1) // PAGE)
+        entry = tl.load(table + tl.minimum(first + tl.arange(0, TILE), limit - 1) // UNIT)
     return entry
 
 
@@ -48,22 +48,25 @@ def _page_of(table, first, limit, PAGE: tl.constexpr, TILE: tl.constexpr):
 def _attend_tile(
     first, entry, limit, num_subtract, kv, q, phi_q, top, total, out,
     page_stride, last_page, num_kv_heads, scale,
-    C: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    RESIDUAL: tl.constexpr, MASKED: tl.constexpr,
+    C: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr,
+    TILE: tl.constexpr, RESIDUAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the tokens `first .. first + TILE - 1` of the page table, whose entries are `entry`, to the accumulators."""
+    """Add the tokens `first .. first + TILE - 1` of the table, whose entries are `entry`, to the accumulators."""
     t = first + tl.arange(0, TILE)
     column = tl.arange(0, DP)
     in_head = column < D
     n = tl.arange(0, N)
-    # The table names kv heads of pages, as FlashInfer wants it; all of them are of this program's head.
+    # The table names units of kv heads of pages, as FlashInfer wants it; all of them are of this program's head.
     # The pipeline computes addresses, but does not read, beyond the last tile, where entries are undefined.
-    page = tl.minimum(tl.maximum(entry // num_kv_heads, 0), last_page).to(tl.int64)
-    if TILE <= PAGE:
-        start = kv + page * page_stride + (first % PAGE) * 2 * D
+    PER_PAGE: tl.constexpr = PAGE // UNIT
+    entry = tl.maximum(entry, 0)
+    page = tl.minimum(entry // (num_kv_heads * PER_PAGE), last_page).to(tl.int64)
+    in_page = entry % PER_PAGE * UNIT  # 0 where the unit is the page
+    if UNIT % TILE == 0:
+        start = kv + page * page_stride + (in_page + first % UNIT) * 2 * D
         rows = start + (tl.arange(0, TILE) * 2 * D)[:, None] + column[None, :]  # [TILE, DP]
     else:
-        rows = kv + (page * page_stride + (t % PAGE) * 2 * D)[:, None] + column[None, :]
+        rows = kv + (page * page_stride + (in_page + t % UNIT) * 2 * D)[:, None] + column[None, :]
     if MASKED:
         mask = (t < limit)[:, None] & in_head[None, :]
         k = tl.load(rows, mask=mask, other=0.0)
@@ -110,7 +113,7 @@ def attend_split(
     num_splits,  # splits of this row
     token,
     head,
-    count,  # pages in the table
+    count,  # units in the table
     limit,  # tokens of the table that exist
     num_subtract,  # tokens of the table that the state covers
     query_ptr,
@@ -132,6 +135,7 @@ def attend_split(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
     BUDGET: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -159,20 +163,20 @@ def attend_split(
     top = tl.full([N], float("-inf"), dtype=tl.float32)
     total = tl.zeros([TILE, N], dtype=tl.float32)
     out = tl.zeros([N, DP], dtype=tl.float32)
-    # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
-    entry = _page_of(table, start, limit, PAGE, TILE)
+    # Entries are fetched a step ahead: a load that waits for another load is not pipelined well.
+    entry = _unit_of(table, start, limit, UNIT, TILE)
     for first in tl.range(start, full, TILE, num_stages=STAGES):
         this_entry = entry
-        entry = _page_of(table, first + TILE, limit, PAGE, TILE)
+        entry = _unit_of(table, first + TILE, limit, UNIT, TILE)
         top, total, out = _attend_tile(
             first, this_entry, limit, num_subtract, kv, q, phi_q, top, total, out, page_stride, last_page,
-            num_kv_heads, scale, C, N, D, DP, PAGE, TILE, RESIDUAL, False,
+            num_kv_heads, scale, C, N, D, DP, PAGE, UNIT, TILE, RESIDUAL, False,
         )  # fmt: skip
     if (start < stop) & (full < stop):
-        entry = _page_of(table, full, limit, PAGE, TILE)
+        entry = _unit_of(table, full, limit, UNIT, TILE)
         top, total, out = _attend_tile(
             full, entry, limit, num_subtract, kv, q, phi_q, top, total, out, page_stride, last_page,
-            num_kv_heads, scale, C, N, D, DP, PAGE, TILE, RESIDUAL, True,
+            num_kv_heads, scale, C, N, D, DP, PAGE, UNIT, TILE, RESIDUAL, True,
         )  # fmt: skip
 
     tl.store(part_out_ptr + (part * N + n[:, None]) * DP + column[None, :], out)
@@ -184,27 +188,27 @@ def attend_split(
 def mass_of_rest(
     pair,  # token * G + head
     part,  # of MASS_PARTS
-    num_complete,
+    num_complete,  # units of complete pages
     flags_ptr,
     mass_ptr,
     rest_mass_ptr,  # [tokens, G, MASS_PARTS, GROUP_P] float32
-    max_pages,
+    max_units,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     WIDTH: tl.constexpr,
     MASS_PARTS: tl.constexpr,
 ):
-    """Log of the estimated mass of the complete pages that were not selected, one share of the pages, each head."""
+    """Log of the estimated mass of the units that were not selected, one share of the units, each head."""
     member = tl.arange(0, GROUP_P)
     in_group = (member < GROUP)[None, :]
     top = tl.full([WIDTH, GROUP_P], float("-inf"), dtype=tl.float32)
     total = tl.zeros([WIDTH, GROUP_P], dtype=tl.float32)
     for first in tl.range(part * WIDTH, num_complete, MASS_PARTS * WIDTH):
-        page = first + tl.arange(0, WIDTH)
-        exists = page < num_complete
-        # Both loads depend on nothing but the page, so they are in flight together.
-        flag = tl.load(flags_ptr + pair * max_pages + page, mask=exists, other=1)
-        where = (pair * max_pages + page)[:, None] * GROUP_P + member[None, :]
+        unit = first + tl.arange(0, WIDTH)
+        exists = unit < num_complete
+        # Both loads depend on nothing but the unit, so they are in flight together.
+        flag = tl.load(flags_ptr + pair * max_units + unit, mask=exists, other=1)
+        where = (pair * max_units + unit)[:, None] * GROUP_P + member[None, :]
         mass = tl.load(mass_ptr + where, mask=exists[:, None] & in_group, other=float("-inf"))  # [WIDTH, GROUP_P]
         mass = tl.where((flag == 0)[:, None], mass, float("-inf"))
         new_top = tl.maximum(top, mass)
@@ -223,8 +227,7 @@ def merge_splits(
     num_splits,
     token,
     head,
-    count,
-    num_complete,
+    num_rest,  # units that were not selected
     part_out_ptr,
     part_sum_ptr,
     part,  # first part of this (token, kv head)
@@ -247,7 +250,7 @@ def merge_splits(
     N: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
     MASS_PARTS: tl.constexpr,
@@ -267,7 +270,7 @@ def merge_splits(
     pair = token * num_kv_heads + head
     mask = in_group[:, None] & in_head[None, :]
     head_row = head * GROUP + c  # [C]
-    has_rest = num_complete >= count
+    has_rest = num_rest > 0
     rest_group = c < tl.where(has_rest, GROUP, 0)
     rest_mask = rest_group[:, None] & in_head[None, :]
     rest_columns = column < tl.where(has_rest, D, 0)
@@ -324,7 +327,7 @@ def merge_splits(
     if RESIDUAL != NO_RESIDUAL:
         tail = tl.zeros([C, DP], dtype=tl.float32)
         if RESIDUAL == REGRESSION:
-            scaled = 1.0 / tl.maximum((num_complete - count + 1) * PAGE, 1).to(tl.float32)
+            scaled = 1.0 / tl.maximum(num_rest * UNIT, 1).to(tl.float32)
             mean_v = -minus_v * scaled
             mean_qk = -minus_z * scaled
             covariance = -minus * scaled - mean_qk[:, None] * mean_v[None, :]
@@ -383,7 +386,7 @@ def attend_kernel(
     page_stride,
     head_stride,
     last_page,
-    max_pages,
+    max_units,
     num_kv_heads,
     scale,
     residual_scale,
@@ -396,6 +399,7 @@ def attend_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
     BUDGET: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -421,25 +425,26 @@ def attend_kernel(
     if (seq_len > 0) & (token_in_row < query_len):
         token = (first_token + token_in_row).to(tl.int64)
         position = seq_len - query_len + token_in_row
-        num_complete = position // PAGE
+        current = position // UNIT
+        num_complete = position // PAGE * (PAGE // UNIT)  # units of complete pages
         count = tl.load(count_ptr + token * num_kv_heads + head)
-        limit = (count - 1) * PAGE + position % PAGE + 1
-        # Complete pages beyond the state (of this step's own tokens) are forced, and stand last before the current one.
-        covered = (seq_len - query_len) // PAGE
-        num_subtract = (count - 1 - (num_complete - covered)) * PAGE
+        num_rest = current + 1 - count
+        limit = (count - 1) * UNIT + position % UNIT + 1
+        # Units of the current page, which no state has, stand last.
+        num_subtract = (count - (current + 1 - num_complete)) * UNIT
         # Short rows use fewer splits, by their own length.
         splits = tl.minimum(SPLITS, tl.cdiv(limit, TILE))
         # Parts are numbered by program, so that their scratch depends on the grid only.
         part = (tl.program_id(2).to(tl.int64) * num_kv_heads + head) * SPLITS
         programs = splits
         if HAS_MASS:
-            programs = tl.where(num_complete >= count, splits + MASS_PARTS, splits)
+            programs = tl.where(num_rest > 0, splits + MASS_PARTS, splits)
         works = split < splits
         if HAS_MASS:  # noqa: SIM102, compile-time and run-time conditions stay apart
-            if (split >= SPLITS) & (num_complete >= count):
+            if (split >= SPLITS) & (num_rest > 0):
                 mass_of_rest(
                     token * num_kv_heads + head, split - SPLITS, num_complete, flags_ptr, mass_ptr, rest_mass_ptr,
-                    max_pages, GROUP, GROUP_P, MASS_WIDTH, MASS_PARTS,
+                    max_units, GROUP, GROUP_P, MASS_WIDTH, MASS_PARTS,
                 )  # fmt: skip
                 works = split >= SPLITS
         if split < splits:
@@ -447,7 +452,7 @@ def attend_kernel(
                 split, splits, token, head, count, limit, num_subtract, query_ptr, kv_ptr, table_ptr,
                 part_out_ptr, part_sum_ptr, part + split,
                 query_token_stride, query_head_stride, page_stride, head_stride, last_page, num_kv_heads, scale,
-                GROUP, C, N, D, DP, PAGE, BUDGET, TILE, STAGES, RESIDUAL,
+                GROUP, C, N, D, DP, PAGE, UNIT, BUDGET, TILE, STAGES, RESIDUAL,
             )  # fmt: skip
         if works:
             tl.debug_barrier()  # every thread's partial sums are written before the arrival is announced
@@ -456,10 +461,10 @@ def attend_kernel(
             if arrived == programs - 1:
                 tl.store(arrivals, 0)
                 merge_splits(
-                    splits, token, head, count, num_complete, part_out_ptr, part_sum_ptr, part,
+                    splits, token, head, num_rest, part_out_ptr, part_sum_ptr, part,
                     rest_mass_ptr, read_ptr, read_z_ptr, read_v_ptr, gain_ptr, exact_weight_ptr, tail_weight_ptr,
                     output_ptr, output_token_stride, output_head_stride, num_kv_heads, residual_scale, norm_eps,
-                    GROUP, GROUP_P, C, N, D, DP, PAGE, SPLITS, PARTS, MASS_PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
+                    GROUP, GROUP_P, C, N, D, DP, UNIT, SPLITS, PARTS, MASS_PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
                 )  # fmt: skip
     else:
         # Padding. Its output row is ours to clear only behind the tokens of all real rows.

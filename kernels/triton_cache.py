@@ -2,10 +2,12 @@
 
 Plain reference: `TorchPagedSpla.update_cache` (`kernels/torch_paged.py`), and for the statistics
 `reference.block_statistics`. Layout: docs/design.md, 5. Sources: mean and diagonal variance, SPLA (arXiv 2601.22379,
-second-order Taylor selection) and COBS (arXiv 2607.09052); kmin and kmax, Quest (arXiv 2406.10774).
+second-order Taylor selection) and COBS (arXiv 2607.09052); kmin and kmax, Quest (arXiv 2406.10774); two clusters,
+Lloyd's k-means. A page has one set of statistics for each of its selection blocks of `UNIT` tokens.
 
 Floor, bytes a token and kv head: read and write `2 d` elements. Once in `B` tokens a page's `B d` key elements are read
-too, and `width` elements and 16 bytes are written. FLOP: about `4 B d` a completed page, nothing otherwise.
+too, and `width` elements a selection block and 16 bytes are written. FLOP: about `4 B d` a completed page (`40 B d` for
+two clusters), nothing otherwise.
 """
 
 import triton
@@ -17,7 +19,10 @@ TAYLOR2 = tl.constexpr(1)
 CUMULANT2 = tl.constexpr(2)
 REM = tl.constexpr(3)
 QUEST = tl.constexpr(4)
-SELECTOR_CODES = {"mean": 0, "taylor2": 1, "cumulant2": 2, "rem": 3, "quest": 4}
+KM2_REM = tl.constexpr(5)
+SELECTOR_CODES = {"mean": 0, "taylor2": 1, "cumulant2": 2, "rem": 3, "quest": 4, "km2-rem": 5}
+
+LLOYD_ITERATIONS = tl.constexpr(4)
 
 
 @triton.jit
@@ -40,12 +45,19 @@ def update_cache_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,  # D, padded to a power of two
     PAGE: tl.constexpr,
-    TILE: tl.constexpr,  # tokens of the page at a time, a power of two that divides PAGE
+    UNIT: tl.constexpr,  # tokens a selection block
+    STRIDE: tl.constexpr,  # elements from the statistics of one selection block to the next
+    TILE: tl.constexpr,  # tokens at a time, a power of two that divides UNIT; for KM2_REM at least UNIT
     STAMP_WORD: tl.constexpr,  # first int32 of the stamp within a page's head
     LIMIT: tl.constexpr,  # largest finite value of the cache dtype
     SELECTOR: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # launched before the one ahead has ended
 ):
     """Grid (tokens, G)."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        # Behind the wait: what may start now knows that everything but this launch has ended.
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     slot = tl.load(slot_ptr + token)
@@ -64,38 +76,57 @@ def update_cache_kernel(
         if offset == PAGE - 1:
             # Other programs of this launch may still be storing keys of this page. A token of the page that is in this
             # batch stands as far before this one as its slot does, so its key is taken from the batch, not the cache.
-            total = tl.zeros([DP], dtype=tl.float32)
-            low = tl.full([DP], float("inf"), dtype=tl.float32)
-            high = tl.full([DP], float("-inf"), dtype=tl.float32)
-            for first in tl.static_range(0, PAGE, TILE):
-                keys = _page_keys(
-                    key_ptr, slot_ptr, base, token, head, slot, first,
-                    key_token_stride, key_head_stride, D, DP, PAGE, TILE,
-                )  # [TILE, DP] # fmt: skip
-                if SELECTOR == QUEST:
-                    low = tl.minimum(low, tl.min(keys, axis=0))
-                    high = tl.maximum(high, tl.max(keys, axis=0))
-                else:
-                    total += tl.sum(keys, axis=0)
-            if SELECTOR == QUEST:
-                statistic, second = low, high
-            else:
-                statistic = total / PAGE
-                second = tl.zeros([DP], dtype=tl.float32)
-            if (SELECTOR != QUEST) & (SELECTOR != MEAN):
-                # Two passes: the difference of large sums would cost the variance its digits.
-                for first in tl.static_range(0, PAGE, TILE):
-                    keys = _page_keys(
-                        key_ptr, slot_ptr, base, token, head, slot, first,
+            for unit in tl.range(0, PAGE // UNIT):
+                area = base + PAGE * 2 * D + unit * STRIDE
+                if SELECTOR == KM2_REM:
+                    keys, exists = _page_keys(
+                        key_ptr, slot_ptr, base, token, head, slot, unit * UNIT, unit * UNIT + UNIT,
                         key_token_stride, key_head_stride, D, DP, PAGE, TILE,
                     )  # fmt: skip
-                    deviation = keys - statistic[None, :]
-                    second += tl.sum(deviation * deviation, axis=0)
-                second = second / PAGE
-            area = base + PAGE * 2 * D
-            tl.store(area + columns, tl.clamp(statistic, -LIMIT, LIMIT).to(dtype), mask=in_head)
-            if SELECTOR != MEAN:
-                tl.store(area + D + columns, tl.clamp(second, -LIMIT, LIMIT).to(dtype), mask=in_head)
+                    in_second = two_means(keys, exists, UNIT)
+                    for cluster in tl.static_range(2):
+                        member = exists & (in_second == (cluster == 1))
+                        count = tl.sum(member.to(tl.float32), axis=0)
+                        scaled = 1.0 / tl.maximum(count, 1.0)
+                        mean = tl.sum(tl.where(member[:, None], keys, 0.0), axis=0) * scaled  # [DP]
+                        deviation = tl.where(member[:, None], keys - mean[None, :], 0.0)
+                        variance = tl.sum(deviation * deviation, axis=0) * scaled
+                        statistic = area + cluster * 2 * D + columns
+                        tl.store(statistic, tl.clamp(mean, -LIMIT, LIMIT).to(dtype), mask=in_head)
+                        tl.store(statistic + D, tl.clamp(variance, -LIMIT, LIMIT).to(dtype), mask=in_head)
+                        tl.store(area + 4 * D + cluster, count.to(dtype))
+                else:
+                    total = tl.zeros([DP], dtype=tl.float32)
+                    low = tl.full([DP], float("inf"), dtype=tl.float32)
+                    high = tl.full([DP], float("-inf"), dtype=tl.float32)
+                    for first in tl.static_range(0, UNIT, TILE):
+                        keys, _ = _page_keys(
+                            key_ptr, slot_ptr, base, token, head, slot, unit * UNIT + first, PAGE,
+                            key_token_stride, key_head_stride, D, DP, PAGE, TILE,
+                        )  # [TILE, DP] # fmt: skip
+                        if SELECTOR == QUEST:
+                            low = tl.minimum(low, tl.min(keys, axis=0))
+                            high = tl.maximum(high, tl.max(keys, axis=0))
+                        else:
+                            total += tl.sum(keys, axis=0)
+                    if SELECTOR == QUEST:
+                        statistic, second = low, high
+                    else:
+                        statistic = total / UNIT
+                        second = tl.zeros([DP], dtype=tl.float32)
+                    if (SELECTOR != QUEST) & (SELECTOR != MEAN):
+                        # Two passes: the difference of large sums would cost the variance its digits.
+                        for first in tl.static_range(0, UNIT, TILE):
+                            keys, _ = _page_keys(
+                                key_ptr, slot_ptr, base, token, head, slot, unit * UNIT + first, PAGE,
+                                key_token_stride, key_head_stride, D, DP, PAGE, TILE,
+                            )  # fmt: skip
+                            deviation = keys - statistic[None, :]
+                            second += tl.sum(deviation * deviation, axis=0)
+                        second = second / UNIT
+                    tl.store(area + columns, tl.clamp(statistic, -LIMIT, LIMIT).to(dtype), mask=in_head)
+                    if SELECTOR != MEAN:
+                        tl.store(area + D + columns, tl.clamp(second, -LIMIT, LIMIT).to(dtype), mask=in_head)
             # Every (page, head) that completes takes a number of its own: no program has to wait for the others before
             # the counter may move, and a stamp still names one content of one page.
             count = tl.atomic_add(counter_ptr, 1, sem="relaxed")
@@ -107,17 +138,53 @@ def update_cache_kernel(
 
 
 @triton.jit
+def _key_at(keys, index):
+    """Row `index` `[DP]` of `keys`."""
+    row = tl.arange(0, keys.shape[0])
+    return tl.sum(tl.where((row == index)[:, None], keys, 0.0), axis=0)
+
+
+@triton.jit
+def _squared_distance(keys, point):
+    difference = keys - point[None, :]
+    return tl.sum(difference * difference, axis=1)
+
+
+@triton.jit
+def two_means(keys, exists, UNIT: tl.constexpr):
+    """Which of the keys `[ROWS, DP]` belong to the second of two clusters, `[ROWS]`; `reference.two_means`.
+
+    Lloyd's algorithm from the two most distant keys (the outlier first); ties fall to the first cluster. Rows that do
+    not exist are 0.
+    """
+    from_mean = _squared_distance(keys, tl.sum(keys, axis=0) / UNIT)
+    first = _key_at(keys, tl.argmax(tl.where(exists, from_mean, -1.0), axis=0))
+    from_first = _squared_distance(keys, first)
+    second = _key_at(keys, tl.argmax(tl.where(exists, from_first, -1.0), axis=0))
+    for _ in tl.range(0, LLOYD_ITERATIONS):
+        in_second = exists & (_squared_distance(keys, second) < _squared_distance(keys, first))
+        count = tl.sum(in_second.to(tl.float32), axis=0)
+        of_second = tl.sum(tl.where(in_second[:, None], keys, 0.0), axis=0)
+        of_first = tl.sum(tl.where(in_second[:, None], 0.0, keys), axis=0)
+        second = tl.where(count > 0, of_second / tl.maximum(count, 1.0), second)
+        first = tl.where(count < UNIT, of_first / tl.maximum(UNIT - count, 1.0), first)
+    return exists & (_squared_distance(keys, second) < _squared_distance(keys, first))
+
+
+@triton.jit
 def _page_keys(
-    key_ptr, slot_ptr, base, token, head, slot, first,
+    key_ptr, slot_ptr, base, token, head, slot, first, stop,
     key_token_stride, key_head_stride,
     D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Keys `[TILE, DP]` float32, as the cache stores them, of rows `first ..` of the page that `token` completes."""
+    """Keys `[TILE, DP]` float32, as the cache stores them, of rows `first ..` of the page that `token` completes, and
+    which of them lie before `stop` `[TILE]`; the others are 0."""
     columns = tl.arange(0, DP)
     rows = first + tl.arange(0, TILE)
     back = PAGE - 1 - rows
     source = token - back
-    in_batch = source >= 0
+    exists = rows < stop
+    in_batch = exists & (source >= 0)
     in_batch &= tl.load(slot_ptr + source, mask=in_batch, other=-1) == slot - back
     in_head = columns[None, :] < D
     new = tl.load(
@@ -126,5 +193,7 @@ def _page_keys(
         other=0.0,
     )
     dtype = base.dtype.element_ty
-    old = tl.load(base + rows[:, None] * 2 * D + columns[None, :], mask=(~in_batch)[:, None] & in_head, other=0.0)
-    return tl.where(in_batch[:, None], new.to(dtype).to(tl.float32), old.to(tl.float32))
+    in_cache = (exists & ~in_batch)[:, None] & in_head
+    in_cache = (exists & ~in_batch)[:, None] & in_head
+    old = tl.load(base + rows[:, None] * 2 * D + columns[None, :], mask=in_cache, other=0.0)
+    return tl.where(in_batch[:, None], new.to(dtype).to(tl.float32), old.to(tl.float32)), exists

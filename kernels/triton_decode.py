@@ -6,10 +6,10 @@ and speculative verification). The plain reference of the whole is `reference.sp
 Where it covers the parameters and pays, a step is the one launch of `fused_decode`. Otherwise its launches are, each
 dependent on the one before:
 
-1. `prepare_kernel`: fold the recurrent state (`triton_state`), score all pages (`triton_score`), and, in the last
-   split of a (row, kv head) to arrive, select (`triton_select`). For many query tokens a row or very long contexts
-   selection is a launch of its own.
-2. `attend_kernel`: selected pages, residual, merge, combination (`triton_attend`).
+1. `prepare_kernel`: fold the recurrent state (`triton_state`), score all selection blocks (`triton_score`), and, in the
+   last split of a (row, kv head) to arrive, select (`triton_select`). For many query tokens a row or very long
+   contexts selection is a launch of its own.
+2. `attend_kernel`: selected blocks, residual, merge, combination (`triton_attend`).
 
 Grids depend on shapes only; lengths, validity of states, and which rows are dense are decided on the device. Nothing
 allocates or synchronises, so that a step can be captured in a CUDA graph.
@@ -29,8 +29,8 @@ from .fused_decode import FusedDecode, refusal
 from .layout import STATE_MAGIC, layouts
 from .triton_attend import RESIDUAL_CODES, attend_kernel
 from .triton_cache import SELECTOR_CODES, update_cache_kernel
-from .triton_score import score_pages
-from .triton_select import select_pages
+from .triton_score import score_units
+from .triton_select import select_units
 from .triton_state import fold_slice
 
 _SELECT_ELEMENTS = 32768  # scores that selection keeps in registers; more are gone through in pieces
@@ -70,7 +70,7 @@ def prepare_kernel(
     block_table_stride,
     state_table_stride,
     last_page,
-    max_pages,
+    max_units,
     num_kv_heads,
     scale,
     MAGIC: tl.constexpr,
@@ -89,7 +89,9 @@ def prepare_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    LOG_PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    LOG_UNIT: tl.constexpr,
     BUDGET: tl.constexpr,
     BUDGET_P: tl.constexpr,
     FIRST: tl.constexpr,
@@ -100,7 +102,7 @@ def prepare_kernel(
     WRITE_MASS: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_P: tl.constexpr,
-    PAGES: tl.constexpr,
+    UNITS: tl.constexpr,
     WIDTH: tl.constexpr,
     TOP_P: tl.constexpr,
     SELECT: tl.constexpr,
@@ -118,15 +120,15 @@ def prepare_kernel(
             block_table_ptr, state_table_ptr, fold_arrivals_ptr, read_ptr, read_z_ptr, read_v_ptr,
             query_token_stride, query_head_stride, num_kv_heads, page_stride, head_stride,
             int_page_stride, int_head_stride, block_stride, block_head_stride, block_table_stride, state_table_stride,
-            scale, MAGIC, STAMP_WORD, NUM_BLOCKS, BODY, PARTS, SLICE, GROUP, GROUP_P, M, D, DP, PAGE, BUDGET,
-            FOLD_TILE, LINEAR,
+            scale, MAGIC, STAMP_WORD, NUM_BLOCKS, BODY, PARTS, SLICE, GROUP, GROUP_P, QUERY_LEN, M, D, DP, PAGE, UNIT,
+            BUDGET, FOLD_TILE, LINEAR,
         )  # fmt: skip
     else:
-        score_pages(
+        score_units(
             row, head, part - PARTS, SPLITS, query_ptr, kv_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr,
             scores_ptr, mass_ptr, lse_ptr, query_token_stride, query_head_stride, page_stride, head_stride,
-            block_table_stride, last_page, max_pages, num_kv_heads, scale,
-            GROUP, GROUP_P, N, D, DP, PAGE, LOG_PAGE, BUDGET, CHUNK, STAGES, SELECTOR, WRITE_MASS,
+            block_table_stride, last_page, max_units, num_kv_heads, scale,
+            GROUP, GROUP_P, N, D, DP, PAGE, UNIT, STRIDE, LOG_UNIT, BUDGET, CHUNK, STAGES, SELECTOR, WRITE_MASS,
         )  # fmt: skip
         if SELECT:
             tl.debug_barrier()  # every thread's scores are written before the arrival is announced
@@ -134,11 +136,12 @@ def prepare_kernel(
             if tl.atomic_add(arrivals, 1, sem="acq_rel") == SPLITS - 1:
                 tl.store(arrivals, 0)
                 for token_in_row in tl.range(QUERY_LEN):
-                    select_pages(
+                    select_units(
                         row, token_in_row, head, query_start_loc_ptr, seq_lens_ptr, block_table_ptr, scores_ptr,
-                        lse_ptr, grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_pages,
+                        lse_ptr, grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_units,
                         num_kv_heads, SPLITS,
-                        GROUP, GROUP_P, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P, False,
+                        GROUP, GROUP_P, PAGE, UNIT, BUDGET, BUDGET_P, FIRST, LAST, UNITS, WIDTH, SPLITS_P, TOP_P,
+                        False,
                     )  # fmt: skip
 
 
@@ -154,18 +157,19 @@ def select_kernel(
     count_ptr,
     flags_ptr,
     block_table_stride,
-    max_pages,
+    max_units,
     num_kv_heads,
     num_splits,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     QUERY_LEN: tl.constexpr,
     PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
     BUDGET: tl.constexpr,
     BUDGET_P: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    PAGES: tl.constexpr,
+    UNITS: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS_P: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -176,10 +180,11 @@ def select_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(1) // QUERY_LEN
     token_in_row = tl.program_id(1) % QUERY_LEN
-    select_pages(
+    select_units(
         row, token_in_row, tl.program_id(0), query_start_loc_ptr, seq_lens_ptr, block_table_ptr, scores_ptr, lse_ptr,
-        grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_pages, num_kv_heads,
-        num_splits, GROUP, GROUP_P, PAGE, BUDGET, BUDGET_P, FIRST, LAST, PAGES, WIDTH, SPLITS_P, TOP_P, DEPENDENT,
+        grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_units, num_kv_heads,
+        num_splits, GROUP, GROUP_P, PAGE, UNIT, BUDGET, BUDGET_P, FIRST, LAST, UNITS, WIDTH, SPLITS_P, TOP_P,
+        DEPENDENT,
     )  # fmt: skip
 
 
@@ -189,13 +194,13 @@ class Tuning:
 
     score_splits: int
     attend_splits: int
-    chunk: int = 64  # pages a scoring step
+    chunk: int = 64  # selection blocks a scoring step
     score_stages: int = 3
     score_warps: int = 4
     tile: int = 64  # tokens an attention step
     attend_stages: int = 3
     attend_warps: int = 4
-    mass_parts: int = 1  # programs that sum the mass of the pages left out
+    mass_parts: int = 1  # programs that sum the mass of the blocks left out
     select_warps: int = 8
     score_registers: int | None = 168  # cap, for more programs on a multiprocessor
     fuse_select: bool = False
@@ -218,13 +223,13 @@ class _Scratch:
         self.nbytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
         self.flashinfer: dict[tuple, FlashInferDecode] = {}  # by what shapes do not tell
 
-    scores: torch.Tensor  # [tokens, G, max_pages, GROUP_P] float32
+    scores: torch.Tensor  # [tokens, G, max_units, GROUP_P] float32
     mass: torch.Tensor  # as scores, or 1 element
     lse: torch.Tensor  # [tokens, G, splits, GROUP_P] float32
-    grouped: torch.Tensor  # [tokens, G, max_pages] float32, or 1 element
+    grouped: torch.Tensor  # [tokens, G, max_units] float32, or 1 element
     table: torch.Tensor  # [tokens, G, budget] int32
     count: torch.Tensor  # [tokens, G] int32
-    flags: torch.Tensor  # [tokens, G, max_pages] int8
+    flags: torch.Tensor  # [tokens, G, max_units] int8
     part_out: torch.Tensor  # [parts, N, DP] float32
     part_sum: torch.Tensor  # [parts, 2, N] float32
     rest_mass: torch.Tensor  # [tokens, G, MASS_PARTS, GROUP_P] float32
@@ -247,7 +252,7 @@ class TritonPagedSpla:
     """Run SPLA decode of one layer over the engine's paged cache.
 
     Args:
-        params: What to compute; `selection_block == page_size`.
+        params: What to compute.
         num_heads: Query heads `H`.
         num_kv_heads: Kv heads `G`.
         head_size: `d`.
@@ -266,9 +271,9 @@ class TritonPagedSpla:
     Attributes:
         page_layout: Bytes of a page.
         state_layout: Bytes of a state block.
-        page_table: `[tokens, G, budget]` int32, FlashInfer-compatible ids `page * G + head` of the last `decode`,
-            ascending, the current page last.
-        page_counts: `[tokens, G]` int32, pages of each list.
+        page_table: `[tokens, G, budget]` int32, ids `(page * G + head) * blocks_per_page + block` of the last `decode`,
+            ascending, the current selection block last (`page_table.py`).
+        page_counts: `[tokens, G]` int32, blocks of each list.
 
     Raises:
         ValueError: Parameters that these kernels do not cover.
@@ -292,7 +297,7 @@ class TritonPagedSpla:
         tuning: Tuning | None = None,
         executor: str = "spla",
     ) -> None:
-        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, executor)
+        _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, max_model_len, executor)
         device = torch.device(device)
         self._tuning = tuning
         self.params, self.scale, self.device = params, float(scale), device
@@ -303,6 +308,7 @@ class TritonPagedSpla:
         self.top_p = params.top_p if params.top_p is not None and params.top_p < 1 else 0.0  # 0 where there is none
         self.page_layout, self.state_layout = layouts(params, head_size, cache_dtype)
         self.max_pages = -(-max_model_len // params.page_size)
+        self.max_units = self.max_pages * params.blocks_per_page
         self.has_mass = params.residual != "none" and params.combine == "shared_normalizer"
         self.write_mass = self.has_mass and params.selector not in ("mean", "taylor2")
         self.gain = torch.ones(num_heads) if gain is None else gain
@@ -312,6 +318,7 @@ class TritonPagedSpla:
         self._salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(device=device, dtype=torch.int32)
         self._counter = torch.zeros(1, dtype=torch.int32, device=device)
         self._dependent = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        self._launch_early = {"launch_pdl": True} if self._dependent else {}
         self._num_sms = 132
         if device.type == "cuda":
             self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -325,8 +332,8 @@ class TritonPagedSpla:
         self._slice = min(32, self._dp)
         self._parts = -(-head_size // self._slice) if params.residual != "none" else 0
         self._fold_tile = min(64, params.page_size & -params.page_size)
-        self._pages_p = triton.next_power_of_2(self.max_pages)
-        self._width = min(self._pages_p, max(16, _SELECT_ELEMENTS // self._group_p))
+        self._units_p = triton.next_power_of_2(self.max_units)
+        self._width = min(self._units_p, max(16, _SELECT_ELEMENTS // self._group_p))
         self._scratch = _Scratch.shared(self._scratch_shapes(), device)
         self.page_table, self.page_counts = self._scratch.table, self._scratch.count
         self._flashinfer: FlashInferDecode | None = None
@@ -357,20 +364,20 @@ class TritonPagedSpla:
         return self._scratch.nbytes + (self._flashinfer.nbytes if self._flashinfer else 0)
 
     def _scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        rows, group, kv_heads, pages = self.max_num_rows, self._group_p, self.num_kv_heads, self.max_pages
+        rows, group, kv_heads, units = self.max_num_rows, self._group_p, self.num_kv_heads, self.max_units
         tokens = rows * self.max_query_len
         tunings = [(n, q, self.tuning(n, q)) for n in range(1, rows + 1) for q in range(1, self.max_query_len + 1)]
         parts = max(n * q * kv_heads * tuning.attend_splits for n, q, tuning in tunings)
         lse = max(n * q * tuning.score_splits for n, q, tuning in tunings)
         mass = max(n * q * tuning.mass_parts for n, q, tuning in tunings)
         return {
-            "scores": ((tokens, kv_heads, pages, group), torch.float32),
-            "mass": ((tokens, kv_heads, pages, group) if self.write_mass else (1,), torch.float32),
+            "scores": ((tokens, kv_heads, units, group), torch.float32),
+            "mass": ((tokens, kv_heads, units, group) if self.write_mass else (1,), torch.float32),
             "lse": ((lse, kv_heads, group), torch.float32),
-            "grouped": ((tokens, kv_heads, pages) if self._width < self._pages_p else (1,), torch.float32),
+            "grouped": ((tokens, kv_heads, units) if self._width < self._units_p else (1,), torch.float32),
             "table": ((tokens, kv_heads, self.params.budget_blocks), torch.int32),
             "count": ((tokens, kv_heads), torch.int32),
-            "flags": ((tokens, kv_heads, pages), torch.int8),
+            "flags": ((tokens, kv_heads, units), torch.int8),
             "part_out": ((parts, self._attend_n, self._dp), torch.float32),
             "part_sum": ((parts, 2, self._attend_n), torch.float32),
             "rest_mass": ((mass, kv_heads, group), torch.float32),
@@ -387,11 +394,13 @@ class TritonPagedSpla:
         if self._tuning is not None:
             return self._tuning
         chunk = 64 if self._dp <= 128 else 32
+        if self.params.selector == "km2-rem":  # twice the statistics
+            chunk //= 2
         tile = 64 if self._dp <= 128 else 32
         units = num_rows * self.num_kv_heads
-        score_splits = max(1, min(-(-self.max_pages // chunk), _power(512 / units), 32))
+        score_splits = max(1, min(-(-self.max_units // chunk), _power(512 / units), 32))
         # More splits than tiles would be idle; past 16, merging costs more than reading gains.
-        tiles = -(-self.params.budget_blocks * self.params.page_size // tile)
+        tiles = -(-self.params.budget_blocks * self.params.selection_block // tile)
         units *= query_len
         attend_splits = min(tiles, 16, max(_power(128 / units), 2 if units <= 256 else 1))
         return Tuning(
@@ -400,7 +409,7 @@ class TritonPagedSpla:
             chunk=chunk,
             tile=tile,
             mass_parts=min(8, _power(64 / units)),
-            select_warps=min(32, max(4, min(self._pages_p * self._group_p, _SELECT_ELEMENTS) // 1024)),
+            select_warps=min(32, max(4, min(self._units_p * self._group_p, _SELECT_ELEMENTS) // 1024)),
         )
 
     # Writing ----------------------------------------------------------------------------------------------------
@@ -420,7 +429,10 @@ class TritonPagedSpla:
         num_tokens = slot_mapping.shape[0]
         if num_tokens == 0:
             return
-        cache = kv_cache.view(torch.int32)
+        cache, block = kv_cache.view(torch.int32), self.params.selection_block
+        # Two clusters are made of a selection block at once, everything else of a power of two at a time.
+        clusters = self.params.selector == "km2-rem"
+        tile = triton.next_power_of_2(block) if clusters else min(64, block & -block)
         update_cache_kernel[(num_tokens, self.num_kv_heads)](
             key,
             value,
@@ -440,11 +452,15 @@ class TritonPagedSpla:
             D=self.head_size,
             DP=self._dp,
             PAGE=self.params.page_size,
-            TILE=self._fold_tile,
+            UNIT=block,
+            STRIDE=self.page_layout.statistics_stride,
+            TILE=tile,
             STAMP_WORD=self._stamp_word,
             LIMIT=torch.finfo(self.cache_dtype).max,
             SELECTOR=SELECTOR_CODES[self.params.selector],
-            num_warps=4 if self._fold_tile * self._dp >= 4096 else 2,
+            DEPENDENT=self._dependent,
+            num_warps=8 if tile * self._dp > 8192 else 4 if tile * self._dp >= 4096 else 2,
+            **self._launch_early,
         )
 
     @property
@@ -466,6 +482,7 @@ class TritonPagedSpla:
         state_table: torch.Tensor | None,
         output: torch.Tensor,
         max_query_len: int,
+        steady: bool = False,
     ) -> None:
         """Attention of one layer for a batch of decode rows.
 
@@ -479,6 +496,8 @@ class TritonPagedSpla:
             state_table: `[rows, >= K]` int32; may be None without a residual.
             output: `[rows * max_query_len, H, d]`; rows of padding become zero.
             max_query_len: Query tokens of a row.
+            steady: The step has no tokens but these rows', so that all pages but those that they complete now have had
+                their statistics before it began: these may be read while the launch ahead of this one still runs.
         """
         num_rows = seq_lens.shape[0]
         if num_rows == 0:
@@ -495,7 +514,7 @@ class TritonPagedSpla:
         if self.fused and max_query_len == 1 and query.dtype == self.cache_dtype and self.fused.pays(num_rows):
             self.fused.run(
                 query, kv_cache, state_cache, query_start_loc, seq_lens, block_table, state_table, self.gain, output,
-                scratch.table, scratch.count,
+                scratch.table, scratch.count, early=steady,
             )  # fmt: skip
             return
         tuning = self.tuning(num_rows, max_query_len)
@@ -512,17 +531,17 @@ class TritonPagedSpla:
             "GROUP_P": self._group_p,
             "QUERY_LEN": max_query_len,
             "PAGE": params.page_size,
+            "UNIT": params.selection_block,
             "BUDGET": budget,
         }
         selection = {
             "BUDGET_P": triton.next_power_of_2(budget),
             "FIRST": params.first_blocks,
             "LAST": params.last_blocks,
-            "PAGES": self._pages_p,
+            "UNITS": self._units_p,
             "SPLITS_P": splits_p,
             "TOP_P": self.top_p,
         }
-        dependent = {"launch_pdl": True} if self._dependent else {}
         prepare_kernel[(self._parts + tuning.score_splits, kv_heads, num_rows)](
             query,
             kv_cache,
@@ -556,7 +575,7 @@ class TritonPagedSpla:
             block_table.stride(0),
             state_table.stride(0),
             kv_cache.shape[0] - 1,
-            self.max_pages,
+            self.max_units,
             kv_heads,
             self.scale,
             MAGIC=STATE_MAGIC,
@@ -571,7 +590,8 @@ class TritonPagedSpla:
             N=max(8, columns),
             D=self.head_size,
             DP=self._dp,
-            LOG_PAGE=math.log(params.page_size),
+            STRIDE=self.page_layout.statistics_stride,
+            LOG_UNIT=math.log(params.selection_block),
             CHUNK=tuning.chunk,
             STAGES=tuning.score_stages,
             SELECTOR=SELECTOR_CODES[params.selector],
@@ -597,7 +617,7 @@ class TritonPagedSpla:
                 scratch.count,
                 scratch.flags,
                 block_table.stride(0),
-                self.max_pages,
+                self.max_units,
                 kv_heads,
                 tuning.score_splits,
                 WIDTH=self._width,
@@ -605,7 +625,7 @@ class TritonPagedSpla:
                 num_warps=tuning.select_warps,
                 **shared,
                 **selection,
-                **dependent,
+                **self._launch_early,
             )
         if self._flashinfer is not None:
             self._flashinfer.attend(
@@ -641,7 +661,7 @@ class TritonPagedSpla:
             kv_cache.stride(0),
             kv_cache.stride(1),
             kv_cache.shape[0] - 1,
-            self.max_pages,
+            self.max_units,
             kv_heads,
             self.scale,
             params.residual_scale,
@@ -662,7 +682,7 @@ class TritonPagedSpla:
             DEPENDENT=self._dependent,
             num_warps=tuning.attend_warps,
             **shared,
-            **dependent,
+            **self._launch_early,
         )
 
 
@@ -673,13 +693,16 @@ def _check(
     head_size: int,
     cache_dtype: torch.dtype,
     query_len: int,
+    max_model_len: int,
     executor: str,
 ) -> None:
     """One place for every case that these kernels refuse."""
-    if params.selection_block != params.page_size:
-        raise ValueError(f"selection_block {params.selection_block} differs from page_size {params.page_size}")
     if params.page_size % 16 != 0:
         raise ValueError(f"page_size {params.page_size} is no multiple of 16")
+    if params.selection_block % 16 != 0 or params.page_size % params.selection_block != 0:
+        raise ValueError(
+            f"selection_block {params.selection_block} is no multiple of 16 that divides page_size {params.page_size}"
+        )
     if params.selector not in SELECTOR_CODES:
         raise ValueError(f"selector {params.selector!r} has no kernel, choose one of {', '.join(SELECTOR_CODES)}")
     if params.residual not in RESIDUAL_CODES:
@@ -698,11 +721,18 @@ def _check(
         raise ValueError(f"head_size {head_size} is no multiple of 16 up to 256")
     if cache_dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"cache_dtype {cache_dtype} is neither float16 nor bfloat16")
-    if query_len > 1 and params.last_blocks < 2:
-        raise ValueError("several query tokens a row need last_blocks >= 2: the state does not cover the page before")
     if query_len > params.page_size:
         raise ValueError(f"{query_len} query tokens a row exceed a page of {params.page_size}")
+    if -(-max_model_len // params.page_size) * params.blocks_per_page >= 1 << 16:  # selection counts in 16 bits
+        raise ValueError(
+            f"max_model_len {max_model_len} is more than 65535 selection blocks of {params.selection_block} tokens"
+        )
     if executor == "flashinfer":
+        if params.selection_block != params.page_size:
+            raise ValueError(
+                f"executor 'flashinfer' reads whole pages: set selection_block_size to {params.page_size} or executor "
+                "to 'spla'"
+            )
         check_flashinfer(head_size)
     elif executor != "spla":
         raise ValueError(f"executor {executor!r} is neither spla nor flashinfer")

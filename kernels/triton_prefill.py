@@ -9,9 +9,12 @@ a time:
 
 1. `prefill_state_kernel`, for all kv heads: the recurrent state at every page
 2. `prefill_score_kernel`, NORMALISE, then SHARE; `prefill_select_kernel`
-3. `prefill_count_kernel`, a running sum, `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a page,
-   as a list cut into work items; mass and mean logit of what was not selected
+3. `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a page, as a list cut into work items; mass
+   and mean logit of what was not selected
 4. `page_attend_kernel`, `prefill_merge_kernel`
+
+A short chunk is a small pass: its scores are cut into more splits, its merge into more programs, and the launches are
+bound once a step for all layers (`triton_launch`), because the host would take longer than the device.
 
 Where the scratch does not take all kv heads, they run for some of them after the others rather than for fewer tokens:
 the more tokens chose a page, the more often is it used once it is on chip.
@@ -22,7 +25,7 @@ What depends on lengths is planned on the host, from lengths that the host knows
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -33,10 +36,10 @@ from .layout import STATE_MAGIC
 from .triton_attend import RESIDUAL_CODES
 from .triton_cache import SELECTOR_CODES
 from .triton_decode import TritonPagedSpla
+from .triton_launch import Launch, current_stream
 from .triton_prefill_attend import page_attend_kernel, prefill_merge_kernel
 from .triton_prefill_select import (
     MODES,
-    prefill_count_kernel,
     prefill_list_kernel,
     prefill_score_kernel,
     prefill_select_kernel,
@@ -80,6 +83,8 @@ class Pass:
     runs: torch.Tensor  # [runs, 3] int32: first tile, tiles, row
     max_complete: int  # at least the complete pages of every tile
     heads: int  # kv heads at a time
+    small: bool  # whether it leaves multiprocessors idle unless cut into small pieces
+    launches: dict[tuple, list[Launch]] = field(default_factory=dict, compare=False)  # by what layers differ in
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,29 @@ class PrefillTuning:
     merge_stages: int = 4
     merge_warps: int = 8
     merge_registers: int | None = None
+    # Of small passes.
+    small_attend_rows: int = 16
+    small_attend_programs: int = 3
+    small_attend_stages: int = 3
+    small_attend_registers: int | None = 168
+    small_merge_rows: int = 16
+    small_merge_stages: int = 6
+    small_merge_forced_stages: int = 3
+    small_merge_warps: int = 4
+    dependent: bool = True  # kernels are launched while the ones before them still run
     state_slice: int = 16
     state_stages: int = 3
     state_warps: int = 4
 
 
 SMALL = PrefillTuning(
-    normalise_chunk=32, normalise_registers=128, normalise_stages=2, merge_rows=64, merge_stages=3, merge_warps=4
+    normalise_chunk=32,
+    normalise_registers=128,
+    normalise_stages=2,
+    merge_rows=64,
+    merge_stages=3,
+    merge_warps=4,
+    small_merge_stages=3,
 )
 """Where the others do not fit into shared memory: large heads, and `linear`, whose merge reads two matrices."""
 
@@ -155,6 +176,7 @@ class TritonPrefill:
 
     _pools: ClassVar[dict[tuple, dict[str, torch.Tensor]]] = {}
     _warm: ClassVar[set[tuple]] = set()
+    _geometries: ClassVar[dict[tuple, int]] = {}
 
     def __init__(
         self,
@@ -173,12 +195,16 @@ class TritonPrefill:
         small = d > 128 or params.residual == "linear"
         self.tuning = tuning or (SMALL if small else PrefillTuning())
         self.dense_below = max(dense_below, params.budget_blocks * params.page_size)
+        dependent = base._dependent and self.tuning.dependent
+        self._chain = {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
         self._dp, self._group_p = triton.next_power_of_2(d), triton.next_power_of_2(base.group)
         wide = 1 if self._dp <= 128 else 2
         rows = self.tuning.tile_rows // wide
         self.tile_tokens = max(1, min(32, rows // self._group_p, params.page_size & -params.page_size))
         self._merge_tokens = max(1, min(self.tile_tokens, self.tuning.merge_rows // wide // self._group_p))
+        self._small_merge_tokens = max(1, min(self._merge_tokens, self.tuning.small_merge_rows // self._group_p))
         self._attend_tokens = max(1, self.tuning.attend_rows // wide // self._group_p)
+        self._small_attend_tokens = max(1, self.tuning.small_attend_rows // self._group_p)
         self._slots = params.budget_blocks - 1
         self._forced = params.first_blocks + params.last_blocks - 1  # complete pages that every token selects
         self._linear = params.residual == "linear"
@@ -199,9 +225,18 @@ class TritonPrefill:
         # States are made for all kv heads at once: page comes after page there, so that few heads take as long as all.
         state = base.num_kv_heads * (self._s_rows + 1) * d * 4  # bytes
         self.max_states = max(1, min(limit, scratch_bytes // 4 // state)) if params.residual != "none" else limit
+        # Tiles times kv heads that leave multiprocessors idle unless they are cut into small pieces.
+        self._small_pairs = base._num_sms * self._merge_tokens // self.tile_tokens // 2
         self._sparse = max_model_len > self.dense_below
         self._max_num_rows = max_num_rows
         self._pool = self._shared_pool()
+        # Layers of one geometry launch the same kernels.
+        weights = base.gain, *base.norm_weights
+        geometry = (str(device), self._shapes_key(), params, self.tuning, base.scale, base.cache_dtype, base.num_heads,
+                    base.state_layout, *(w.data_ptr() % 16 for w in weights))  # fmt: skip
+        self._geometry = self._geometries.setdefault(geometry, len(self._geometries))
+        self._weights = dict(zip(("gain", "exact_weight", "tail_weight"), weights, strict=True))
+        self._weight_addresses = {name: w.data_ptr() for name, w in self._weights.items()}
 
     def warm_up(self) -> None:
         """Compile what the passes of every length need, so that no request has to wait for it."""
@@ -229,8 +264,10 @@ class TritonPrefill:
             positions.append((pages + 1) * params.page_size)
             pages *= 2
         for position in tqdm(positions, desc="Compiling SPLA prefill kernels", disable=len(positions) < 2):
-            for step in self.plan(0, [0, 1], [position + 1]).passes:
-                self.run(step, query, kv_cache, kv_cache, block_table, state_table, torch.empty_like(query))
+            (step,) = self.plan(0, [0, 1], [position + 1]).passes
+            for small in (True, False):
+                size = replace(step, small=small, launches={})
+                self.run(size, query, kv_cache, kv_cache, block_table, state_table, torch.empty_like(query))
         torch.cuda.synchronize(self.device)
 
     def _shapes_key(self) -> tuple:
@@ -248,24 +285,27 @@ class TritonPrefill:
         regression = base.params.residual == "regression"
         lists = self._max_lists * self._max_pages
         steps = min(parts, parts // self._attend_tokens + lists)  # every list ends with a step that is not full
+        small = min(pairs, self._small_pairs) * self.tile_tokens * (self._slots - self._forced)
+        small = min(small, small // self._small_attend_tokens + lists)
+        entries = max(steps * self._attend_tokens, small * self._small_attend_tokens)
         return arrivals | {
             "out": ((max(parts * base.group * base.head_size, grouped),), base.cache_dtype),
             "part_sum": ((parts, 2, self._group_p), torch.float32),
             "part_tail": ((parts if self._linear else 1, base.group, base.head_size), torch.float32),
             "part_z": ((parts if self._linear else 1, self._group_p), torch.float32),
-            "lse": ((pairs, m), torch.float32),
+            "lse": ((max(pairs, base._num_sms), m), torch.float32),
             "tail": ((pairs, 2, m), torch.float32),
-            "sums": ((pairs, 3, m), torch.float32),
+            "sums": ((max(pairs, base._num_sms), 3, m), torch.float32),
             "best": ((tokens, self._max_pages // SUB), torch.float32),
             "table": ((tokens, self._slots), torch.int32),
             "rank": ((tokens, self._slots), torch.int32),
             "count": ((tokens,), torch.int32),
             "totals": ((lists,), torch.int32),
-            "steps": ((2 * lists,), torch.int32),
-            "ends": ((2 * lists,), torch.int32),
-            "list": ((steps, self._attend_tokens, 2), torch.int32),
-            "list_tail": ((steps if regression else 1, self._attend_tokens, 2, self._group_p), torch.float32),
-            "work": ((steps, 4), torch.int32),
+            "first": ((lists,), torch.int32),
+            "counters": ((2,), torch.int32),
+            "list": ((entries, 2), torch.int32),
+            "list_tail": ((entries if regression else 1, 2, self._group_p), torch.float32),
+            "work": ((max(steps, small), 4), torch.int32),
             "states": (
                 (self.max_states if rest else 1, base.num_kv_heads, self._s_rows + 1, base.head_size),
                 torch.float32,
@@ -363,6 +403,7 @@ class TritonPrefill:
                 runs=buffer[runs_at : runs_at + 3 * r].view(r, 3),
                 max_complete=complete,
                 heads=self._heads(n, r),
+                small=self._heads(n, r) * n <= self._small_pairs,
             )
             for (tiles_at, run_at, state_at, runs_at), n, r, complete in passes
         ]
@@ -419,10 +460,11 @@ class TritonPrefill:
         """
         if self.base.params.residual != "none" and (state_cache is None or state_table is None):
             raise ValueError(f"residual {self.base.params.residual!r} needs a state cache and its table")
-        if state_cache is not None and state_table is not None and self.base.params.residual != "none":
-            self._fold(step, kv_cache, state_cache, block_table, state_table, self._pool["states"])
-        for first_head in range(0, self.base.num_kv_heads, step.heads):
-            self._run_heads(first_head, step, query, kv_cache, block_table, output)
+        if state_cache is None or state_table is None:
+            state_cache, state_table = kv_cache, block_table
+        own = {"query": query, "kv": kv_cache, "state": state_cache, "block_table": block_table,
+               "state_table": state_table, "output": output}  # fmt: skip
+        self._launch(step, own)
 
     def fold(
         self,
@@ -441,114 +483,192 @@ class TritonPrefill:
             block_table: `[rows, pages]` int32 of the whole batch.
             state_table: `[rows, >= K]` int32.
         """
-        self._fold(step, kv_cache, state_cache, block_table, state_table, None)
+        own = {"kv": kv_cache, "state": state_cache, "block_table": block_table, "state_table": state_table}
+        self._launch(step, own)
 
-    def _fold(
-        self,
-        step: Pass,
-        kv_cache: torch.Tensor,
-        state_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        state_table: torch.Tensor,
-        states: torch.Tensor | None,  # where those of every page are put aside
-    ) -> None:
-        base, tuning = self.base, self.tuning
-        kv_int, state = kv_cache.view(torch.int32), state_cache.view(torch.float32)
+    def _launch(self, step: Pass, own: dict[str, torch.Tensor]) -> None:
+        """A pass for a layer with these tensors; without a query, only its states."""
+        addresses = {name: tensor.data_ptr() for name, tensor in own.items()}
+        layer = (self._geometry, len(own["kv"]), *((x.stride(), x.dtype) for x in own.values()),
+                 *(address % 16 for address in addresses.values()))  # fmt: skip
+        launches = step.launches.get(layer)
+        if launches is None:
+            launches = list(self._bind(step, own, layer))
+            step.launches[layer] = launches
+        addresses |= self._weight_addresses
+        addresses["kv_int"], addresses["state_int"] = addresses["kv"], addresses["state"]
+
+        def tensors() -> dict[str, torch.Tensor]:
+            state = own["state"]
+            views = {"kv_int": own["kv"].view(torch.int32), "state_int": state.view(torch.int32)}
+            return own | self._weights | views | {"state": state.view(torch.float32)}
+
+        stream = current_stream(self.device)
+        for launch in launches:
+            launch(addresses, tensors, stream)
+
+    def _bind(self, step: Pass, own: dict[str, torch.Tensor], layer: tuple) -> Iterator[Launch]:
+        """The launches of a pass, for all layers of which `layer` is true."""
+        if self.base.params.residual != "none":
+            yield self._state_launch(step, own, layer)
+        if "query" in own:
+            for first_head in range(0, self.base.num_kv_heads, step.heads):
+                yield from self._head_launches(first_head, step, own, layer)
+
+    def _state_launch(self, step: Pass, own: dict[str, torch.Tensor], layer: tuple) -> Launch:
+        """States of a pass, those of every page put aside where there are queries."""
+        base, tuning, pool = self.base, self.tuning, self._pool
+        keep = "query" in own
+        kv_cache, kv_int, state = own["kv"], own["kv"].view(torch.int32), own["state"].view(torch.float32)
         parts = triton.cdiv(self._s_rows, tuning.state_slice)
-        prefill_state_kernel[(parts, base.num_kv_heads, step.runs.shape[0])](
-            kv_cache, kv_int, state, state_cache.view(torch.int32), block_table, state_table, step.runs, step.tiles,
-            step.tile_state, state if states is None else states, self._pool["arrivals"],
-            kv_cache.stride(0), kv_cache.stride(1), kv_int.stride(0), kv_int.stride(1), state.stride(0),
-            state.stride(1), block_table.stride(0), state_table.stride(0), kv_cache.shape[0] - 1, MAGIC=STATE_MAGIC,
-            STAMP_WORD=base._stamp_word, NUM_BLOCKS=base.state_layout.num_blocks,
-            BODY=base.state_layout.rows_per_block - 1, PARTS=parts, SLICE=tuning.state_slice, D=base.head_size,
-            DP=self._dp, PAGE=base.params.page_size, TILE=base._fold_tile, S_ROWS=self._s_rows,
-            STAGES=tuning.state_stages, LINEAR=self._linear, KEEP=states is not None, num_warps=tuning.state_warps,
+        return Launch(
+            prefill_state_kernel,
+            (parts, base.num_kv_heads, step.runs.shape[0]),
+            (
+                "kv", "kv_int", "state", "state_int", "block_table", "state_table", step.runs, step.tiles,
+                step.tile_state, pool["states"] if keep else "state", pool["arrivals"],
+                kv_cache.stride(0), kv_cache.stride(1), kv_int.stride(0), kv_int.stride(1), state.stride(0),
+                state.stride(1), own["block_table"].stride(0), own["state_table"].stride(0), len(kv_cache) - 1,
+            ),
+            {
+                "MAGIC": STATE_MAGIC, "STAMP_WORD": base._stamp_word, "NUM_BLOCKS": base.state_layout.num_blocks,
+                "BODY": base.state_layout.rows_per_block - 1, "PARTS": parts, "SLICE": tuning.state_slice,
+                "D": base.head_size, "DP": self._dp, "PAGE": base.params.page_size, "TILE": base._fold_tile,
+                "S_ROWS": self._s_rows, "STAGES": tuning.state_stages, "LINEAR": self._linear, "KEEP": keep,
+                **self._chain, "num_warps": tuning.state_warps,
+            },
+            layer,
         )  # fmt: skip
 
-    def _run_heads(
-        self,
-        first_head: int,
-        step: Pass,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
+    def _head_launches(
+        self, first_head: int, step: Pass, own: dict[str, torch.Tensor], layer: tuple
+    ) -> Iterator[Launch]:
         """A pass of the kv heads from `first_head` on."""
-        base, tuning, pool = self.base, self.tuning, self._pool
+        base, t, pool = self.base, self.tuning, self._pool
         params, d, heads = base.params, base.head_size, step.heads
         num_tiles, num_runs = step.tiles.shape[0], step.runs.shape[0]
         num_parts = num_tiles * self.tile_tokens * (self._slots - self._forced)
         max_pages = step.max_complete  # of this pass: scratch is laid out anew each time
         residual = RESIDUAL_CODES[params.residual]
+        query, kv_cache, output = own["query"], own["kv"], own["output"]
         strides = query.stride(0), query.stride(1), kv_cache.stride(0), kv_cache.stride(1)
-        table_stride, last_page = block_table.stride(0), kv_cache.shape[0] - 1
+        table_stride, last_page = own["block_table"].stride(0), len(kv_cache) - 1
         page_p = triton.next_power_of_2(params.page_size)
+        deep = page_p * self._dp <= 8192  # whether several pages are in shared memory at a time
         grouped = pool["out"].view(torch.float32)
         shape = {"GROUP": base.group, "GROUP_P": self._group_p, "D": d, "DP": self._dp, "PAGE": params.page_size}
         selector = SELECTOR_CODES[params.selector]
         lists = num_runs * heads * max_pages
-        totals, steps, ends = pool["totals"][:lists], pool["steps"][: 2 * lists], pool["ends"][: 2 * lists]
-        width = 32
-        groups = (triton.cdiv(max_pages, width), heads, num_runs)
+        # A few programs to a multiprocessor, each of at least two chunks.
+        sms, pairs = base._num_sms, heads * num_tiles
+        norms = max(1, min(max_pages // (2 * t.normalise_chunk), sms // pairs))
+        splits = max(
+            1, min(max_pages // (4 * t.share_chunk), 8), min(max_pages // (2 * t.share_chunk), 2 * sms // pairs)
+        )
 
-        def score(mode: str, splits: int, chunk: int, stages: int, warps: int, registers: int | None) -> None:
-            prefill_score_kernel[(heads, num_tiles, splits)](
-                query, kv_cache, block_table, step.tiles, pool["lse"], pool["sums"], grouped, pool["best"], *strides,
-                table_stride,
-                last_page, max_pages, first_head, base.scale, MODE=MODES[mode], TQ=self.tile_tokens,
-                LOG2_PAGE=math.log2(params.page_size), CHUNK=chunk, SUB=SUB, STAGES=stages,
-                SELECTOR=selector, MASS=base.has_mass, num_warps=warps, maxnreg=registers, **shape,
+        def score(mode: str, splits: int, chunk: int, stages: int, warps: int, registers: int | None) -> Launch:
+            return Launch(
+                prefill_score_kernel,
+                (heads, num_tiles, splits),
+                (
+                    "query", "kv", "block_table", step.tiles, pool["lse"], pool["sums"], grouped, pool["best"],
+                    pool["totals"], pool["counters"], *strides, table_stride, last_page, max_pages, first_head, lists,
+                    norms, base.scale,
+                ),
+                {
+                    "MODE": MODES[mode], "TQ": self.tile_tokens, "LOG2_PAGE": math.log2(params.page_size),
+                    "CHUNK": chunk, "SUB": SUB, "STAGES": stages, "SELECTOR": selector, "MASS": base.has_mass,
+                    **self._chain, "num_warps": warps, "maxnreg": registers, **shape,
+                },
+                layer,
             )  # fmt: skip
 
-        t = tuning
-        score("normalise", 1, t.normalise_chunk, t.normalise_stages, t.normalise_warps, t.normalise_registers)
-        splits = max(1, min(step.max_complete // (4 * tuning.share_chunk), 8))
-        score("share", splits, t.share_chunk, t.share_stages, t.share_warps, t.share_registers)
+        yield score("normalise", norms, t.normalise_chunk, t.normalise_stages, t.normalise_warps, t.normalise_registers)
+        yield score("share", splits, t.share_chunk, t.share_stages, t.share_warps, t.share_registers)
         subs = max(16, triton.next_power_of_2(max_pages // SUB))
         slots_p = max(16, triton.next_power_of_2(self._slots))
-        warps = max(1, max(subs, slots_p * SUB) // tuning.select_elements)
-        rows = min(tuning.select_rows, self.tile_tokens)
-        totals.zero_()
-        prefill_select_kernel[(heads, num_tiles, self.tile_tokens // rows)](
-            step.tiles, step.tile_run, grouped, pool["best"], pool["table"], pool["rank"], pool["count"], totals,
-            max_pages, TQ=self.tile_tokens, ROWS=rows, PAGE=params.page_size, GROUP=base.group, SLOTS=self._slots,
-            SLOTS_P=slots_p, FIRST=params.first_blocks, LAST=params.last_blocks, SUB=SUB, SUBS=subs,
-            LANES=min(subs, 128 * warps), TOP_P=base.top_p, num_warps=warps,
-            maxnreg=tuning.select_registers,
+        warps = max(1, max(subs, slots_p * SUB) // t.select_elements)
+        rows = 1 if step.small else min(t.select_rows, self.tile_tokens)
+        yield Launch(
+            prefill_select_kernel,
+            (heads, num_tiles, self.tile_tokens // rows),
+            (
+                step.tiles, step.tile_run, grouped, pool["best"], pool["table"], pool["rank"], pool["count"],
+                pool["totals"], max_pages, rows,
+            ),
+            {
+                "TQ": self.tile_tokens, "PAGE": params.page_size, "GROUP": base.group, "SLOTS": self._slots,
+                "SLOTS_P": slots_p, "FIRST": params.first_blocks, "LAST": params.last_blocks, "SUB": SUB, "SUBS": subs,
+                "LANES": min(subs, 128 * warps), "TOP_P": base.top_p, **self._chain, "num_warps": warps,
+                "maxnreg": t.select_registers,
+            },
+            layer,
         )  # fmt: skip
-        prefill_count_kernel[(triton.cdiv(lists, 256),)](
-            totals, steps, lists, TM=self._attend_tokens, SPAN=tuning.attend_span, WIDTH=256
-        )
-        torch.cumsum(steps.view(2, lists), 1, dtype=torch.int32, out=ends.view(2, lists))
-        prefill_work_kernel[groups](
-            block_table, step.runs, totals, steps, ends, pool["work"], pool["list"], table_stride, max_pages,
-            TM=self._attend_tokens, SPAN=tuning.attend_span, WIDTH=width, num_warps=1,
+        width = 32
+        step_tokens, span = self._attend_tokens, t.attend_span
+        if step.small:
+            step_tokens, span = self._small_attend_tokens, 1
+        yield Launch(
+            prefill_work_kernel,
+            (triton.cdiv(max_pages, width), heads, num_runs),
+            (
+                "block_table", step.runs, pool["totals"], pool["first"], pool["counters"], pool["work"], pool["list"],
+                table_stride, max_pages,
+            ),
+            {"TM": step_tokens, "SPAN": span, "WIDTH": width, **self._chain, "num_warps": 1},
+            layer,
         )  # fmt: skip
-        prefill_list_kernel[(heads, num_tiles, self.tile_tokens)](
-            query, kv_cache, block_table, step.tiles, step.tile_run, pool["table"], pool["rank"], pool["count"],
-            steps, ends, pool["sums"], base.gain, pool["tail"], pool["list"], pool["list_tail"],
-            *strides, table_stride, last_page, max_pages, first_head, base.scale, TQ=self.tile_tokens,
-            TM=self._attend_tokens, SLOTS=self._slots, SLOTS_P=slots_p, FORCED=self._forced, SELECTOR=selector,
-            MASS=base.has_mass, LIST_TAIL=base.has_mass and params.residual == "regression",
-            num_warps=tuning.list_warps * max(1, slots_p * self._dp // 4096), **shape,
+        yield Launch(
+            prefill_list_kernel,
+            (heads, num_tiles, self.tile_tokens),
+            (
+                "query", "kv", "block_table", step.tiles, step.tile_run, pool["table"], pool["rank"], pool["count"],
+                pool["first"], pool["sums"], "gain", pool["tail"], pool["list"], pool["list_tail"], *strides,
+                table_stride, last_page, max_pages, first_head, norms, base.scale,
+            ),
+            {
+                "TQ": self.tile_tokens, "TM": step_tokens, "SLOTS": self._slots, "SLOTS_P": slots_p,
+                "FORCED": self._forced, "SELECTOR": selector, "MASS": base.has_mass,
+                "LIST_TAIL": base.has_mass and params.residual == "regression",
+                **self._chain, "num_warps": t.list_warps * max(1, slots_p * self._dp // 4096), **shape,
+            },
+            layer,
         )  # fmt: skip
         parts = pool["out"], pool["part_sum"], pool["part_tail"], pool["part_z"]
-        page_attend_kernel[(tuning.attend_programs * base._num_sms,)](
-            query, kv_cache, pool["work"], ends[-1:], pool["list"], pool["list_tail"], *parts, *strides, last_page,
-            first_head, num_parts, base.scale, params.residual_scale, TM=self._attend_tokens, PAGE_P=page_p,
-            STAGES=tuning.attend_stages, RESIDUAL=residual, num_warps=tuning.attend_warps,
-            maxnreg=tuning.attend_registers, **shape,
+        yield Launch(
+            page_attend_kernel,
+            ((t.small_attend_programs if step.small else t.attend_programs) * sms,),
+            (
+                "query", "kv", pool["work"], pool["counters"], pool["list"], pool["list_tail"], *parts, *strides,
+                last_page, first_head, num_parts, base.scale, params.residual_scale,
+            ),
+            {
+                "TM": step_tokens, "SPAN": span, "PAGE_P": page_p, "RESIDUAL": residual,
+                "STAGES": t.attend_stages if not step.small else t.small_attend_stages if deep else 2,
+                "num_warps": t.attend_warps,
+                "maxnreg": t.small_attend_registers if step.small else t.attend_registers,
+                **self._chain, **shape,
+            },
+            layer,
         )  # fmt: skip
-        prefill_merge_kernel[(heads, num_tiles, self.tile_tokens // self._merge_tokens)](
-            query, kv_cache, block_table, step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"],
-            *parts, *base.norm_weights, output, *strides[:2], output.stride(0), output.stride(1), *strides[2:],
-            table_stride, base.num_kv_heads, first_head, num_parts, base.scale, params.residual_scale,
-            params.rms_norm_eps,
-            TQ=self.tile_tokens, TM=self._merge_tokens, PAGE_P=page_p, FIRST=params.first_blocks,
-            FORCED=self._forced, PARTS=self._slots - self._forced, S_ROWS=self._s_rows,
-            STAGES=tuning.merge_stages, RESIDUAL=residual, DOUBLE_NORM=params.combine == "double_rmsnorm",
-            num_warps=tuning.merge_warps,
-            maxnreg=tuning.merge_registers, **shape,
+        tokens = self._small_merge_tokens if step.small else self._merge_tokens
+        yield Launch(
+            prefill_merge_kernel,
+            (heads, num_tiles, self.tile_tokens // tokens),
+            (
+                "query", "kv", "block_table", step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"],
+                *parts, "exact_weight", "tail_weight", "output", *strides[:2], output.stride(0), output.stride(1),
+                *strides[2:], table_stride, last_page, base.num_kv_heads, first_head, num_parts, base.scale,
+                params.residual_scale, params.rms_norm_eps,
+            ),
+            {
+                "TQ": self.tile_tokens, "TM": tokens, "PAGE_P": page_p, "FIRST": params.first_blocks,
+                "FORCED": self._forced, "PARTS": self._slots - self._forced, "S_ROWS": self._s_rows,
+                "STAGES": t.small_merge_stages if step.small else t.merge_stages,
+                "FORCED_STAGES": t.small_merge_forced_stages if step.small and deep else 1, "RESIDUAL": residual,
+                "DOUBLE_NORM": params.combine == "double_rmsnorm",
+                "num_warps": t.small_merge_warps if step.small else t.merge_warps, "maxnreg": t.merge_registers,
+                **self._chain, **shape,
+            },
+            layer,
         )  # fmt: skip

@@ -30,6 +30,67 @@ from .triton_prefill_select import LOG2E, tile_queries
 from .triton_state import softmax_features
 
 
+@triton.jit
+def attend_step(
+    q,  # [M, DP] queries of some tokens' heads
+    k,  # [PAGE_P, DP]
+    v,
+    part,  # [M] where each token's part belongs
+    exists,  # [M]
+    log_mean,  # [M] float32: the tail, for REGRESSION
+    center,  # [M] float32
+    member,  # [M] head of the group
+    column,
+    part_out_ptr,
+    part_sum_ptr,
+    part_tail_ptr,
+    part_z_ptr,
+    scale,
+    residual_scale,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    PAGE_P: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Tokens' heads attend to a page: their parts."""
+    dtype = k.dtype
+    in_head = column < D
+    t = tl.arange(0, PAGE_P)
+    unit = scale * LOG2E
+    logit = tl.dot(q, tl.trans(k))  # [M, PAGE_P]
+    exposed = logit
+    if PAGE != PAGE_P:
+        exposed = tl.where((t < PAGE)[None, :], logit, float("-inf"))
+    top = tl.max(exposed, axis=1) * unit  # [M]
+    if RESIDUAL == REGRESSION:
+        top = tl.maximum(top, log_mean)
+    weight = tl.exp2(exposed * unit - top[:, None])
+    total = tl.sum(weight, axis=1)
+    if RESIDUAL == REGRESSION:
+        level = tl.exp2(log_mean - top)
+        slope = level * (residual_scale * scale)
+        weight -= logit * slope[:, None] + (level * (1.0 - residual_scale * center))[:, None]
+    out = tl.dot(weight.to(dtype), v)  # [M, DP]
+    stored = exists[:, None] & in_head[None, :]
+    out_row = (part * GROUP + member) * D
+    tl.store(part_out_ptr + out_row[:, None] + column[None, :], out.to(dtype), mask=stored)
+    tl.store(part_sum_ptr + part * 2 * GROUP_P + member, top, mask=exists)
+    tl.store(part_sum_ptr + part * 2 * GROUP_P + GROUP_P + member, total, mask=exists)
+    if RESIDUAL == LINEAR:
+        phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
+        phi_q = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
+        feature = tl.dot(phi_q, tl.trans(phi_k))
+        if PAGE != PAGE_P:
+            feature = tl.where((t < PAGE)[None, :], feature, 0.0)
+        high = feature.to(dtype)
+        low = (feature - high.to(tl.float32)).to(dtype)
+        read = tl.dot(low, v, tl.dot(high, v))
+        tl.store(part_tail_ptr + out_row[:, None] + column[None, :], read, mask=stored)
+        tl.store(part_z_ptr + part * GROUP_P + member, tl.sum(feature, axis=1), mask=exists)
+
+
 @triton.jit(do_not_specialize=["last_page", "num_parts", "first_head"])
 def page_attend_kernel(
     query_ptr,  # [tokens, H, D]
@@ -54,98 +115,127 @@ def page_attend_kernel(
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     TM: tl.constexpr,  # tokens of a step
+    SPAN: tl.constexpr,  # steps of a work item at most
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
     PAGE_P: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (programs): each takes every so many-th work item; its page is loaded once for all the item's steps."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     M: tl.constexpr = TM * GROUP_P
-    dtype = kv_ptr.dtype.element_ty
     column = tl.arange(0, DP)
     in_head = column < D
     t = tl.arange(0, PAGE_P)
     m = tl.arange(0, M)
     member = m % GROUP_P
     in_group = member < GROUP
-    unit = scale * LOG2E
     num_items = tl.load(num_items_ptr)
-    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
-        page = tl.minimum(tl.load(work_ptr + item * 4), last_page).to(tl.int64)
-        local = tl.load(work_ptr + item * 4 + 1)
-        first = tl.load(work_ptr + item * 4 + 2).to(tl.int64)
-        steps = tl.load(work_ptr + item * 4 + 3)
-        head = first_head + local
-        rows = kv_ptr + page * page_stride + head * head_stride + (t * 2 * D)[:, None] + column[None, :]
-        if (D == DP) & (PAGE == PAGE_P):
-            k = tl.load(rows)  # [PAGE_P, DP]
-            v = tl.load(rows + D)
-        else:
-            kv_mask = (t < PAGE)[:, None] & in_head[None, :]
-            k = tl.load(rows, mask=kv_mask, other=0.0)
-            v = tl.load(rows + D, mask=kv_mask, other=0.0)
-        part_base = local.to(tl.int64) * num_parts
-        query_base = query_ptr + (head * GROUP + tl.minimum(member, GROUP - 1)) * query_head_stride  # [M]
-        # What a step's addresses come from is fetched a step ahead: a load that waits for a load is not pipelined.
-        where = first * TM + m // GROUP_P
+    if SPAN == 1:
+        # Step and item have one number, so that everything but the page is known a step ahead, and the pages of several
+        # items are on their way at once: where few tokens selected a page, there is no step to hide it behind.
+        begin = tl.program_id(0)
+        last = num_items - 1
+        page = tl.load(work_ptr + tl.minimum(begin, last) * 4, mask=num_items > 0, other=0)
+        local = tl.load(work_ptr + tl.minimum(begin, last) * 4 + 1, mask=num_items > 0, other=0)
+        where = tl.maximum(tl.minimum(begin, last), 0).to(tl.int64) * TM + m // GROUP_P
         entry = tl.load(list_ptr + where * 2)
         token = tl.load(list_ptr + where * 2 + 1)
         if RESIDUAL == REGRESSION:
             next_mean = tl.load(list_tail_ptr + where * 2 * GROUP_P + member)
             next_center = tl.load(list_tail_ptr + where * 2 * GROUP_P + GROUP_P + member)
-        for step in tl.range(0, steps, num_stages=STAGES):
-            # Beyond the last step the pipeline computes addresses, without reading, from undefined ids.
-            mine = tl.maximum(entry, 0)  # [M]
+        for item in tl.range(begin, num_items, tl.num_programs(0), num_stages=STAGES):
+            # Beyond the last item the pipeline computes addresses, without reading, from undefined numbers.
+            head = first_head + local
+            rows = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + head * head_stride
+            rows = rows + (t * 2 * D)[:, None] + column[None, :]
+            part = local.to(tl.int64) * num_parts + tl.maximum(entry, 0)  # [M]
             exists = (entry >= 0) & in_group
-            query = query_base + tl.maximum(token, 0).to(tl.int64) * query_token_stride
-            where = (first + tl.minimum(step + 1, steps - 1)) * TM + m // GROUP_P
+            query = query_ptr + (head * GROUP + tl.minimum(member, GROUP - 1)) * query_head_stride
+            query += tl.maximum(token, 0).to(tl.int64) * query_token_stride
+            ahead = tl.minimum(item + tl.num_programs(0), last)
+            page = tl.load(work_ptr + ahead * 4)
+            local = tl.load(work_ptr + ahead * 4 + 1)
+            where = ahead.to(tl.int64) * TM + m // GROUP_P
             entry = tl.load(list_ptr + where * 2)
             token = tl.load(list_ptr + where * 2 + 1)
+            log_mean = tl.zeros([M], dtype=tl.float32)
+            center = tl.zeros([M], dtype=tl.float32)
             if RESIDUAL == REGRESSION:
                 log_mean = tl.where(exists, next_mean, float("-inf"))
                 center = tl.where(exists, next_center, 0.0)
                 next_mean = tl.load(list_tail_ptr + where * 2 * GROUP_P + member)
                 next_center = tl.load(list_tail_ptr + where * 2 * GROUP_P + GROUP_P + member)
+            if (D == DP) & (PAGE == PAGE_P):
+                k = tl.load(rows)  # [PAGE_P, DP]
+                v = tl.load(rows + D)
+            else:
+                kv_mask = (t < PAGE)[:, None] & in_head[None, :]
+                k = tl.load(rows, mask=kv_mask, other=0.0)
+                v = tl.load(rows + D, mask=kv_mask, other=0.0)
             if D == DP:
                 q = tl.load(query[:, None] + column[None, :])  # [M, DP]
             else:
                 q = tl.load(query[:, None] + column[None, :], mask=in_head[None, :], other=0.0)
-            logit = tl.dot(q, tl.trans(k))  # [M, PAGE_P]
-            exposed = logit
-            if PAGE != PAGE_P:
-                exposed = tl.where((t < PAGE)[None, :], logit, float("-inf"))
-            top = tl.max(exposed, axis=1) * unit  # [M]
+            attend_step(
+                q, k, v, part, exists, log_mean, center, member, column, part_out_ptr, part_sum_ptr, part_tail_ptr,
+                part_z_ptr, scale, residual_scale, GROUP, GROUP_P, D, PAGE, PAGE_P, RESIDUAL,
+            )  # fmt: skip
+    else:
+        for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
+            page = tl.minimum(tl.load(work_ptr + item * 4), last_page).to(tl.int64)
+            local = tl.load(work_ptr + item * 4 + 1)
+            first = tl.load(work_ptr + item * 4 + 2).to(tl.int64)
+            steps = tl.load(work_ptr + item * 4 + 3)
+            head = first_head + local
+            rows = kv_ptr + page * page_stride + head * head_stride + (t * 2 * D)[:, None] + column[None, :]
+            if (D == DP) & (PAGE == PAGE_P):
+                k = tl.load(rows)  # [PAGE_P, DP]
+                v = tl.load(rows + D)
+            else:
+                kv_mask = (t < PAGE)[:, None] & in_head[None, :]
+                k = tl.load(rows, mask=kv_mask, other=0.0)
+                v = tl.load(rows + D, mask=kv_mask, other=0.0)
+            part_base = local.to(tl.int64) * num_parts
+            query_base = query_ptr + (head * GROUP + tl.minimum(member, GROUP - 1)) * query_head_stride  # [M]
+            # What a step's addresses come from is fetched a step ahead: a load that waits for a load is not pipelined.
+            where = first * TM + m // GROUP_P
+            entry = tl.load(list_ptr + where * 2)
+            token = tl.load(list_ptr + where * 2 + 1)
             if RESIDUAL == REGRESSION:
-                top = tl.maximum(top, log_mean)
-            weight = tl.exp2(exposed * unit - top[:, None])
-            total = tl.sum(weight, axis=1)
-            if RESIDUAL == REGRESSION:
-                level = tl.exp2(log_mean - top)
-                slope = level * (residual_scale * scale)
-                weight -= logit * slope[:, None] + (level * (1.0 - residual_scale * center))[:, None]
-            out = tl.dot(weight.to(dtype), v)  # [M, DP]
-            part = part_base + mine
-            stored = exists[:, None] & in_head[None, :]
-            out_row = (part * GROUP + member) * D
-            tl.store(part_out_ptr + out_row[:, None] + column[None, :], out.to(dtype), mask=stored)
-            tl.store(part_sum_ptr + part * 2 * GROUP_P + member, top, mask=exists)
-            tl.store(part_sum_ptr + part * 2 * GROUP_P + GROUP_P + member, total, mask=exists)
-            if RESIDUAL == LINEAR:
-                phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
-                phi_q = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
-                feature = tl.dot(phi_q, tl.trans(phi_k))
-                if PAGE != PAGE_P:
-                    feature = tl.where((t < PAGE)[None, :], feature, 0.0)
-                high = feature.to(dtype)
-                low = (feature - high.to(tl.float32)).to(dtype)
-                read = tl.dot(low, v, tl.dot(high, v))
-                tl.store(part_tail_ptr + out_row[:, None] + column[None, :], read, mask=stored)
-                tl.store(part_z_ptr + part * GROUP_P + member, tl.sum(feature, axis=1), mask=exists)
+                next_mean = tl.load(list_tail_ptr + where * 2 * GROUP_P + member)
+                next_center = tl.load(list_tail_ptr + where * 2 * GROUP_P + GROUP_P + member)
+            for step in tl.range(0, steps, num_stages=STAGES):
+                # Beyond the last step the pipeline computes addresses, without reading, from undefined ids.
+                mine = tl.maximum(entry, 0)  # [M]
+                exists = (entry >= 0) & in_group
+                query = query_base + tl.maximum(token, 0).to(tl.int64) * query_token_stride
+                where = (first + tl.minimum(step + 1, steps - 1)) * TM + m // GROUP_P
+                entry = tl.load(list_ptr + where * 2)
+                token = tl.load(list_ptr + where * 2 + 1)
+                log_mean = tl.zeros([M], dtype=tl.float32)
+                center = tl.zeros([M], dtype=tl.float32)
+                if RESIDUAL == REGRESSION:
+                    log_mean = tl.where(exists, next_mean, float("-inf"))
+                    center = tl.where(exists, next_center, 0.0)
+                    next_mean = tl.load(list_tail_ptr + where * 2 * GROUP_P + member)
+                    next_center = tl.load(list_tail_ptr + where * 2 * GROUP_P + GROUP_P + member)
+                if D == DP:
+                    q = tl.load(query[:, None] + column[None, :])  # [M, DP]
+                else:
+                    q = tl.load(query[:, None] + column[None, :], mask=in_head[None, :], other=0.0)
+                attend_step(
+                    q, k, v, part_base + mine, exists, log_mean, center, member, column, part_out_ptr, part_sum_ptr,
+                    part_tail_ptr, part_z_ptr, scale, residual_scale, GROUP, GROUP_P, D, PAGE, PAGE_P, RESIDUAL,
+                )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["block_table_stride", "num_parts", "first_head"])
+@triton.jit(do_not_specialize=["block_table_stride", "last_page", "num_parts", "first_head"])
 def prefill_merge_kernel(
     query_ptr,
     kv_ptr,
@@ -169,6 +259,7 @@ def prefill_merge_kernel(
     page_stride,
     head_stride,
     block_table_stride,
+    last_page,
     num_kv_heads,
     first_head,
     num_parts,
@@ -188,11 +279,16 @@ def prefill_merge_kernel(
     PARTS: tl.constexpr,  # parts of a token at most
     S_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
+    FORCED_STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (heads, tiles, TQ / TM): the pages that all of the tile's tokens select, the current one causal; the parts
     of the other selected pages; the state's share; the output."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     M: tl.constexpr = TM * GROUP_P
     dtype = kv_ptr.dtype.element_ty
     local = tl.program_id(0)
@@ -229,9 +325,13 @@ def prefill_merge_kernel(
     minus = tl.zeros([M, DP], dtype=tl.float32)
     minus_z = tl.zeros([M], dtype=tl.float32)
     t = tl.arange(0, PAGE_P)
-    for number in tl.range(0, FORCED + 1, num_stages=1):
+    pages = block_table_ptr + row * block_table_stride
+    next_page = tl.load(pages + tl.where(FIRST > 0, 0, num_pages - FORCED))
+    for number in tl.range(0, FORCED + 1, num_stages=FORCED_STAGES):
         index = tl.where(number < FIRST, number, num_pages - FORCED + number)
-        page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + index), 0).to(tl.int64)
+        page = tl.minimum(tl.maximum(next_page, 0), last_page).to(tl.int64)
+        ahead = tl.minimum(number + 1, FORCED)
+        next_page = tl.load(pages + tl.where(ahead < FIRST, ahead, num_pages - FORCED + ahead))
         base = kv_ptr + page * page_stride + head * head_stride + t * 2 * D
         # Behind the tile's last token a page holds whatever was there.
         there = (t < PAGE) & (index * PAGE + t < position + num_tokens)

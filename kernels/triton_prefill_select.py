@@ -80,17 +80,19 @@ def half_square(q, scale):
     return tl.minimum(q * q * (scale * scale * (0.5 * LOG2E)), 60000.0)
 
 
-@triton.jit(do_not_specialize=["block_table_stride", "last_page", "first_head"])
+@triton.jit(do_not_specialize=["block_table_stride", "last_page", "first_head", "num_lists", "num_norms"])
 def prefill_score_kernel(
     query_ptr,  # [tokens, H, D]
     kv_ptr,
     block_table_ptr,
     tiles_ptr,  # [tiles, 4] int32: row, first token, tokens, position of the first token
-    lse_ptr,  # [tiles, heads, M] float32: written by NORMALISE, log2 of the sum over the pages
-    sums_ptr,  # [tiles, heads, 3, TQ * GROUP_P] float32: written by NORMALISE: a power of two, the mass of all pages
-    # over it, the sum of their products
+    lse_ptr,  # [tiles, heads, norms, M] float32: written by NORMALISE, log2 of the sum over a split's pages
+    sums_ptr,  # [tiles, heads, norms, 3, TQ * GROUP_P] float32: written by NORMALISE: a power of two, the mass of a
+    # split's pages over it, the sum of their products
     grouped_ptr,  # [tiles, heads, TQ, max_pages] float32: written by SHARE
     best_ptr,  # [tiles, heads, TQ, max_pages / SUB] float32: written by SHARE, the largest of SUB neighbouring pages
+    totals_ptr,  # [lists] int32: cleared by NORMALISE, as are the counters
+    counters_ptr,  # [2] int32
     query_token_stride,
     query_head_stride,
     page_stride,
@@ -99,6 +101,8 @@ def prefill_score_kernel(
     last_page,
     max_pages,
     first_head,  # kv head; scratch begins with it
+    num_lists,
+    num_norms,  # splits of NORMALISE
     scale,
     MODE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -113,9 +117,22 @@ def prefill_score_kernel(
     STAGES: tl.constexpr,
     SELECTOR: tl.constexpr,
     MASS: tl.constexpr,  # whether the mass of all pages is asked for
+    DEPENDENT: tl.constexpr,
 ):
-    """Grid (heads, tiles, splits); only SHARE can use more than one split."""
+    """Grid (heads, tiles, splits)."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     M: tl.constexpr = TQ * GROUP_P
+    if MODE == NORMALISE:
+        program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+        place = tl.arange(0, 256)
+        for begin in tl.range(program * 256, num_lists, programs * 256, num_stages=1):
+            tl.store(totals_ptr + begin + place, tl.zeros([256], dtype=tl.int32), mask=begin + place < num_lists)
+        if program == 0:
+            tl.store(counters_ptr, 0)
+            tl.store(counters_ptr + 1, 0)
     head = first_head + tl.program_id(0)
     tile = tl.program_id(1).to(tl.int64)
     row = tl.load(tiles_ptr + tile * 4).to(tl.int64)
@@ -125,9 +142,19 @@ def prefill_score_kernel(
     per_split = tl.cdiv(tl.cdiv(num_pages, tl.num_programs(2)), CHUNK) * CHUNK
     start = tl.program_id(2) * per_split
     stop = tl.minimum(start + per_split, num_pages)
+    m = tl.arange(0, M)
+    token, member = tile_rows(M, GROUP_P)
+    pair = tile * tl.num_programs(0) + tl.program_id(0)
+    norm = pair * num_norms + tl.program_id(2)
+    sums = sums_ptr + norm * 3 * M + token * GROUP_P + member
+    if (MODE == NORMALISE) & (start >= stop):
+        # No share of this tile's pages.
+        tl.store(lse_ptr + norm * M + m, tl.full([M], float("-inf"), dtype=tl.float32))
+        if MASS:
+            tl.store(sums, tl.full([M], float("-inf"), dtype=tl.float32))
+            tl.store(sums + M, tl.zeros([M], dtype=tl.float32))
+            tl.store(sums + 2 * M, tl.zeros([M], dtype=tl.float32))
     if start < stop:
-        m = tl.arange(0, M)
-        token, member = tile_rows(M, GROUP_P)
         dtype = kv_ptr.dtype.element_ty
         column = tl.arange(0, DP)
         in_head = column < D
@@ -147,7 +174,6 @@ def prefill_score_kernel(
         pages = block_table_ptr + row * block_table_stride
         area = kv_ptr + head * head_stride + PAGE * 2 * D
         offset = tl.arange(0, CHUNK)
-        pair = tile * tl.num_programs(0) + tl.program_id(0)
         unit = scale * LOG2E  # logits in powers of two, which is what the hardware raises
         top = tl.full([M], float("-inf"), dtype=tl.float32)
         total = tl.zeros([M], dtype=tl.float32)
@@ -156,7 +182,12 @@ def prefill_score_kernel(
         if MODE == SHARE:
             # The group's shared score itself and not its log, which would cost more than the rest: times 2^SHIFT,
             # so that only pages of less than 2^-220 of the mass are all alike.
-            shift = tl.load(lse_ptr + pair * M + m, mask=member < GROUP, other=float("inf")) - SHIFT
+            lse = tl.load(lse_ptr + pair * num_norms * M + m)  # finite: the first split has pages
+            for other in tl.range(1, num_norms, num_stages=1):
+                more = tl.load(lse_ptr + (pair * num_norms + other) * M + m)
+                larger = tl.maximum(lse, more)
+                lse = larger + tl.log2(tl.exp2(lse - larger) + tl.exp2(more - larger))
+            shift = tl.where(member < GROUP, lse - SHIFT, float("inf"))
             t = tl.arange(0, TQ)
             shared_row = grouped_ptr + (pair * TQ + t) * max_pages  # [TQ]
             best_row = best_ptr + (pair * TQ + t) * (max_pages // SUB)
@@ -221,11 +252,10 @@ def prefill_score_kernel(
                     products += tl.sum(tl.where(exists[None, :], product, 0.0), axis=1)
                 top = new_top
         if MODE == NORMALISE:
-            tl.store(lse_ptr + pair * M + m, top + tl.log2(total))
+            tl.store(lse_ptr + norm * M + m, top + tl.log2(total))
             if MASS:
                 if (SELECTOR == MEAN) | (SELECTOR == TAYLOR2):
                     mass = total
-                sums = sums_ptr + pair * 3 * M + token * GROUP_P + member
                 tl.store(sums, top)
                 tl.store(sums + M, mass)
                 tl.store(sums + 2 * M, products)
@@ -280,7 +310,7 @@ def _places(taken):
     return place, tl.sum(column, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def prefill_select_kernel(
     tiles_ptr,
     tile_run_ptr,  # [tiles] int32: run of a tile
@@ -292,8 +322,8 @@ def prefill_select_kernel(
     count_ptr,  # [tiles, heads, TQ] int32
     totals_ptr,  # [runs, heads, max_pages] int32, zero before: tokens that selected the page and were not forced to
     max_pages,
+    num_rows,  # tokens a program
     TQ: tl.constexpr,
-    ROWS: tl.constexpr,  # tokens a program
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     SLOTS: tl.constexpr,  # complete pages a token selects at most: the budget without the current page
@@ -304,14 +334,18 @@ def prefill_select_kernel(
     SUBS: tl.constexpr,  # a power of two, at least the SUB-sized parts of every tile's complete pages
     LANES: tl.constexpr,
     TOP_P: tl.constexpr,  # 0 where there is none
+    DEPENDENT: tl.constexpr,
 ):
-    """Grid (heads, tiles, TQ / ROWS): every tile has more complete pages than SLOTS.
+    """Grid (heads, tiles, TQ / num_rows): every tile has more complete pages than SLOTS.
 
     Only SLOTS parts of SUB neighbouring pages can hold a selected page: those with a forced page, and of the others
     those with the largest best pages. The lists of pages get no order; attention computes every entry on its own.
 
     A token at a time: with one warp, nothing waits for other warps.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(1).to(tl.int64)
     num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
     current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
@@ -326,8 +360,8 @@ def prefill_select_kernel(
     if LAST > 1:
         part_forced |= part * SUB + SUB > current - LAST + 1
     slot = tl.arange(0, SLOTS_P)
-    for step in tl.range(0, ROWS):
-        token = tl.program_id(2) * ROWS + step
+    for step in tl.range(0, num_rows):
+        token = tl.program_id(2) * num_rows + step
         if token < num_tokens:
             row = pair * TQ + token
             best = tl.load(best_ptr + row * (max_pages // SUB) + part, mask=part_exists, other=0.0)
@@ -381,50 +415,45 @@ def prefill_select_kernel(
             tl.store(rank_ptr + row * SLOTS + place, rank, mask=free)
 
 
-@triton.jit
-def prefill_count_kernel(
-    totals_ptr,
-    steps_ptr,  # [2, lists] int32: steps of TM tokens of a list; its work items of at most SPAN steps
-    num_lists,
-    TM: tl.constexpr,
-    SPAN: tl.constexpr,
-    WIDTH: tl.constexpr,  # lists a program
-):
-    """Grid (list groups)."""
-    index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    steps = (tl.load(totals_ptr + index, mask=index < num_lists, other=0) + TM - 1) // TM
-    tl.store(steps_ptr + index, steps, mask=index < num_lists)
-    tl.store(steps_ptr + num_lists + index, (steps + SPAN - 1) // SPAN, mask=index < num_lists)
-
-
 @triton.jit(do_not_specialize=["block_table_stride"])
 def prefill_work_kernel(
     block_table_ptr,
     runs_ptr,  # [runs, 3] int32: first tile, tiles, row, of a row's share of this pass
-    totals_ptr,
-    steps_ptr,
-    ends_ptr,  # [2, runs, heads, max_pages] int32: running sums of `steps`
+    totals_ptr,  # [runs, heads, max_pages] int32: tokens of a page's list
+    first_ptr,  # [runs, heads, max_pages] int32: the first step of a page's list
+    counters_ptr,  # [2] int32, zero before: work items, steps
     work_ptr,  # [items, 4] int32: page, head of the pass, first step, steps
     list_ptr,  # [steps, TM, 2] int32
     block_table_stride,
     max_pages,
-    TM: tl.constexpr,
-    SPAN: tl.constexpr,
+    TM: tl.constexpr,  # tokens of a step
+    SPAN: tl.constexpr,  # steps of a work item
     WIDTH: tl.constexpr,  # pages a program
+    DEPENDENT: tl.constexpr,
 ):
-    """Grid (page groups, heads, runs): what a work item is about; the unused end of a page's last step becomes -1."""
+    """Grid (page groups, heads, runs): cut lists into steps and these into work items; the unused end of a page's last
+    step becomes -1. Where programs find place for theirs depends on which comes first; what comes out of an entry does
+    not depend on its place."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     exists = index < max_pages
     head = tl.program_id(1)
     run = tl.program_id(2).to(tl.int64)
     row = tl.load(runs_ptr + run * 3 + 2).to(tl.int64)
     where = (run * tl.num_programs(1) + head) * max_pages + index
-    lists = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * max_pages
     total = tl.load(totals_ptr + where, mask=exists, other=0)
-    steps = tl.load(steps_ptr + where, mask=exists, other=0)
-    items = tl.load(steps_ptr + lists + where, mask=exists, other=0)
-    first = tl.load(ends_ptr + where, mask=exists, other=0) - steps
-    first_item = (tl.load(ends_ptr + lists + where, mask=exists, other=0) - items).to(tl.int64)
+    steps = (total + TM - 1) // TM
+    items = (steps + SPAN - 1) // SPAN
+    first_item = tl.atomic_add(counters_ptr, tl.sum(items, axis=0), sem="relaxed")
+    if SPAN == 1:
+        first = first_item  # a step and its item have one number
+    else:
+        first = tl.atomic_add(counters_ptr + 1, tl.sum(steps, axis=0), sem="relaxed")
+    first_item = (first_item + tl.cumsum(items, axis=0) - items).to(tl.int64)
+    first += tl.cumsum(steps, axis=0) - steps
+    tl.store(first_ptr + where, first, mask=exists)
     used = steps > 0
     page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + index, mask=used, other=0), 0)
     for item in tl.range(0, tl.max(items, axis=0)):
@@ -442,7 +471,7 @@ def prefill_work_kernel(
     tl.store(target + 1, tl.zeros([WIDTH, TM], dtype=tl.int32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["block_table_stride", "last_page", "first_head"])
+@triton.jit(do_not_specialize=["block_table_stride", "last_page", "first_head", "num_norms"])
 def prefill_list_kernel(
     query_ptr,
     kv_ptr,
@@ -452,8 +481,7 @@ def prefill_list_kernel(
     table_ptr,
     rank_ptr,
     count_ptr,
-    steps_ptr,
-    ends_ptr,
+    first_ptr,
     sums_ptr,
     gain_ptr,  # [H] float32
     tail_ptr,  # [tiles, heads, 2, TQ * GROUP_P] float32: log2 of the mean mass, mean logit of the tokens left out
@@ -467,6 +495,7 @@ def prefill_list_kernel(
     last_page,
     max_pages,
     first_head,
+    num_norms,
     scale,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
@@ -481,9 +510,13 @@ def prefill_list_kernel(
     SELECTOR: tl.constexpr,
     MASS: tl.constexpr,  # whether there is a tail
     LIST_TAIL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (heads, tiles, TQ): every (token, page) that was selected and not forced into the list of its page; what was
     left out weighs what all pages weigh less the selected ones."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(1).to(tl.int64)
     token = tl.program_id(2)
     if token < tl.load(tiles_ptr + tile * 4 + 2):
@@ -496,7 +529,7 @@ def prefill_list_kernel(
         listed = taken & (slot >= FORCED)
         rank = tl.load(rank_ptr + (pair * TQ + token) * SLOTS + slot, mask=listed, other=0)
         where = (run * tl.num_programs(0) + tl.program_id(0)) * max_pages + page
-        first = tl.load(ends_ptr + where, mask=listed, other=0) - tl.load(steps_ptr + where, mask=listed, other=0)
+        first = tl.load(first_ptr + where, mask=listed, other=0)
         place = first.to(tl.int64) * TM + rank
         entry = ((tile * (SLOTS - FORCED) + slot - FORCED) * TQ + token).to(tl.int32)
         batch_token = tl.load(tiles_ptr + tile * 4 + 1) + token
@@ -523,10 +556,18 @@ def prefill_list_kernel(
             mask = taken[:, None] & in_head[None, :]
             mean = tl.load(rows, mask=mask, other=0.0)  # [SLOTS_P, DP]
             product = tl.dot(q, tl.trans(mean))  # [MP, SLOTS_P], 0 where nothing was taken
-            sums = sums_ptr + pair * 3 * TQ * GROUP_P + token * GROUP_P + member
+            sums = sums_ptr + pair * num_norms * 3 * TQ * GROUP_P + token * GROUP_P + member
             top = tl.load(sums, mask=in_group, other=0.0)
             all_mass = tl.load(sums + TQ * GROUP_P, mask=in_group, other=0.0)
             all_products = tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
+            for _ in tl.range(1, num_norms, num_stages=1):
+                sums += 3 * TQ * GROUP_P
+                split_top = tl.load(sums, mask=in_group, other=0.0)
+                larger = tl.maximum(top, split_top)
+                all_mass *= tl.exp2(top - larger)
+                all_mass += tl.load(sums + TQ * GROUP_P, mask=in_group, other=0.0) * tl.exp2(split_top - larger)
+                all_products += tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
+                top = larger
             weight = tl.exp2(product * (scale * LOG2E) - top[:, None])
             if SELECTOR != MEAN:
                 second = tl.load(rows + D, mask=mask, other=0.0)

@@ -50,8 +50,12 @@ def prefill_state_kernel(
     STAGES: tl.constexpr,
     LINEAR: tl.constexpr,
     KEEP: tl.constexpr,  # whether states are put aside
+    DEPENDENT: tl.constexpr,
 ):
     """Grid (PARTS, G, runs)."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     part = tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)

@@ -1,35 +1,69 @@
-"""Score every complete page of a row for all heads of a group and all query tokens of the row.
+"""Score every selection block of the complete pages of a row for all heads of a group and all query tokens of the row.
+
+A page has one or several selection blocks of `UNIT` tokens; here and in the kernels that follow they are the units.
 
 Plain reference: `reference.selection_score` and `reference.mass_score`. Sources: `taylor2` SPLA (arXiv 2601.22379),
-`cumulant2` COBS (arXiv 2607.09052), `quest` (arXiv 2406.10774), `rem` the log-mean-exp of a random energy model.
+`cumulant2` COBS (arXiv 2607.09052), `quest` (arXiv 2406.10774), `rem` the log-mean-exp of a random energy model,
+`km2-rem` the same for each of two clusters of keys.
 
-Floor, bytes a page and kv head: `width` elements of statistics, once for all heads and tokens of the group, and 4 bytes
+Floor, bytes a unit and kv head: `width` elements of statistics, once for all heads and tokens of the group, and 4 bytes
 of block table; written, 4 bytes (8 where the mass is another score) a head and token. FLOP: `2 width` a head and token.
-The statistics of one page are one dense row, so this is a gather of 256 to 1024 byte pieces.
+The statistics of one page are one dense row, so this is a gather of 256 to 1024 byte pieces (with finer units, more).
 """
 
 import triton
 import triton.language as tl
 
-from .triton_cache import CUMULANT2, MEAN, QUEST, REM, TAYLOR2
+from .triton_cache import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2
 
 
 @triton.jit
-def second_order(s2, LOG_BLOCK: tl.constexpr, SELECTOR: tl.constexpr):
-    """What the variance `s2` of `q . k` adds to the score; `LOG_BLOCK` is the log of the tokens in a block."""
+def second_order(s2, log_count, SELECTOR: tl.constexpr):
+    """What the variance `s2` of `q . k` adds to the score; `log_count`: of the number of keys, not negative."""
     s2 = tl.maximum(s2, 0.0)
     if SELECTOR == TAYLOR2:
         term = tl.log(1.0 + 0.5 * s2)
     elif SELECTOR == CUMULANT2:
         term = 0.5 * s2
     else:
-        tl.static_assert(SELECTOR == REM)
-        term = tl.where(s2 < 2 * LOG_BLOCK, 0.5 * s2, tl.sqrt(2 * LOG_BLOCK * s2) - LOG_BLOCK)
+        tl.static_assert((SELECTOR == REM) | (SELECTOR == KM2_REM))
+        term = tl.where(s2 < 2 * log_count, 0.5 * s2, tl.sqrt(2 * log_count * s2) - log_count)
     return term
 
 
 @triton.jit
-def score_pages(
+def log_add_exp(a, b):
+    """`log(exp(a) + exp(b))`, one of them finite."""
+    top = tl.maximum(a, b)
+    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
+
+
+@triton.jit
+def cluster_counts(pair):
+    """The numbers of keys of two clusters, float32. Both in one load: one of two bytes is not pipelined."""
+    dtype = pair.dtype.element_ty
+    both = tl.load(pair.to(tl.pointer_type(tl.int32)))
+    first = (both & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return first, (both >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def moments(
+    rows, q, square_high, square_low, restore, scale, in_head, D: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """Mean and variance `[CHUNK, N]` of `q . k` from the stored mean and variance of the keys at `rows [CHUNK, DP]`."""
+    if D == DP:
+        mean = tl.load(rows)  # [CHUNK, DP]
+        variance = tl.load(rows + D)
+    else:
+        mean = tl.load(rows, mask=in_head[None, :], other=0.0)
+        variance = tl.load(rows + D, mask=in_head[None, :], other=0.0)
+    s2 = tl.dot(variance, square_low, tl.dot(variance, square_high)) * restore[None, :]
+    return tl.dot(mean, q) * scale, s2
+
+
+@triton.jit
+def score_units(
     row,
     head,
     split,
@@ -39,7 +73,7 @@ def score_pages(
     query_start_loc_ptr,
     seq_lens_ptr,
     block_table_ptr,
-    scores_ptr,  # [tokens, G, max_pages, GROUP_P] float32
+    scores_ptr,  # [tokens, G, max_units, GROUP_P] float32
     mass_ptr,  # as scores, where WRITE_MASS
     lse_ptr,  # [tokens, G, num_splits, GROUP_P] float32: log sum exp of this split's scores
     query_token_stride,
@@ -48,7 +82,7 @@ def score_pages(
     head_stride,
     block_table_stride,
     last_page,  # the largest page id there is
-    max_pages,
+    max_units,
     num_kv_heads,
     scale,
     GROUP: tl.constexpr,
@@ -57,29 +91,33 @@ def score_pages(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    LOG_PAGE: tl.constexpr,
-    BUDGET: tl.constexpr,
-    CHUNK: tl.constexpr,  # pages at a time
+    UNIT: tl.constexpr,
+    STRIDE: tl.constexpr,  # elements from the statistics of one unit to the next
+    LOG_UNIT: tl.constexpr,
+    BUDGET: tl.constexpr,  # units
+    CHUNK: tl.constexpr,  # units at a time
     STAGES: tl.constexpr,
     SELECTOR: tl.constexpr,
     WRITE_MASS: tl.constexpr,
 ):
-    """Pages of one split, for one (row, kv head).
+    """Units of one split, for one (row, kv head).
 
-    Pages are the long side of the matrix products, so that a decode group pads to 8 columns and the statistics go from
+    Units are the long side of the matrix products, so that a decode group pads to 8 columns and the statistics go from
     shared memory into the tensor cores without passing through registers.
     """
     seq_len = tl.load(seq_lens_ptr + row)
     first_token = tl.load(query_start_loc_ptr + row)
     query_len = tl.load(query_start_loc_ptr + row + 1) - first_token
-    num_pages = (tl.maximum(seq_len, 1) - 1) // PAGE  # complete pages of the row's last token
+    PER_PAGE: tl.constexpr = PAGE // UNIT
+    position = tl.maximum(seq_len, 1) - 1  # of the row's last token
+    num_units = position // PAGE * PER_PAGE  # of complete pages
     # Where everything fits into the budget, selection takes everything and no score is needed.
-    if num_pages + 1 > BUDGET:
+    if position // UNIT + 1 > BUDGET:
         n = tl.arange(0, N)
         token = n // GROUP_P
         member = n % GROUP_P
         exists = (token < query_len) & (member < GROUP)
-        complete = (seq_len - query_len + token) // PAGE  # [N], complete pages of each query token
+        complete = (seq_len - query_len + token) // PAGE * PER_PAGE  # [N], units of each query token's complete pages
         column = tl.arange(0, DP)
         in_head = column < D
         query_row = (first_token + token).to(tl.int64)
@@ -104,46 +142,64 @@ def score_pages(
             square_low = (square - square_high.to(tl.float32)).to(dtype)
             restore = peak * (1.0 / 1024.0)
 
-        per_split = tl.cdiv(tl.cdiv(num_pages, num_splits), CHUNK) * CHUNK
+        per_split = tl.cdiv(tl.cdiv(num_units, num_splits), CHUNK) * CHUNK
         start = split * per_split
-        stop = tl.minimum(start + per_split, num_pages)
+        stop = tl.minimum(start + per_split, num_units)
         pages = block_table_ptr + row.to(tl.int64) * block_table_stride
         area = kv_ptr + head * head_stride + PAGE * 2 * D
-        out_row = (query_row * num_kv_heads + head) * max_pages  # [N]
+        out_row = (query_row * num_kv_heads + head) * max_units  # [N]
         offset = tl.arange(0, CHUNK)
         top = tl.full([CHUNK, N], float("-inf"), dtype=tl.float32)
         total = tl.zeros([CHUNK, N], dtype=tl.float32)
         # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well. Behind the last
-        # page, its statistics are read again instead of masking.
-        page = tl.load(pages + tl.minimum(start + offset, num_pages - 1))
+        # unit, its statistics are read again instead of masking.
+        page = tl.load(pages + tl.minimum(start + offset, num_units - 1) // PER_PAGE)
         for first in tl.range(start, stop, CHUNK, num_stages=STAGES):
             # Beyond the last step the pipeline computes addresses, without reading, from undefined ids.
             statistic = area + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride  # [CHUNK]
-            page = tl.load(pages + tl.minimum(first + CHUNK + offset, num_pages - 1))
+            page = tl.load(pages + tl.minimum(first + CHUNK + offset, num_units - 1) // PER_PAGE)
             index = first + offset
+            if PER_PAGE > 1:
+                statistic += tl.minimum(index, num_units - 1) % PER_PAGE * STRIDE
             rows = statistic[:, None] + column[None, :]
-            if D == DP:
-                mean = tl.load(rows)  # [CHUNK, DP]
-            else:
-                mean = tl.load(rows, mask=in_head[None, :], other=0.0)
             if SELECTOR == MEAN:
-                score = LOG_PAGE + tl.dot(mean, q) * scale
-            else:
                 if D == DP:
-                    second = tl.load(rows + D)  # [CHUNK, DP]
+                    mean = tl.load(rows)  # [CHUNK, DP]
                 else:
-                    second = tl.load(rows + D, mask=in_head[None, :], other=0.0)
-                if SELECTOR == QUEST:
-                    score = tl.dot(second, right, tl.dot(mean, left)) * scale
+                    mean = tl.load(rows, mask=in_head[None, :], other=0.0)
+                score = LOG_UNIT + tl.dot(mean, q) * scale
+            elif SELECTOR == QUEST:
+                if D == DP:
+                    least = tl.load(rows)  # [CHUNK, DP]
+                    largest = tl.load(rows + D)
                 else:
-                    linear = LOG_PAGE + tl.dot(mean, q) * scale
-                    s2 = tl.dot(second, square_low, tl.dot(second, square_high)) * restore[None, :]
-                    score = linear + second_order(s2, LOG_PAGE, SELECTOR)  # [CHUNK, N]
+                    least = tl.load(rows, mask=in_head[None, :], other=0.0)
+                    largest = tl.load(rows + D, mask=in_head[None, :], other=0.0)
+                score = tl.dot(largest, right, tl.dot(least, left)) * scale
+            elif SELECTOR == KM2_REM:
+                # An empty cluster has the log count -inf, and so no share.
+                count, other_count = cluster_counts(statistic + 4 * D)
+                log_count = tl.log(count)[:, None]  # [CHUNK, 1]
+                other_count = tl.log(other_count)[:, None]
+                linear, s2 = moments(rows, q, square_high, square_low, restore, scale, in_head, D, DP)
+                other, other_s2 = moments(rows + 2 * D, q, square_high, square_low, restore, scale, in_head, D, DP)
+                linear += log_count
+                other += other_count
+                score = log_add_exp(
+                    linear + second_order(s2, tl.maximum(log_count, 0.0), SELECTOR),
+                    other + second_order(other_s2, tl.maximum(other_count, 0.0), SELECTOR),
+                )
+            else:
+                linear, s2 = moments(rows, q, square_high, square_low, restore, scale, in_head, D, DP)
+                linear += LOG_UNIT
+                score = linear + second_order(s2, LOG_UNIT, SELECTOR)  # [CHUNK, N]
             stored = exists[None, :] & (index[:, None] < tl.minimum(complete, stop)[None, :])
             out = (out_row[None, :] + index[:, None]) * GROUP_P + member[None, :]
             tl.store(scores_ptr + out, score, mask=stored)
             if WRITE_MASS:
-                mass = linear + second_order(s2, LOG_PAGE, TAYLOR2)
+                mass = linear + second_order(s2, 0.0, TAYLOR2)
+                if SELECTOR == KM2_REM:
+                    mass = log_add_exp(mass, other + second_order(other_s2, 0.0, TAYLOR2))
                 tl.store(mass_ptr + out, mass, mask=stored)
             score = tl.where(stored, score, float("-inf"))
             new_top = tl.maximum(top, score)

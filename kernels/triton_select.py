@@ -1,4 +1,4 @@
-"""Select pages from their scores: group sharing, forced pages, top-k, top-p, and the sparse page table.
+"""Select units (selection blocks) from their scores: group sharing, forced units, top-k, top-p, and the page table.
 
 Plain reference: `reference.share_in_group`, `reference.select_blocks`, `page_table.build_page_table`. Source: docs/
 design.md, 1 (SPLA, arXiv 2601.22379, block selection; the group shares one selection).
@@ -7,8 +7,8 @@ The k-th largest score is found by bisecting the order-preserving integer image 
 of one program: a count over the program a step, until the count is `k`, which on distinct scores is some ten steps and
 never more than 32. A tie at the threshold goes to the lower index by a prefix sum.
 
-Floor, bytes a (token, kv head): 4 bytes a page and head of the group, read from L2; written, one byte a page and 4 a
-selected page. It is bound by latency: two reductions a step.
+Floor, bytes a (token, kv head): 4 bytes a unit and head of the group, read from L2; written, one byte a unit and 4 a
+selected unit. It is bound by latency: two reductions a step.
 """
 
 import triton
@@ -30,14 +30,14 @@ def _middle(low, high):
 
 @triton.jit
 def _group_scores(
-    pair, num_complete, scores_ptr, lse_ptr, max_pages, num_splits, first,
+    pair, num_complete, scores_ptr, lse_ptr, max_units, num_splits, first,
     GROUP: tl.constexpr, GROUP_P: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Log of the sum over the group of each head's softmax over the complete pages, pages `first ..`, `[WIDTH]`."""
+    """Log of the sum over the group of each head's softmax over complete pages' units, from `first` on, `[WIDTH]`."""
     index = first + tl.arange(0, WIDTH)
     member = tl.arange(0, GROUP_P)
     valid = (index < num_complete)[:, None] & (member < GROUP)[None, :]
-    scores = scores_ptr + (pair * max_pages + index)[:, None] * GROUP_P + member[None, :]
+    scores = scores_ptr + (pair * max_units + index)[:, None] * GROUP_P + member[None, :]
     score = tl.load(scores, mask=valid, other=float("-inf"))  # [WIDTH, GROUP_P]
     split = tl.arange(0, SPLITS)
     parts = lse_ptr + (pair * num_splits + split)[:, None] * GROUP_P + member[None, :]
@@ -54,7 +54,7 @@ def _group_scores(
 
 
 @triton.jit
-def select_pages(
+def select_units(
     row,
     token_in_row,
     head,
@@ -63,23 +63,24 @@ def select_pages(
     block_table_ptr,
     scores_ptr,
     lse_ptr,
-    grouped_ptr,  # [tokens, G, max_pages] float32, scratch
-    table_ptr,  # [tokens, G, BUDGET] int32: page * G + head, ascending, the current page last
-    count_ptr,  # [tokens, G] int32: pages in the table
-    flags_ptr,  # [tokens, G, max_pages] int8: which complete pages are selected; written where some are not
+    grouped_ptr,  # [tokens, G, max_units] float32, scratch
+    table_ptr,  # [tokens, G, BUDGET] int32: (page * G + head) * PER_PAGE + unit of the page, ascending
+    count_ptr,  # [tokens, G] int32: units in the table
+    flags_ptr,  # [tokens, G, max_units] int8: which units of complete pages are selected; written where some are not
     block_table_stride,
-    max_pages,
+    max_units,
     num_kv_heads,
     num_splits,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
     BUDGET: tl.constexpr,
     BUDGET_P: tl.constexpr,  # padded to a power of two
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    PAGES: tl.constexpr,  # max_pages, padded to a power of two
-    WIDTH: tl.constexpr,  # pages of group scores at a time
+    UNITS: tl.constexpr,  # max_units, padded to a power of two
+    WIDTH: tl.constexpr,  # units of group scores at a time
     SPLITS: tl.constexpr,  # num_splits, padded to a power of two
     TOP_P: tl.constexpr,  # 0 where there is none
     WAIT: tl.constexpr,  # for the launch before, as late as possible
@@ -90,51 +91,57 @@ def select_pages(
     query_len = tl.load(query_start_loc_ptr + row + 1) - first_token
     if (seq_len > 0) & (token_in_row < query_len):
         token = (first_token + token_in_row).to(tl.int64)
-        current = (seq_len - query_len + token_in_row) // PAGE  # the current page, and the number of complete ones
+        PER_PAGE: tl.constexpr = PAGE // UNIT
+        position = seq_len - query_len + token_in_row
+        current = position // UNIT  # the current unit
+        num_complete = position // PAGE * PER_PAGE  # units of complete pages
+        num_current = current + 1 - num_complete  # units of the current page, all selected
         pages = block_table_ptr + row.to(tl.int64) * block_table_stride
         pair = token * num_kv_heads + head
         table = table_ptr + pair * BUDGET
-        index = tl.arange(0, PAGES)
-        complete = index < current
-        page = tl.load(pages + index, mask=complete & (index < tl.where(current + 1 <= BUDGET, 0, PAGES)), other=0)
-        page = tl.maximum(page, 0)  # [PAGES], fetched while the launch before ends
+        index = tl.arange(0, UNITS)
+        complete = index < num_complete
+        fetched = complete & (index < tl.where(current + 1 <= BUDGET, 0, UNITS))
+        page = tl.maximum(tl.load(pages + index // PER_PAGE, mask=fetched, other=0), 0)
+        unit_id = (page * num_kv_heads + head) * PER_PAGE + index % PER_PAGE  # [UNITS], early
         if WAIT:
             tl.extra.cuda.gdc_wait()
         if current + 1 <= BUDGET:
             slot = tl.arange(0, BUDGET_P)
-            every = tl.maximum(tl.load(pages + slot, mask=slot <= current, other=0), 0)
-            tl.store(table + slot, every * num_kv_heads + head, mask=slot <= current)
+            every = tl.maximum(tl.load(pages + slot // PER_PAGE, mask=slot <= current, other=0), 0)
+            every = (every * num_kv_heads + head) * PER_PAGE + slot % PER_PAGE
+            tl.store(table + slot, every, mask=slot <= current)
             tl.store(count_ptr + pair, current + 1)
         else:
-            if WIDTH == PAGES:
+            if WIDTH == UNITS:
                 grouped = _group_scores(
-                    pair, current, scores_ptr, lse_ptr, max_pages, num_splits, 0, GROUP, GROUP_P, WIDTH, SPLITS,
-                )  # [PAGES] # fmt: skip
+                    pair, num_complete, scores_ptr, lse_ptr, max_units, num_splits, 0, GROUP, GROUP_P, WIDTH, SPLITS,
+                )  # [UNITS] # fmt: skip
             else:
                 # A long context and a large group do not fit into registers at once.
-                shared = grouped_ptr + pair * max_pages
-                for first in tl.range(0, current, WIDTH):
+                shared = grouped_ptr + pair * max_units
+                for first in tl.range(0, num_complete, WIDTH):
                     part = _group_scores(
-                        pair, current, scores_ptr, lse_ptr, max_pages, num_splits, first,
+                        pair, num_complete, scores_ptr, lse_ptr, max_units, num_splits, first,
                         GROUP, GROUP_P, WIDTH, SPLITS,
                     )  # fmt: skip
                     here = first + tl.arange(0, WIDTH)
-                    tl.store(shared + here, part, mask=here < current)
+                    tl.store(shared + here, part, mask=here < num_complete)
                 tl.debug_barrier()
                 grouped = tl.load(shared + index, mask=complete, other=float("-inf"))
 
-            # Forced pages above, pages that do not exist below every score.
+            # Forced units above, units that do not exist below every score.
             forced = complete & ((index < FIRST) | (index > current - LAST))
             key = tl.where(complete, _ordered(grouped), -2147483648)
             key = tl.where(forced, 2147483647, key)
-            NUM_FORCED: tl.constexpr = FIRST + (LAST - 1 if LAST > 1 else 0)  # the budget is larger: no overlap
-            wanted = BUDGET - 1  # complete pages to take; the current page is the last of the budget
+            num_forced = FIRST + tl.maximum(LAST - num_current, 0)  # the budget is larger: no overlap
+            wanted = BUDGET - num_current  # units of complete pages to take; those of the current page come last
 
-            # Invariant: count(key >= low) >= wanted > count(key >= high), or the forced pages alone are as many.
+            # Invariant: count(key >= low) >= wanted > count(key >= high), or the forced units alone are as many.
             low = tl.min(tl.where(complete, key, 2147483647), axis=0)
             high = tl.max(tl.where(complete & ~forced, key, -2147483648), axis=0) + 1
-            low = tl.where(wanted <= NUM_FORCED, high, low)
-            count = tl.where(wanted <= NUM_FORCED, NUM_FORCED, current)
+            low = tl.where(wanted <= num_forced, high, low)
+            count = tl.where(wanted <= num_forced, num_forced, num_complete)
             span = high.to(tl.int64) - low
             # Two thresholds a step, their counts in the halves of one number: what costs is the reduction over the
             # program, not what is reduced.
@@ -158,7 +165,7 @@ def select_pages(
                 selected = (key > low) | (tied & (rank <= allowed))
 
             if TOP_P > 0:
-                # A page is kept while the mass ranked before it is short of the wanted mass. Bisect for the least key
+                # A unit is kept while the mass ranked before it is short of the wanted mass. Bisect for the least key
                 # that is: the mass strictly above a key falls as the key rises.
                 mass = tl.where(complete, tl.exp(grouped), 0.0)
                 enough_mass = TOP_P * tl.sum(mass, axis=0)
@@ -181,10 +188,11 @@ def select_pages(
                 selected &= forced | (key > high_key) | (tied & (before < enough_mass))
 
             taken = selected.to(tl.int32)
-            position = tl.cumsum(taken, axis=0) - 1
-            tl.store(table + position, page * num_kv_heads + head, mask=selected)
-            tl.store(flags_ptr + pair * max_pages + index, taken.to(tl.int8), mask=complete)
+            place = tl.cumsum(taken, axis=0) - 1
+            tl.store(table + place, unit_id, mask=selected)
+            tl.store(flags_ptr + pair * max_units + index, taken.to(tl.int8), mask=complete)
             num_taken = tl.sum(taken, axis=0)
-            last = tl.maximum(tl.load(pages + current), 0)
-            tl.store(table + num_taken, last * num_kv_heads + head)
-            tl.store(count_ptr + pair, num_taken + 1)
+            last = (tl.maximum(tl.load(pages + position // PAGE), 0) * num_kv_heads + head) * PER_PAGE
+            unit = tl.arange(0, BUDGET_P)
+            tl.store(table + num_taken + unit, last + unit, mask=unit < num_current)
+            tl.store(count_ptr + pair, num_taken + num_current)

@@ -116,6 +116,42 @@ def softmax_features(x, in_head, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _add_page(
+    s, z, sum_v, index, pages, kv, page_stride, feature, in_slice,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, LINEAR: tl.constexpr,
+):  # fmt: skip
+    """A slice of the state, and the sum of the values, with the page at `index` of a block table."""
+    column = tl.arange(0, DP)
+    in_head = column < D
+    token = tl.arange(0, TILE)
+    base = kv + tl.maximum(tl.load(pages + index), 0).to(tl.int64) * page_stride
+    for first in tl.static_range(0, PAGE, TILE):
+        rows = base + (first + token) * 2 * D  # [TILE]
+        v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
+        if LINEAR:
+            k = softmax_key_features(rows, feature, in_slice, column, in_head)  # [SLICE, TILE]
+        else:
+            k = tl.load(rows[None, :] + feature[:, None], mask=in_slice[:, None], other=0.0)
+            sum_v += tl.sum(v.to(tl.float32), axis=0)
+        s = tl.dot(k, v, s)
+        z += tl.sum(k.to(tl.float32), axis=1)
+    return s, z, sum_v
+
+
+@triton.jit
+def _read_slice(q, s, z, scale, LINEAR: tl.constexpr):
+    """`phi(q) S` `[M, DP]` and `phi(q) . z` `[M]` over a slice of the features."""
+    # q has few enough digits for tf32, S has not: in two parts the product is exact to float32.
+    s_high = (s.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits of mantissa
+    read = tl.dot(q, s - s_high, tl.dot(q, s_high, input_precision="tf32"), input_precision="tf32")
+    read_z = tl.sum(q * z[None, :], axis=1)
+    if not LINEAR:
+        read *= scale
+        read_z *= scale
+    return read, read_z
+
+
+@triton.jit
 def fold_slice(
     row,
     head,
@@ -153,11 +189,13 @@ def fold_slice(
     SLICE: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
+    QUERY_LEN: tl.constexpr,  # the most query tokens of a row
     M: tl.constexpr,  # query tokens of a row * GROUP_P, padded for the tensor cores
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    BUDGET: tl.constexpr,
+    UNIT: tl.constexpr,
+    BUDGET: tl.constexpr,  # units
     TILE: tl.constexpr,
     LINEAR: tl.constexpr,
 ):
@@ -165,18 +203,17 @@ def fold_slice(
     seq_len = tl.load(seq_lens_ptr + row)
     query_len = tl.load(query_start_loc_ptr + row + 1) - tl.load(query_start_loc_ptr + row)
     target = tl.maximum(seq_len - query_len, 0) // PAGE
-    if target > 0:
+    num_pages = (tl.maximum(seq_len, 1) - 1) // PAGE
+    reads = (tl.maximum(seq_len, 1) - 1) // UNIT + 1 > BUDGET
+    if (target > 0) | reads:
         pages = block_table_ptr + row.to(tl.int64) * block_table_stride
         blocks = state_table_ptr + row.to(tl.int64) * state_table_stride
-        num_pages = (seq_len - 1) // PAGE
-        reads = num_pages + 1 > BUDGET
         dtype = kv_ptr.dtype.element_ty
         state = state_ptr + head * block_head_stride
         feature = part * SLICE + tl.arange(0, SLICE)
         in_slice = feature < D
         column = tl.arange(0, DP)
         in_head = column < D
-        token = tl.arange(0, TILE)
         s_mask = in_slice[:, None] & in_head[None, :]
         s_offset = state_row_offset(blocks, feature, block_stride, BODY, D, in_slice)
         s_rows = state + s_offset[:, None] + column[None, :]  # [SLICE, DP]
@@ -206,18 +243,10 @@ def fold_slice(
             sum_v += tl.where(column < kept, v_early, 0.0)
             if covered < target:
                 for index in tl.range(covered, target):
-                    page = tl.maximum(tl.load(pages + index), 0).to(tl.int64)
-                    base = kv_ptr + page * page_stride + head * head_stride
-                    for first in tl.static_range(0, PAGE, TILE):
-                        rows = base + (first + token) * 2 * D  # [TILE]
-                        v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
-                        if LINEAR:
-                            k = softmax_key_features(rows, feature, in_slice, column, in_head)  # [SLICE, TILE]
-                        else:
-                            k = tl.load(rows[None, :] + feature[:, None], mask=in_slice[:, None], other=0.0)
-                            sum_v += tl.sum(v.to(tl.float32), axis=0)
-                        s = tl.dot(k, v, s)
-                        z += tl.sum(k.to(tl.float32), axis=1)
+                    s, z, sum_v = _add_page(
+                        s, z, sum_v, index, pages, kv_ptr + head * head_stride, page_stride, feature, in_slice,
+                        D, DP, PAGE, TILE, LINEAR,
+                    )  # fmt: skip
                 tl.store(s_rows, s, mask=s_mask)
                 tl.store(z_row, z, mask=in_slice)
                 if (part == 0) & (not LINEAR):
@@ -251,13 +280,21 @@ def fold_slice(
                     q_norm = tl.sum(tl.exp(x - q_top[:, None]), axis=1)
                     q = (tl.exp(q * scale - q_top[:, None]) / q_norm[:, None]).to(dtype).to(tl.float32)
                     q = tl.where(q_mask, q, 0.0)
-                # q has few enough digits for tf32, S has not: in two parts the product is exact to float32.
-                s_high = (s.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits of mantissa
-                read = tl.dot(q, s - s_high, tl.dot(q, s_high, input_precision="tf32"), input_precision="tf32")
-                read_z = tl.sum(q * z[None, :], axis=1)  # [M]
-                if not LINEAR:
-                    read *= scale
-                    read_z *= scale
+                read, read_z = _read_slice(q, s, z, scale, LINEAR)  # [M, DP], [M]
+                read_v = tl.broadcast_to(sum_v[None, :], [M, DP])
+                if QUERY_LEN > 1:  # noqa: SIM102, compile-time and run-time conditions stay apart
+                    if num_pages > target:
+                        # This step's own tokens complete a page. Those behind it read it too, though it is not stored:
+                        # a draft may be rejected.
+                        s, z, sum_v = _add_page(
+                            s, z, sum_v, target, pages, kv_ptr + head * head_stride, page_stride, feature, in_slice,
+                            D, DP, PAGE, TILE, LINEAR,
+                        )  # fmt: skip
+                        behind = (seq_len - query_len + token_in_row) // PAGE > target  # [M]
+                        more, more_z = _read_slice(q, s, z, scale, LINEAR)
+                        read = tl.where(behind[:, None], more, read)
+                        read_z = tl.where(behind, more_z, read_z)
+                        read_v = tl.where(behind[:, None], sum_v[None, :], read_v)
                 pair = query_row * num_kv_heads + head  # [M]
                 out = ((pair * PARTS + part) * GROUP_P + member) * DP
                 tl.store(read_ptr + out[:, None] + column[None, :], read, mask=exists[:, None])
@@ -265,4 +302,4 @@ def fold_slice(
                 if (part == 0) & (not LINEAR):
                     v_out = read_v_ptr + pair[:, None] * DP + column[None, :]  # [M, DP]
                     once = exists & (member == 0)
-                    tl.store(v_out, tl.broadcast_to(sum_v[None, :], [M, DP]), mask=once[:, None])
+                    tl.store(v_out, read_v, mask=once[:, None])

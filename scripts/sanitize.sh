@@ -11,9 +11,12 @@ cases=(decode verify prefill)
 "$python" tests/kernels/sanitize.py "${cases[@]}" || exit 1
 status=0
 for tool in memcheck racecheck; do
+    options=()
+    # Libraries ask the driver for functions that it may not have, and go without.
+    [ "$tool" = memcheck ] && options=(--report-api-errors no)
     for case in "${cases[@]}"; do
         echo "== $tool $case"
-        timeout 300 "$sanitizer" --tool "$tool" --error-exitcode 1 \
+        timeout 300 "$sanitizer" --tool "$tool" --error-exitcode 1 "${options[@]}" \
             "$python" tests/kernels/sanitize.py "$case" 2>&1 | tail -n "${LINES_SHOWN:-8}" || status=1
     done
 done

@@ -208,6 +208,7 @@ def check_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
         head_size=model.get_head_size(),
         cache_dtype=kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
         max_query_len=max_decode_query_len(vllm_config),
+        max_model_len=model.max_model_len,
         executor=options.executor,
     )
 

@@ -62,8 +62,6 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         self.bound: tuple[int, torch.dtype] | None = None
         self.learned: learned.LayerParameters | None = None
         logger.info_once("SPLA options: %s", options)
-        if options.executor == "flashinfer":
-            logger.warning_once("SPLA's executor 'flashinfer' has not been verified on a GPU: compare it with 'spla'")
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Read learned parameters, and claim what memory profiling must see: the kernels' scratch, and the companion
@@ -140,6 +138,8 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             norm_weights=self.learned.norm_weights,
             feature_weight=self.learned.feature_weight,
         )
+        if hasattr(self.op, "prefill_dense_below"):
+            logger.info_once("SPLA prompt tokens below position %d attend densely", self.op.prefill_dense_below)
         if hasattr(self.op, "scratch_bytes"):
             logger.info_once("SPLA scratch for all layers: %.1f MiB", self.op.scratch_bytes / 2**20)
 

@@ -240,10 +240,8 @@ class Layer:
 
     def stored_statistics(self, index: int, num_pages: int) -> Tensor:
         """What the first pages of a sequence hold, `[num_pages * B / b, G, width]` float64."""
-        layout = self.op.page_layout
-        area = self.kv_cache[self.sequences[index].pages[:num_pages], :, layout.page_size :].flatten(2)
-        area = area[..., : layout.statistics_elements].unflatten(-1, (layout.blocks_per_page, -1))
-        return area.transpose(1, 2).flatten(0, 1).double()  # [blocks, G, width]
+        statistics = self.op.page_layout.statistics(self.kv_cache[self.sequences[index].pages[:num_pages]])
+        return statistics.transpose(1, 2).flatten(0, 1).double()  # [blocks, G, width]
 
 
 class Ties:

@@ -52,7 +52,8 @@ def ask(model, backend, options=None, rounds=1, **engine_args):
         "block_size": 64,
         "enforce_eager": False,
         "max_num_batched_tokens": 4096,
-        "gpu_memory_utilization": 0.3,
+        "gpu_memory_utilization": 0.2,
+        "kv_cache_memory_bytes": 1 << 30,  # nothing is measured: others may use the GPU meanwhile
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
         **engine_args,
     }
@@ -94,17 +95,30 @@ def sparse(model):
     return ask(model, "spla", {"budget": BUDGET})[0]
 
 
+FINE = {"selector": "km2-rem", "selection_block_size": 16}
+
+
 def test_whole_budget_is_dense(model):
     dense = ask(model, "FLASH_ATTN")[0]
     assert_same(ask(model, "spla", {"budget": 4096})[0], dense)
+    assert_same(ask(model, "spla", {"budget": 4096, **FINE})[0], dense)
+
+
+def test_finer_blocks(model):
+    options = {"budget": BUDGET, **FINE}
+    graphs = ask(model, "spla", options)[0]
+    eager = ask(model, "spla", options, enforce_eager=True, max_num_batched_tokens=256)[0]
+    assert_same(eager, graphs, SPARSE_NEAR_TIE)
 
 
 def test_eager_equals_graphs(model, sparse):
     assert_same(ask(model, "spla", {"budget": BUDGET}, enforce_eager=True)[0], sparse, SPARSE_NEAR_TIE)
 
 
-def test_chunked_prefill(model, sparse):
-    assert_same(ask(model, "spla", {"budget": BUDGET}, max_num_batched_tokens=256)[0], sparse, SPARSE_NEAR_TIE)
+@pytest.mark.parametrize("size", [64, 100, 1024])
+def test_chunked_prefill(model, sparse, size):
+    arguments = {"max_num_batched_tokens": size, "max_num_seqs": 16}
+    assert_same(ask(model, "spla", {"budget": BUDGET}, **arguments)[0], sparse, SPARSE_NEAR_TIE)
 
 
 def test_prefix_caching(model, sparse):

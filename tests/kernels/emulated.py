@@ -31,5 +31,6 @@ class EmulatedDecode(FusedDecode):
         return True
 
     def _launch(self, arguments, blocks, num_rows) -> None:
-        emulate = _compile(tuple(sorted({**self.defines, "BLOCKS": blocks}.items())))
+        defines = {**self.defines, "BLOCKS": blocks, "TABLE": int(self._has_table(blocks))}
+        emulate = _compile(tuple(sorted(defines.items())))
         assert emulate(ctypes.byref(arguments), blocks, self.num_kv_heads, num_rows, self.shared_bytes(blocks)) == 0

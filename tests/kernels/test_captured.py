@@ -89,9 +89,9 @@ def test_cpu(implementation: type[TorchPagedSpla], kind: str, dtype: torch.dtype
                 state_table, output[rows],
             )  # fmt: skip
     complete = (length - 1) // page
-    area = kv_cache[table[0, :complete].long(), :, page:].flatten(2)[..., : op.page_layout.statistics_elements]
     per_page = op.page_layout.blocks_per_page
-    statistics = area.unflatten(-1, (per_page, -1)).transpose(1, 2).flatten(0, 1).double()  # [blocks, G, width]
+    statistics = op.page_layout.statistics(kv_cache[table[0, :complete].long()])
+    statistics = statistics.transpose(1, 2).flatten(0, 1).double()  # [blocks, G, width]
     for token in (0, 17, 40, 63):
         stop = length - 63 + token
         want = spla_token(

@@ -40,7 +40,7 @@ def test_lengths_around_page_and_budget_edges_and_padding(blocks: int, lengths: 
     batch = make_batch(params, lengths, num_heads=8, num_kv_heads=2, head_size=64, seed=fresh())
     emulate(batch, blocks)
     batch.check(batch.decode(), 2e-3)
-    again = batch.decode()
+    again = batch.decode(steady=True)
     batch.check(again, 2e-3)
 
 
@@ -66,6 +66,15 @@ def test_selectors(selector: str) -> None:
 
 
 @emulated
+@pytest.mark.parametrize("block", [16, 32])
+def test_finer_blocks(block: int) -> None:
+    params = SplaParameters(64, block, 160 // block)
+    batch = make_batch(params, [331, 257, 160, 3], num_heads=4, num_kv_heads=2, head_size=64, seed=fresh(), chunk=0)
+    emulate(batch, 2)
+    batch.check(batch.decode(), 2e-3)
+
+
+@emulated
 def test_ties_go_to_the_lower_page() -> None:
     batch = make_batch(SplaParameters(16, 16, 5), [200], num_heads=8, num_kv_heads=2, head_size=64, seed=fresh())
     batch.keys[0][:] = batch.keys[0][:16].repeat(13, 1, 1)[:200]
@@ -74,6 +83,20 @@ def test_ties_go_to_the_lower_page() -> None:
     batch.decode()
     for head in range(2):
         assert batch.selected(0, 0, head) == [0, 1, 2, 11, 12]
+
+
+@emulated
+def test_many_units_about_the_threshold() -> None:
+    """More of them than are ranked against each other: the bins are refined until few are left, or none but ties."""
+    params = SplaParameters(16, 16, 9)
+    batch = make_batch(params, [400, 331], num_heads=4, num_kv_heads=1, head_size=64, seed=fresh())
+    batch.keys[0][48:240] = batch.keys[0][48:64].repeat(12, 1, 1)  # of the first row the pages 3 to 14 are alike
+    batch.query[0] = batch.keys[0][48:64].mean(0) * 8
+    batch.write(0, 0, 400)
+    emulate(batch, 2)
+    batch.op.fused.defines["MOST_MEMBERS"] = 2
+    batch.check(batch.decode(), 2e-3)
+    assert batch.selected(0, 0, 0) == [0, 3, 4, 5, 6, 7, 8, 23, 24]
 
 
 # Real sizes
@@ -111,6 +134,21 @@ def test_gpu_selectors(selector: str) -> None:
         seed=fresh(), chunk=0,
     )  # fmt: skip
     batch.check(batch.decode(), 1e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("heads", [(8, 1, 64), (8, 2, 128)], ids=["g8-d64", "g4-d128"])
+def test_gpu_finer_blocks(heads: tuple[int, int, int], block: int) -> None:
+    num_heads, num_kv_heads, head_size = heads
+    batch = make_batch(
+        SplaParameters(64, block, 512 // block), [2300, 577, 513, 512, 511, 70, 0], num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_size=head_size, dtype=torch.bfloat16, device="cuda", seed=fresh(), chunk=0,
+    )  # fmt: skip
+    for blocks in (1, 2, 8):
+        batch.op.fused._blocks = blocks
+        for _ in range(2):  # rebuilds the states, then finds them valid
+            batch.check(batch.decode(), 1e-2)
 
 
 @needs_gpu

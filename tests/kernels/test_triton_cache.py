@@ -11,8 +11,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {"num_heads": 2, "num_kv_heads": 2, "head_size": 32, "device": DEVICE}
 
 
-def params(selector: str = "rem", page: int = 16) -> SplaParameters:
-    return SplaParameters(page, page, 4, selector=selector, residual="none")
+def params(selector: str = "rem", page: int = 16, block: int = 16) -> SplaParameters:
+    return SplaParameters(page, block, 4, selector=selector, residual="none")
 
 
 @pytest.mark.parametrize("selector", ["mean", "taylor2", "quest"])
@@ -24,6 +24,24 @@ def test_tokens_and_statistics(selector: str, chunk: int) -> None:
     assert torch.equal(stored, torch.cat([batch.keys[0], batch.values[0]], -1))
     expected = complete_statistics(batch.keys[0].double().cpu(), batch.op.params)  # [pages, G, width]
     torch.testing.assert_close(batch.statistics(0, 3), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [16, 48])
+@pytest.mark.parametrize("selector", ["taylor2", "km2-rem"])
+def test_statistics_of_finer_blocks(selector: str, block: int) -> None:
+    batch = make_batch(params(selector, 48, block), [100], chunk=37, seed=torch.seed() % 2**31, **SHAPE)
+    expected = complete_statistics(batch.keys[0].double().cpu(), batch.op.params)  # [blocks, G, width]
+    torch.testing.assert_close(batch.statistics(0, 2), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_two_clusters_of_equal_keys() -> None:
+    """All keys fall to the first cluster, and the other stays empty."""
+    batch = make_batch(params("km2-rem"), [17], **SHAPE)
+    batch.keys[0][:16] = batch.keys[0][:1]
+    batch.write(0, 0, 16)
+    expected = complete_statistics(batch.keys[0].double().cpu(), batch.op.params)
+    assert expected[0, 0, -2:].tolist() == [16, 0]
+    torch.testing.assert_close(batch.statistics(0, 1), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_stamp_names_a_content() -> None:

@@ -23,8 +23,9 @@ def params(page: int = 16, budget: int = 5, **more) -> SplaParameters:
 
 @pytest.fixture(autouse=True)
 def only_triton(monkeypatch) -> None:
-    """The fused launch has tests of its own."""
+    """The fused launch has tests of its own, and takes its time to compile."""
     monkeypatch.setattr(FusedDecode, "pays", lambda self, num_rows: False)
+    monkeypatch.setattr(FusedDecode, "prepare", lambda self, max_num_rows: None)
 
 
 def fresh() -> int:
@@ -108,6 +109,41 @@ def test_budget_of_the_forced_pages_alone() -> None:
     assert batch.selected(0, 0, 0) == [0, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "case",
+    [(64, 16, 9, "km2-rem"), (48, 16, 5, "rem"), (64, 32, 4, "taylor2"), (16, 16, 5, "km2-rem")],
+    ids=["4-a-page", "3-a-page", "2-a-page", "1-a-page"],
+)
+def test_finer_blocks(case: tuple[int, int, int, str]) -> None:
+    page, block, budget, selector = case
+    edge = budget * block
+    lengths = [4 * page + block + 7, edge, edge + 1, 3 * page, 3 * page + 1, page + 3, 0]
+    fine = SplaParameters(page, block, budget, selector=selector)
+    batch = make_batch(fine, lengths, seed=fresh(), chunk=0, **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+@pytest.mark.parametrize("residual", ["regression", "linear"])
+def test_finer_blocks_in_verification_rows(residual: str) -> None:
+    """Drafts may complete a page of which some blocks are then left out."""
+    fine = SplaParameters(64, 16, 7, residual=residual, last_blocks=1)
+    batch = make_batch(fine, [258, 257, 256, 130, 3, 0], query_len=3, seed=fresh(), chunk=0, **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+def test_drafts_that_complete_the_only_page() -> None:
+    fine = SplaParameters(64, 16, 4, first_blocks=0, last_blocks=1)
+    batch = make_batch(fine, [66], query_len=4, seed=fresh(), chunk=0, **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+@pytest.mark.parametrize("selector", ["mean", "quest"])
+def test_finer_blocks_top_p_and_splits(selector: str) -> None:
+    fine = SplaParameters(32, 16, 6, selector=selector, residual="none", top_p=0.8)
+    batch = make_batch(fine, [330, 90], seed=fresh(), tuning=Tuning(3, 3, chunk=16, tile=32), **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
 def test_state_is_kept_over_steps_and_rows_may_move() -> None:
     batch = make_batch(params(), [120, 100], seed=fresh(), **SMALL)
     first = batch.decode()
@@ -133,23 +169,78 @@ def test_shapes(case: tuple[int, int, int, int]) -> None:
     ("change", "message"),
     [
         ({"selection_block": 8}, "selection_block"),
-        ({"selector": "km2-rem"}, "selector"),
+        ({"selection_block": 16, "page_size": 24}, "page_size"),
+        ({"selector": "mine"}, "selector"),
         ({"feature_map": "elu1", "residual": "linear"}, "feature_map"),
         ({"selector": "quest"}, "tail mass"),
         ({"budget_blocks": 2}, "forced"),
-        ({"last_blocks": 1, "budget_blocks": 4}, "last_blocks"),
+        ({"max_model_len": 1 << 20}, "65535"),
     ],
 )
 def test_refusals_name_the_cause(change: dict, message: str) -> None:
     values = {"page_size": 16, "selection_block": 16, "budget_blocks": 5} | change
+    longest = values.pop("max_model_len", 64)
     with pytest.raises(ValueError, match=message):
         TritonPagedSpla(
             SplaParameters(**values), num_heads=2, num_kv_heads=1, head_size=32, cache_dtype=torch.float16, scale=1.0,
-            max_num_rows=1, max_query_len=2, max_model_len=64, device="cpu",
+            max_num_rows=1, max_query_len=2, max_model_len=longest, device="cpu",
         )  # fmt: skip
 
 
 # Real sizes
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("heads", "page", "block", "selector"),
+    [
+        ((8, 1, 64), 64, 32, "rem"),
+        ((8, 2, 128), 64, 16, "rem"),
+        ((8, 2, 128), 128, 16, "taylor2"),
+        ((8, 2, 128), 96, 96, "rem"),
+        ((8, 1, 64), 48, 16, "km2-rem"),
+        ((8, 2, 128), 64, 16, "km2-rem"),
+        ((8, 2, 128), 64, 64, "km2-rem"),
+        ((4, 1, 256), 64, 16, "km2-rem"),
+    ],
+    ids=str,
+)
+def test_gpu_finer_blocks(heads: tuple[int, int, int], page: int, block: int, selector: str) -> None:
+    num_heads, num_kv_heads, head_size = heads
+    budget = 6 * page // block
+    edge = budget * block
+    batch = make_batch(
+        SplaParameters(page, block, budget, selector=selector),
+        [edge * 4 + 5, edge - 1, edge, edge + 1, edge + block, edge + page + 1, 1, page, 0], num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_size=head_size, dtype=torch.bfloat16, device=DEVICE, seed=fresh(), chunk=0,
+        gain=torch.rand(num_heads) * 2,
+    )  # fmt: skip
+    for _ in range(2):  # rebuilds the states, then finds them valid
+        batch.check(batch.decode(), TOLERANCE[torch.bfloat16])
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize(("residual", "block"), [("regression", 16), ("linear", 16), ("regression", 64)])
+def test_gpu_finer_blocks_in_verification_rows(residual: str, block: int) -> None:
+    batch = make_batch(
+        SplaParameters(64, block, 512 // block, residual=residual, selector="km2-rem"),
+        [2306, 2305, 1000, 578, 577, 513, 70, 5, 0], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16,
+        query_len=4, device=DEVICE, seed=fresh(), chunk=0,
+    )  # fmt: skip
+    batch.check(batch.decode(), TOLERANCE[torch.bfloat16])
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("selector", ["rem", "km2-rem"])
+def test_gpu_finer_blocks_long_context(selector: str) -> None:
+    batch = make_batch(
+        SplaParameters(64, 16, 64, selector=selector), [40000], num_heads=8, num_kv_heads=2,
+        head_size=128, dtype=torch.bfloat16, device=DEVICE, seed=fresh(), chunk=0, max_model_len=131072,
+    )  # fmt: skip
+    batch.check(batch.decode(), TOLERANCE[torch.bfloat16])
 
 
 @gpu

@@ -36,7 +36,7 @@ class Batch:
         keys, values = self.keys[row][start:stop], self.values[row][start:stop]
         self.op.update_cache(keys, values, self.kv_cache, slots)
 
-    def decode(self) -> torch.Tensor:
+    def decode(self, steady: bool = False) -> torch.Tensor:
         """Run the op on NaN-poisoned output and scratch."""
         output = torch.full_like(self.query, float("nan"))
         scratch = self.op._scratch
@@ -61,6 +61,7 @@ class Batch:
             self.state_table,
             output,
             self.query_len,
+            steady,
         )
         for name in ("fold_arrivals", "score_arrivals", "attend_arrivals"):
             assert int(getattr(scratch, name).abs().sum()) == 0, name
@@ -70,10 +71,9 @@ class Batch:
         return output
 
     def statistics(self, row: int, num_pages: int) -> torch.Tensor:
-        """Stored statistics `[num_pages, G, width]` float64."""
-        layout = self.op.page_layout
-        area = self.kv_cache[self.block_table[row, :num_pages].long(), :, layout.page_size :].flatten(2)
-        return area[..., : layout.statistics_elements].double().cpu()
+        """Stored statistics `[num_pages * blocks_per_page, G, width]` float64."""
+        pages = self.kv_cache[self.block_table[row, :num_pages].long()]
+        return self.op.page_layout.statistics(pages).transpose(1, 2).flatten(0, 1).double().cpu()
 
     def check(self, output: torch.Tensor, tolerance: float, rows: list[int] | None = None) -> float:
         """Compare with the reference; returns the largest relative error of a token."""
@@ -110,13 +110,13 @@ class Batch:
         return worst
 
     def selected(self, token: int, row: int, head: int) -> list[int]:
-        """Logical pages of a page table, in its order."""
-        op = self.op
+        """Selection blocks of a page table, in its order."""
+        op, per_page = self.op, self.op.params.blocks_per_page
         count = int(op.page_counts[token, head])
         ids = op.page_table[token, head, :count].cpu()
-        assert bool((ids % op.num_kv_heads == head).all())
+        assert bool((ids // per_page % op.num_kv_heads == head).all())
         logical = {int(page): index for index, page in enumerate(self.block_table[row].tolist())}
-        return [logical[int(i)] for i in ids // op.num_kv_heads]
+        return [logical[int(i) // per_page // op.num_kv_heads] * per_page + int(i) % per_page for i in ids]
 
     def _near_tie(self, got: list[int], want: list[int], scores: torch.Tensor) -> None:
         """Selections may differ where float32 cannot tell the scores apart, and only there."""
@@ -148,7 +148,8 @@ def make_batch(
 ) -> Batch:
     """Random rows, written to the cache in chunks of `chunk` tokens (0: all at once).
 
-    Keys have a mean of their own in every page, so that pages differ in mass and the residual has something to say.
+    Keys have a mean of their own in every selection block, so that blocks differ in mass and the residual has something
+    to say.
     `captured` takes their place: of each row keys and values `[length, G, d]` and queries `[query_len, H, d]`.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -187,7 +188,8 @@ def make_batch(
 
     keys, values = [], []
     for length in lengths if captured is None else ():
-        shift = draw(-(-max(length, 1) // page), num_kv_heads, head_size).repeat_interleave(page, 0)[:length]
+        block = params.selection_block
+        shift = draw(-(-max(length, 1) // block), num_kv_heads, head_size).repeat_interleave(block, 0)[:length]
         keys.append((draw(length, num_kv_heads, head_size) + 0.5 * shift).to(device, dtype))
         mixed = draw(length, num_kv_heads, head_size) + 0.5 * keys[-1].float().cpu() + shift
         values.append(mixed.to(device, dtype))

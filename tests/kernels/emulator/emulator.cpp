@@ -36,6 +36,7 @@ struct Block {
 struct Copy {
     void *to;
     const void *from;
+    size_t size;
 };
 
 struct Fiber {
@@ -102,20 +103,23 @@ static unsigned ballot(bool x) {
     return over_warp(x ? 1u << thread_id() % 32 : 0u, [](unsigned a, unsigned b) { return a | b; });
 }
 static unsigned warp_sum(unsigned x) { return over_warp(x, [](unsigned a, unsigned b) { return a + b; }); }
-static unsigned warp_min(unsigned x) { return over_warp(x, [](unsigned a, unsigned b) { return a < b ? a : b; }); }
-static unsigned warp_max(unsigned x) { return over_warp(x, [](unsigned a, unsigned b) { return a > b ? a : b; }); }
 static int shuffle(int x, int lane) { return emulator::exchange(x, lane); }
 static unsigned shuffle_up(unsigned x, int by) {
     int lane = thread_id() % 32;
     return emulator::exchange(x, lane >= by ? lane - by : lane);
 }
 static int leading_zeros(unsigned x) { return x ? __builtin_clz(x) : 32; }
-static void add_to(unsigned *p, unsigned x) { *p += x; }
+static unsigned add_to(unsigned *p, unsigned x) {
+    unsigned before = *p;
+    *p += x;
+    return before;
+}
 static void prefetch(const void *p) { *(volatile const char *)p; }
 static int popcount(unsigned x) { return __builtin_popcount(x); }
 static void sync_warp() { emulator::meet(emulator::warp().meeting); }
 static void sync_block() { emulator::meet(emulator::current->block->all); }
-static void sync_cluster() { emulator::meet(emulator::cluster); }
+static void arrive_at_cluster() {}
+static void wait_for_cluster() { emulator::meet(emulator::cluster); }
 template <typename T> static T *of_block(T *p, int rank) {
     return (T *)(emulator::blocks[rank]->base + ((char *)p - emulator::current->block->base));
 }
@@ -123,6 +127,7 @@ static void grid_wait() {}
 static void grid_launch() {}
 static float exp2_(float x) { return std::exp2(x); }
 static float log2_(float x) { return std::log2(x); }
+static float reciprocal(float x) { return 1.0f / x; }
 static float sqrt_(float x) { return std::sqrt(x); }
 static int as_int(float x) { int y; std::memcpy(&y, &x, 4); return y; }
 static float as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
@@ -196,13 +201,28 @@ static void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsig
     }
 }
 
+static unsigned transposed(unsigned x) {
+    unsigned mine[1] = {x}, all[32][1], out = 0;
+    gather(mine, all);
+    int lane = thread_id() % 32;
+    for (int j = 0; j < 2; j++) {  // row `lane % 4 * 2 + j`, column `lane / 4`
+        unsigned word = all[(lane % 4 * 2 + j) * 4 + lane / 8][0];
+        out |= (word >> lane / 4 % 2 * 16 & 0xffff) << j * 16;
+    }
+    return out;
+}
+
 static void copy_in(void *to, const void *from) {
     if ((size_t)to % 16 || (size_t)from % 16) {
         std::fprintf(stderr, "copy of unaligned bytes\n");
         std::abort();
     }
     std::memset(to, 0xff, 16);
-    emulator::current->open.push_back({to, from});
+    emulator::current->open.push_back({to, from, 16});
+}
+static void copy_word(void *to, const void *from) {
+    std::memset(to, 0xff, 4);
+    emulator::current->open.push_back({to, from, 4});
 }
 static void close_copies() {
     emulator::current->closed.push_back(std::move(emulator::current->open));
@@ -211,7 +231,7 @@ static void close_copies() {
 template <int N> static void wait_copies() {
     auto &closed = emulator::current->closed;
     for (; closed.size() > N; closed.erase(closed.begin()))
-        for (auto &copy : closed[0]) std::memcpy(copy.to, copy.from, 16);
+        for (auto &copy : closed[0]) std::memcpy(copy.to, copy.from, copy.size);
 }
 
 static char *shared_memory_base() { return emulator::current->block->base; }
