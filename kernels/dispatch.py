@@ -52,6 +52,11 @@ def check_cuda(
         _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, max_model_len, executor)
     except ValueError as error:
         raise ValueError(f"SPLA on a GPU does not compute these options: {error}") from None
+    if params.residual == "linear" and head_size > 128:
+        raise ValueError(
+            f"SPLA's residual 'linear' has no prefill on a GPU for heads of {head_size}, its matrices exceed shared "
+            "memory: choose residual 'regression' or 'none'"
+        )
 
 
 def check_cpu(executor: str) -> None:

@@ -157,6 +157,7 @@ def test_what_cuda_kernels_lack(monkeypatch):
             get_num_attention_heads=lambda parallel: 32,
             get_num_kv_heads=lambda parallel: 8,
             get_head_size=lambda: 128,
+            max_model_len=8192,
         ),
         cache_config=Namespace(block_size=64, cache_dtype="auto"),
         parallel_config=Namespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
@@ -167,6 +168,11 @@ def test_what_cuda_kernels_lack(monkeypatch):
     check_config(config)  # the CPU engine computes them
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     with pytest.raises(ValueError, match=r"SPLA on a GPU does not compute these options: feature_map 'elu1' has no"):
+        check_config(config)
+    config.additional_config = {"spla": {"residual": "linear"}}
+    check_config(config)
+    config.model_config.get_head_size = lambda: 256
+    with pytest.raises(ValueError, match=r"residual 'linear' has no prefill on a GPU for heads of 256"):
         check_config(config)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config.additional_config = {"spla": {"executor": "flashinfer"}}
