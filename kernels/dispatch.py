@@ -102,12 +102,14 @@ def make(
                 combine="shared_normalizer",
                 top_p=None,
             )
-            shape |= {"gain": None, "norm_weights": None}
+            shape |= {"gain": None, "norm_weights": None, "feature_weight": None}
         return CpuPagedSpla(params, prefill_dense_below=limits.prefill_dense_below or 0, **shape)
     if device.type == "cuda":
         from .cuda import CudaPagedSpla
         from .cuda_dense import CudaDense
 
+        if shape.pop("feature_weight", None) is not None:
+            raise ValueError("SPLA has no CUDA kernels for feature maps with weights: use the CPU engine")
         return (CudaDense if dense else CudaPagedSpla)(
             params, **shape, **vars(limits), executor=executor, device=device
         )

@@ -142,6 +142,7 @@ class TorchPagedSpla:
         scale: Softmax scale; queries arrive unscaled.
         gain: Per-head weight of the tail, `[H]`; 1 where None.
         norm_weights: `(exact [H, d], tail [H, d])` of the double RMSNorm; 1 where None.
+        feature_weight: What queries and keys are multiplied with before the feature map, `[G, d, d]`; None for neither.
         prefill_dense_below: Prefill tokens at positions below it attend to everything, as those below the budget do.
     """
 
@@ -156,6 +157,7 @@ class TorchPagedSpla:
         scale: float,
         gain: torch.Tensor | None = None,
         norm_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+        feature_weight: torch.Tensor | None = None,
         prefill_dense_below: int = 0,
     ) -> None:
         self.params = params
@@ -168,7 +170,7 @@ class TorchPagedSpla:
         ones = torch.ones(num_heads, head_size)
         self.norm_weights = (ones, ones) if norm_weights is None else norm_weights
         self.selector = get_selector(params.selector)
-        self.residual = make_residual(params, head_size)
+        self.residual = make_residual(params, head_size, feature_weight)
         self.page_layout, self.state_layout = layouts(params, head_size, cache_dtype)
         body = torch.arange(self.state_layout.body_rows)
         rows = self.state_layout.rows_per_block - 1

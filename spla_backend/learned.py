@@ -9,6 +9,7 @@ are float32 for all heads of the model; tensor parallelism shares the heads out 
 | `residual_scale` | `[1]` | factor on the covariance of the `regression` residual, in place of the option's |
 | `exact_norm` | `[H, d]` | weight of the exact part's norm under `double_rmsnorm` |
 | `tail_norm` | `[H, d]` | weight of the tail's norm under `double_rmsnorm` |
+| `feature_weight` | `[G, d, d]` | by kv head, factor on queries and keys before the feature map of `linear` |
 
 A file holds a parameter for all layers that SPLA computes, or for none; what it holds for `dense_layers` is not read.
 Metadata of the safetensors header:
@@ -35,13 +36,14 @@ FILE_NAME = "spla.safetensors"
 
 VERSION = "1"
 
-COMBINE_OF = {
+COMBINE_OF: dict[str, str | None] = {
     "gain": "shared_normalizer",
     "residual_scale": "shared_normalizer",
     "exact_norm": "double_rmsnorm",
     "tail_norm": "double_rmsnorm",
+    "feature_weight": None,
 }
-"""The combination that makes use of each parameter."""
+"""The combination that makes use of each parameter; None: any."""
 
 _NAME = re.compile(r"layers\.(\d+)\.(\w+)")
 _INDEX_NAME = "model.safetensors.index.json"
@@ -56,12 +58,14 @@ class LayerParameters:
         residual_scale: `[1]`, the same for all heads: kernels take it as one number.
         exact_norm: `[H, d]`.
         tail_norm: `[H, d]`.
+        feature_weight: `[G, d, d]`.
     """
 
     gain: torch.Tensor | None = None
     residual_scale: torch.Tensor | None = None
     exact_norm: torch.Tensor | None = None
     tail_norm: torch.Tensor | None = None
+    feature_weight: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that there are, by name."""
@@ -77,7 +81,8 @@ class LayerParameters:
         return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     def heads(self, rank: int, world_size: int) -> "LayerParameters":
-        """The part of one of `world_size` ranks, which share the query heads evenly and in order.
+        """The part of one of `world_size` ranks, which share the query heads evenly and in order; several of them share
+        a kv head where there are fewer of these.
 
         Raises:
             ValueError: The heads do not divide.
@@ -86,6 +91,10 @@ class LayerParameters:
         for name, tensor in self.tensors().items():
             if name == "residual_scale":
                 part[name] = tensor
+                continue
+            if name == "feature_weight":
+                first = rank * tensor.shape[0] // world_size
+                part[name] = tensor[first : first + max(1, tensor.shape[0] // world_size)]
                 continue
             if tensor.shape[0] % world_size:
                 raise ValueError(f"SPLA cannot share {tensor.shape[0]} heads evenly between {world_size} ranks")
@@ -166,17 +175,30 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def check(
-    path: Path, *, layers: Iterable[int], num_heads: int, head_size: int, combine: str, dense_layers: Iterable[int] = ()
-) -> None:
+    path: Path,
+    *,
+    layers: Iterable[int],
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    combine: str,
+    residual: str,
+    dense_layers: Iterable[int] = (),
+) -> set[str]:
     """Check a whole file against a model; only its header is read.
 
     Args:
         path: The file.
         layers: Indices of the layers of full attention.
         num_heads: Query heads of the model.
+        num_kv_heads: Its kv heads.
         head_size: `d`.
         combine: The combination in use.
+        residual: The residual in use.
         dense_layers: Those among `layers` that SPLA leaves dense, which need no parameters.
+
+    Returns:
+        The parameters that it holds.
 
     Raises:
         ValueError: A tensor is unknown, missing, of another shape, or of no use to `combine`; one sentence.
@@ -192,8 +214,13 @@ def check(
                     f"{path} holds {name}, but layer {layer} is none that SPLA computes in this model (those are "
                     f"{_ranges(layers)}): use the file of this model"
                 )
-            _check_tensor(path, name, file.get_slice(name), num_heads, head_size)
-            if COMBINE_OF[parameter] != combine:
+            _check_tensor(path, name, file.get_slice(name), num_heads, num_kv_heads, head_size)
+            if parameter == "feature_weight" and residual != "linear":
+                raise ValueError(
+                    f"{path} holds {name}, which the SPLA option residual {residual!r} makes no use of: set residual "
+                    "to 'linear', or parameters_file to 'none' to do without the file"
+                )
+            if COMBINE_OF[parameter] not in (None, combine):
                 raise ValueError(
                     f"{path} holds {name}, which the SPLA option combine {combine!r} makes no use of: set combine to "
                     f"{COMBINE_OF[parameter]!r}, or parameters_file to 'none' to do without the file"
@@ -210,15 +237,17 @@ def check(
                 f"{_ranges(have) or 'no layer'} and SPLA computes {_ranges(layers)}: write the file again with "
                 "all of them"
             )
+    return set(found)
 
 
-def read_layer(path: Path, layer: int, *, num_heads: int, head_size: int) -> LayerParameters:
+def read_layer(path: Path, layer: int, *, num_heads: int, num_kv_heads: int, head_size: int) -> LayerParameters:
     """What a file holds for one layer, of all heads.
 
     Args:
         path: The file.
         layer: Index of the layer in the model.
         num_heads: Query heads of the model.
+        num_kv_heads: Its kv heads.
         head_size: `d`.
 
     Raises:
@@ -229,7 +258,7 @@ def read_layer(path: Path, layer: int, *, num_heads: int, head_size: int) -> Lay
         for name in file.keys():  # noqa: SIM118 - not a mapping
             index, parameter = _parse(path, name)
             if index == layer:
-                _check_tensor(path, name, file.get_slice(name), num_heads, head_size)
+                _check_tensor(path, name, file.get_slice(name), num_heads, num_kv_heads, head_size)
                 tensors[parameter] = file.get_tensor(name)
     if not tensors:
         raise ValueError(f"{path} holds nothing for layer {layer} of the model: write the file again with all layers")
@@ -301,10 +330,12 @@ def _parse(path: Path, name: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def _check_tensor(path: Path, name: str, tensor: Any, num_heads: int, head_size: int) -> None:
+def _check_tensor(path: Path, name: str, tensor: Any, num_heads: int, num_kv_heads: int, head_size: int) -> None:
     expected = [num_heads, head_size] if name.endswith("_norm") else [num_heads]
     if name.endswith(".residual_scale"):
         expected = [1]
+    if name.endswith(".feature_weight"):
+        expected = [num_kv_heads, head_size, head_size]
     shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
     if shape != expected or dtype != "F32":
         raise ValueError(

@@ -38,13 +38,19 @@ class LearnedSpla(nn.Module):
     Attributes:
         log_gain: Log of the factor on the tail's mass `[H]`, for `shared_normalizer` with a residual; else absent.
         log_residual_scale: Log of the factor on the covariance of the `regression` residual `[1]`; else absent.
+        feature_weight: What queries and keys are multiplied with before the feature map of the `linear` residual
+            `[G, d, d]`, if it is to be learned; else absent.
         exact_norm: RMSNorm weight of the exact part `[H, d]`, for `double_rmsnorm`; else absent.
         tail_norm: RMSNorm weight of the tail `[H, d]`, likewise.
     """
 
-    def __init__(self, params: SplaParameters, num_heads: int, head_size: int, device: torch.device) -> None:
+    def __init__(
+        self, params: SplaParameters, num_heads: int, head_size: int, device: torch.device, feature_heads: int = 0
+    ) -> None:
         super().__init__()
         self.params = params
+        if feature_heads:
+            self.feature_weight = nn.Parameter(torch.eye(head_size, device=device).repeat(feature_heads, 1, 1))
         if params.combine == "double_rmsnorm":
             self.exact_norm = nn.Parameter(torch.ones(num_heads, head_size, device=device))
             self.tail_norm = nn.Parameter(torch.ones(num_heads, head_size, device=device))
@@ -64,14 +70,15 @@ class LearnedSpla(nn.Module):
 
     @torch.no_grad()
     def load(self, stored: learned.LayerParameters) -> None:
-        """Take what a side file holds; a scale that it has not is the option's.
+        """Take what a side file holds; a scale that it has not is the option's, feature weights the identity.
 
         Raises:
             ValueError: Other parameters than these options have.
         """
         tensors = stored.tensors()
         expected = self.parameters_of_layer().tensors().keys()
-        if tensors.keys() | {"residual_scale"} != expected | {"residual_scale"} or tensors.keys() - expected:
+        optional = {"residual_scale", "feature_weight"}
+        if tensors.keys() | optional != expected | optional or tensors.keys() - expected:
             raise ValueError(
                 f"these SPLA options have the learned parameters {sorted(expected)}, but there are {sorted(tensors)}: "
                 "attach with the options that the model was trained with"
@@ -93,7 +100,15 @@ class LearnedSpla(nn.Module):
                 params = replace(params, residual_scale=own["log_residual_scale"].exp())
             norms = (own["exact_norm"], own["tail_norm"]) if "exact_norm" in own else None
             log_gain = own.get("log_gain")
-            return spla_attention(q.to(dtype), k.to(dtype), v.to(dtype), params, log_gain=log_gain, norm_weights=norms)
+            return spla_attention(
+                q.to(dtype),
+                k.to(dtype),
+                v.to(dtype),
+                params,
+                log_gain=log_gain,
+                norm_weights=norms,
+                feature_weight=own.get("feature_weight"),
+            )
 
 
 def _attend(
@@ -162,7 +177,12 @@ def attention_layers(model: Any) -> Iterator[tuple[int, Any]]:
             yield int(module.layer_idx), module
 
 
-def attach(model: PreTrainedModel, options: Mapping[str, Any] | None = None, page_size: int = PAGE_SIZE) -> None:
+def attach(
+    model: PreTrainedModel,
+    options: Mapping[str, Any] | None = None,
+    page_size: int = PAGE_SIZE,
+    learn_features: bool = False,
+) -> None:
     """Put SPLA in place of the full attention of a model.
 
     Learned parameters begin at 1, or at what the `spla.safetensors` of the model's folder holds; a model to which SPLA
@@ -174,6 +194,8 @@ def attach(model: PreTrainedModel, options: Mapping[str, Any] | None = None, pag
         model: A causal language model of transformers.
         options: SPLA options (docs/options.md), which go before the `spla_config` of the model.
         page_size: Tokens a page: the `--block-size` that the model is to be served with.
+        learn_features: Learn a matrix for each kv head that queries and keys are multiplied with before the feature map
+            of the `linear` residual, beginning with the identity. A side file that holds one brings it anyway.
 
     Raises:
         ValueError: Invalid options, a model without ordinary attention, or a side file that does not fit them.
@@ -187,18 +209,25 @@ def attach(model: PreTrainedModel, options: Mapping[str, Any] | None = None, pag
     folder = Path(model.config._name_or_path or "-")
     side_file = folder / learned.FILE_NAME
     resolved.check_layers([index for index, _ in layers])
+    if learn_features and params.residual != "linear":
+        raise ValueError("learn_features is for the option residual 'linear', whose feature map it changes")
     for index, module in layers:
         if index in resolved.dense_layers:
             if hasattr(module, NAME):
                 delattr(module, NAME)
             continue
-        device = next(module.parameters()).device
-        layer = LearnedSpla(params, config.num_attention_heads, module.head_dim, device)
+        device, num_heads = next(module.parameters()).device, config.num_attention_heads
+        kv_heads = num_heads // module.num_key_value_groups
+        stored = None
         if hasattr(module, NAME):
-            layer.load(getattr(module, NAME).parameters_of_layer())
+            stored = getattr(module, NAME).parameters_of_layer()
         elif side_file.is_file():
-            shape = {"num_heads": config.num_attention_heads, "head_size": module.head_dim}
-            layer.load(learned.read_layer(side_file, index, **shape))
+            shape = {"num_heads": num_heads, "num_kv_heads": kv_heads, "head_size": module.head_dim}
+            stored = learned.read_layer(side_file, index, **shape)
+        has_features = learn_features or (stored is not None and stored.feature_weight is not None)
+        layer = LearnedSpla(params, num_heads, module.head_dim, device, kv_heads if has_features else 0)
+        if stored is not None:
+            layer.load(stored)
         setattr(module, NAME, layer)
     config.spla_config = {name: value for name, value in asdict(resolved).items() if value not in (None, ())}
     model.set_attn_implementation(NAME)

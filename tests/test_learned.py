@@ -11,7 +11,7 @@ from spla_backend import learned  # noqa: E402
 from spla_backend.learned import LayerParameters  # noqa: E402
 
 HEADS, SIZE = 4, 8
-SHAPE = {"num_heads": HEADS, "head_size": SIZE}
+SHAPE = {"num_heads": HEADS, "num_kv_heads": 2, "head_size": SIZE}
 
 
 def gains(*layers: int) -> dict[int, LayerParameters]:
@@ -28,7 +28,7 @@ def test_round_trip(tmp_path, make, combine):
     layers = make(0, 2)
     learned.write(path, layers, {"budget": 512, "combine": combine})
     assert learned.read_options(path) == {"budget": 512, "combine": combine}
-    learned.check(path, layers=[0, 2], combine=combine, **SHAPE)
+    learned.check(path, layers=[0, 2], combine=combine, residual="linear", **SHAPE)
     for i, expected in layers.items():
         assert learned.read_layer(path, i, **SHAPE).same(expected)
 
@@ -39,6 +39,10 @@ def test_heads_of_ranks():
     for name, tensor in whole.tensors().items():
         torch.testing.assert_close(torch.cat([part.tensors()[name] for part in parts]), tensor, rtol=0, atol=0)
     assert LayerParameters(residual_scale=torch.ones(1)).heads(1, 2).residual_scale == 1
+    features = LayerParameters(feature_weight=torch.arange(2.0).view(2, 1, 1))  # two kv heads
+    for world_size, expected in ((1, [[0, 1]]), (2, [[0], [1]]), (4, [[0], [0], [1], [1]])):
+        ranks = [features.heads(rank, world_size).feature_weight.flatten().tolist() for rank in range(world_size)]
+        assert ranks == expected
     with pytest.raises(ValueError, match="cannot share 4 heads evenly between 3 ranks"):
         whole.heads(0, 3)
 
@@ -56,28 +60,30 @@ def write_raw(path, tensors, **metadata):
         ({"layers.0.gain": torch.ones(3)}, r"layers.0.gain is F32 \[3\] and should be F32 \[4\] for this model"),
         ({"layers.0.gain": torch.ones(4).bfloat16()}, r"is BF16 \[4\] and should be F32 \[4\]"),
         ({"layers.7.gain": torch.ones(4)}, r"layer 7 is none that SPLA computes in this model \(those are 0-1\)"),
+        ({"layers.0.feature_weight": torch.ones(4, 8, 8)}, r"is F32 \[4, 8, 8\] and should be F32 \[2, 8, 8\]"),
+        ({"layers.0.feature_weight": torch.ones(2, 8, 8)}, "residual 'regression' makes no use of: set residual to"),
         ({"layers.0.tail_norm": torch.ones(4, 8)}, "combine 'shared_normalizer' makes no use of: set"),
     ],
-    ids=["unknown", "name", "missing", "shape", "dtype", "layer", "combine"],
+    ids=["unknown", "name", "missing", "shape", "dtype", "layer", "kv heads", "residual", "combine"],
 )  # fmt: skip
 def test_refused(tmp_path, tensors, message):
     path = tmp_path / learned.FILE_NAME
     write_raw(path, tensors)
     with pytest.raises(ValueError, match=message):
-        learned.check(path, layers=[0, 1], combine="shared_normalizer", **SHAPE)
+        learned.check(path, layers=[0, 1], combine="shared_normalizer", residual="regression", **SHAPE)
 
 
 def test_dense_layers_need_no_parameters(tmp_path):
     path = tmp_path / learned.FILE_NAME
     write_raw(path, {"layers.1.gain": torch.ones(HEADS)})
-    learned.check(path, layers=[0, 1], dense_layers=[0], combine="shared_normalizer", **SHAPE)
+    learned.check(path, layers=[0, 1], dense_layers=[0], combine="shared_normalizer", residual="regression", **SHAPE)
 
 
 def test_half_a_norm_is_refused(tmp_path):
     path = tmp_path / learned.FILE_NAME
     write_raw(path, {"layers.0.exact_norm": torch.ones(HEADS, SIZE)})
     with pytest.raises(ValueError, match=r"lacks layers.0.tail_norm, it holds the parameter for no layer"):
-        learned.check(path, layers=[0], combine="double_rmsnorm", **SHAPE)
+        learned.check(path, layers=[0], combine="double_rmsnorm", residual="linear", **SHAPE)
 
 
 @pytest.mark.parametrize(

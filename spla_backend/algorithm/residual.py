@@ -30,6 +30,10 @@ class Residual(ABC):
     def contribution(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What tokens `[..., tokens, head_size]` add to `S` and `z`."""
 
+    def block_contributions(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each of the blocks `[..., blocks, block_size, head_size]` adds to `S` and `z`."""
+        return self.contribution(keys, values)
+
     @abstractmethod
     def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
         """Reading of `n` states side by side.
@@ -84,7 +88,7 @@ class Residual(ABC):
         """
         if chosen.shape[-1] == 0:
             return self.read_tokens(q, keys.flatten(-3, -2), values.flatten(-3, -2), chosen)
-        s, z = self.contribution(keys, values)  # [..., blocks, s_rows, head_size], [..., blocks, z_size]
+        s, z = self.block_contributions(keys, values)  # [..., blocks, s_rows, head_size], [..., blocks, z_size]
         blocks = keys.shape[-3]
         weight = chosen.to(q.dtype)  # [..., queries, blocks]
         parts = []
@@ -138,24 +142,42 @@ class RegressionResidual(Residual):
 
 
 class LinearResidual(Residual):
-    """The paper's linear attention: `phi(q) S`, divided by `phi(q) . z` where `normalized`."""
+    """The paper's linear attention: `phi(q) S`, divided by `phi(q) . z` where `normalized`.
 
-    def __init__(self, head_size: int, phi: FeatureMap, normalized: bool) -> None:
-        self.phi, self.normalized = phi, normalized
+    Args:
+        head_size: `d`.
+        phi: The feature map.
+        normalized: Whether to divide.
+        weight: What queries and keys are multiplied with before the feature map, `[kv_heads, d, d]`; None for neither.
+    """
+
+    def __init__(self, head_size: int, phi: FeatureMap, normalized: bool, weight: torch.Tensor | None = None) -> None:
+        self._phi, self.normalized, self.weight = phi, normalized, weight
         self.s_rows = self.z_size = phi(torch.zeros(head_size)).shape[-1]
 
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Of queries or keys `[..., rows * kv_heads, n, head_size]`."""
+        if self.weight is None:
+            return self._phi(x)
+        by_head = x.unflatten(-3, (-1, self.weight.shape[0]))  # [..., rows, kv_heads, n, head_size]
+        return self._phi((by_head @ self.weight).flatten(-4, -3))
+
     def contribution(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.phi(keys)
+        features = self.features(keys)
+        return features.mT @ values, features.sum(-2)
+
+    def block_contributions(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.features(keys.flatten(-3, -2)).unflatten(-2, keys.shape[-3:-1])
         return features.mT @ values, features.sum(-2)
 
     def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
-        phi_q = self.phi(q)
+        phi_q = self.features(q)
         return phi_q @ s, phi_q @ z
 
     def token_weights(
         self, q: torch.Tensor, keys: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
     ) -> list[torch.Tensor]:
-        return [torch.where(mask, self.phi(q) @ self.phi(keys).mT, 0.0)]
+        return [torch.where(mask, self.features(q) @ self.features(keys).mT, 0.0)]
 
     def reading(self, weights: list[torch.Tensor], products: list[torch.Tensor]) -> Reading:
         return products[0], weights[0].sum(-1, keepdim=True)
@@ -167,10 +189,14 @@ class LinearResidual(Residual):
         return numerator / normalizer.clamp(min=torch.finfo(numerator.dtype).tiny)
 
 
-def make_residual(params: SplaParameters, head_size: int) -> Residual | None:
-    """The residual that `params` name, or None."""
+def make_residual(
+    params: SplaParameters, head_size: int, feature_weight: torch.Tensor | None = None
+) -> Residual | None:
+    """The residual that `params` name, or None; `feature_weight [kv_heads, d, d]` is for `linear` alone."""
     if params.residual == "none":
         return None
     if params.residual == "regression":
         return RegressionResidual(head_size, params.residual_scale)
-    return LinearResidual(head_size, get_feature_map(params.feature_map), params.combine == "shared_normalizer")
+    return LinearResidual(
+        head_size, get_feature_map(params.feature_map), params.combine == "shared_normalizer", feature_weight
+    )

@@ -30,6 +30,7 @@ def spla_attention(
     *,
     log_gain: Tensor | None = None,
     norm_weights: tuple[Tensor, Tensor] | None = None,
+    feature_weight: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """SPLA of the last `L` tokens of sequences of `T` tokens, usually of all of them.
@@ -42,6 +43,8 @@ def spla_attention(
         log_gain: Log of the factor on the mass of the tail `[H]`, used by `shared_normalizer`; None for 0.
         norm_weights: RMSNorm weights of the exact part and of the tail `[H, d]` each, used by `double_rmsnorm`; None
             for 1.
+        feature_weight: What queries and keys are multiplied with before the feature map of `linear`, `[G, d, d]`; None
+            for neither.
         chunk: Queries at a time; None takes as many as `CHUNK_ELEMENTS` allows.
 
     Returns:
@@ -63,7 +66,7 @@ def spla_attention(
     keys, values = k.reshape(rows, total, d), v.reshape(rows, total, d)
     whole = total // params.selection_block * params.selection_block
     statistics = get_selector(params.selector).statistics(keys[:, :whole].unflatten(1, (-1, params.selection_block)))
-    residual = make_residual(params, d)
+    residual = make_residual(params, d, feature_weight)
 
     def per_row(weight: Tensor) -> Tensor:
         """`[H, ...]` of a head as `[rows, group, 1, ...]`."""

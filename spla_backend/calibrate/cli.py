@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--test-documents", type=positive, metavar="N", help="documents a --test file; default: all that fit")
     add("--steps", type=positive, default=40, help="windows to fit on, one a step (%(default)s)")
     add("--learning-rate", type=float, default=0.08, help="of Adam (%(default)s)")
+    add("--features", action="store_true", help="of the residual 'linear', fit a matrix before the feature map, too")
     add("--seed", type=int, default=0, help="of the order of windows (%(default)s)")
     add("--device", help="default: the GPU if there is one")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen model (%(default)s)")

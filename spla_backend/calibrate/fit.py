@@ -5,8 +5,10 @@ with Adam, through the whole model: a gain that lowers the error of its layer's 
 Which blocks are selected is not differentiated through.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,32 +21,53 @@ from ..learned import LayerParameters
 
 _LOSS_CHUNK = 512  # positions whose distributions over the vocabulary are compared at a time
 _MIN_GAIN, _MAX_GAIN = 1e-3, 20.0
+_FEATURE_RATE = 0.05
 
 
 class HeadParameters:
-    """What is fitted: a gain for every head of every layer, and a scale for every layer.
+    """What is fitted: a gain for every head of every layer, a scale for every layer, matrices before the feature map.
 
     Args:
         num_layers: Layers of the model.
         num_heads: Query heads.
         params: What SPLA computes; a residual whose direction has no scale gets gains alone.
         device: Where the model is.
+        features: `(num_kv_heads, head_size)` where the feature map of the `linear` residual is fitted, too.
     """
 
-    def __init__(self, num_layers: int, num_heads: int, params: SplaParameters, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        params: SplaParameters,
+        device: torch.device | str,
+        features: tuple[int, int] | None = None,
+    ) -> None:
         shape = num_layers, num_heads
         self.log_gain = torch.zeros(shape, device=device, requires_grad=True)
         self.scale: torch.Tensor | None = None
         if params.residual == "regression":
             self.scale = torch.full((num_layers, 1), float(params.residual_scale), device=device, requires_grad=True)
 
-    def tensors(self) -> list[torch.Tensor]:
-        """What an optimiser changes."""
-        return [self.log_gain] if self.scale is None else [self.log_gain, self.scale]
+        self.feature_weight: torch.Tensor | None = None
+        if features is not None:
+            num_kv_heads, size = features
+            weight = torch.eye(size, device=device).repeat(num_layers, num_kv_heads, 1, 1)
+            self.feature_weight = weight.requires_grad_()
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """What an optimiser changes, and how fast: elements of a matrix are many and move an output together."""
+        numbers = [self.log_gain] if self.scale is None else [self.log_gain, self.scale]
+        groups: list[dict[str, Any]] = [{"params": numbers, "lr": learning_rate}]
+        if self.feature_weight is not None:
+            groups.append({"params": [self.feature_weight], "lr": learning_rate * _FEATURE_RATE})
+        return groups
 
     def _layer(self, i: int) -> LayerParameters:
         return LayerParameters(
-            gain=self.log_gain[i].exp(), residual_scale=None if self.scale is None else self.scale[i]
+            gain=self.log_gain[i].exp(),
+            residual_scale=None if self.scale is None else self.scale[i],
+            feature_weight=None if self.feature_weight is None else self.feature_weight[i],
         )
 
     def layers(self) -> dict[int, LayerParameters]:
@@ -99,8 +122,10 @@ def fit(
         learning_rate: Its rate at the start; it falls to a tenth along a cosine.
         report: Gets the divergence of every step, before it changes anything.
     """
-    optimizer = torch.optim.Adam(fitted.tensors(), lr=learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=learning_rate / 10)
+    optimizer = torch.optim.Adam(fitted.groups(learning_rate), betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.55 + 0.45 * math.cos(math.pi * min(step / steps, 1.0))
+    )
     budget = params.budget_blocks * params.selection_block
     for step in range(steps):
         tokens = documents[step % len(documents)]

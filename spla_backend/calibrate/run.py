@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> str:
             "spla-calibrate fits the residual under a shared normaliser: set the option residual to 'regression' or "
             "'linear', and combine to 'shared_normalizer'"
         )
+    if args.features and params.residual != "linear":
+        raise ValueError("--features fits the feature map of the residual 'linear': set the option residual to it")
     test_length = min(args.test_length, shape.max_position)
     if min(args.length, test_length) < budget + args.page_size:
         raise ValueError(
@@ -55,7 +57,13 @@ def run(args: argparse.Namespace) -> str:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = CapturingModel(args.model, getattr(torch, args.dtype), device, head=True)
 
-    fitted = HeadParameters(shape.num_layers, shape.num_heads, params, device)
+    fitted = HeadParameters(
+        shape.num_layers,
+        shape.num_heads,
+        params,
+        device,
+        (shape.num_kv_heads, shape.head_size) if args.features else None,
+    )
     divergences: list[float] = []
     began = time.monotonic()
     with tqdm(total=args.steps, desc="fitting", unit="window") as bar:
@@ -98,7 +106,10 @@ def run(args: argparse.Namespace) -> str:
         "segments": segments_of(losses, files),
         "divergence_of_steps": [round(x, 6) for x in divergences],
         "parameters": [
-            {"layer": i, **{name: [round(x, 4) for x in t.tolist()] for name, t in layer.tensors().items()}}
+            {
+                "layer": i,
+                **{name: [round(x, 4) for x in t.tolist()] for name, t in layer.tensors().items() if t.dim() == 1},
+            }
             for i, layer in layers.items()
         ],
     }
@@ -182,6 +193,7 @@ def _settings(
         "length": args.length,
         "steps": args.steps,
         "learning_rate": args.learning_rate,
+        "features": args.features,
         "documents": {file: files.count(file) for file in dict.fromkeys(files)},
         "page_size": args.page_size,
         "device": device,

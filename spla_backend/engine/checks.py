@@ -62,19 +62,28 @@ def check_parameters(vllm_config: "VllmConfig", options: SplaOptions) -> None:
     """Raises:
     ValueError: Learned parameters that are not this model's.
     """
+    from vllm.platforms import current_platform
+
     path = parameters_file(vllm_config)
     if path is None:
         return
     text, model = _text_config(vllm_config), vllm_config.model_config
     learned.check_place(path)
-    learned.check(
+    found = learned.check(
         path,
         layers=_full_attention_layers(text),
         num_heads=text.num_attention_heads,
+        num_kv_heads=model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),
         combine=options.combine,
+        residual=options.residual,
         dense_layers=options.dense_layers,
     )
+    if "feature_weight" in found and not current_platform.is_cpu():
+        raise ValueError(
+            f"{path} holds feature_weight, for which SPLA has no kernels on a GPU: use the CPU engine, or set "
+            "parameters_file to 'none' to do without the file"
+        )
 
 
 def check_dense_layers(vllm_config: "VllmConfig", options: SplaOptions) -> None:

@@ -90,7 +90,11 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         index = extract_layer_index(layer_name)
         num_heads = self.num_heads * world_size
-        found = learned.read_layer(path, index, num_heads=num_heads, head_size=self.head_size).heads(rank, world_size)
+        num_kv_heads = self.vllm_config.model_config.get_total_num_kv_heads()
+        whole = learned.read_layer(
+            path, index, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=self.head_size
+        )
+        found = whole.heads(rank, world_size)
         if self.learned is not None and not self.learned.same(found):
             raise RuntimeError(f"{path} changed while the engine ran: start the engine again to use it")
         logger.info_once("SPLA parameters: %s", path)
@@ -141,6 +145,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             scale=self.scale,
             gain=self.learned.gain,
             norm_weights=self.learned.norm_weights,
+            feature_weight=self.learned.feature_weight,
         )
         if hasattr(self.op, "prefill_dense_below"):
             logger.info_once("SPLA prompt tokens below position %d attend densely", self.op.prefill_dense_below)

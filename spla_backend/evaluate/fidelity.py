@@ -232,7 +232,17 @@ def attention(
     log_gain = None if mine.gain is None else mine.gain.log()
     # On a CPU what a few queries make stays in its caches, which halves the time.
     chunk = max(16, _CPU_ELEMENTS // (q.shape[1] * q.shape[2])) if q.device.type == "cpu" else None
-    return spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=mine.norm_weights, chunk=chunk)[0]
+    output = spla_attention(
+        q,
+        k,
+        v,
+        params,
+        log_gain=log_gain,
+        norm_weights=mine.norm_weights,
+        feature_weight=mine.feature_weight,
+        chunk=chunk,
+    )
+    return output[0]
 
 
 def sample_positions(start: int, length: int, count: int, seed: int = 0) -> torch.Tensor:

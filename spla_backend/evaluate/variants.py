@@ -95,7 +95,13 @@ class ModelShape:
         if path is None:
             return None
         dense = self.options(options).dense_layers
-        of_layer = partial(learned.read_layer, path, num_heads=self.num_heads, head_size=self.head_size)
+        of_layer = partial(
+            learned.read_layer,
+            path,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+        )
         return {i: of_layer(i) for i in range(self.num_layers) if i not in dense}
 
 

@@ -6,6 +6,7 @@ A float32 selection may rightly differ from a float64 one where two candidates a
 by the reference's own scores, dropped and counted.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from spla_backend.algorithm import reference as ref
 from spla_backend.algorithm.feature_maps import feature_map_names, get_feature_map
 from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.algorithm.residual import make_residual
 from spla_backend.algorithm.selection import group_scores, select_blocks
 from spla_backend.algorithm.selectors import get_selector, selector_names
 from spla_backend.kernels import numba_decode
@@ -617,3 +619,24 @@ def test_compiled_code_reads_every_number(dtype: torch.dtype) -> None:
     got = torch.empty(1 << 16)
     numba_decode._load(cache.elements, 0, got.numpy())
     torch.testing.assert_close(got, cache.tensor.flatten().float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ref.FEATURE_MAPS)
+def test_feature_weights(name: str) -> None:
+    """Sums over tokens one by one, two kv heads of two rows, in float64; what is read of whole blocks is the same."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(4, n, 8, generator=generator, dtype=torch.float64) for n in (3, 12, 12))
+    weight = torch.randn(2, 8, 8, generator=generator, dtype=torch.float64)
+    params = SplaParameters(16, 16, 4, residual="linear", feature_map=name)
+    residual = make_residual(params, 8, weight)
+    assert residual is not None
+    expected = torch.zeros(4, 3, 8, dtype=torch.float64)
+    for row, query, token in itertools.product(range(4), range(3), range(12)):
+        phi_q, phi_k = (ref.apply_feature_map(name, x @ weight[row % 2]) for x in (q[row, query], k[row, token]))
+        expected[row, query] += (phi_q @ phi_k) * v[row, token]
+    everything = torch.ones(4, 3, 12, dtype=torch.bool)
+    torch.testing.assert_close(residual.read_tokens(q, k, v, everything)[0], expected)
+    blocks = residual.read_blocks(q, k.unflatten(1, (3, 4)), v.unflatten(1, (3, 4)), everything[..., :3])
+    torch.testing.assert_close(blocks[0], expected)
+    s, z = residual.contribution(k, v)
+    torch.testing.assert_close(residual.read(q, s, z.unsqueeze(-1))[0], expected)

@@ -1,6 +1,7 @@
 """`spla-calibrate` on a small random model: gradients are right, the loss falls, the file fits the model."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -49,7 +50,7 @@ def test_gradients(tmp_path):
         )
 
     loss().backward()
-    for parameter in fitted.tensors():
+    for parameter in fitted.groups(1.0)[0]["params"]:
         assert parameter.grad[0].abs().min() > 0  # and they reach the first layer through the second
         for head in range(parameter.shape[1]):
             ends = []
@@ -69,7 +70,18 @@ def test_fit_lowers_the_divergence(tmp_path):
     fitted, seen = HeadParameters(LAYERS, HEADS, PARAMS, "cpu"), []
     fit(model, documents, PARAMS, fitted, steps=16, learning_rate=0.1, report=seen.append)
     assert sum(seen[-4:]) < 0.97 * sum(seen[:4])
-    assert all(torch.isfinite(t).all() for t in fitted.tensors())
+    assert all(torch.isfinite(t).all() for t in fitted.groups(1.0)[0]["params"])
+
+
+def test_fitted_features_lower_it_further(tmp_path):
+    model = CapturingModel(save(tmp_path), head=True)  # noqa: F811
+    params, ends = replace(PARAMS, residual="linear"), {}
+    for features in (None, (2, 32)):
+        fitted, seen = HeadParameters(LAYERS, HEADS, params, "cpu", features), []
+        fit(model, [random_tokens(150, 0)], params, fitted, steps=12, learning_rate=0.4, report=seen.append)
+        ends[features] = seen[-1]
+    assert ends[2, 32] < 0.97 * ends[None]
+    assert (fitted.feature_weight - torch.eye(32)).abs().amax((1, 2, 3)).min() > 1e-3
 
 
 def test_command(model, text, tmp_path, capsys):  # noqa: F811
@@ -80,7 +92,15 @@ def test_command(model, text, tmp_path, capsys):  # noqa: F811
     assert "after - before: " in capsys.readouterr().out
 
     shape = ModelShape.of(model)
-    learned.check(output, layers=range(2), num_heads=4, head_size=32, combine="shared_normalizer")
+    learned.check(
+        output,
+        layers=range(2),
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=32,
+        combine="shared_normalizer",
+        residual="regression",
+    )
     options = shape.options({"parameters_file": str(output)})
     assert (options.budget, options.selector, options.selection_block_size) == (96, "mean", 32)
     assert shape.options({"parameters_file": str(output), "budget": 64 + 32}).budget == 96

@@ -200,3 +200,28 @@ def test_bad_request_loses_nothing(tiny_llama, start):
         with pytest.raises(VLLMValidationError, match=r"maximum context length|max_model_len|longer than"):
             engine.answer([[5] * 5000])
         assert engine.answer([[5, 6, 7]])[0].tokens == expected
+
+
+def test_feature_weights_on_a_gpu(tmp_path, monkeypatch):
+    from types import SimpleNamespace as Namespace
+
+    import torch
+    from vllm.platforms import current_platform
+
+    from spla_backend import learned
+    from spla_backend.engine.checks import check_parameters
+    from spla_backend.options import SplaOptions
+
+    weights = learned.LayerParameters(feature_weight=torch.eye(8).repeat(2, 1, 1))
+    learned.write(tmp_path / learned.FILE_NAME, {0: weights}, {})
+    model = Namespace(
+        model=str(tmp_path),
+        hf_text_config=Namespace(num_hidden_layers=1, num_attention_heads=4),
+        get_total_num_kv_heads=lambda: 2,
+        get_head_size=lambda: 8,
+    )
+    config = Namespace(model_config=model, additional_config={"spla": {}})
+    check_parameters(config, SplaOptions(residual="linear"))
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(ValueError, match="holds feature_weight, for which SPLA has no kernels on a GPU: use the CPU"):
+        check_parameters(config, SplaOptions(residual="linear"))

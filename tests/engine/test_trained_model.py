@@ -23,7 +23,7 @@ def test_served_as_trained(tmp_path, name):
     from spla_backend.training import attach, save
 
     model = AutoModelForCausalLM.from_pretrained(save_random_model(tmp_path / "start", LLAMA)).eval()
-    attach(model, {"budget": 192, **VARIANTS[name]}, PAGE)
+    attach(model, {"budget": 192, **VARIANTS[name]}, PAGE, learn_features=name == "linear")
     generator = torch.Generator().manual_seed(0)
     for parameter_name, parameter in model.named_parameters():
         if ".spla." in parameter_name:  # gains and norm weights that differ by head
