@@ -154,7 +154,6 @@ def test_what_cuda_kernels_lack(monkeypatch):
             use_mla=False,
             hf_text_config=None,
             dtype=torch.bfloat16,
-            max_model_len=4096,
             get_num_attention_heads=lambda parallel: 32,
             get_num_kv_heads=lambda parallel: 8,
             get_head_size=lambda: 128,
