@@ -32,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_attend import LINEAR, NO_RESIDUAL, RESIDUAL_CODES, mass_of_rest, merge_splits
+from .triton_attend import LINEAR, NO_RESIDUAL, clear_padding, mass_of_rest, merge_splits
 from .triton_state import softmax_features
 
 if TYPE_CHECKING:
@@ -276,13 +276,10 @@ def subtract_kernel(
                     GROUP, GROUP_P, C, N, D, DP, PAGE, SPLITS, PARTS, MASS_PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
                 )  # fmt: skip
     else:
-        # Padding. Its output row is ours to clear only behind the tokens of all real rows.
-        token = tl.program_id(2).to(tl.int64)
-        if (split == 0) & (token >= tl.load(query_start_loc_ptr + num_rows)):
-            column = tl.arange(0, DP)
-            for member in tl.static_range(GROUP):
-                output = output_ptr + token * output_token_stride + (head * GROUP + member) * output_head_stride
-                tl.store(output + column, tl.zeros([DP], output_ptr.dtype.element_ty), mask=column < D)
+        clear_padding(
+            split, tl.program_id(2), head, query_start_loc_ptr, num_rows, output_ptr, output_token_stride,
+            output_head_stride, GROUP, D, DP,
+        )  # fmt: skip
 
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -445,8 +442,7 @@ class FlashInferDecode:
         pages = kv_cache.view(-1, 1, *kv_cache.shape[2:])[:, :, : params.page_size]  # [pages * G, 1, B, 2 d]
         self._run(size * kv_heads, pages)
         splits = tuning.attend_splits if op._parts else 1
-        mass_parts = tuning.mass_parts if op.has_mass else 0
-        subtract_kernel[(splits + mass_parts, kv_heads, tokens)](
+        subtract_kernel[(splits + op.mass_parts(tuning), kv_heads, tokens)](
             query,
             kv_cache,
             query_start_loc,
@@ -480,17 +476,7 @@ class FlashInferDecode:
             op.scale,
             params.residual_scale,
             params.rms_norm_eps,
-            C=op._columns,
-            N=op._attend_n,
-            TILE=tuning.tile,
-            STAGES=tuning.attend_stages,
             SPLITS=splits,
-            PARTS=op._parts,
-            RESIDUAL=RESIDUAL_CODES[params.residual],
-            HAS_MASS=op.has_mass,
-            MASS_PARTS=mass_parts,
-            MASS_WIDTH=max(64, 1024 // op._group_p),
-            DOUBLE_NORM=params.combine == "double_rmsnorm",
-            num_warps=tuning.attend_warps,
+            **op.attend_constants(tuning),
             **shared,
         )

@@ -135,6 +135,7 @@ class FusedDecode:
                 return 1
         return 0
 
+    @functools.cache  # noqa: B019, as `_choose`
     def shared_bytes(self, blocks: int) -> int:
         """Shared memory of a thread block; `carve` in the source lays it out."""
         used = self._bytes_without_table(blocks)
@@ -235,10 +236,12 @@ class FusedDecode:
         )
         self._launch(arguments, self.cluster_size(seq_lens.shape[0]), seq_lens.shape[0])
 
+    @functools.cache  # noqa: B019, as `_choose`
     def _max_clusters(self, blocks: int) -> int:
         """Clusters of so many thread blocks that run at once."""
         return self._kernel(blocks).max_clusters(blocks, self.shared_bytes(blocks))
 
+    @functools.cache  # noqa: B019, as `_choose`
     def _kernel(self, blocks: int) -> Any:
         defines = {**self.defines, "BLOCKS": blocks, "TABLE": int(self._has_table(blocks))}
         return _load(tuple(sorted(defines.items())))
@@ -300,7 +303,6 @@ def _load(defines: tuple[tuple[str, Any], ...]) -> Any:
         config.attrs, config.numAttrs = [cluster, early], 2
         return config
 
-    @functools.cache
     def max_clusters(blocks: int, shared: int) -> int:
         return checked(driver.cuOccupancyMaxActiveClusters(function, configured((blocks, 1, 1), shared)))
 

@@ -358,6 +358,20 @@ def merge_splits(
 
 
 @triton.jit
+def clear_padding(
+    split, slot, head, query_start_loc_ptr, num_rows, output_ptr, output_token_stride, output_head_stride,
+    GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """Zero the output row of a slot without a token. It is ours to clear only behind the tokens of all real rows."""
+    token = slot.to(tl.int64)
+    if (split == 0) & (token >= tl.load(query_start_loc_ptr + num_rows)):
+        column = tl.arange(0, DP)
+        for member in tl.static_range(GROUP):
+            output = output_ptr + token * output_token_stride + (head * GROUP + member) * output_head_stride
+            tl.store(output + column, tl.zeros([DP], output_ptr.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
 def attend_kernel(
     query_ptr,
     kv_ptr,
@@ -467,10 +481,7 @@ def attend_kernel(
                     GROUP, GROUP_P, C, N, D, DP, UNIT, SPLITS, PARTS, MASS_PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
                 )  # fmt: skip
     else:
-        # Padding. Its output row is ours to clear only behind the tokens of all real rows.
-        token = tl.program_id(2).to(tl.int64)
-        if (split == 0) & (token >= tl.load(query_start_loc_ptr + num_rows)):
-            column = tl.arange(0, DP)
-            for member in tl.static_range(GROUP):
-                output = output_ptr + token * output_token_stride + (head * GROUP + member) * output_head_stride
-                tl.store(output + column, tl.zeros([DP], output_ptr.dtype.element_ty), mask=column < D)
+        clear_padding(
+            split, tl.program_id(2), head, query_start_loc_ptr, num_rows, output_ptr, output_token_stride,
+            output_head_stride, GROUP, D, DP,
+        )  # fmt: skip

@@ -17,7 +17,7 @@ allocates or synchronises, so that a step can be captured in a CUDA graph.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -632,8 +632,7 @@ class TritonPagedSpla:
                 self, tuning, query, kv_cache, query_start_loc, seq_lens, output, max_query_len
             )  # fmt: skip
             return
-        mass_parts = tuning.mass_parts if self.has_mass else 0
-        attend_kernel[(tuning.attend_splits + mass_parts, kv_heads, tokens)](
+        attend_kernel[(tuning.attend_splits + self.mass_parts(tuning), kv_heads, tokens)](
             query,
             kv_cache,
             query_start_loc,
@@ -666,24 +665,34 @@ class TritonPagedSpla:
             self.scale,
             params.residual_scale,
             params.rms_norm_eps,
-            C=self._columns,
-            N=self._attend_n,
             D=self.head_size,
             DP=self._dp,
-            TILE=tuning.tile,
-            STAGES=tuning.attend_stages,
             SPLITS=tuning.attend_splits,
-            PARTS=self._parts,
-            RESIDUAL=RESIDUAL_CODES[params.residual],
-            HAS_MASS=self.has_mass,
-            MASS_PARTS=mass_parts,
-            MASS_WIDTH=max(64, 1024 // self._group_p),
-            DOUBLE_NORM=params.combine == "double_rmsnorm",
             DEPENDENT=self._dependent,
-            num_warps=tuning.attend_warps,
+            **self.attend_constants(tuning),
             **shared,
             **self._launch_early,
         )
+
+    def mass_parts(self, tuning: Tuning) -> int:
+        """Programs a (token, kv head) that add up the mass of what is not selected."""
+        return tuning.mass_parts if self.has_mass else 0
+
+    def attend_constants(self, tuning: Tuning) -> dict[str, Any]:
+        """What the launches that attend and combine have in common, whichever executor's they are."""
+        return {
+            "C": self._columns,
+            "N": self._attend_n,
+            "TILE": tuning.tile,
+            "STAGES": tuning.attend_stages,
+            "PARTS": self._parts,
+            "RESIDUAL": RESIDUAL_CODES[self.params.residual],
+            "HAS_MASS": self.has_mass,
+            "MASS_PARTS": self.mass_parts(tuning),
+            "MASS_WIDTH": max(64, 1024 // self._group_p),
+            "DOUBLE_NORM": self.params.combine == "double_rmsnorm",
+            "num_warps": tuning.attend_warps,
+        }
 
 
 def _check(
