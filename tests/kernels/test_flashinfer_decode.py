@@ -185,17 +185,7 @@ def test_gpu_graph_replay(query_len: int) -> None:
         SplaParameters(64, 64, 32), [5000, 900, 2049, 70], query_len=query_len, max_model_len=8192
     )  # fmt: skip
     lengths, output = batch.seq_lens.clone(), torch.full_like(batch.query, float("nan"))
-    batch.seq_lens.fill_(query_len)
-
-    def run() -> None:
-        batch.op.decode(
-            batch.query, batch.kv_cache, batch.kv_cache, batch.query_start_loc, batch.seq_lens, batch.block_table,
-            batch.state_table, output, query_len,
-        )  # fmt: skip
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph = batch.capture(output)
     for _ in range(2):
         batch.seq_lens.copy_(lengths)
         batch.query_start_loc.copy_(torch.arange(5) * query_len)

@@ -171,15 +171,7 @@ def test_gpu_graph_replay() -> None:
     )  # fmt: skip
     expected = batch.decode()
     output = torch.full_like(batch.query, float("nan"))
-    lengths = batch.seq_lens.clone()
-    batch.seq_lens.fill_(1)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        batch.op.decode(
-            batch.query, batch.kv_cache, batch.kv_cache, batch.query_start_loc, batch.seq_lens, batch.block_table,
-            batch.state_table, output, 1,
-        )  # fmt: skip
-    batch.seq_lens.copy_(lengths)
+    graph = batch.capture(output)
     batch.decode()
     for _ in range(3):
         output.fill_(float("nan"))

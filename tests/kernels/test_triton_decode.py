@@ -331,19 +331,7 @@ def test_gpu_graph_replay(query_len: int) -> None:
     )  # fmt: skip
     expected = batch.decode()
     output = torch.full_like(batch.query, float("nan"))
-    lengths = batch.seq_lens.clone()
-    batch.seq_lens.fill_(query_len)
-
-    def run() -> None:
-        batch.op.decode(
-            batch.query, batch.kv_cache, batch.kv_cache, batch.query_start_loc, batch.seq_lens, batch.block_table,
-            batch.state_table, output, query_len,
-        )  # fmt: skip
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    batch.seq_lens.copy_(lengths)
+    graph = batch.capture(output)
     for _ in range(3):
         output.fill_(float("nan"))
         graph.replay()

@@ -36,6 +36,31 @@ class Batch:
         keys, values = self.keys[row][start:stop], self.values[row][start:stop]
         self.op.update_cache(keys, values, self.kv_cache, slots)
 
+    def run(self, output: torch.Tensor, steady: bool = False) -> None:
+        """Run the op."""
+        self.op.decode(
+            self.query,
+            self.kv_cache,
+            self.kv_cache,
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            self.state_table,
+            output,
+            self.query_len,
+            steady,
+        )
+
+    def capture(self, output: torch.Tensor) -> torch.cuda.CUDAGraph:
+        """A graph of `run` on rows that are as short as can be; the lengths, which it reads, are then as before."""
+        lengths = self.seq_lens.clone()
+        self.seq_lens.fill_(self.query_len)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run(output)
+        self.seq_lens.copy_(lengths)
+        return graph
+
     def decode(self, steady: bool = False) -> torch.Tensor:
         """Run the op on NaN-poisoned output and scratch."""
         output = torch.full_like(self.query, float("nan"))
@@ -51,18 +76,7 @@ class Batch:
         scratch.table.fill_(-1)
         scratch.count.fill_(-1)
         scratch.flags.fill_(-1)
-        self.op.decode(
-            self.query,
-            self.kv_cache,
-            self.kv_cache,
-            self.query_start_loc,
-            self.seq_lens,
-            self.block_table,
-            self.state_table,
-            output,
-            self.query_len,
-            steady,
-        )
+        self.run(output, steady)
         for name in ("fold_arrivals", "score_arrivals", "attend_arrivals"):
             assert int(getattr(scratch, name).abs().sum()) == 0, name
         if between is not None:  # it was FlashInfer that attended
