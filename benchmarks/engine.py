@@ -3,17 +3,23 @@
     python benchmarks/engine.py --model MODEL --contexts 2048 4096 8192 --output benchmarks/results/engine_cpu.json
 
 Protocol: one engine after the other in this process, each request batch once to warm up with a short prompt, prompts
-cut from real text (or random tokens where the weights are random), prefix caching off, greedy, no early stop. Times
-come from the engine's own request statistics: the first token's latency, and the time between first and last token
-divided by the tokens between them. Rows are `{backend, batch, context, tpot_ms, ttft_s}`.
+cut from real text (random tokens where the weights are random), prefix caching off, greedy, no early stop. Random
+weights are normal, so that pages weigh differently as in a model; vLLM's dummy weights are so small that all pages weigh
+the same, and for that the selection takes several rounds. Times come from the engine's own request statistics: the
+first token's latency, and the time between first and last token divided by the tokens between them. Rows are `{backend,
+batch, context, tpot_ms, ttft_s}`. With `--profile` each shape runs once more under the engine's profiler, and its row
+says where the GPU's time in a decode step goes: microseconds by kernel and without any.
 """
 
 import argparse
 import gc
+import gzip
 import json
 import os
 import statistics
 import sys
+import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +60,13 @@ def token_source(model: str, vocab_size: int) -> list[int]:
     return np.random.default_rng(0).integers(10, vocab_size, 1 << 20).tolist()
 
 
+def draw_weights(model: Any) -> None:
+    """In a worker: random weights of the usual scale in place of vLLM's dummy ones."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.02)
+
+
 def measure(llm: Any, source: list[int], batch: int, context: int, tokens: int) -> dict[str, float]:
     from vllm import SamplingParams
 
@@ -74,6 +87,35 @@ def measure(llm: Any, source: list[int], batch: int, context: int, tokens: int) 
     }
 
 
+def decode_profile(
+    llm: Any, traces: Path, source: list[int], batch: int, context: int, tokens: int
+) -> dict[str, float]:
+    """Microseconds of a decode step by kernel, and `idle` where none runs, longest first.
+
+    A kernel's time is that in which no kernel before it runs: launches overlap.
+    """
+    llm.start_profile()
+    tpot_us = 1e3 * measure(llm, source, batch, context, tokens)["tpot_ms"]
+    llm.stop_profile()
+    newest = max(traces.glob("*.json*"), key=lambda path: path.stat().st_mtime)
+    with (gzip.open if newest.suffix == ".gz" else open)(newest, "rt") as file:
+        events = [e for e in json.load(file)["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    # Prompts come before; the last step ends where the profiler does.
+    last = max(e["ts"] + e["dur"] for e in events) - tpot_us
+    first = last - (tokens - 3) * tpot_us
+    total: dict[str, float] = defaultdict(float)
+    busy_until = first
+    for event in sorted(events, key=lambda e: e["ts"]):
+        start, end = event["ts"], min(event["ts"] + event["dur"], last)
+        if end <= busy_until:
+            continue
+        total["idle"] += max(0.0, start - busy_until)
+        total[event["name"].split("(")[0].split("<")[0]] += end - max(start, busy_until)
+        busy_until = end
+    steps = (last - first) / tpot_us
+    return {name: round(us / steps, 1) for name, us in sorted(total.items(), key=lambda item: -item[1])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model folder or name, or llama-8b-random")
@@ -84,6 +126,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=33, help="output tokens a request")
     parser.add_argument("--options", type=json.loads, default={}, help="SPLA options, e.g. '{\"budget\": 1024}'")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
+    parser.add_argument("--profile", action="store_true", help="once more under the profiler: a decode step by kernel")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
@@ -98,20 +141,29 @@ def main() -> None:
         (folder / "config.json").write_text(json.dumps(LLAMA_8B))
         model = str(folder)
         engine_args |= {"load_format": "dummy", "skip_tokenizer_init": True}
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for `draw_weights`, which goes to the workers
+    traces = Path(tempfile.mkdtemp())
+    if args.profile:
+        profiler = {"profiler": "torch", "torch_profiler_dir": str(traces), "torch_profiler_with_stack": False}
+        engine_args["profiler_config"] = profiler
     engine_args |= {"max_num_seqs": max(b for b, _ in shapes), **args.engine_args}
 
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for backend in args.backends:
         chosen = {"attention_backend": "spla", "additional_config": {"spla": args.options}} if backend == "spla" else {}
         llm = LLM(model, disable_log_stats=False, **engine_args, **chosen)
+        if args.model == "llama-8b-random":
+            llm.apply_model(draw_weights)
         source = token_source(model, llm.model_config.get_vocab_size())
         llm.generate([{"prompt_token_ids": source[:300]}], SamplingParams(max_tokens=4, detokenize=False))
         for batch, context in shapes:
             row = {"backend": backend, "batch": batch, "context": context}
             row |= measure(llm, source, batch, context, args.tokens)
+            if args.profile:
+                row["step_us"] = decode_profile(llm, traces, source, batch, context, args.tokens)
             rows.append(row)
             print(json.dumps(row), flush=True)
         del llm

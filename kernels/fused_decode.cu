@@ -119,6 +119,8 @@ DEVICE u32 shuffle_up(u32 x, int by) { return __shfl_up_sync(0xffffffffu, x, by)
 DEVICE int popcount(u32 x) { return __popc(x); }
 DEVICE int leading_zeros(u32 x) { return __clz(x); }
 DEVICE u32 add_to(u32 *p, u32 x) { return atomicAdd(p, x); }
+// The same pointer, whose parts the compiler does not know and so adds up once.
+DEVICE const char *opaque(const char *p) { asm("" : "+l"(p)); return p; }
 DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"((u64)p)); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
@@ -133,9 +135,9 @@ template <typename T> DEVICE T *of_block(T *p, int rank) {
 DEVICE void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void grid_launch() { asm volatile("griddepcontrol.launch_dependents;"); }
 DEVICE float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-DEVICE float log2_(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float log2_(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-DEVICE float sqrt_(float x) { float y; asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float sqrt_(float x) { float y; asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE int as_int(float x) { return __float_as_int(x); }
 DEVICE float as_float(u32 x) { return __uint_as_float(x); }
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
@@ -312,6 +314,7 @@ struct Row {
     int num_units;          // of complete pages
     int head;
     i64 page_stride, state_block_stride;
+    u32 page_step;          // page_stride in `STEP` bytes
     int last_page;
 };
 
@@ -325,6 +328,12 @@ DEVICE const u16 *page_at(const Row &row, int id) {
 // Of the page that has a unit.
 DEVICE int page_id(const Shared &s, const Row &row, int unit) {
     return within_cache(row, (TABLE ? s.table : row.pages)[unit / UNITS_PER_PAGE]);
+}
+
+// Where the statistics of a unit stand, in `STEP` bytes from `row.kv` on, so that one register has it.
+constexpr int STEP = 64;
+DEVICE u32 place_of(const Row &row, int id, int unit) {
+    return (u32)id * row.page_step + (PAGE + unit % UNITS_PER_PAGE) * (ROW_BYTES / STEP);
 }
 
 DEVICE float *state_block(const Row &row, int block) {
@@ -562,17 +571,14 @@ DEVICE int tiles_of(int num, int warp) {
 // Page id of the unit `r` of a warp's `k`-th tile; behind the last unit, the last again.
 DEVICE int unit_of(int first, int num, int warp, int k, int r) { return first + min_((warp + k * WARPS) * TILE + r, num - 1); }
 
-// Ask for a tile; lane `from_lane + r` has the page id of its unit `r`, within the cache.
-DEVICE void issue_tile(
-    const Shared &s, const Row &row, int first, int num, int k, int id, int from_lane, int warp, int lane) {
+// Ask for a warp's `k`-th tile; lane `from_lane + r` has the place of its unit `r`.
+DEVICE void issue_tile(const Shared &s, const Row &row, int k, u32 place, int from_lane, int warp, int lane) {
     int r = lane / STATE_LANES;
     char *to = s.ring + warp * RING_BYTES + (k % STAGES * TILE + r) * STRIDE + lane % STATE_LANES * 16;
-    const u16 *from = row.kv + PAGE * ROW + lane % STATE_LANES * 8;
-#pragma unroll 4
-    for (int j = 0; j < TILE; j += STATE_ROWS_AT_ONCE) {
-        int unit = unit_of(first, num, warp, k, r + j);
-        copy_in(to + j * STRIDE, from + shuffle(id, from_lane + r + j) * row.page_stride + unit % UNITS_PER_PAGE * ROW);
-    }
+    const char *from = opaque((const char *)row.kv + lane % STATE_LANES * 16);
+#pragma unroll
+    for (int j = 0; j < TILE; j += STATE_ROWS_AT_ONCE)
+        copy_in(to + j * STRIDE, from + (u64)(u32)shuffle((int)place, from_lane + r + j) * STEP);
 }
 
 // Statistics behind the ring, so that they are on their way while the launch ahead ends, and in any order. As much as the
@@ -585,7 +591,7 @@ DEVICE void prefetch_tiles(const Row &row, int first, int num, int tiles, int wa
     for (int i = 0; i < (min_(tiles, STAGES + TILES_AHEAD) - STAGES) * (TILE / AT_ONCE); i++) {
         int unit = unit_of(first, num, warp, STAGES + i / (TILE / AT_ONCE), i % (TILE / AT_ONCE) * AT_ONCE + lane / LINES);
         int id = within_cache(row, row.pages[unit / UNITS_PER_PAGE]);
-        prefetch(row.kv + id * row.page_stride + (PAGE + unit % UNITS_PER_PAGE) * ROW + lane % LINES * 64);
+        prefetch((const char *)row.kv + (u64)place_of(row, id, unit) * STEP + lane % LINES * 128);
     }
 }
 
@@ -594,7 +600,12 @@ DEVICE void prefetch_tiles(const Row &row, int first, int num, int tiles, int wa
 DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int first, int num, int warp, int lane) {
     const char *ring = s.ring + warp * RING_BYTES;
     int tiles = tiles_of(num, warp);
-    int next_id = lane < TILE && STAGES < tiles ? page_id(s, row, unit_of(first, num, warp, STAGES, lane)) : 0;
+    u32 next = 0;  // place of this lane's unit of the tile to be asked for next
+    auto look_up = [&](int k) {
+        int unit = unit_of(first, num, warp, k, lane % TILE);
+        return place_of(row, page_id(s, row, unit), unit);
+    };
+    if (STAGES < tiles) next = look_up(STAGES);
 
     // Units are the rows of the left side, heads the columns of the right one: `q` for the first half of a statistic, `q^2`
     // for the second. Its low part has the columns 4 to 7, or, where there are more than four heads, a product of its own.
@@ -645,9 +656,8 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
         }
         sync_warp();  // all lanes have read the stage
         if (k + STAGES < tiles) {
-            issue_tile(s, row, first, num, k + STAGES, next_id, 0, warp, lane);
-            if (lane < TILE && k + STAGES + 1 < tiles)
-                next_id = page_id(s, row, unit_of(first, num, warp, k + STAGES + 1, lane));
+            issue_tile(s, row, k + STAGES, next, 0, warp, lane);
+            if (k + STAGES + 1 < tiles) next = look_up(k + STAGES + 1);
         }
         close_copies();
 #pragma unroll
@@ -1362,6 +1372,7 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
     row.position = seq_len - 1;
     row.head = head;
     row.page_stride = p.page_stride;
+    row.page_step = (u32)(p.page_stride / (STEP / 2));
     row.state_block_stride = p.state_block_stride;
     row.last_page = p.last_page;
     int target = row.position / PAGE;  // complete pages
@@ -1380,11 +1391,12 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
     close_copies();
     // A lane a unit of the first tiles.
     constexpr int AT_ONCE = 32 / TILE;
-    int ids[STAGES / AT_ONCE];
+    u32 places[STAGES / AT_ONCE];
 #pragma unroll
     for (int i = 0; i < STAGES / AT_ONCE; i++) {
         int k = i * AT_ONCE + lane / TILE;
-        ids[i] = k < tiles ? within_cache(row, row.pages[unit_of(first, num, warp, k, lane % TILE) / UNITS_PER_PAGE]) : 0;
+        int unit = unit_of(first, num, warp, k, lane % TILE);
+        places[i] = k < tiles ? place_of(row, within_cache(row, row.pages[unit / UNITS_PER_PAGE]), unit) : 0;
     }
     int last_page = 0, page_before = 0;
     if (RESIDUAL && target > 0 && warp == WARPS - 1) {
@@ -1408,11 +1420,11 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
             grid_launch();  // so that whoever is launched next knows all but this launch to have ended
         }
         if (k == STAGES) break;
-        int id = ids[0];
+        u32 place = places[0];
 #pragma unroll
         for (int i = 1; i < STAGES / AT_ONCE; i++)
-            if (k / AT_ONCE == i) id = ids[i];
-        if (k < tiles) issue_tile(s, row, first, num, k, id, k % AT_ONCE * TILE, warp, lane);
+            if (k / AT_ONCE == i) place = places[i];
+        if (k < tiles) issue_tile(s, row, k, place, k % AT_ONCE * TILE, warp, lane);
         close_copies();
     }
     Trust trust;

@@ -22,6 +22,7 @@ THREADS = 256
 WARPS = 8
 MAX_CLUSTER = 16
 SHARED_LIMIT = 227 << 10  # bytes a thread block may have on Hopper
+PAGE_STEP = 64  # bytes, `STEP` of the source
 SHARED_ALONE = 115 << 10  # bytes that keep a second thread block from the multiprocessor, while another is idle
 
 
@@ -198,8 +199,13 @@ class FusedDecode:
             count: `[rows, G]` int32, written.
             early: The launch before this one writes no statistics but those of pages that the rows' own tokens
                 complete, so that the others are read before it has ended.
+
+        Raises:
+            ValueError: Pages that begin at no multiple of 64 bytes.
         """
         params, state = self.params, state_cache.view(torch.float32)
+        if kv_cache.stride(0) * kv_cache.itemsize % PAGE_STEP:
+            raise ValueError(f"a page of {kv_cache.stride(0)} elements is no multiple of {PAGE_STEP} bytes")
         arguments = _Params(
             query=query.data_ptr(),
             kv=kv_cache.data_ptr(),

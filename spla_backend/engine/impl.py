@@ -124,14 +124,6 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         if torch.device(device).type == "cpu":
             logger.info_once("SPLA loads its CPU kernels; the first time they are compiled, for half a minute")
         params = self._parameters(page_size)
-        finer = params.selection_block != params.page_size or params.selector == "km2-rem"
-        if torch.device(device).type == "cuda" and finer:
-            logger.warning_once(
-                "SPLA's blocks finer than a page (%d in pages of %d) and 'km2-rem' (here: %r) failed an engine "
-                "test on a GPU for a reason that is not known (README, Limits): compare their answers with those of "
-                "whole pages and 'rem'",
-                params.selection_block, params.page_size, params.selector,
-            )  # fmt: skip
         self.op = dispatch.make(
             torch.device(device),
             params,

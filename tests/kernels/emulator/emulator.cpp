@@ -114,6 +114,7 @@ static unsigned add_to(unsigned *p, unsigned x) {
     *p += x;
     return before;
 }
+static const char *opaque(const char *p) { return p; }
 static void prefetch(const void *p) { *(volatile const char *)p; }
 static int popcount(unsigned x) { return __builtin_popcount(x); }
 static void sync_warp() { emulator::meet(emulator::warp().meeting); }
