@@ -581,20 +581,6 @@ DEVICE void issue_tile(const Shared &s, const Row &row, int k, u32 place, int fr
         copy_in(to + j * STRIDE, from + (u64)(u32)shuffle((int)place, from_lane + r + j) * STEP);
 }
 
-// Statistics behind the ring, so that they are on their way while the launch ahead ends, and in any order. As much as the
-// second-level cache can keep: only where few blocks share it.
-constexpr int TILES_AHEAD = BLOCKS >= 8 ? 10 : 0;  // of a warp
-
-DEVICE void prefetch_tiles(const Row &row, int first, int num, int tiles, int warp, int lane) {
-    constexpr int LINES = ROW_BYTES / 128, AT_ONCE = 32 / LINES;  // rows
-#pragma unroll 4
-    for (int i = 0; i < (min_(tiles, STAGES + TILES_AHEAD) - STAGES) * (TILE / AT_ONCE); i++) {
-        int unit = unit_of(first, num, warp, STAGES + i / (TILE / AT_ONCE), i % (TILE / AT_ONCE) * AT_ONCE + lane / LINES);
-        int id = within_cache(row, row.pages[unit / UNITS_PER_PAGE]);
-        prefetch((const char *)row.kv + (u64)place_of(row, id, unit) * STEP + lane % LINES * 128);
-    }
-}
-
 // Scores, and masses where there is a residual, of this block's units; the warp's maximum of its scores and sum of
 // exponentials from it, in `s.warp [warp][2][GP]`. The first `STAGES` tiles have been asked for.
 DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int first, int num, int warp, int lane) {
@@ -1404,7 +1390,6 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         page_before = row.pages[max_(target - 2, 0)];
     }
     if (RESIDUAL && reads) prefetch_state(row, rank, tid);
-    if (TILES_AHEAD > 0) prefetch_tiles(row, first, num, tiles, warp, lane);
     // Statistics that stand already are asked for before the launch ahead has ended. Its own are at most those of the last
     // complete page of a row, which are in the warp's last tile.
     // One loop, a turn of which waits, because code that runs once costs its fetching.
