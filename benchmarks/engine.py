@@ -4,7 +4,7 @@
 
 Protocol: one engine after the other in this process, each request batch once to warm up with a short prompt, prompts
 cut from real text (random tokens where the weights are random), prefix caching off, greedy, no early stop. Random
-weights are normal, so that pages weigh differently as in a model; vLLM's dummy weights are so small that all pages weigh
+weights are normal, so that pages weigh differently as in a model; with vLLM's dummy weights, which are tiny, they weigh
 the same, and for that the selection takes several rounds. Times come from the engine's own request statistics: the
 first token's latency, and the time between first and last token divided by the tokens between them. Rows are `{backend,
 batch, context, tpot_ms, ttft_s}`. With `--profile` each shape runs once more under the engine's profiler, and its row
