@@ -15,10 +15,10 @@ Budgets, all of the same sum over layers and kv heads: one for all; fitted to th
 kv head or by layer; top-p. The loss is estimated to second order: what a budget does to the output of a kv head,
 `delta`, costs `E (g . delta)^2 / 2` nats, where `g` is the gradient of the loss of tokens drawn from the model itself
 (a Fisher information, hence the Kullback-Leibler divergence from the dense model). `fit` looks at the last
-`--fit-tokens` of each document, where one backward pass gives `g` for all layers.
+`--tail` of each document, where one backward pass gives `g` for all layers.
 
-`loss` reads the first half of a document densely, as a GPU's prefill does below 16384 tokens, and selects for every
-token of the second half.
+`loss` reads a document densely up to its last `--tail`, as a GPU's prefill does below 16384 tokens, and selects for
+every token of those.
 """
 
 import argparse
@@ -139,6 +139,11 @@ def bytes_read(name: str, block: int, tokens: float, length: int, head_size: int
     return round(pages * statistics_bytes(name, block, head_size) + tokens * 4 * head_size + state)
 
 
+def decode_us(name: str, block: int, tokens: float) -> float:
+    """Least time of a layer's decode on an H200, 32 sequences of 128K tokens, 8 kv heads of size 128, at 4.2 TB/s."""
+    return round(32 * 8 * bytes_read(name, block, tokens, 1 << 17, 128) / 4.2e6, 1)
+
+
 def parameters(selector: str = "rem", block: int = PAGE, **more: Any) -> SplaParameters:
     register(selector)
     sizes = {"page_size": PAGE, "selection_block": block, "budget_blocks": BUDGET // block}
@@ -196,6 +201,7 @@ def fidelity(args: argparse.Namespace, shape: ModelShape, documents: list[Docume
         if not point.oracle:
             row["bytes_of_page"] = statistics_bytes(point.selector, block, shape.head_size)
             row["bytes"] = bytes_read(point.selector, block, BUDGET, args.length, shape.head_size)
+            row["decode_us"] = decode_us(point.selector, block, BUDGET)
         numbers = summary(mass[:, :, i], error[:, :, i])
         row |= {key: value for key, value in numbers.items() if "layer" not in key}
         row["mass_of_documents"] = [round(x, 5) for x in mass[:, :, i].mean((1, 2)).tolist()]
@@ -229,7 +235,7 @@ def allocate(cost: torch.Tensor, mean: int) -> torch.Tensor:
 def fit(args: argparse.Namespace, shape: ModelShape, documents: list[Document]) -> dict[str, Any]:
     """Budgets by layer and kv head, and the top-p of the same mean number of blocks."""
     torch.manual_seed(args.seed)
-    groups, start = shape.num_kv_heads, args.length - args.fit_tokens
+    groups, start = shape.num_kv_heads, args.length - args.tail
     dense = parameters(budget_blocks=args.length // PAGE, residual="none")
     budgets = [Point(parameters(budget_blocks=n)) for n in GRID]
     shares = [Point(parameters(budget_blocks=GRID[-1], top_p=p)) for p in TOP_P]
@@ -338,17 +344,20 @@ def loss(
     fitted = written().get("budgets", [])
     names = [*args.variants, *(f"rem:{PAGE} {row['budgets']}" for row in fitted if args.budgets)]
     variants = {name: budgets_of(name, fitted, shape) for name in names}
-    model, half = Continued(args.model, head=True), args.length // 2
+    model, start = Continued(args.model, head=True), args.length - args.tail
+    # The first of every file, then the second: a run that is stopped has seen all files.
+    of_file = {file: [x for x in documents if x.file == file] for file in dict.fromkeys(x.file for x in documents)}
+    documents = [x for row in itertools.zip_longest(*of_file.values()) for x in row if x is not None]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     with tqdm(total=len(documents) * len(variants), unit="run") as bar, torch.inference_mode():
         for document in documents:
-            model.begin(document.tokens[:half])
-            wanted = torch.tensor(document.tokens[half + 1 :])[:, None]
-            dense = model.go_on(document.tokens[half:], None)[:-1].log_softmax(-1)
+            model.begin(document.tokens[:start])
+            wanted = torch.tensor(document.tokens[start + 1 :])[:, None]
+            dense = model.go_on(document.tokens[start:], None)[:-1].log_softmax(-1)
             for name, of_layers in variants.items():
                 bar.set_description(f"{document.file} {name}")
                 counts: list[float] = []
-                logits = model.go_on(document.tokens[half:], sparse(of_layers, counts))[:-1]
+                logits = model.go_on(document.tokens[start:], sparse(of_layers, counts))[:-1]
                 losses, divergence = [], []
                 for p, piece, ids in zip(dense.split(512), logits.split(512), wanted.split(512), strict=True):
                     mine = piece.log_softmax(-1)
@@ -381,6 +390,7 @@ def loss_rows(segments: Sequence[Mapping[str, Any]], length: int, head_size: int
         row: dict[str, Any] = {"variant": name, "documents": len(mine), "tokens": round(tokens, 1)}
         row["bytes_of_page"] = statistics_bytes(selector, block, head_size)
         row["bytes"] = bytes_read(selector, block, tokens, length, head_size)
+        row["decode_us"] = decode_us(selector, block, tokens)
         pairs = [(x, of_default[key]) for x in mine if (key := (x["file"], *x["first_tokens"])) in of_default]
         for key in ("loss", "divergence"):
             row[key], row[f"{key}_se"] = mean_and_error([x for document in mine for x in document[key]])
@@ -393,48 +403,32 @@ def loss_rows(segments: Sequence[Mapping[str, Any]], length: int, head_size: int
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Captured mass and loss against the bytes of a page's statistics; loss of the budgets."""
+    """Captured mass and loss against the bytes of a page's statistics; budgets are stars."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
-    for block, marker in ((64, "o"), (32, "s"), (16, "D")):
-        for base, color in (("mean", "C0"), ("rem", "C1"), ("rem-lr", "C2"), ("km2-rem", "C3")):
-            for end, face in (("-fp8", color), ("", "none")):
-                style = {"marker": marker, "color": color, "markerfacecolor": face}
-
-                def alike(name: str, block: int = block, base: str = base, end: str = end) -> bool:
-                    of, _, rest = name.partition(":")
-                    stem = of.removesuffix("-fp8")
-                    stem = "rem-lr" if stem.startswith("rem-lr") else stem
-                    return rest == str(block) and stem == base and of.endswith("-fp8") == bool(end)
-
-                rows = [row for row in found["fidelity"] if alike(f"{row['selector']}:{row['block']}")]
-                rows = [row for row in rows if row["selector"] != "rem-lr64"]
-                label = f"{base}{end} in blocks of {block}"
-                rows.sort(key=lambda row: row["bytes_of_page"])
-                if rows:
-                    left.plot(
-                        [row["bytes_of_page"] for row in rows], [row["mass"] for row in rows], label=label, **style
-                    )
-                rows = sorted(
-                    (row for row in found["loss"] if alike(row["variant"])), key=lambda row: row["bytes_of_page"]
-                )
-                if rows:
-                    x, y = zip(*((row["bytes_of_page"], row["loss"]) for row in rows), strict=True)
-                    middle.plot(x, y, label=label, **style)
-    budgets = [row for row in found["loss"] if row["variant"].startswith(f"rem:{PAGE}")]
-    names = [row["variant"].partition(" ")[2] or "one for all" for row in budgets]
-    right.barh(names, [row["loss"] for row in budgets], xerr=[row["loss_se"] for row in budgets], capsize=3)
-    right.set(xlabel="loss above dense (nats a token)", title=f"rem:{PAGE}, budgets of the same sum")
-    left.set(ylabel="attention mass captured", title="fidelity")
-    middle.set(ylabel="loss above dense (nats a token)", title="loss")
-    for axes in (left, middle):
-        axes.set(xlabel="bytes of a page's statistics, one kv head", xscale="log")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    rows = [row for row in found["fidelity"] if "bytes_of_page" in row]
+    mass = [(f"{row['selector']}:{row['block']}", row["bytes_of_page"], row["mass"], None) for row in rows]
+    losses = [(row["variant"], row["bytes_of_page"], row["loss"], row["loss_se"]) for row in found["loss"]]
+    for axes, points in ((left, mass), (right, losses)):
+        for name, x, y, error in points:
+            selector, block = variant(name.partition(" ")[0])
+            marker = "*" if " " in name else {64: "o", 32: "s", 16: "D"}[block]
+            color = (
+                f"C{next(i for i, kind in enumerate(('mean', 'rem-lr', 'rem', 'km2')) if selector.startswith(kind))}"
+            )
+            face = color if selector.endswith("fp8") else "none"
+            axes.errorbar(x, y, error, marker=marker, color=color, markerfacecolor=face, elinewidth=0.5, capsize=2)
+            axes.annotate(name.removesuffix(f":{block}"), (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
+        axes.set(xlabel="bytes of a page's statistics, one kv head of size 64", xscale="log")
         axes.grid(alpha=0.3)
-    left.legend(fontsize=7)
+    left.set(
+        xlim=(100, 3000), ylabel="attention mass captured", title="circles, squares, diamonds: blocks of 64, 32, 16"
+    )
+    right.set(ylabel="loss above dense (nats a token)", title="filled: fp8; stars: budgets by layer and head, same sum")
     figure.savefig(path, dpi=110)
 
 
@@ -446,7 +440,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1, help="documents a file (%(default)s)")
     parser.add_argument("--length", type=int, default=8192, help="tokens a document, whole pages (%(default)s)")
     parser.add_argument("--queries", type=int, default=64, help="a document, of fidelity and fit (%(default)s)")
-    parser.add_argument("--fit-tokens", type=int, default=1024, help="last tokens that fit looks at (%(default)s)")
+    parser.add_argument("--tail", type=int, default=1024, help="last tokens, that fit and loss look at (%(default)s)")
     parser.add_argument("--variants", nargs="*", default=VARIANTS, help="selector:block, of fidelity and loss")
     parser.add_argument("--budgets", action="store_true", help="loss: also the budgets that fit found")
     parser.add_argument("--seed", type=int, default=0)
@@ -465,7 +459,7 @@ def main() -> None:
     documents = cut_documents(args.text, load_tokenizer(args.model), args.length, args.documents)
     head = report.header(
         args.stage,
-        {"length": args.length, "seed": args.seed},
+        {"length": args.length, "tail": args.tail, "seed": args.seed},
         f"benchmarks/experiments/{Path(sys.argv[0]).name}",
     )
 
