@@ -340,7 +340,7 @@ def loss(
     written: Callable[[], dict[str, Any]],
     save: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Loss and divergence from the dense model of the second half of documents; variants join those in the report."""
+    """Loss and divergence from the dense model of the ends of documents; what the report holds is not run again."""
     fitted = written().get("budgets", [])
     names = [*args.variants, *(f"rem:{PAGE} {row['budgets']}" for row in fitted if args.budgets)]
     variants = {name: budgets_of(name, fitted, shape) for name in names}
@@ -348,13 +348,18 @@ def loss(
     # The first of every file, then the second: a run that is stopped has seen all files.
     of_file = {file: [x for x in documents if x.file == file] for file in dict.fromkeys(x.file for x in documents)}
     documents = [x for row in itertools.zip_longest(*of_file.values()) for x in row if x is not None]
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     with tqdm(total=len(documents) * len(variants), unit="run") as bar, torch.inference_mode():
         for document in documents:
+            which = Path(document.file).name, document.tokens[:8]
+            done = {row["variant"] for row in written().get("segments", []) if document_of(row) == which}
+            if done >= set(variants):
+                continue
             model.begin(document.tokens[:start])
             wanted = torch.tensor(document.tokens[start + 1 :])[:, None]
             dense = model.go_on(document.tokens[start:], None)[:-1].log_softmax(-1)
             for name, of_layers in variants.items():
+                if name in done:
+                    continue
                 bar.set_description(f"{document.file} {name}")
                 counts: list[float] = []
                 logits = model.go_on(document.tokens[start:], sparse(of_layers, counts))[:-1]
@@ -363,14 +368,17 @@ def loss(
                     mine = piece.log_softmax(-1)
                     losses += (p.gather(-1, ids) - mine.gather(-1, ids))[:, 0].tolist()
                     divergence += (p.exp() * (p - mine)).sum(-1).tolist()
-                facts = {"variant": name, "file": Path(document.file).name, "first_tokens": document.tokens[:8]}
-                blocks = round(sum(counts) / len(counts), 3) if counts else None
-                facts |= {"blocks": blocks, "loss": segment_means(losses), "divergence": segment_means(divergence)}
-                results[name].append(facts)
-                bar.update()
-                others = [row for row in written().get("segments", []) if row["variant"] not in variants]
-                segments = others + [row for rows in results.values() for row in rows]
+                row = {"variant": name, "file": which[0], "first_tokens": which[1]}
+                row["blocks"] = round(sum(counts) / len(counts), 3) if counts else None
+                row |= {"loss": segment_means(losses), "divergence": segment_means(divergence)}
+                segments = [*written().get("segments", []), row]
                 save({"loss": loss_rows(segments, args.length, shape.head_size), "segments": segments})
+                bar.update()
+
+
+def document_of(row: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
+    """What tells the document of a row of `segments` from others."""
+    return row["file"], tuple(row["first_tokens"])
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -381,7 +389,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def loss_rows(segments: Sequence[Mapping[str, Any]], length: int, head_size: int) -> list[dict[str, Any]]:
     """Means over segments of 128 tokens above dense with their standard errors, and above `rem:64`, paired."""
     rows = []
-    of_default = {(row["file"], *row["first_tokens"]): row for row in segments if row["variant"] == f"rem:{PAGE}"}
+    of_default = {document_of(row): row for row in segments if row["variant"] == f"rem:{PAGE}"}
     for name in dict.fromkeys(row["variant"] for row in segments):
         mine = [row for row in segments if row["variant"] == name]
         selector, block = variant(name.partition(" ")[0])
@@ -391,7 +399,7 @@ def loss_rows(segments: Sequence[Mapping[str, Any]], length: int, head_size: int
         row["bytes_of_page"] = statistics_bytes(selector, block, head_size)
         row["bytes"] = bytes_read(selector, block, tokens, length, head_size)
         row["decode_us"] = decode_us(selector, block, tokens)
-        pairs = [(x, of_default[key]) for x in mine if (key := (x["file"], *x["first_tokens"])) in of_default]
+        pairs = [(x, of_default[document_of(x)]) for x in mine if document_of(x) in of_default]
         for key in ("loss", "divergence"):
             row[key], row[f"{key}_se"] = mean_and_error([x for document in mine for x in document[key]])
             if name != f"rem:{PAGE}" and pairs:
