@@ -6,7 +6,7 @@
     python benchmarks/experiments/statistics_and_budgets.py plot --report R.json --plot R.png
 
 All of it in float32 with the algorithm's own code, nothing of it has a kernel. Every stage replaces its part of the
-report.
+report, except that `loss` adds the variants and documents that are not there yet.
 
 Statistics: vectors in fp8 (e4m3, one bfloat16 scale each), and the covariance of a block's keys as its `r` greatest
 eigenvectors beside the diagonal of what they leave over. `fidelity` measures them all, at one budget.
@@ -328,7 +328,9 @@ def budgets_of(name: str, fitted: Sequence[Mapping[str, Any]], shape: ModelShape
     selector, block = variant(kind)
     row = next((row for row in fitted if row["budgets"] == budgets), {})
     if "blocks" in row:
-        return [[parameters(selector, block, budget_blocks=n) for n in layer] for layer in row["blocks"]]
+        return [
+            [parameters(selector, block, budget_blocks=n * PAGE // block) for n in layer] for layer in row["blocks"]
+        ]
     more = {"budget_blocks": GRID[-1], "top_p": row["top_p"]} if row else {}
     return [[parameters(selector, block, **more)] * shape.num_kv_heads] * shape.num_layers
 
@@ -387,7 +389,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def loss_rows(segments: Sequence[Mapping[str, Any]], length: int, head_size: int) -> list[dict[str, Any]]:
-    """Means over segments of 128 tokens above dense with their standard errors, and above `rem:64`, paired."""
+    """Means over segments of 128 tokens above dense with their standard errors, and above `rem:64`, paired; what share
+    of the default's loss a document keeps."""
     rows = []
     of_default = {document_of(row): row for row in segments if row["variant"] == f"rem:{PAGE}"}
     for name in dict.fromkeys(row["variant"] for row in segments):
@@ -405,13 +408,14 @@ def loss_rows(segments: Sequence[Mapping[str, Any]], length: int, head_size: int
             if name != f"rem:{PAGE}" and pairs:
                 differences = [x - y for a, b in pairs for x, y in zip(a[key], b[key], strict=True)]
                 row[f"{key}_against_default"], row[f"{key}_against_default_se"] = mean_and_error(differences)
+                row[f"{key}_shares"] = [round(sum(a[key]) / sum(b[key]), 3) for a, b in pairs]
         row["loss_of_documents"] = [mean_and_error(document["loss"])[0] for document in mine]
         rows.append(row)
     return rows
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Captured mass and loss against the bytes of a page's statistics; budgets are stars."""
+    """Captured mass and loss against bytes; budgets are stars."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -420,7 +424,12 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
     rows = [row for row in found["fidelity"] if "bytes_of_page" in row]
     mass = [(f"{row['selector']}:{row['block']}", row["bytes_of_page"], row["mass"], None) for row in rows]
-    losses = [(row["variant"], row["bytes_of_page"], row["loss"], row["loss_se"]) for row in found["loss"]]
+    losses = []
+    for row in found["loss"]:
+        shares = row.get("loss_shares", [1.0])
+        mean = sum(shares) / len(shares)
+        if len(shares) > 1 or row["variant"] == f"rem:{PAGE}":
+            losses.append((row["variant"], row["bytes"] / 1024, mean, [[mean - min(shares)], [max(shares) - mean]]))
     for axes, points in ((left, mass), (right, losses)):
         for name, x, y, error in points:
             selector, block = variant(name.partition(" ")[0])
@@ -431,12 +440,11 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
             face = color if selector.endswith("fp8") else "none"
             axes.errorbar(x, y, error, marker=marker, color=color, markerfacecolor=face, elinewidth=0.5, capsize=2)
             axes.annotate(name.removesuffix(f":{block}"), (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
-        axes.set(xlabel="bytes of a page's statistics, one kv head of size 64", xscale="log")
         axes.grid(alpha=0.3)
-    left.set(
-        xlim=(100, 3000), ylabel="attention mass captured", title="circles, squares, diamonds: blocks of 64, 32, 16"
-    )
-    right.set(ylabel="loss above dense (nats a token)", title="filled: fp8; stars: budgets by layer and head, same sum")
+    left.set(xlabel="bytes of a page's statistics, one kv head of size 64", xscale="log", xlim=(100, 3000))
+    left.set(ylabel="attention mass captured", title="circles, squares, diamonds: blocks of 64, 32, 16; filled: fp8")
+    right.set(xlabel="KiB read a token, layer and kv head", title="stars: budgets by layer, head or token")
+    right.set(ylabel=f"share of the loss of rem:{PAGE}, mean and range of the documents", ylim=(0, None))
     figure.savefig(path, dpi=110)
 
 
@@ -473,7 +481,13 @@ def main() -> None:
 
     def save(part: dict[str, Any]) -> None:
         old = written()  # now, not at the start: stages may run side by side
-        stages = {**old.get("stages", {}), args.stage: head}
+        stages = old.get("stages", {})
+        before = stages.get(args.stage, head)
+        if args.stage == "loss":  # joins what earlier runs found
+            head["earlier"] = [
+                x for x in dict.fromkeys([*before.get("earlier", []), before["command"]]) if x != head["command"]
+            ]
+        stages[args.stage] = head
         report.write({"kind": "statistics and budgets", **old, "stages": stages, **part}, args.report)
 
     if args.stage == "loss":
