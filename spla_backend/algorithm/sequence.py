@@ -196,7 +196,7 @@ def flex_mask(rest: Tensor, block: int, group: int) -> BlockMask:
     last_query = torch.arange(1, num_query_tiles + 1, device=device)[:, None] * FLEX_QUERIES - 1
     some &= torch.arange(num_tiles, device=device) * tile <= last_query  # [batch, G, num_query_tiles, num_tiles]
     some = some.repeat_interleave(group, 1)
-    order = some.int().argsort(-1, descending=True, stable=True).int()  # tiles to look at first, ascending
+    order = some.int().argsort(dim=-1, descending=True, stable=True).int()  # tiles to look at first, ascending
     return BlockMask.from_kv_blocks(
         some.sum(-1, dtype=torch.int32),
         order,
@@ -260,9 +260,9 @@ def _attend(
     else:
         flat = q.flatten(1, 2)  # [rows, group * queries, d]
         of_heads = rest[:, None].expand(-1, group, -1, -1).flatten(1, 2)  # [rows, group * queries, num_blocks]
-        in_blocks = [x[:, : rest.shape[-1] * block].unflatten(1, (-1, block)) for x in (k, v)]
+        keys, values = (x[:, : rest.shape[-1] * block].unflatten(1, (-1, block)) for x in (k, v))
         # What is read from the state is linear in it: the reading of the rest, without a detour over all - selected.
-        reading = residual.read_blocks(flat, *in_blocks, of_heads)
+        reading = residual.read_blocks(flat, keys, values, of_heads)
         num_rest = of_heads.sum(-1).to(q.dtype) * block
         tail = residual.tail(reading, num_rest).unflatten(1, (group, -1))
         tail = torch.where(has_rest[..., None], tail, 0.0)
