@@ -91,7 +91,9 @@ class LearnedSpla(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of scaled queries `[batch, H, L, d]`, keys and values `[batch, G, T, d]`; see `spla_attention`."""
-        # As in the engine: logits, sums and states in float32 whatever the model's dtype.
+        # As in the engine: queries, keys and values in the model's dtype, sums and states in float32 at least.
+        if torch.is_autocast_enabled(q.device.type):
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         dtype = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
             own = {name: parameter.to(dtype) for name, parameter in self.named_parameters()}
@@ -101,9 +103,9 @@ class LearnedSpla(nn.Module):
             norms = (own["exact_norm"], own["tail_norm"]) if "exact_norm" in own else None
             log_gain = own.get("log_gain")
             return spla_attention(
-                q.to(dtype),
-                k.to(dtype),
-                v.to(dtype),
+                q,
+                k,
+                v,
                 params,
                 log_gain=log_gain,
                 norm_weights=norms,

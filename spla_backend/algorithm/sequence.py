@@ -1,15 +1,20 @@
 """SPLA over whole sequences, differentiable: the same definition as `spla_backend.algorithm.reference`, by masks.
 
 Every token selects its own blocks, as in decode. The selection is a choice and has no gradient; statistics of blocks
-get one only through the tail's mass. Nothing is faster than dense attention here: weights of all pairs of tokens are
-made, chunk of queries by chunk, and made again in the backward pass, so that memory does not grow with the square of
-the length.
+get one only through the tail's mass. The rest is read block by block from the sums of each, chunk of queries by chunk,
+and read again in the backward pass, so that memory does not grow with the square of the length. The exact part is
+likewise made of the masked logits of all pairs of tokens, or, in 16 bits on a GPU, by FlexAttention, which skips the
+blocks that no token of a tile selects.
 """
 
-from functools import partial
+import math
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from .combine import double_rmsnorm, shared_normalizer
@@ -18,8 +23,8 @@ from .residual import Residual, make_residual
 from .selection import forced_blocks, group_scores, select_blocks
 from .selectors import get_selector
 
-CHUNK_ELEMENTS = 1 << 26
-"""Weights of pairs of tokens that are held at a time; there are a few tensors of this size, 256 MiB each in float32."""
+FLEX_QUERIES = 128
+"""Queries a tile of FlexAttention, and the least tokens: what its kernels skip is a whole tile."""
 
 
 def spla_attention(
@@ -36,7 +41,9 @@ def spla_attention(
     """SPLA of the last `L` tokens of sequences of `T` tokens, usually of all of them.
 
     Args:
-        q: Queries, multiplied by the softmax scale, `[batch, H, L, d]`, float32 or float64 as what follows.
+        q: Queries, multiplied by the softmax scale, `[batch, H, L, d]`, of one dtype with what follows. What is in 16
+            bits is computed in float32; only where FlexAttention attends, on a GPU if L = T, its weights and the exact
+            part are rounded to 16 bits, as in the engine's kernels.
         k: Keys `[batch, G, T, d]`, T >= L.
         v: Values, as `k`.
         params: What to compute.
@@ -45,10 +52,10 @@ def spla_attention(
             for 1.
         feature_weight: What queries and keys are multiplied with before the feature map of `linear`, `[G, d, d]`; None
             for neither.
-        chunk: Queries at a time; None takes as many as `CHUNK_ELEMENTS` allows.
+        chunk: Queries at a time; None takes as many as `_chunk_elements` allows.
 
     Returns:
-        `[batch, H, L, d]`.
+        `[batch, H, L, d]`, at least float32.
 
     Raises:
         ValueError: Shapes that do not fit together.
@@ -62,6 +69,8 @@ def spla_attention(
         )
     group = num_heads // num_kv_heads
     rows = batch * num_kv_heads
+    given = (q, k, v)
+    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     queries = q.reshape(rows, group, length, d)
     keys, values = k.reshape(rows, total, d), v.reshape(rows, total, d)
     whole = total // params.selection_block * params.selection_block
@@ -80,23 +89,41 @@ def spla_attention(
         ones = torch.ones(num_heads, d, dtype=q.dtype, device=q.device)
         weights = [per_row(weight.reshape(num_heads, d)) for weight in norm_weights or (ones, ones)]
 
+    exact = lse = rest_of_all = None
+    if q.is_cuda and given[0].element_size() == 2 and length == total:
+        with torch.no_grad():
+            rest_of_all = unselected_blocks(queries, statistics, torch.arange(total, device=q.device), params)
+        by_sequence = rest_of_all.unflatten(0, (batch, num_kv_heads))
+        exact, lse = attend_flex(*given, by_sequence, params.selection_block)
+        if residual is None and params.combine == "shared_normalizer":
+            return exact.to(q.dtype)
+        exact, lse = (x.to(q.dtype).reshape(rows, group, *x.shape[2:]) for x in (exact, lse))
     if chunk is None:
-        chunk = max(params.selection_block, CHUNK_ELEMENTS // (batch * num_heads * total))
+        # What a query makes of a block: weights of its tokens, or what it reads of its sums.
+        width = total if residual is None else max(total, total // params.selection_block * d)
+        chunk = max(params.selection_block, _chunk_elements(q.device) // (batch * num_heads * width))
     outputs = []
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
         first, seen = total - length + start, total - length + end  # positions; what the last of the chunk sees
         positions = torch.arange(first, seen, device=q.device)
-        blocks = statistics[:, : seen // params.selection_block]  # [rows, num_blocks, width]
+        num_blocks = seen // params.selection_block
+        blocks = statistics[:, :num_blocks]  # [rows, num_blocks, width]
         part, keys_seen, values_seen = queries[:, :, start:end], keys[:, :seen], values[:, :seen]
-        with torch.no_grad():
-            rest = unselected_blocks(part, blocks, positions, params)
+        if rest_of_all is None:
+            with torch.no_grad():
+                rest = unselected_blocks(part, blocks, positions, params)
+            attended = None
+        else:
+            assert exact is not None and lse is not None
+            rest = rest_of_all[:, start:end, :num_blocks]
+            attended = (exact[:, :, start:end], lse[:, :, start:end])
         attend = partial(_attend, rest=rest, positions=positions, params=params, residual=residual)
         # Also for a single chunk: there are many layers.
         outputs.append(
-            checkpoint(attend, part, keys_seen, values_seen, blocks, *weights, use_reentrant=False)
+            checkpoint(attend, part, keys_seen, values_seen, blocks, attended, *weights, use_reentrant=False)
             if torch.is_grad_enabled()
-            else attend(part, keys_seen, values_seen, blocks, *weights)
+            else attend(part, keys_seen, values_seen, blocks, attended, *weights)
         )
     return torch.cat(outputs, 2).reshape(batch, num_heads, length, d)
 
@@ -123,11 +150,82 @@ def unselected_blocks(q: Tensor, statistics: Tensor, positions: Tensor, params: 
     return (complete[:, None] & ~chosen[:, :, 0]).transpose(0, 1)
 
 
+def _chunk_elements(device: torch.device) -> int:
+    """Elements of a float32 tensor of a chunk, of which there are a few: 256 MiB, or 1/128 of a GPU's memory."""
+    return torch.cuda.get_device_properties(device).total_memory // 512 if device.type == "cuda" else 1 << 26
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    # Uncompiled, FlexAttention makes all logits.
+    return torch.compile(flex_attention)
+
+
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, rest: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Attention to every token before that is not of the rest, by FlexAttention (arXiv 2412.05496).
+
+    Args:
+        q: Scaled queries `[batch, H, T, d]`.
+        k: `[batch, G, T, d]`.
+        v: As `k`.
+        rest: Blocks left out `[batch, G, T, num_blocks]` bool, without a last one that is not full.
+        block: Tokens a block.
+
+    Returns:
+        Output `[batch, H, T, d]` in the dtype of `q`, and the log of the sum of exponentials `[batch, H, T]`.
+    """
+    attend = _compiled_flex_attention() if q.is_cuda else flex_attention
+    mask = flex_mask(rest, block, q.shape[1] // k.shape[1])
+    output, aux = attend(q, k, v, block_mask=mask, scale=1.0, enable_gqa=True, return_aux=AuxRequest(lse=True))
+    return output, aux.lse
+
+
+def flex_mask(rest: Tensor, block: int, group: int) -> BlockMask:
+    """The mask of `attend_flex`, by the tokens and by the tiles in which there are any; arguments as there, with
+    `group` query heads a kv head."""
+    length, device = rest.shape[2], rest.device
+    tile = math.lcm(FLEX_QUERIES, block)  # tokens
+    num_tiles, num_query_tiles = -(-length // tile), -(-length // FLEX_QUERIES)
+    padding = (0, num_tiles * tile // block - rest.shape[3], 0, num_query_tiles * FLEX_QUERIES - length)
+    rest = pad(rest, padding)  # what is padded is never looked up, except the block that is not full
+
+    def visible(b: Tensor, h: Tensor, query: Tensor, token: Tensor) -> Tensor:
+        return (token <= query) & ~rest[b, h // group, query, token // block]
+
+    some = (~rest).unflatten(3, (num_tiles, -1)).any(-1).unflatten(2, (num_query_tiles, -1)).any(3)
+    last_query = torch.arange(1, num_query_tiles + 1, device=device)[:, None] * FLEX_QUERIES - 1
+    some &= torch.arange(num_tiles, device=device) * tile <= last_query  # [batch, G, num_query_tiles, num_tiles]
+    some = some.repeat_interleave(group, 1)
+    order = some.int().argsort(dim=-1, descending=True, stable=True).int()  # tiles to look at first, ascending
+    return BlockMask.from_kv_blocks(
+        some.sum(-1, dtype=torch.int32),
+        order,
+        BLOCK_SIZE=(FLEX_QUERIES, tile),
+        mask_mod=visible,
+        seq_lengths=(length, length),
+    )
+
+
+def _attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, rest: Tensor, positions: Tensor, block: int
+) -> tuple[Tensor, Tensor]:
+    """As `attend_flex` by masked logits, arguments as those of `_attend`: output and log of the sum of exponentials."""
+    group, tokens = q.shape[1], k.shape[1]
+    rest_tokens = rest.repeat_interleave(block, -1)
+    rest_tokens = pad(rest_tokens, (0, tokens - rest_tokens.shape[-1]))  # [rows, queries, tokens]
+    visible = (torch.arange(tokens, device=q.device) <= positions[:, None]) & ~rest_tokens
+    # One matrix product for all heads of a group, so that keys are not copied for each.
+    logits = q.flatten(1, 2) @ k.mT  # [rows, group * queries, tokens]
+    seen = torch.where(visible[:, None], logits.unflatten(1, (group, -1)), -torch.inf)  # [rows, group, queries, tokens]
+    return (seen.softmax(-1).flatten(1, 2) @ v).unflatten(1, (group, -1)), seen.logsumexp(-1)
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     statistics: Tensor,
+    attended: tuple[Tensor, Tensor] | None,
     *weights: Tensor,
     rest: Tensor,
     positions: Tensor,
@@ -141,6 +239,8 @@ def _attend(
         k: `[rows, tokens, d]`, up to the last position.
         v: As `k`.
         statistics: `[rows, num_blocks, width]`.
+        attended: The exact part, `[rows, group, queries, d]`, and the log of its sum of exponentials, `[rows, group,
+            queries]`; None if it is to be made.
         weights: Learned parameters of the combination, `[rows, group, 1]` or two of `[rows, group, 1, d]`.
         rest: From `unselected_blocks`, `[rows, queries, num_blocks]`.
         positions: `[queries]`.
@@ -150,35 +250,29 @@ def _attend(
     Returns:
         `[rows, group, queries, d]`.
     """
-    group, tokens = q.shape[1], k.shape[1]
-    rest_tokens = rest.repeat_interleave(params.selection_block, -1)
-    rest_tokens = torch.nn.functional.pad(rest_tokens, (0, tokens - rest_tokens.shape[-1]))  # [rows, queries, tokens]
-    visible = (torch.arange(tokens, device=q.device) <= positions[:, None]) & ~rest_tokens
-    # One matrix product for all heads of a group, so that keys are not copied for each.
-    flat = q.flatten(1, 2)  # [rows, group * queries, d]
-    logits = flat @ k.mT  # [rows, group * queries, tokens]
-    seen = torch.where(visible[:, None], logits.unflatten(1, (group, -1)), -torch.inf)  # [rows, group, queries, tokens]
-    exact = (seen.softmax(-1).flatten(1, 2) @ v).unflatten(1, (group, -1))
+    group, block = q.shape[1], params.selection_block
+    exact, lse = _attend_masked(q, k, v, rest, positions, block) if attended is None else attended
     has_rest = rest.any(-1)[:, None]  # [rows, 1, queries]
     if residual is None:
         if params.combine == "shared_normalizer":
             return exact
         tail = torch.zeros_like(exact)
     else:
+        flat = q.flatten(1, 2)  # [rows, group * queries, d]
+        of_heads = rest[:, None].expand(-1, group, -1, -1).flatten(1, 2)  # [rows, group * queries, num_blocks]
+        keys, values = (x[:, : rest.shape[-1] * block].unflatten(1, (-1, block)) for x in (k, v))
         # What is read from the state is linear in it: the reading of the rest, without a detour over all - selected.
-        mask = rest_tokens[:, None].expand(-1, group, -1, -1).flatten(1, 2)  # [rows, group * queries, tokens]
-        sums = residual.token_weights(flat, k, logits, mask)
-        num_rest = rest.sum(-1) * params.selection_block  # [rows, queries]
-        num_rest = num_rest[:, None].expand(-1, group, -1).flatten(1, 2).to(q.dtype)
-        tail = residual.tail(residual.reading(sums, [w @ v for w in sums]), num_rest).unflatten(1, (group, -1))
+        reading = residual.read_blocks(flat, keys, values, of_heads)
+        num_rest = of_heads.sum(-1).to(q.dtype) * block
+        tail = residual.tail(reading, num_rest).unflatten(1, (group, -1))
         tail = torch.where(has_rest[..., None], tail, 0.0)
     if params.combine == "double_rmsnorm":
         return double_rmsnorm(exact, tail, weights[0], weights[1], params.rms_norm_eps)
-    mass = get_selector(params.selector).mass(flat, statistics, params.selection_block).unflatten(1, (group, -1))
+    mass = get_selector(params.selector).mass(flat, statistics, block).unflatten(1, (group, -1))
     # Rows without a rest sum to -inf, whose gradient is NaN: they take any finite mass, and nothing of it.
     kept = torch.where((rest | ~has_rest.mT)[:, None], mass, -torch.inf)  # [rows, group, queries, num_blocks]
     log_mass = kept.logsumexp(-1) if kept.shape[-1] else torch.zeros_like(exact[..., 0])
     if weights:
         log_mass = log_mass + weights[0]
-    combined = shared_normalizer(exact, seen.logsumexp(-1), tail, log_mass)
+    combined = shared_normalizer(exact, lse, tail, log_mass)
     return torch.where(has_rest[..., None], combined, exact)

@@ -7,7 +7,7 @@ import torch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_sequence
-from spla_backend.algorithm.sequence import spla_attention
+from spla_backend.algorithm.sequence import FLEX_QUERIES, attend_flex, flex_mask, spla_attention
 
 BASE = SplaParameters(page_size=8, selection_block=4, budget_blocks=4, first_blocks=1, last_blocks=2)
 CASES = {
@@ -92,3 +92,24 @@ def test_shapes_are_checked():
         spla_attention(q[:, :3], k, v, BASE)
     with pytest.raises(ValueError, match="T >= L"):
         spla_attention(q, k[:, :, :3], v[:, :, :3], BASE)
+
+
+@pytest.mark.parametrize(("length", "block"), [(300, 16), (259, 48), (384, 256)])
+def test_flex_attention_sees_the_same_tokens(length, block):
+    """Uncompiled, which on a CPU has no backward pass; the tiles, which it does not look at, hold what is visible."""
+    q, k, v, _, _ = inputs(6, 2, length)
+    positions = torch.arange(length)
+    complete = torch.arange(1, length // block + 1) * block <= positions[:, None]
+    rest = complete & (torch.rand(2, 2, length, length // block, generator=torch.Generator().manual_seed(1)) < 0.9)
+    tokens = torch.nn.functional.pad(rest.repeat_interleave(block, -1), (0, length % block)).repeat_interleave(3, 1)
+    visible = (positions <= positions[:, None]) & ~tokens  # [batch, H, queries, tokens]
+    logits = torch.where(visible, q @ k.repeat_interleave(3, 1).mT, -torch.inf)
+    output, lse = attend_flex(q, k, v, rest, block)
+    torch.testing.assert_close(output, logits.softmax(-1) @ v.repeat_interleave(3, 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, logits.logsumexp(-1), rtol=1e-5, atol=1e-5, check_dtype=False)
+    mask = flex_mask(rest, block, 3)
+    tile = mask.BLOCK_SIZE[1]
+    tiles = torch.zeros(2, 6, -(-length // FLEX_QUERIES), -(-length // tile), dtype=torch.bool)
+    batch, head, query, token = visible.nonzero(as_tuple=True)
+    tiles[batch, head, query // FLEX_QUERIES, token // tile] = True
+    assert torch.equal(mask.to_dense().bool(), tiles)
