@@ -152,6 +152,7 @@ def main() -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     rows: list[dict[str, Any]] = []
+    about = {"command": "python " + " ".join(sys.argv), "versions": versions(), "hardware": hardware()}
     for backend in args.backends:
         chosen = {"attention_backend": "spla", "additional_config": {"spla": args.options}} if backend == "spla" else {}
         llm = LLM(model, disable_log_stats=False, **engine_args, **chosen)
@@ -166,19 +167,12 @@ def main() -> None:
                 row["step_us"] = decode_profile(llm, traces, source, batch, context, args.tokens)
             rows.append(row)
             print(json.dumps(row), flush=True)
+            if args.output:
+                args.output.write_text(json.dumps(about | {"options": args.options, "rows": rows}, indent=1) + "\n")
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
 
-    report = {
-        "command": "python " + " ".join(sys.argv),
-        "versions": versions(),
-        "hardware": hardware(),
-        "options": args.options,
-        "rows": rows,
-    }
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{'backend':8} {'batch':>5} {'context':>8} {'ttft s':>9} {'tpot ms':>9}")
     for r in rows:
         print(f"{r['backend']:8} {r['batch']:5} {r['context']:8} {r['ttft_s']:9.3f} {r['tpot_ms']:9.2f}")

@@ -247,8 +247,8 @@ def test_double_rmsnorm_served_as_trained(tmp_path):
     with torch.no_grad():
         logprobs = trained(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
     expected = logprobs.gather(-1, ids[0, 1:, None])[:, 0].cpu()
-    arguments = {"dtype": "float16", "block_size": 64, "gpu_memory_utilization": 0.1, "options": {"budget": BUDGET}}
-    with start_engine(str(tmp_path / "trained"), **arguments) as engine:
+    arguments = {name: ENGINE_ARGS[name] for name in ("dtype", "block_size", "kv_cache_memory_bytes")}
+    with start_engine(str(tmp_path / "trained"), options={"budget": BUDGET}, **arguments) as engine:
         error = (torch.tensor(engine.answer([prompt], max_tokens=1)[0].logprobs) - expected).abs()
     print(
         f"mean difference within the budget {error[: BUDGET - 1].mean():.1e}, beyond {error[BUDGET - 1 :].mean():.1e}"
