@@ -1,5 +1,5 @@
-"""Kernels by device. All implementations share one interface: `plan`, `run`, `update_cache`, `page_layout`,
-`state_layout` (see `torch_paged.TorchPagedSpla`)."""
+"""Kernels by device. All implementations share one interface: `plan`, `plan_key`, `run`, `update_cache`,
+`page_layout`, `state_layout` (see `torch_paged.TorchPagedSpla`)."""
 
 from dataclasses import dataclass, replace
 from typing import Any

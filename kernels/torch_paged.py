@@ -224,6 +224,11 @@ class TorchPagedSpla:
 
     # Planning ---------------------------------------------------------------------------------------------------
 
+    @property
+    def plan_key(self) -> Any:
+        """Layers of one model whose keys are equal share their plans."""
+        return self.params.budget_blocks, self.params.top_p, self.params.residual, self.params.combine
+
     def plan(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> Plan:
         """What a step needs whatever the layer.
 

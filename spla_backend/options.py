@@ -5,8 +5,8 @@ that learned parameters bring (`learned.py`), those before the defaults. `docs/o
 """
 
 import difflib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .algorithm.parameters import COMBINES, RESIDUALS, SplaParameters
@@ -31,6 +31,7 @@ class SplaOptions:
         combine: `shared_normalizer`, or `double_rmsnorm` for models trained with it.
         rms_norm_eps: Epsilon of `double_rmsnorm`.
         dense_layers: Indices of layers that attend to everything, as without SPLA.
+        layer_budgets: Budgets of some layers by their indices; all others have `budget`.
         prefill_dense_below: Prompt tokens at positions below this attend to everything. None means where a dense token
             is cheaper on a GPU (`kernels/cuda.py`), and none beyond the budget on a CPU.
         parameters_file: File of learned parameters, from the current folder or the model's; None means
@@ -50,6 +51,7 @@ class SplaOptions:
     combine: str = "shared_normalizer"
     rms_norm_eps: float = 1e-6
     dense_layers: tuple[int, ...] = ()
+    layer_budgets: Mapping[int, int] = field(default_factory=dict, hash=False)
     prefill_dense_below: int | None = None
     parameters_file: str | None = None
     executor: str = "spla"
@@ -57,6 +59,9 @@ class SplaOptions:
     @classmethod
     def from_sources(cls, *sources: Mapping[str, Any] | None) -> "SplaOptions":
         """Merge option mappings, the first that names a key winning.
+
+        One that names `budget` and no `layer_budgets` sets aside those of the mappings behind it, which were made for
+        another budget.
 
         Raises:
             ValueError: Unknown key, wrong type or value out of range; one sentence naming what is valid.
@@ -67,6 +72,8 @@ class SplaOptions:
                 continue
             if not isinstance(source, Mapping):
                 raise ValueError(f"SPLA options must be a mapping of names to values, not {source!r}")
+            if "budget" in source:
+                merged.pop("layer_budgets", None)
             merged.update(source)
         known = {f.name for f in fields(cls)}
         for key in merged:
@@ -76,6 +83,8 @@ class SplaOptions:
                 raise ValueError(f"unknown SPLA option {key!r}{hint}: valid options are {', '.join(sorted(known))}")
         if isinstance(merged.get("dense_layers"), list):  # as JSON has it
             merged["dense_layers"] = tuple(merged["dense_layers"])
+        if "layer_budgets" in merged:
+            merged["layer_budgets"] = _by_index(merged["layer_budgets"])
         options = cls(**merged)
         options._check()
         return options
@@ -99,6 +108,16 @@ class SplaOptions:
         layers = self.dense_layers
         if not isinstance(layers, tuple) or any(type(i) is not int or i < 0 for i in layers):
             raise ValueError(f"SPLA option dense_layers must be a list of layer indices like [0, 1], not {layers!r}")
+        for layer, budget in self.layer_budgets.items():
+            if type(budget) is not int or budget < 1:
+                raise ValueError(
+                    f"SPLA option layer_budgets must give layers integers of at least 1, not {budget!r} (layer {layer})"
+                )
+        both = set(layers) & set(self.layer_budgets)
+        if both:
+            raise ValueError(
+                f"SPLA options dense_layers and layer_budgets both name layer {min(both)}: take it out of one of them"
+            )
         self._check_choice("selector", selector_names())
         self._check_choice("residual", RESIDUALS)
         self._check_choice("feature_map", feature_map_names())
@@ -140,25 +159,39 @@ class SplaOptions:
         return min(64, page_size) if self.selection_block_size is None else self.selection_block_size
 
     def check_layers(self, layers: Collection[int]) -> None:
-        """Check `dense_layers` against the indices of a model's layers of full attention.
+        """Check `dense_layers` and `layer_budgets` against the indices of a model's layers of full attention.
 
         Raises:
             ValueError: One of them is none of these, or all of these are dense.
         """
-        unknown = set(self.dense_layers) - set(layers)
-        if unknown:
-            raise ValueError(
-                f"SPLA option dense_layers names layer {min(unknown)}, which is no layer of full attention in this "
-                f"model: choose among {', '.join(map(str, sorted(layers)))}"
-            )
+        for name in ("dense_layers", "layer_budgets"):
+            unknown = set(getattr(self, name)) - set(layers)
+            if unknown:
+                raise ValueError(
+                    f"SPLA option {name} names layer {min(unknown)}, which is no layer of full attention in this "
+                    f"model: choose among {', '.join(map(str, sorted(layers)))}"
+                )
         if layers and not set(layers) - set(self.dense_layers):
             raise ValueError("SPLA option dense_layers names all layers: remove --attention-backend spla instead")
 
-    def parameters(self, page_size: int) -> SplaParameters:
+    @property
+    def largest_budget(self) -> int:
+        """Of all layers."""
+        return max([self.budget, *self.layer_budgets.values()])
+
+    def layers(self, page_size: int, indices: Iterable[int]) -> dict[int, SplaParameters]:
+        """What each of these layers computes; those of `dense_layers` are left out. Raises as `parameters`."""
+        return {i: self.parameters(page_size, i) for i in indices if i not in self.dense_layers}
+
+    def parameters(self, page_size: int, layer: int | None = None) -> SplaParameters:
         """What the algorithm computes, for pages of `page_size` tokens.
 
+        Args:
+            page_size: Tokens a page.
+            layer: In which layer; None: in those that `layer_budgets` does not name.
+
         Raises:
-            ValueError: Page, selection block and budget do not fit each other.
+            ValueError: Page, selection block and the budget of any layer do not fit each other.
         """
         block = self.block_size(page_size)
         if page_size % 16:
@@ -171,7 +204,7 @@ class SplaOptions:
         params = SplaParameters(
             page_size=page_size,
             selection_block=block,
-            budget_blocks=self.budget // block,
+            budget_blocks=(self.budget if layer is None else self.layer_budgets.get(layer, self.budget)) // block,
             first_blocks=self.first_blocks,
             last_blocks=self.last_blocks,
             selector=self.selector,
@@ -182,13 +215,29 @@ class SplaOptions:
             combine=self.combine,
             rms_norm_eps=self.rms_norm_eps,
         )
-        if params.budget_blocks < params.max_forced_blocks:
-            raise ValueError(
-                f"a SPLA budget of {self.budget} tokens is less than the blocks that are always selected: with pages "
-                f"of {page_size} and selection blocks of {block} tokens it must be at least "
-                f"{params.max_forced_blocks * block}"
-            )
+        for which, budget in {"": self.budget, **{f" (layer {i})": n for i, n in self.layer_budgets.items()}}.items():
+            if budget // block < params.max_forced_blocks:
+                raise ValueError(
+                    f"a SPLA budget of {budget} tokens{which} is less than the blocks that are always selected: with "
+                    f"pages of {page_size} and selection blocks of {block} tokens it must be at least "
+                    f"{params.max_forced_blocks * block}"
+                )
         return params
+
+
+def _by_index(value: Any) -> dict[int, int]:
+    """`layer_budgets` with integers for keys, which JSON has as strings, in the order of the layers."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f'SPLA option layer_budgets must map layer indices to tokens like {{"0": 512}}, not {value!r}')
+    by_index: dict[int, int] = {}
+    for key, tokens in value.items():
+        index = int(key) if isinstance(key, str) and key.isdecimal() else key
+        if type(index) is not int or index < 0:
+            raise ValueError(f'SPLA option layer_budgets must name layers by index like {{"0": 512}}, not {key!r}')
+        if index in by_index:
+            raise ValueError(f"SPLA option layer_budgets names layer {index} twice")
+        by_index[index] = tokens
+    return dict(sorted(by_index.items()))
 
 
 def check_parameters_file(value: Any) -> None:

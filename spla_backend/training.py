@@ -204,7 +204,7 @@ def attach(
     """
     config = model.config.get_text_config()
     resolved = SplaOptions.from_sources(options, getattr(config, "spla_config", None), {"prefill_dense_below": 0})
-    params = resolved.parameters(page_size)
+    params = resolved.parameters(page_size)  # but for the budgets of `layer_budgets`
     layers = list(attention_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no attention layer that SPLA could replace")
@@ -227,11 +227,12 @@ def attach(
             shape = {"num_heads": num_heads, "num_kv_heads": kv_heads, "head_size": module.head_dim}
             stored = learned.read_layer(side_file, index, **shape)
         has_features = learn_features or (stored is not None and stored.feature_weight is not None)
+        params = resolved.parameters(page_size, index)
         layer = LearnedSpla(params, num_heads, module.head_dim, device, kv_heads if has_features else 0)
         if stored is not None:
             layer.load(stored)
         setattr(module, NAME, layer)
-    config.spla_config = {name: value for name, value in asdict(resolved).items() if value not in (None, ())}
+    config.spla_config = {name: value for name, value in asdict(resolved).items() if value not in (None, (), {})}
     model.set_attn_implementation(NAME)
 
 

@@ -6,7 +6,7 @@ Which blocks are selected is not differentiated through.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..algorithm.parameters import SplaParameters
 from ..evaluate.capture import CapturingModel
 from ..evaluate.fidelity import attention
+from ..evaluate.variants import smallest_budget
 from ..learned import LayerParameters
 
 _LOSS_CHUNK = 512  # positions whose distributions over the vocabulary are compared at a time
@@ -102,10 +103,9 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 def fit(
     model: CapturingModel,
     documents: Sequence[Sequence[int]],
-    params: SplaParameters,
+    layers: Mapping[int, SplaParameters],
     fitted: HeadParameters,
     *,
-    dense_layers: Collection[int] = (),
     steps: int,
     learning_rate: float,
     report: Callable[[float], None],
@@ -115,9 +115,8 @@ def fit(
     Args:
         model: The frozen model, with its head.
         documents: Token ids, each longer than the budget.
-        params: What SPLA computes, with a residual under a shared normaliser.
+        layers: What SPLA computes, with a residual under a shared normaliser; layers that are not named stay dense.
         fitted: Where to start; changed in place.
-        dense_layers: Layers that are left as they are.
         steps: Steps of Adam.
         learning_rate: Its rate at the start; it falls to a tenth along a cosine.
         report: Gets the divergence of every step, before it changes anything.
@@ -126,12 +125,12 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.55 + 0.45 * math.cos(math.pi * min(step / steps, 1.0))
     )
-    budget = params.budget_blocks * params.selection_block
+    budget = smallest_budget(layers)
     for step in range(steps):
         tokens = documents[step % len(documents)]
         with torch.no_grad():
             teacher = model.forward(tokens, None).logits[0, budget:]
-        visit = partial(attention, params=params, learned=fitted.layers(), dense_layers=dense_layers)
+        visit = partial(attention, params=layers, learned=fitted.layers())
         loss = divergence(teacher, model.forward(tokens, visit).logits[0, budget:])
         optimizer.zero_grad()
         loss.backward()

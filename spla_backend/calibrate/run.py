@@ -3,7 +3,7 @@
 import argparse
 import random
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..evaluate.capture import CapturingModel
 from ..evaluate.documents import cut_documents, load_tokenizer
 from ..evaluate.fidelity import attention
 from ..evaluate.perplexity import compare, rows_of, segments_of, table
-from ..evaluate.variants import DENSE, ModelShape, without_residual
+from ..evaluate.variants import DENSE, ModelShape, smallest_budget, without_residual
 from ..options import SplaOptions
 from .fit import HeadParameters, fit
 
@@ -35,11 +35,11 @@ def run(args: argparse.Namespace) -> str:
     options = SplaOptions.from_sources(args.options, shape.spla_config)
     params = options.parameters(args.page_size)
     options.check_layers(range(shape.num_layers))
-    dense_layers = options.dense_layers
+    sparse = options.layers(args.page_size, range(shape.num_layers))
     path = _output(args.output or Path(args.model) / learned.FILE_NAME)
     if args.report is not None:
         _output(args.report)
-    budget = params.budget_blocks * params.selection_block
+    budget = smallest_budget(sparse)
     if params.residual == "none" or params.combine != "shared_normalizer":
         raise ValueError(
             "spla-calibrate fits the residual under a shared normaliser: set the option residual to 'regression' or "
@@ -77,9 +77,8 @@ def run(args: argparse.Namespace) -> str:
         fit(
             model,
             windows,
-            params,
+            sparse,
             fitted,
-            dense_layers=dense_layers,
             steps=args.steps,
             learning_rate=args.learning_rate,
             report=show,
@@ -87,9 +86,9 @@ def run(args: argparse.Namespace) -> str:
     seconds = round(time.monotonic() - began, 1)
 
     with torch.no_grad():
-        layers = {i: layer for i, layer in fitted.layers().items() if i not in dense_layers}
-    losses = _losses(model, tests, params, layers, dense_layers)
-    kinds = {BEFORE: params, AFTER: params, NONE: without_residual(params)}
+        layers = {i: layer for i, layer in fitted.layers().items() if i in sparse}
+    losses = _losses(model, tests, sparse, layers)
+    kinds = {DENSE.name: {}, BEFORE: sparse, AFTER: sparse, NONE: _without_residual(sparse)}
     gained = compare(losses[AFTER], losses[BEFORE], budget, test_length)
     result: dict[str, Any] = {
         **report.header("calibration", _settings(args, options, files, len(windows), device), "spla-calibrate"),
@@ -100,7 +99,6 @@ def run(args: argparse.Namespace) -> str:
             files,
             [(budget, test_length)],
             shape,
-            {name: () if name == DENSE.name else dense_layers for name in losses},
         ),
         "after_against_before": {key: gained[key] for key in ("difference", "difference_se")},
         "segments": segments_of(losses, files),
@@ -143,16 +141,15 @@ def _documents(
 def _losses(
     model: CapturingModel,
     tests: Sequence[Sequence[int]],
-    params: SplaParameters,
+    sparse: Mapping[int, SplaParameters],
     layers: Mapping[int, learned.LayerParameters],
-    dense_layers: Collection[int],
 ) -> dict[str, list[list[float]]]:
     """Loss of every token by variant and document."""
     visits = {
         DENSE.name: None,
-        NONE: partial(attention, params=without_residual(params), dense_layers=dense_layers),
-        BEFORE: partial(attention, params=params, dense_layers=dense_layers),
-        AFTER: partial(attention, params=params, learned=layers, dense_layers=dense_layers),
+        NONE: partial(attention, params=_without_residual(sparse)),
+        BEFORE: partial(attention, params=sparse),
+        AFTER: partial(attention, params=sparse, learned=layers),
     }
     losses: dict[str, list[list[float]]] = {name: [] for name in visits}
     with tqdm(total=len(visits) * len(tests), desc="judging", unit="document") as bar:
@@ -161,6 +158,10 @@ def _losses(
                 losses[name].append([-x for x in model.logprobs(tokens, visit)])
                 bar.update()
     return losses
+
+
+def _without_residual(sparse: Mapping[int, SplaParameters]) -> dict[int, SplaParameters]:
+    return {i: without_residual(params) for i, params in sparse.items()}
 
 
 def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
@@ -177,6 +178,8 @@ def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
         fitted_for["top_p"] = params.top_p
     if options.dense_layers:
         fitted_for["dense_layers"] = list(options.dense_layers)
+    if options.layer_budgets:
+        fitted_for["layer_budgets"] = dict(options.layer_budgets)
     if params.residual == "linear":
         fitted_for["feature_map"] = params.feature_map
     return fitted_for

@@ -86,11 +86,11 @@ def check_parameters(vllm_config: "VllmConfig", options: SplaOptions) -> None:
         )
 
 
-def check_dense_layers(vllm_config: "VllmConfig", options: SplaOptions) -> None:
+def check_layers(vllm_config: "VllmConfig", options: SplaOptions) -> None:
     """Raises:
-    ValueError: The option names layers that this model has not, or all that it has.
+    ValueError: Options name layers that this model has not, or leave all that it has dense.
     """
-    if options.dense_layers and vllm_config.model_config is not None:
+    if (options.dense_layers or options.layer_budgets) and vllm_config.model_config is not None:
         options.check_layers(_full_attention_layers(_text_config(vllm_config)))
 
 
@@ -180,7 +180,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "have to carry page statistics: remove --kv-transfer-config"
         )
     check_hybrid_manager(vllm_config, options)
-    check_dense_layers(vllm_config, options)
+    check_layers(vllm_config, options)
     check_parameters(vllm_config, options)
     check_kernels(vllm_config, options)
 
@@ -201,6 +201,11 @@ def check_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
         return
     if model is None:
         return
+    if options.layer_budgets:
+        raise ValueError(
+            "SPLA's kernels on a GPU have one budget for all layers: remove the option layer_budgets, or use the CPU "
+            "engine"
+        )
     dispatch.check_cuda(
         options.parameters(cache.block_size),
         num_heads=model.get_num_attention_heads(parallel),

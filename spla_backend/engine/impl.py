@@ -57,7 +57,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         options = resolve_options(self.vllm_config)
         check_hybrid_manager(self.vllm_config, options)
         set_options(options)
-        self.is_dense = False  # until the layer's name is known
+        self.index = -1  # until the layer's name is known
         self.op: Any = None
         self.bound: tuple[int, torch.dtype] | None = None
         self.learned: learned.LayerParameters | None = None
@@ -68,15 +68,20 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         layer that makes the engine allocate the recurrent state. Idempotent: weights may be loaded again."""
         context = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((n, item) for n, item in context.items() if getattr(item, "impl", None) is self)
-        self.is_dense = extract_layer_index(name) in get_options().dense_layers
-        self.learned = self._read_learned(name)
+        self.index = extract_layer_index(name)
+        self.learned = self._read_learned()
         if get_options().residual != "none":
             context.setdefault(companion_name(name), RecurrentStateLayer(layer))
         if current_platform.is_cuda():
             cache = self.vllm_config.cache_config
             self.bind(cache.block_size, layer.kv_cache_torch_dtype, current_platform.device_type)
 
-    def _read_learned(self, layer_name: str) -> learned.LayerParameters:
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer attends to everything."""
+        return self.index in get_options().dense_layers
+
+    def _read_learned(self) -> learned.LayerParameters:
         """What the model's file of learned parameters holds for this rank's heads of the layer.
 
         Raises:
@@ -88,11 +93,10 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         if path is None or self.is_dense:
             return learned.LayerParameters()
         rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        index = extract_layer_index(layer_name)
         num_heads = self.num_heads * world_size
         num_kv_heads = self.vllm_config.model_config.get_total_num_kv_heads()
         whole = learned.read_layer(
-            path, index, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=self.head_size
+            path, self.index, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=self.head_size
         )
         found = whole.heads(rank, world_size)
         if self.learned is not None and not self.learned.same(found):
@@ -101,8 +105,9 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         return found
 
     def _parameters(self, page_size: int) -> SplaParameters:
-        """What this layer computes; layers may differ in `residual_scale`, which no plan of a step depends on."""
-        params = get_options().parameters(page_size)
+        """What this layer computes; layers may differ in `residual_scale`, which no plan of a step depends on, and in
+        `budget_blocks`."""
+        params = get_options().parameters(page_size, self.index)
         if self.learned is None or self.learned.residual_scale is None:
             return params
         return replace(params, residual_scale=float(self.learned.residual_scale))
@@ -200,7 +205,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         if attn_metadata is None:
             return output.zero_()
         state_cache, state_table = self._state(layer)
-        self.op.run(attn_metadata.plans[self.is_dense], query, kv_cache, state_cache, state_table, output)
+        self.op.run(attn_metadata.plans[self.op.plan_key], query, kv_cache, state_cache, state_table, output)
         return output
 
     @staticmethod

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 class SplaMetadata(AttentionMetadata):
     """One step of one group of layers."""
 
-    plans: dict[bool, Any]
-    """What the kernels planned for this step, for layers that are dense (True) and for those that are not; see
-    `spla_backend.kernels`."""
+    plans: dict[Any, Any]
+    """What the kernels planned for this step, by their `plan_key`; see `spla_backend.kernels`."""
 
 
 class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
@@ -45,7 +44,7 @@ class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
         # Only now are page size, cache dtype and memory limits final.
         for impl in impls:
             impl.bind(kv_cache_spec.block_size, kv_cache_spec.dtype, device)
-        self.ops = {impl.is_dense: impl.op for impl in impls}  # any layer's of each kind: plans are the same for all
+        self.ops = {impl.op.plan_key: impl.op for impl in impls}  # any layer's of each kind
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -54,7 +53,7 @@ class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
         common = common_attn_metadata
         split = {} if self.device.type == "cpu" else self._split(common)
         batch = common.query_start_loc, common.seq_lens, common.block_table_tensor
-        return SplaMetadata({is_dense: op.plan(*batch, **split) for is_dense, op in self.ops.items()})
+        return SplaMetadata({key: op.plan(*batch, **split) for key, op in self.ops.items()})
 
     def _split(self, common: CommonAttentionMetadata) -> dict[str, Any]:
         """Decode rows, which vLLM puts first, and prefill rows, from what the host knows."""

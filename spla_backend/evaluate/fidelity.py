@@ -5,7 +5,7 @@ query sees exactly the tokens before it, as in decoding.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -208,23 +208,23 @@ def measure(
 
 def attention(
     inputs: AttentionInputs,
-    params: SplaParameters,
+    params: SplaParameters | Mapping[int, SplaParameters],
     learned: Mapping[int, LayerParameters] | None = None,
-    dense_layers: Collection[int] = (),
 ) -> torch.Tensor | None:
     """SPLA instead of dense attention in one layer of one document, for all of its tokens; differentiable.
 
     Args:
         inputs: Of the layer.
-        params: What to compute.
+        params: What to compute, in every layer or by layer; those that are not named are left dense.
         learned: Learned parameters by layer; None where there are none.
-        dense_layers: Layers that are left as they are.
 
     Returns:
         `[num_heads, length, head_size]` float32; None for a dense layer.
     """
-    if inputs.layer in dense_layers:
-        return None
+    if not isinstance(params, SplaParameters):
+        if inputs.layer not in params:
+            return None
+        params = params[inputs.layer]
     q, k, v = (x.float()[None] for x in (inputs.q, inputs.k, inputs.v))
     mine = LayerParameters() if learned is None else learned[inputs.layer].to(q.device)
     if mine.residual_scale is not None:

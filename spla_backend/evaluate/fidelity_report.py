@@ -14,7 +14,7 @@ from . import report
 from .capture import AttentionInputs, CapturingModel
 from .documents import cut_documents, load_tokenizer
 from .fidelity import Point, measure, sample_positions, standard_error, summary
-from .variants import ModelShape, Variant, bytes_read, dense_layers_of, parameters_of, parse_variants, without_residual
+from .variants import ModelShape, Variant, bytes_read, layers_of, parameters_of, parse_variants, without_residual
 
 
 def grid(
@@ -33,10 +33,16 @@ def grid(
 def points_of(variants: Sequence[Variant], page_size: int, shape: ModelShape, output: bool) -> list[Point]:
     """A point for each variant, then an oracle for every block size, budget and set of forced blocks among them."""
     for variant in variants:
-        if dense_layers_of(variant, shape):
+        layers = layers_of(variant, page_size, shape)
+        if len(layers) < shape.num_layers:
             raise ValueError(
                 f"{variant.name} leaves layers dense and fidelity looks at every layer: drop the option dense_layers, "
                 "and choose layers with --layers"
+            )
+        if set(layers.values()) != {parameters_of(variant, page_size, shape)}:
+            raise ValueError(
+                f"{variant.name} gives layers budgets of their own and fidelity looks at all layers with one: drop the "
+                "option layer_budgets, and give --options for each budget"
             )
     points = [Point(parameters_of(variant, page_size, shape), output=output) for variant in variants]
     oracles = {

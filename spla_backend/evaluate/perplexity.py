@@ -23,10 +23,10 @@ from .variants import (
     DENSE,
     ModelShape,
     Variant,
-    dense_layers_of,
+    layers_of,
     mean_bytes_read,
-    parameters_of,
     parse_variants,
+    smallest_budget,
     without_residual,
 )
 
@@ -127,11 +127,8 @@ class _Transformers:
     def __call__(self, variant: Variant, documents: Sequence[Sequence[int]]) -> list[list[float]]:
         visit: Visit | None = None
         if variant.options is not None:
-            params = parameters_of(variant, self.page_size, self.shape)
-            dense_layers = dense_layers_of(variant, self.shape)
-            visit = partial(
-                attention, params=params, learned=self.shape.learned(variant.options), dense_layers=dense_layers
-            )
+            layers = layers_of(variant, self.page_size, self.shape)
+            visit = partial(attention, params=layers, learned=self.shape.learned(variant.options))
         bar = tqdm(documents, desc=variant.name, unit="document")
         return [self.model.logprobs(tokens, visit) for tokens in bar]
 
@@ -158,21 +155,16 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
         "variants": {variant.name: variant.options for variant in variants},
         "segment": SEGMENT,
     }
-    params = {
-        variant.name: parameters_of(variant, args.page_size, shape)
-        for variant in variants
-        if variant.options is not None
-    }
-    dense_layers = {variant.name: dense_layers_of(variant, shape) for variant in variants}
+    layers = {variant.name: layers_of(variant, args.page_size, shape) for variant in variants}
     losses: dict[str, list[list[float]]] = {}
     warnings: list[str] = []
     result = {**report.header("perplexity", settings), "warnings": warnings}
     for variant in variants:
         losses[variant.name] = [[-x for x in document] for document in logprobs(variant, tokens)]
-        result["rows"] = rows_of(losses, params, files, buckets, shape, dense_layers)
+        result["rows"] = rows_of(losses, layers, files, buckets, shape)
         result["segments"] = segments_of(losses, files)
-        if variant.name in params:
-            budget = params[variant.name].budget_blocks * params[variant.name].selection_block
+        if layers[variant.name]:
+            budget = smallest_budget(layers[variant.name])
             if looks_dense(losses[variant.name], losses[DENSE.name], budget):
                 warnings.append(
                     f"{variant.name} is as close to dense beyond its budget as within: was its prefill dense?"
@@ -201,33 +193,30 @@ def looks_dense(losses: Sequence[Sequence[float]], dense: Sequence[Sequence[floa
 
 def rows_of(
     losses: Mapping[str, list[list[float]]],
-    params: Mapping[str, SplaParameters],
+    layers: Mapping[str, Mapping[int, SplaParameters]],
     files: Sequence[str],
     buckets: Sequence[tuple[int, int]],
     shape: ModelShape,
-    dense_layers: Mapping[str, tuple[int, ...]],
 ) -> list[dict[str, Any]]:
     """Rows of a report: every variant, all files together and each by itself, every bucket.
 
     Args:
         losses: By variant and document, of the tokens at positions 1, 2, ...; the dense variant among them.
-        params: What the variants compute that are not dense.
+        layers: What each variant computes, by layer; those that are not named are dense.
         files: Of each document.
         buckets: Positions `(start, end)`.
         shape: The model.
-        dense_layers: Layers that a variant leaves dense.
     """
     rows = []
     for name, mine in losses.items():
         without = None
-        if name in params and params[name].residual != "none":
-            wanted = without_residual(params[name])
-            same_layers = [other for other in losses if dense_layers[other] == dense_layers[name]]
-            without = next((other for other in same_layers if params.get(other) == wanted), None)
+        if any(params.residual != "none" for params in layers[name].values()):
+            wanted = {i: without_residual(params) for i, params in layers[name].items()}
+            without = next((other for other in losses if layers[other] == wanted), None)
         for file in dict.fromkeys(["all", *files]):
             chosen = [i for i, of in enumerate(files) if file in ("all", of)]
             for start, end in buckets:
-                num_bytes = mean_bytes_read(params.get(name), end, shape, dense_layers[name])
+                num_bytes = mean_bytes_read(layers[name], end, shape)
                 row = {"variant": name, "file": file, "bytes": num_bytes}
                 row |= compare([mine[i] for i in chosen], [losses[DENSE.name][i] for i in chosen], start, end)
                 if without is not None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from . import engines, report
 from .documents import load_tokenizer
 from .tasks import make_sample, score
-from .variants import DENSE, ModelShape, dense_layers_of, mean_bytes_read, parameters_of, parse_variants
+from .variants import DENSE, ModelShape, layers_of, mean_bytes_read, parse_variants
 
 
 def mean_and_error(scores: list[float]) -> tuple[float, float | None]:
@@ -64,9 +64,7 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
             scores[cell].append(score(text, sample.answers))
         dense = dense or scores
         completions.append({"variant": variant.name, "texts": texts})
-        params = None
-        if variant.options is not None:
-            params = parameters_of(variant, args.page_size, shape)
+        layers = layers_of(variant, args.page_size, shape)
         for task, length in cells:
             mean, error = mean_and_error(scores[task, length])
             pairs = zip(scores[task, length], dense[task, length], strict=True)
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
                     "variant": variant.name,
                     "task": task,
                     "length": length,
-                    "bytes": mean_bytes_read(params, length, shape, dense_layers_of(variant, shape)),
+                    "bytes": mean_bytes_read(layers, length, shape),
                     "score": _round(mean),
                     "score_se": _round(error),
                     "difference": _round(difference),

@@ -153,20 +153,22 @@ def _name(options: Mapping[str, Any]) -> str:
 
 
 def parameters_of(variant: Variant, page_size: int, shape: ModelShape | None) -> SplaParameters:
-    """What a variant that is not dense computes, arguments as `parse_variants`.
+    """What a variant that is not dense computes in layers without a budget of their own, arguments as `parse_variants`.
 
     Raises:
-        ValueError: Its options are not valid, or do not fit the page.
+        ValueError: Its options are not valid, or do not fit the page or the model.
     """
     options = SplaOptions.from_sources(variant.options) if shape is None else shape.options(variant.options)
-    if shape is not None and options.dense_layers:
+    if shape is not None:
         options.check_layers(range(shape.num_layers))
     return options.parameters(page_size)
 
 
-def dense_layers_of(variant: Variant, shape: ModelShape) -> tuple[int, ...]:
-    """Layers that a variant leaves dense beside those of SPLA; none for the variant that is dense altogether."""
-    return () if variant.options is None else shape.options(variant.options).dense_layers
+def layers_of(variant: Variant, page_size: int, shape: ModelShape) -> dict[int, SplaParameters]:
+    """What a variant computes in each layer that it does not leave dense: nothing, for the one that is dense."""
+    if variant.options is None:
+        return {}
+    return shape.options(variant.options).layers(page_size, range(shape.num_layers))
 
 
 def without_residual(params: SplaParameters) -> SplaParameters:
@@ -183,13 +185,16 @@ def without_residual(params: SplaParameters) -> SplaParameters:
     )
 
 
-def mean_bytes_read(
-    params: SplaParameters | None, seq_len: int, shape: ModelShape, dense_layers: Sequence[int] = ()
-) -> int:
-    """`bytes_read` with a cache of 2-byte elements, the mean over the layers of a model, some of which may be dense."""
-    share = len(dense_layers) / shape.num_layers
-    dense = bytes_read(None, seq_len, shape.head_size)
-    return round(share * dense + (1 - share) * bytes_read(params, seq_len, shape.head_size))
+def mean_bytes_read(layers: Mapping[int, SplaParameters], seq_len: int, shape: ModelShape) -> int:
+    """`bytes_read` with a cache of 2-byte elements, the mean over the layers of a model; those not in `layers` are
+    dense."""
+    of_layers = [bytes_read(layers.get(i), seq_len, shape.head_size) for i in range(shape.num_layers)]
+    return round(sum(of_layers) / shape.num_layers)
+
+
+def smallest_budget(layers: Mapping[int, SplaParameters]) -> int:
+    """Tokens that every layer attends to exactly: up to here the answer is dense attention's."""
+    return min(params.budget_blocks * params.selection_block for params in layers.values())
 
 
 def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int, itemsize: int = 2) -> int:

@@ -68,7 +68,7 @@ def test_fit_lowers_the_divergence(tmp_path):
     model = CapturingModel(save(tmp_path), head=True)  # noqa: F811
     documents = [random_tokens(150, seed) for seed in range(2)]
     fitted, seen = HeadParameters(LAYERS, HEADS, PARAMS, "cpu"), []
-    fit(model, documents, PARAMS, fitted, steps=16, learning_rate=0.1, report=seen.append)
+    fit(model, documents, dict.fromkeys(range(LAYERS), PARAMS), fitted, steps=16, learning_rate=0.1, report=seen.append)
     assert sum(seen[-4:]) < 0.97 * sum(seen[:4])
     assert all(torch.isfinite(t).all() for t in fitted.groups(1.0)[0]["params"])
 
@@ -78,7 +78,8 @@ def test_fitted_features_lower_it_further(tmp_path):
     params, ends = replace(PARAMS, residual="linear"), {}
     for features in (None, (2, 32)):
         fitted, seen = HeadParameters(LAYERS, HEADS, params, "cpu", features), []
-        fit(model, [random_tokens(150, 0)], params, fitted, steps=12, learning_rate=0.4, report=seen.append)
+        layers = dict.fromkeys(range(LAYERS), params)
+        fit(model, [random_tokens(150, 0)], layers, fitted, steps=12, learning_rate=0.4, report=seen.append)
         ends[features] = seen[-1]
     assert ends[2, 32] < 0.97 * ends[None]
     assert (fitted.feature_weight - torch.eye(32)).abs().amax((1, 2, 3)).min() > 1e-3

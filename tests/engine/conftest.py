@@ -148,7 +148,7 @@ def start_engine(
     if backend:
         arguments["attention_backend"] = backend
     if backend == "spla":
-        arguments["additional_config"] = {"spla": {"budget": BUDGET, **(options or {})}}
+        arguments.setdefault("additional_config", {"spla": {"budget": BUDGET, **(options or {})}})
     engine = None
     try:
         engine = Engine(LLM(model, **arguments))

@@ -265,7 +265,7 @@ def test_dense_layers(model):
     answers = ask(model, "spla", {"budget": BUDGET, "dense_layers": [0, 1, 3]})
     reference = CapturingModel(model, torch.float16, "cuda", head=True)
     params = parameters_of(Variant("spla", {"budget": BUDGET}), 64, None)
-    visits = {"spla": partial(attention, params=params, dense_layers=[0, 1, 3]), "dense": None}
+    visits = {"spla": partial(attention, params={2: params}), "dense": None}
     differing = dict.fromkeys(visits, 0)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         for name, visit in visits.items():

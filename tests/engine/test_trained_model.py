@@ -10,6 +10,7 @@ pytestmark = pytest.mark.engine
 VARIANTS = {
     "regression": {},
     "dense layers": {"dense_layers": [0, 2], "selection_block_size": 16},
+    "layer budgets": {"layer_budgets": {0: 96, 2: 448}},
     "linear": {"residual": "linear"},
     "double_rmsnorm": {"residual": "linear", "combine": "double_rmsnorm", "selector": "taylor2"},
 }
@@ -29,7 +30,7 @@ def test_served_as_trained(tmp_path, name):
         if ".spla." in parameter_name:  # gains and norm weights that differ by head
             parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
     save(model, tmp_path / "trained")
-    with start_engine(str(tmp_path / "trained")) as engine:
+    with start_engine(str(tmp_path / "trained"), additional_config={}) as engine:  # options are the folder's
         answers = engine.answer(PROMPTS, max_tokens=8)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         # What was generated, too: decode.

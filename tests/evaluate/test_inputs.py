@@ -15,7 +15,7 @@ from spla_backend.evaluate.variants import (
     ModelShape,
     Variant,
     bytes_read,
-    dense_layers_of,
+    layers_of,
     mean_bytes_read,
     parameters_of,
     parse_variants,
@@ -105,12 +105,12 @@ def test_bytes_read():
 
 def test_bytes_of_dense_layers():
     shape = ModelShape("no/model", 4, 4, 2, 64, 8192, {"dense_layers": [0]})
-    params, dense = parameters_of(Variant("x", {}), 64, shape), dense_layers_of(Variant("x", {}), shape)
-    assert (
-        mean_bytes_read(params, 8000, shape, dense)
-        == (bytes_read(None, 8000, 64) + 3 * bytes_read(params, 8000, 64)) / 4
-    )
-    assert dense_layers_of(Variant("dense"), shape) == ()
+    layers = layers_of(Variant("x", {"layer_budgets": {"1": 1024}}), 64, shape)
+    assert list(layers) == [1, 2, 3] and layers[2] == layers[3] == parameters_of(Variant("x", {}), 64, shape)
+    of_layers = [bytes_read(params, 8000, 64) for params in (None, *layers.values())]
+    assert of_layers[2] - of_layers[1] == 1024 * 2 * 64 * 2
+    assert mean_bytes_read(layers, 8000, shape) == sum(of_layers) / 4
+    assert layers_of(Variant("dense"), 64, shape) == {}
 
 
 def test_buckets():

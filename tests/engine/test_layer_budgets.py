@@ -1,0 +1,63 @@
+"""Layers with budgets of their own: the algorithm's answer, and one answer whatever the engine does."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from spla_backend.options import SplaOptions
+
+from .conftest import BUDGET, PAGE, assert_same, random_prompt, start_engine
+
+pytestmark = pytest.mark.engine
+
+OPTIONS = {"layer_budgets": {"0": 3 * PAGE, "2": 448}}  # layer 1 has BUDGET, between them
+LENGTHS = (3 * PAGE + 1, BUDGET + 40, 450, 700)
+PROMPTS = [random_prompt(n, seed=n) for n in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_llama):
+    with start_engine(tiny_llama, options=OPTIONS) as engine:
+        return engine.answer(PROMPTS, max_tokens=2 * PAGE)
+
+
+def worst_difference(model, answers, visit):
+    """From the log-probabilities of the prompts, and of the answers as parts of them, that `visit` leads to."""
+    worst = 0.0
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        expected = torch.tensor(model.logprobs(prompt + answer.tokens, visit))
+        worst = max(worst, float((torch.tensor(answer.logprobs) - expected[: len(prompt) - 1]).abs().max()))
+        logits = model.run(prompt + answer.tokens[:-1], visit).logits[0, len(prompt) - 1 :]
+        behind = logits.amax(-1) - logits.gather(-1, torch.tensor(answer.tokens)[:, None])[:, 0]
+        worst = max(worst, float(behind.max()))  # a token of decode that the reference would not have chosen
+    return worst
+
+
+def test_answers_are_the_references(tiny_llama, answers):
+    from spla_backend.evaluate.capture import CapturingModel
+    from spla_backend.evaluate.fidelity import attention
+
+    model = CapturingModel(tiny_llama, head=True)
+    layers = SplaOptions.from_sources({"budget": BUDGET, **OPTIONS}).layers(PAGE, range(3))
+    assert [params.budget_blocks for params in layers.values()] == [3, 6, 14]
+    assert worst_difference(model, answers, partial(attention, params=layers)) < 1e-4
+    # A budget in another layer's place would be seen.
+    for i, j in ((0, 1), (1, 2)):
+        swapped = layers | {i: layers[j], j: layers[i]}
+        assert worst_difference(model, answers, partial(attention, params=swapped)) > 1e-3
+
+
+def test_chunks_and_cached_prefixes(tiny_llama, answers):
+    with start_engine(tiny_llama, options=OPTIONS, enable_prefix_caching=True, max_num_batched_tokens=100) as engine:
+        for _ in range(2):
+            again = engine.answer(PROMPTS, max_tokens=2 * PAGE, logprobs=False)
+            assert [a.tokens for a in again] == [a.tokens for a in answers]
+        assert all(a.cached_tokens > 0 for a in again)
+
+
+def test_whole_budgets_are_dense(tiny_llama):
+    with start_engine(tiny_llama, backend=None) as engine:
+        dense = engine.answer(PROMPTS)
+    with start_engine(tiny_llama, options={"layer_budgets": {"0": 1024, "1": 1056, "2": 2048}}) as engine:
+        assert_same(engine.answer(PROMPTS), dense)
