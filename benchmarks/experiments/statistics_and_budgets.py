@@ -30,10 +30,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.selectors import (
@@ -46,10 +44,11 @@ from spla_backend.algorithm.selectors import (
     selector_names,
 )
 from spla_backend.algorithm.sequence import spla_attention, unselected_blocks
+from spla_backend.calibrate.budgets import Continued, allocate, gradients, head_groups, loss_of
 from spla_backend.evaluate import report
 from spla_backend.evaluate.capture import AttentionInputs, CapturingModel, Visit
 from spla_backend.evaluate.documents import Document, cut_documents, load_tokenizer
-from spla_backend.evaluate.fidelity import HeadGroup, Point, measure, sample_positions, summary
+from spla_backend.evaluate.fidelity import Point, measure, sample_positions, summary
 from spla_backend.evaluate.perplexity import segment_means
 from spla_backend.evaluate.variants import ModelShape
 from spla_backend.models import gguf
@@ -156,26 +155,6 @@ def variant(text: str) -> tuple[str, int]:
     return selector, int(block)
 
 
-class Continued(CapturingModel):
-    """A model that reads the beginning of a document densely, once, and its end as often as wanted."""
-
-    def begin(self, tokens: Sequence[int]) -> None:
-        self._cache = DynamicCache(config=self._model.config)
-        ids = torch.tensor([list(tokens)])
-        with torch.no_grad():
-            self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-
-    def go_on(self, tokens: Sequence[int], visit: Visit | None) -> torch.Tensor:
-        """Logits `[tokens, vocabulary]`."""
-        ids = torch.tensor([list(tokens)])
-        self._visit = visit
-        try:
-            return self._model(input_ids=ids, past_key_values=self._cache, use_cache=True).logits[0]
-        finally:
-            self._cache.crop(-len(tokens))
-            self._visit = None
-
-
 def fidelity(args: argparse.Namespace, shape: ModelShape, documents: list[Document]) -> dict[str, Any]:
     """Captured mass and output error of every kind of statistics."""
     kinds = [variant(text) for text in args.variants]
@@ -209,34 +188,10 @@ def fidelity(args: argparse.Namespace, shape: ModelShape, documents: list[Docume
     return {"fidelity": rows}
 
 
-def convex(grid: Sequence[int], cost: Sequence[float]) -> list[float]:
-    """Costs at `grid[0] .. grid[-1]` on the lower convex hull of the points: what one more block saves only falls."""
-    hull: list[tuple[int, float]] = []
-    for x, y in zip(grid, itertools.accumulate(cost, min), strict=True):
-        while len(hull) > 1:
-            (x0, y0), (x1, y1) = hull[-2:]
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append((x, y))
-    return np.interp(range(grid[0], grid[-1] + 1), *zip(*hull, strict=True)).tolist()
-
-
-def allocate(cost: torch.Tensor, mean: int) -> torch.Tensor:
-    """Budgets `[n]` of the mean `mean` that make the least of the sum of `cost [n, grid]` on its convex hulls."""
-    hulls = torch.tensor([convex(GRID, row) for row in cost.tolist()], dtype=torch.float64)
-    saved = hulls[:, :-1] - hulls[:, 1:]  # [n, blocks]
-    chosen = saved.flatten().sort(descending=True, stable=True).indices[: (mean - GRID[0]) * len(cost)]
-    return GRID[0] + torch.zeros(len(cost), dtype=torch.int64).index_add_(
-        0, chosen // saved.shape[1], torch.ones_like(chosen)
-    )
-
-
 def fit(args: argparse.Namespace, shape: ModelShape, documents: list[Document]) -> dict[str, Any]:
     """Budgets by layer and kv head, and the top-p of the same mean number of blocks."""
     torch.manual_seed(args.seed)
     groups, start = shape.num_kv_heads, args.length - args.tail
-    dense = parameters(budget_blocks=args.length // PAGE, residual="none")
     budgets = [Point(parameters(budget_blocks=n)) for n in GRID]
     shares = [Point(parameters(budget_blocks=GRID[-1], top_p=p)) for p in TOP_P]
     lost = torch.zeros(shape.num_layers, groups, len(GRID))
@@ -244,32 +199,13 @@ def fit(args: argparse.Namespace, shape: ModelShape, documents: list[Document]) 
     blocks = torch.zeros(len(TOP_P))
     model = Continued(args.model, head=True)
     for document in tqdm(documents, unit="document"):
-        model.begin(document.tokens[:start])
-        seen: list[tuple[AttentionInputs, torch.Tensor]] = []
-
-        def visit(inputs: AttentionInputs) -> torch.Tensor:
-            change = torch.zeros_like(inputs.q, requires_grad=True)
-            kept = AttentionInputs(inputs.layer, inputs.q.detach(), inputs.k.detach(), inputs.v.detach())
-            seen.append((kept, change))  # noqa: B023 - called before the next document
-            q, k, v = (x[None] for x in (inputs.q, inputs.k, inputs.v))
-            return spla_attention(q, k, v, dense)[0] + change
-
-        logits = model.go_on(document.tokens[start:], visit)
-        drawn = torch.distributions.Categorical(logits=logits.detach()).sample()
-        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
         positions = sample_positions(start, args.length, args.queries, args.seed)
-        for inputs, change in tqdm(seen, unit="layer", leave=False):
-            q, gradient = (
-                x[:, positions - start].unflatten(0, (groups, -1)).transpose(1, 2) for x in (inputs.q, change.grad)
-            )  # [groups, queries, group, head_size]
-            for g in range(groups):
-                group = HeadGroup(q[g].contiguous(), inputs.k[g], inputs.v[g], positions)
-                exact = group.output(group.select(Point(dense)), dense)
+        for inputs, gradient in tqdm(gradients(model, document.tokens, start, PAGE), unit="layer", leave=False):
+            for g, (group, own) in enumerate(head_groups(inputs, gradient, positions)):
                 for i, point in enumerate(budgets):
                     rest = group.select(point)
                     lost[inputs.layer, g, i] += 1 - group.captured_mass(rest, PAGE).mean()
-                    delta = group.output(rest, point.params) - exact
-                    cost[inputs.layer, g, i] += (gradient[g] * delta).sum((1, 2)).square().mean() / 2
+                    cost[inputs.layer, g, i] += loss_of(group.output_change(rest, point.params), own)
                 for i, point in enumerate(shares):
                     blocks[i] += (positions // PAGE + 1 - group.select(point).sum(-1)).float().mean()
     lost, cost = lost / len(documents), cost / len(documents)
@@ -277,11 +213,14 @@ def fit(args: argparse.Namespace, shape: ModelShape, documents: list[Document]) 
     mean = BUDGET // PAGE
     i = int((blocks < mean).sum())
     t = ((mean - blocks[i - 1]) / (blocks[i] - blocks[i - 1])).item()
-    by_layer = allocate(cost.sum(1), mean)[:, None].expand(-1, groups)
+    by_layer = allocate(cost.sum(1), GRID, mean * len(cost))[:, None].expand(-1, groups)
+    by_mass, by_loss = (
+        allocate(x.flatten(0, 1), GRID, mean * groups * len(x)).view(-1, groups).tolist() for x in (lost, cost)
+    )
     return {
         "budgets": [
-            {"budgets": "mass by head", "blocks": allocate(lost.flatten(0, 1), mean).view(-1, groups).tolist()},
-            {"budgets": "loss by head", "blocks": allocate(cost.flatten(0, 1), mean).view(-1, groups).tolist()},
+            {"budgets": "mass by head", "blocks": by_mass},
+            {"budgets": "loss by head", "blocks": by_loss},
             {"budgets": "loss by layer", "blocks": by_layer.tolist()},
             {"budgets": "top-p", "top_p": round(TOP_P[i - 1] + t * (TOP_P[i] - TOP_P[i - 1]), 4)},
         ],

@@ -1,4 +1,4 @@
-"""`spla-calibrate`: fit the residual's gains and scales to a model on the user's text, in minutes."""
+"""`spla-calibrate`: fit the residual's gains and scales, or budgets of layers, to a model on the user's text."""
 
 import argparse
 import os
@@ -9,8 +9,9 @@ from typing import Any
 
 _DESCRIPTION = """\
 Fit gains (by head) and scales (by layer) of SPLA's residual to a frozen model, by distillation from its own dense
-attention on your text; write spla.safetensors, which `vllm serve` picks up from the model's folder. Fetches
-nothing. A table compares before and after on held-out text.
+attention on your text; with --budgets, spread the budget over the layers by what it saves there. Write
+spla.safetensors, which `vllm serve` picks up from the model's folder. Fetches nothing. A table compares before and
+after on held-out text.
 """
 
 
@@ -38,6 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def count(text: str) -> int:
+    """For argparse."""
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     from ..evaluate.cli import json_object, positive
 
@@ -56,7 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", type=positive, default=4096, help="tokens of a window to fit on, beyond the budget (%(default)s)")
     add("--test-length", type=positive, default=8192, help="tokens of a document to judge on (%(default)s)")
     add("--test-documents", type=positive, metavar="N", help="documents a --test file; default: all that fit")
-    add("--steps", type=positive, default=40, help="windows to fit on, one a step (%(default)s)")
+    add("--steps", type=count, help="windows to fit gains and scales on, one a step (40, with --budgets 0)")
+    add(
+        "--budgets",
+        type=positive,
+        nargs="?",
+        const=6,
+        metavar="N",
+        help="first fit budgets of layers, of the same sum, on N windows (%(const)s): the option layer_budgets",
+    )
     add("--learning-rate", type=float, default=0.08, help="of Adam (%(default)s)")
     add("--features", action="store_true", help="of the residual 'linear', fit a matrix before the feature map, too")
     add("--seed", type=int, default=0, help="of the order of windows (%(default)s)")

@@ -123,7 +123,7 @@ def fit(
     """
     optimizer = torch.optim.Adam(fitted.groups(learning_rate), betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.55 + 0.45 * math.cos(math.pi * min(step / steps, 1.0))
+        optimizer, lambda step: 0.55 + 0.45 * math.cos(math.pi * min(step / max(steps, 1), 1.0))
     )
     budget = smallest_budget(layers)
     for step in range(steps):

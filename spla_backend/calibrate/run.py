@@ -1,9 +1,10 @@
-"""What `spla-calibrate` does: cut the text, fit, judge on held-out text, write."""
+"""What `spla-calibrate` does: cut the text, fit budgets, gains and scales, judge on held-out text, write."""
 
 import argparse
 import random
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from tqdm import tqdm
 from .. import learned
 from ..algorithm.parameters import SplaParameters
 from ..evaluate import report
-from ..evaluate.capture import CapturingModel
+from ..evaluate.capture import CapturingModel, Visit
 from ..evaluate.documents import cut_documents, load_tokenizer
 from ..evaluate.fidelity import attention
 from ..evaluate.perplexity import compare, rows_of, segments_of, table
 from ..evaluate.variants import DENSE, ModelShape, smallest_budget, without_residual
 from ..options import SplaOptions
+from .budgets import Continued, fit_budgets
 from .fit import HeadParameters, fit
 
 NONE, BEFORE, AFTER = "no residual", "before", "after"
@@ -35,11 +37,12 @@ def run(args: argparse.Namespace) -> str:
     options = SplaOptions.from_sources(args.options, shape.spla_config)
     params = options.parameters(args.page_size)
     options.check_layers(range(shape.num_layers))
-    sparse = options.layers(args.page_size, range(shape.num_layers))
+    before = options.layers(args.page_size, range(shape.num_layers))
+    steps = args.steps if args.steps is not None else 0 if args.budgets else 40
     path = _output(args.output or Path(args.model) / learned.FILE_NAME)
     if args.report is not None:
         _output(args.report)
-    budget = smallest_budget(sparse)
+    budget = smallest_budget(before)
     if params.residual == "none" or params.combine != "shared_normalizer":
         raise ValueError(
             "spla-calibrate fits the residual under a shared normaliser: set the option residual to 'regression' or "
@@ -55,8 +58,24 @@ def run(args: argparse.Namespace) -> str:
         )
     windows, tests, files = _documents(args, test_length)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = CapturingModel(args.model, getattr(torch, args.dtype), device, head=True)
+    model = Continued(args.model, getattr(torch, args.dtype), device, head=True)
 
+    began = time.monotonic()
+    if args.budgets:
+        some = windows[: args.budgets]
+        with tqdm(total=len(some) * len(before), desc="fitting budgets", unit="layer") as bar:
+            blocks = fit_budgets(
+                model,
+                some,
+                params,
+                before,
+                sum(layer.budget_blocks for layer in before.values()),
+                tail=min(512, args.length // 4),
+                seed=args.seed,
+                report=bar.update,
+            )
+        options = replace(options, layer_budgets={i: n * params.selection_block for i, n in blocks.items()})
+    after = options.layers(args.page_size, range(shape.num_layers))
     fitted = HeadParameters(
         shape.num_layers,
         shape.num_heads,
@@ -65,8 +84,7 @@ def run(args: argparse.Namespace) -> str:
         (shape.num_kv_heads, shape.head_size) if args.features else None,
     )
     divergences: list[float] = []
-    began = time.monotonic()
-    with tqdm(total=args.steps, desc="fitting", unit="window") as bar:
+    with tqdm(total=steps, desc="fitting", unit="window", disable=not steps) as bar:
 
         def show(divergence: float) -> None:
             divergences.append(divergence)
@@ -77,29 +95,38 @@ def run(args: argparse.Namespace) -> str:
         fit(
             model,
             windows,
-            sparse,
+            after,
             fitted,
-            steps=args.steps,
+            steps=steps,
             learning_rate=args.learning_rate,
             report=show,
         )
     seconds = round(time.monotonic() - began, 1)
 
     with torch.no_grad():
-        layers = {i: layer for i, layer in fitted.layers().items() if i in sparse}
-    losses = _losses(model, tests, sparse, layers)
-    kinds = {DENSE.name: {}, BEFORE: sparse, AFTER: sparse, NONE: _without_residual(sparse)}
+        layers = {i: layer for i, layer in fitted.layers().items() if i in after}
+    none = {i: without_residual(layer) for i, layer in before.items()}
+    visits = {
+        DENSE.name: None,
+        NONE: partial(attention, params=none),
+        BEFORE: partial(attention, params=before),
+        AFTER: partial(attention, params=after, learned=layers),
+    }
+    losses = _losses(model, tests, visits)
+    first = smallest_budget(after)
+    buckets = [(first, budget), (budget, test_length)] if first < budget else [(budget, test_length)]
     gained = compare(losses[AFTER], losses[BEFORE], budget, test_length)
     result: dict[str, Any] = {
-        **report.header("calibration", _settings(args, options, files, len(windows), device), "spla-calibrate"),
+        **report.header("calibration", _settings(args, steps, files, len(windows), device), "spla-calibrate"),
         "fit_seconds": seconds,
         "rows": rows_of(
             losses,
-            kinds,
+            {DENSE.name: {}, NONE: none, BEFORE: before, AFTER: after},
             files,
-            [(budget, test_length)],
+            buckets,
             shape,
         ),
+        "layer_budgets": options.layer_budgets,
         "after_against_before": {key: gained[key] for key in ("difference", "difference_se")},
         "segments": segments_of(losses, files),
         "divergence_of_steps": [round(x, 6) for x in divergences],
@@ -141,16 +168,9 @@ def _documents(
 def _losses(
     model: CapturingModel,
     tests: Sequence[Sequence[int]],
-    sparse: Mapping[int, SplaParameters],
-    layers: Mapping[int, learned.LayerParameters],
+    visits: Mapping[str, Visit | None],
 ) -> dict[str, list[list[float]]]:
     """Loss of every token by variant and document."""
-    visits = {
-        DENSE.name: None,
-        NONE: partial(attention, params=_without_residual(sparse)),
-        BEFORE: partial(attention, params=sparse),
-        AFTER: partial(attention, params=sparse, learned=layers),
-    }
     losses: dict[str, list[list[float]]] = {name: [] for name in visits}
     with tqdm(total=len(visits) * len(tests), desc="judging", unit="document") as bar:
         for tokens in tests:
@@ -158,10 +178,6 @@ def _losses(
                 losses[name].append([-x for x in model.logprobs(tokens, visit)])
                 bar.update()
     return losses
-
-
-def _without_residual(sparse: Mapping[int, SplaParameters]) -> dict[int, SplaParameters]:
-    return {i: without_residual(params) for i, params in sparse.items()}
 
 
 def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
@@ -185,16 +201,15 @@ def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
     return fitted_for
 
 
-def _settings(
-    args: argparse.Namespace, options: SplaOptions, files: Sequence[str], windows: int, device: str
-) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, steps: int, files: Sequence[str], windows: int, device: str) -> dict[str, Any]:
     return {
         "model": args.model,
         "options": args.options,
         "text": args.text,
         "windows": windows,
         "length": args.length,
-        "steps": args.steps,
+        "steps": steps,
+        "budgets": args.budgets,
         "learning_rate": args.learning_rate,
         "features": args.features,
         "documents": {file: files.count(file) for file in dict.fromkeys(files)},

@@ -148,8 +148,11 @@ class HeadGroup:
             rest: From `select`.
             params: What to compute. Norms of a `double_rmsnorm` have weight 1.
         """
-        output = self.output(rest, params)
-        return (output - self._dense).norm(dim=-1) / self._dense.norm(dim=-1)
+        return self.output_change(rest, params).norm(dim=-1) / self._dense.norm(dim=-1)
+
+    def output_change(self, rest: torch.Tensor, params: SplaParameters) -> torch.Tensor:
+        """`o - dense` `[queries, group, head_size]`, arguments as `output_error`."""
+        return self.output(rest, params) - self._dense
 
     def output(self, rest: torch.Tensor, params: SplaParameters) -> torch.Tensor:
         """What SPLA makes of a selection `[queries, group, head_size]`, arguments as `output_error`."""
