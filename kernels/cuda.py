@@ -76,6 +76,11 @@ class CudaPagedSpla:
         """Bytes of scratch, shared by all layers of one geometry."""
         return self._decode.scratch_bytes + self._prefill.scratch_bytes
 
+    @property
+    def plan_key(self) -> Any:
+        """See `TorchPagedSpla.plan_key`. Layers have one budget here."""
+        return "sparse"
+
     def plan(
         self,
         query_start_loc: torch.Tensor,

@@ -27,6 +27,11 @@ class CudaDense(CudaPagedSpla):
         super().__init__(params, **arguments)
         self._max_model_len = arguments["max_model_len"]
 
+    @property
+    def plan_key(self) -> Any:
+        """See `TorchPagedSpla.plan_key`."""
+        return "dense"
+
     def plan(  # type: ignore[override]
         self,
         query_start_loc: torch.Tensor,

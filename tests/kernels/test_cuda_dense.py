@@ -56,3 +56,8 @@ def test_plan_of_a_dense_layer():
     assert (decode.start_loc.tolist(), decode.seq_lens.tolist(), decode.max_seq_len) == ([0, 1, 2], [70, 5], 4096)
     assert (prefill.first_token, prefill.num_tokens, prefill.first_row, prefill.max_query_len) == (2, 8, 2, 5)
     assert (prefill.start_loc.tolist(), prefill.seq_lens.tolist(), prefill.max_seq_len) == ([0, 5, 8], [5, 90], 90)
+
+
+def test_dense_layers_have_plans_of_their_own():
+    sparse, dense = CudaPagedSpla.__new__(CudaPagedSpla), CudaDense.__new__(CudaDense)
+    assert sparse.plan_key != dense.plan_key
