@@ -159,7 +159,7 @@ def test_what_cuda_kernels_lack(monkeypatch):
         model_config=Namespace(
             model="no-such-folder",
             use_mla=False,
-            hf_text_config=None,
+            hf_text_config=Namespace(num_hidden_layers=2),
             dtype=torch.bfloat16,
             get_num_attention_heads=lambda parallel: 32,
             get_num_kv_heads=lambda parallel: 8,
@@ -175,6 +175,9 @@ def test_what_cuda_kernels_lack(monkeypatch):
     check_config(config)  # the CPU engine computes them
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     with pytest.raises(ValueError, match=r"SPLA on a GPU does not compute these options: feature_map 'elu1' has no"):
+        check_config(config)
+    config.additional_config = {"spla": {"layer_budgets": {"0": 1024}}}
+    with pytest.raises(ValueError, match="kernels on a GPU have one budget for all layers: remove the option"):
         check_config(config)
     config.additional_config = {"spla": {"residual": "linear"}}
     check_config(config)

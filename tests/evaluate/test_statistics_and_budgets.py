@@ -1,7 +1,6 @@
 """The arithmetic of `benchmarks/experiments/statistics_and_budgets.py`."""
 
 import importlib.util
-import itertools
 from pathlib import Path
 from types import ModuleType
 
@@ -56,20 +55,3 @@ def test_fp8(study):
     assert not torch.equal(exact[:, :-2], rounded[:, :-2])
     assert study.statistics_bytes("rem", 64, 64) == 256
     assert study.statistics_bytes("rem-lr2-fp8", 32, 64) == 2 * 4 * 66
-
-
-def test_no_other_budgets_cost_less(study, monkeypatch):
-    monkeypatch.setattr(study, "GRID", (3, 4, 6, 8))
-    cost = torch.rand(3, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    cost = cost.sort(descending=True).values
-    hulls = [study.convex(study.GRID, row) for row in cost.tolist()]
-    assert all(hull[x - 3] <= row[i] + 1e-12 for hull, row in zip(hulls, cost, strict=True)
-               for i, x in enumerate(study.GRID))  # fmt: skip
-
-    def total(budgets):
-        return sum(hull[n - 3] for hull, n in zip(hulls, budgets, strict=True))
-
-    found = study.allocate(cost, 5).tolist()
-    assert sum(found) == 15
-    every = (n for n in itertools.product(range(3, 9), repeat=3) if sum(n) == 15)
-    assert total(found) == pytest.approx(min(map(total, every)))
