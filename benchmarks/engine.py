@@ -142,8 +142,8 @@ def main() -> None:
         model = str(folder)
         engine_args |= {"load_format": "dummy", "skip_tokenizer_init": True}
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for `draw_weights`, which goes to the workers
-    traces = Path(tempfile.mkdtemp())
-    if args.profile:
+    traces = Path(tempfile.mkdtemp()) if args.profile else None
+    if traces:
         profiler = {"profiler": "torch", "torch_profiler_dir": str(traces), "torch_profiler_with_stack": False}
         engine_args["profiler_config"] = profiler
     engine_args |= {"max_num_seqs": max(b for b, _ in shapes), **args.engine_args}
@@ -163,7 +163,7 @@ def main() -> None:
         for batch, context in shapes:
             row = {"backend": backend, "batch": batch, "context": context}
             row |= measure(llm, source, batch, context, args.tokens)
-            if args.profile:
+            if traces:
                 row["step_us"] = decode_profile(llm, traces, source, batch, context, args.tokens)
             rows.append(row)
             print(json.dumps(row), flush=True)

@@ -174,11 +174,6 @@ class SplaOptions:
         if layers and not set(layers) - set(self.dense_layers):
             raise ValueError("SPLA option dense_layers names all layers: remove --attention-backend spla instead")
 
-    @property
-    def largest_budget(self) -> int:
-        """Of all layers."""
-        return max([self.budget, *self.layer_budgets.values()])
-
     def layers(self, page_size: int, indices: Iterable[int]) -> dict[int, SplaParameters]:
         """What each of these layers computes; those of `dense_layers` are left out. Raises as `parameters`."""
         return {i: self.parameters(page_size, i) for i in indices if i not in self.dense_layers}

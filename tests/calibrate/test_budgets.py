@@ -1,7 +1,6 @@
 """Budgets of layers: the estimate of what a changed output costs, the allocation, and `spla-calibrate --budgets`."""
 
 import itertools
-import json
 
 import pytest
 
@@ -10,7 +9,6 @@ transformers = pytest.importorskip("transformers")
 
 from spla_backend.algorithm.parameters import SplaParameters  # noqa: E402
 from spla_backend.algorithm.sequence import spla_attention  # noqa: E402
-from spla_backend.calibrate import cli  # noqa: E402
 from spla_backend.calibrate.budgets import (  # noqa: E402
     Continued,
     allocate,
@@ -23,7 +21,7 @@ from spla_backend.evaluate.variants import ModelShape  # noqa: E402
 
 from ..evaluate.test_capture import save  # noqa: E402
 from ..evaluate.test_reports import model, text  # noqa: E402, F401 - fixtures
-from .test_calibrate import random_tokens  # noqa: E402
+from .test_calibrate import calibrated, random_tokens  # noqa: E402
 
 PARAMS = SplaParameters(page_size=16, selection_block=16, budget_blocks=5)
 
@@ -87,11 +85,9 @@ def test_layer_that_does_not_matter_gets_least(tmp_path):
 
 
 def test_command(model, text, tmp_path, capsys):  # noqa: F811
-    output, report = tmp_path / "fitted.safetensors", tmp_path / "report.json"
-    arguments = ["--model", model, "--text", text, "--length", "192", "--test-length", "200", "--budgets", "1"]
-    arguments += ["--page-size", "16", "--options", '{"budget": 96, "selection_block_size": 16}']
-    assert cli.main([*arguments, "--output", str(output), "--report", str(report)]) == 0
-    assert "after - before: " in capsys.readouterr().out
+    arguments = ["--length", "192", "--budgets", "1", "--page-size", "16"]
+    arguments += ["--options", '{"budget": 96, "selection_block_size": 16}']
+    output, result = calibrated(model, text, tmp_path, capsys, *arguments)
     shape = ModelShape.of(model)
     options = shape.options({"parameters_file": str(output)})
     assert options.budget == 96 and sorted(options.layer_budgets) == [0, 1]
@@ -99,7 +95,6 @@ def test_command(model, text, tmp_path, capsys):  # noqa: F811
     assert shape.options({"parameters_file": str(output), "budget": 128}).layer_budgets == {}
     layers = shape.learned({"parameters_file": str(output)})
     assert all(bool((layer.gain == 1).all()) for layer in layers.values())  # no steps: gains stay
-    result = json.loads(report.read_text())
     assert result["layer_budgets"] == {str(i): n for i, n in options.layer_budgets.items()}
     rows = {(row["variant"], row["end"]): row for row in result["rows"] if row["file"] == "all"}
     assert rows["after", 200]["bytes"] == rows["before", 200]["bytes"]

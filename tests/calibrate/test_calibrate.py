@@ -85,13 +85,19 @@ def test_fitted_features_lower_it_further(tmp_path):
     assert (fitted.feature_weight - torch.eye(32)).abs().amax((1, 2, 3)).min() > 1e-3
 
 
-def test_command(model, text, tmp_path, capsys):  # noqa: F811
-    output, report = tmp_path / "fitted.safetensors", tmp_path / "report.json"
-    arguments = ["--model", model, "--text", text, "--length", "128", "--test-length", "200", "--steps", "3"]
-    arguments += ["--page-size", "32", "--options", '{"budget": 96, "selector": "mean"}']
-    assert cli.main([*arguments, "--output", str(output), "--report", str(report)]) == 0
+def calibrated(model, text, folder, capsys, *arguments):  # noqa: F811
+    """The file and the report that the command writes."""
+    output, report = folder / "fitted.safetensors", folder / "report.json"
+    files = ["--model", model, "--text", text, "--output", str(output), "--report", str(report)]
+    assert cli.main([*files, "--test-length", "200", *arguments]) == 0
     assert "after - before: " in capsys.readouterr().out
+    return output, json.loads(report.read_text())
 
+
+def test_command(model, text, tmp_path, capsys):  # noqa: F811
+    arguments = ["--length", "128", "--steps", "3", "--page-size", "32"]
+    arguments += ["--options", '{"budget": 96, "selector": "mean"}']
+    output, result = calibrated(model, text, tmp_path, capsys, *arguments)
     shape = ModelShape.of(model)
     learned.check(
         output,
@@ -106,7 +112,6 @@ def test_command(model, text, tmp_path, capsys):  # noqa: F811
     assert (options.budget, options.selector, options.selection_block_size) == (96, "mean", 32)
     assert shape.options({"parameters_file": str(output), "budget": 64 + 32}).budget == 96
 
-    result = json.loads(report.read_text())
     assert result["kind"] == "calibration" and len(result["divergence_of_steps"]) == 3
     rows = {row["variant"]: row for row in result["rows"] if row["file"] == "all"}
     assert set(rows) == {"dense", "no residual", "before", "after"} and rows["dense"]["difference"] == 0

@@ -98,6 +98,16 @@ class Engine:
     def runner(self) -> Any:
         return self.core.model_executor.driver_worker.worker.model_runner
 
+    def preemptions(self) -> list[str]:
+        """Requests that are preempted from now on, in a list that grows."""
+        preempted: list[str] = []
+        original = self.scheduler._preempt_request
+        self.scheduler._preempt_request = lambda request, *a, **k: (
+            preempted.append(request.request_id),
+            original(request, *a, **k),
+        )[1]
+        return preempted
+
     def answer(self, prompts: list[list[int]], max_tokens: int = 20, logprobs: bool = True) -> list[Answer]:
         from vllm import SamplingParams
 

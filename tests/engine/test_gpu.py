@@ -50,6 +50,7 @@ class Answer:
     logprobs: list[dict[int, float]]  # of the best tokens at each place
 
 
+SPARSE = {"budget": BUDGET}
 ENGINE_ARGS = {
     "dtype": "float16",
     "max_model_len": 4096,
@@ -62,8 +63,11 @@ ENGINE_ARGS = {
 }
 
 
-def sparse_everywhere(options):
-    return options if options is None else {"prefill_dense_below": 0, **options}
+def start(model, backend="spla", options=SPARSE, **engine_args):
+    """An engine in which prompts are sparse wherever they can be."""
+    if options is not None:
+        options = {"prefill_dense_below": 0, **options}
+    return start_engine(model, backend, options, **ENGINE_ARGS | engine_args)
 
 
 def generate(engine, prompts, tokens=TOKENS):
@@ -81,9 +85,15 @@ PROMPTS = [random_prompt(n, seed=n) for n in LENGTHS]
 
 
 def ask(model, backend, options=None, **engine_args):
-    """An engine's answers; prompts are sparse wherever they can be."""
-    with start_engine(model, backend, sparse_everywhere(options), **ENGINE_ARGS | engine_args) as engine:
+    """What such an engine answers."""
+    with start(model, backend, options, **engine_args) as engine:
         return generate(engine, PROMPTS)
+
+
+def mean_and_worst(found):
+    mean, worst = statistics.mean(found), max(found)
+    print(f"log-probabilities differ by {mean:.4f} on average, {worst:.4f} at most")
+    return mean, worst
 
 
 def differences(actual, expected):
@@ -103,12 +113,11 @@ def differences(actual, expected):
             gap = e.logprobs[same][e.tokens[same]] - e.logprobs[same].get(a.tokens[same], -math.inf)
             print(f"another token at {same}, {gap:.4f} nats less likely")
             found.append(gap)
-    return statistics.mean(found), max(found)
+    return mean_and_worst(found)
 
 
 def assert_same(actual, expected, tolerance=SELECTION):
     mean, worst = differences(actual, expected)
-    print(f"log-probabilities differ by {mean:.4f} on average, {worst:.4f} at most")
     assert mean < tolerance[0] and worst < tolerance[1]
 
 
@@ -126,7 +135,7 @@ class Plain:
 def plain(model):
     from vllm import SamplingParams
 
-    with start_engine(model, "spla", sparse_everywhere({"budget": BUDGET}), **ENGINE_ARGS) as engine:
+    with start(model) as engine:
         batch = generate(engine, PROMPTS)
         alone = [generate(engine, [prompt])[0] for prompt in PROMPTS]
         long = generate(engine, PROMPTS[-3:], LONG)
@@ -185,8 +194,7 @@ def test_prefix_caching(model, sparse):
     """Whole prompts again, and prompts that share a prefix of an awkward length."""
     from vllm import SamplingParams
 
-    options = sparse_everywhere({"budget": BUDGET})
-    with start_engine(model, "spla", options, **ENGINE_ARGS | {"enable_prefix_caching": True}) as engine:
+    with start(model, enable_prefix_caching=True) as engine:
         for _ in range(3):
             assert_same(generate(engine, PROMPTS), sparse)
         for shared in (650, 1472, 2047):
@@ -209,20 +217,14 @@ def test_decode_is_prefill(plain):
         for answer, given in zip(plain.batch, plain.given, strict=True)
         for token, logprobs, likely in zip(answer.tokens, answer.logprobs, given, strict=True)
     ]
-    print(f"log-probabilities differ by {statistics.mean(found):.4f} on average, {max(found):.4f} at most")
-    assert statistics.mean(found) < SELECTION[0] and max(found) < SELECTION[1]
+    mean, worst = mean_and_worst(found)
+    assert mean < SELECTION[0] and worst < SELECTION[1]
 
 
 def test_preemption(model, plain):
     """The pool holds the prompts, but not the answers too."""
-    arguments = ENGINE_ARGS | {"num_gpu_blocks_override": 113}
-    with start_engine(model, "spla", sparse_everywhere({"budget": BUDGET}), **arguments) as engine:
-        preempted = []
-        original = engine.scheduler._preempt_request
-        engine.scheduler._preempt_request = lambda request, *a, **k: (
-            preempted.append(request.request_id),
-            original(request, *a, **k),
-        )[1]
+    with start(model, num_gpu_blocks_override=113) as engine:
+        preempted = engine.preemptions()
         assert_same(generate(engine, PROMPTS[-3:], LONG), plain.long)
     assert preempted, "the cache was large enough for everything: the test shows nothing"
 
@@ -290,6 +292,5 @@ def test_sparse_is_sparse(model, sparse):
     """Or the tests above show nothing: long prompts answer differently with a small budget and no residual."""
     other = ask(model, "spla", {"budget": 256, "residual": "none"})
     long = [i for i, length in enumerate(LENGTHS) if length > 2 * BUDGET]
-    mean, worst = differences([other[i] for i in long], [sparse[i] for i in long])
-    print(f"log-probabilities differ by {mean:.4f} on average, {worst:.4f} at most")
+    mean, _ = differences([other[i] for i in long], [sparse[i] for i in long])
     assert mean > 2 * SELECTION[0]

@@ -119,12 +119,7 @@ def test_prefix_caching(tiny_llama, start, plain):
 def test_preemption(tiny_llama, start, alone):
     long = [7, 8, 9]
     with start(tiny_llama, num_gpu_blocks_override=60) as engine:
-        preempted = []
-        original = engine.scheduler._preempt_request
-        engine.scheduler._preempt_request = lambda request, *a, **k: (
-            preempted.append(request.request_id),
-            original(request, *a, **k),
-        )[1]
+        preempted = engine.preemptions()
         answers = engine.answer([PROMPTS[i] for i in long], max_tokens=60, logprobs=False)
         assert preempted, "the cache was large enough for everything: the test shows nothing"
     assert [a.tokens[:20] for a in answers] == [alone[i].tokens for i in long]
