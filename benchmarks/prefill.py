@@ -11,7 +11,7 @@ neighbouring tokens are alike, as a model's are; `captured` ones select much as 
 (`captured`). SPLA outputs of sampled tokens are checked against the float64
 reference before they are timed, near-ties of the selection as such. A short table comes last.
 
-The floor is the larger of two: the products (three scores of every complete page, attention over the budget) at the
+The floor is the larger of two: the products (three scores of every selection block, attention over the budget) at the
 rate of a large bf16 matrix product measured in the same run, and the bytes of keys, values, queries and outputs at the
 bandwidth of a large copy.
 """
@@ -193,7 +193,7 @@ def stored(pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
     layout = pool.op.page_layout
     kv = pool.kv_cache[pool.block_table[0].long(), 1:2].cpu()  # [pages, 1, B + r, 2 d]
     tokens = kv[:, :, : layout.page_size].transpose(1, 2).flatten(0, 1).double()
-    return tokens, kv[:, :, layout.page_size :].flatten(2)[..., : layout.statistics_elements].double()
+    return tokens, layout.statistics(kv).transpose(1, 2).flatten(0, 1).double()  # [blocks, 1, width]
 
 
 def check(
@@ -216,7 +216,8 @@ def check(
         heads = slice(group, 2 * group)
         error, tie = compare(
             output[position - start, heads].cpu().double(), query[position - start, heads].cpu().double() * SCALE,
-            keys, values, base.params, statistics=statistic[: position // base.params.page_size],
+            keys, values, base.params,
+            statistics=statistic[: position // base.params.page_size * base.params.blocks_per_page],
         )  # fmt: skip
         worst, ties = max(worst, error), ties + tie
     return worst, ties
@@ -309,8 +310,9 @@ def time_chunks(
         for length in lengths:
             query = queries(length, "uniform")
             output = torch.full_like(query, float("nan"))
-            where = {"batch": 1, "context": start + length, "chunk": length, "budget": op.base.params.budget_blocks
-                     * op.base.params.page_size, "page": op.base.params.page_size}  # fmt: skip
+            page, block = op.base.params.page_size, op.base.params.selection_block
+            where = {"batch": 1, "context": start + length, "chunk": length, "page": page, "block": block,
+                     "budget": op.base.params.budget_blocks * block}  # fmt: skip
             record("fa3", **layers.time(layers.dense(query, output, start), states), **where)
             for _ in range(2):  # as Triton launches it, and as it was bound then
                 layers.pool.kv_cache[layers._blocks] = states
@@ -338,9 +340,9 @@ def print_kernels(run: Callable[[], object], layers: int = 1) -> None:
 
 
 def floor_ms(op: TritonPrefill, context: int, flops: float, bandwidth: float) -> float:
-    page, budget = op.base.params.page_size, op.base.params.budget_blocks * op.base.params.page_size
+    block, budget = op.base.params.selection_block, op.base.params.budget_blocks * op.base.params.selection_block
     first = min(op.dense_below, context)
-    scored = (context**2 - first**2) / 2 / page  # (token, page) pairs
+    scored = (context**2 - first**2) / 2 / block  # (token, block) pairs
     products = scored * HEADS * 2 * HEAD_SIZE * 8 + (context - first) * HEADS * budget * 4 * HEAD_SIZE
     products += first**2 / 2 * HEADS * 4 * HEAD_SIZE
     moved = context * (2 * KV_HEADS + 2 * HEADS) * HEAD_SIZE * 2
@@ -373,6 +375,7 @@ def make_op(
     max_num_tokens: int,
     *,
     page: int = 64,
+    block: int = 64,
     dense_below: int,
     scratch: int = SCRATCH_BYTES >> 20,
     options: dict | None = None,
@@ -383,7 +386,7 @@ def make_op(
     TritonPrefill._pools.clear()
     torch.cuda.empty_cache()
     base = TritonPagedSpla(
-        SplaParameters(page, page, budget // page, **(options or {})), num_heads=HEADS, num_kv_heads=KV_HEADS,
+        SplaParameters(page, block, budget // block, **(options or {})), num_heads=HEADS, num_kv_heads=KV_HEADS,
         head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE, max_num_rows=1, max_model_len=context, device="cuda",
     )  # fmt: skip
     return TritonPrefill(
@@ -403,6 +406,7 @@ def main() -> None:
     parser.add_argument("--starts", default="16384,32768,65536,122880", help="where they stand, at least --dense-below")
     parser.add_argument("--budgets", default="2048")
     parser.add_argument("--page", type=int, default=64)
+    parser.add_argument("--block", type=int, help="tokens a selection block, a page unless given")
     parser.add_argument("--kinds", default="uniform,drifting,captured")
     parser.add_argument("--dense-below", type=int, default=16384, help="tokens; at least the budget (%(default)s)")
     parser.add_argument("--scratch", type=int, default=SCRATCH_BYTES >> 20, help="MiB for the parts of a pass")
@@ -444,11 +448,12 @@ def main() -> None:
 
     def make(context: int, budget: int, max_num_tokens: int) -> TritonPrefill:
         return make_op(
-            context, budget, max_num_tokens, page=args.page, dense_below=args.dense_below, scratch=args.scratch,
-            options=json.loads(args.options), tuning=tuning,
+            context, budget, max_num_tokens, page=args.page, block=block, dense_below=args.dense_below,
+            scratch=args.scratch, options=json.loads(args.options), tuning=tuning,
         )  # fmt: skip
 
-    tuning = PrefillTuning(**json.loads(args.tuning))
+    block = args.block or args.page
+    tuning = PrefillTuning(**json.loads(args.tuning)) if args.tuning != "{}" else None
     budgets = numbers(args.budgets)
     if args.chunks:
         lengths, starts = numbers(args.chunks), numbers(args.starts)
@@ -460,7 +465,7 @@ def main() -> None:
         for budget in budgets:
             op = make(context, budget, context)
             pool = Pool(op.base, context, 1)
-            where = {"batch": 1, "context": context, "budget": budget, "page": args.page}
+            where = {"batch": 1, "context": context, "budget": budget, "page": args.page, "block": block}
             print(f"{where}: scratch {op.scratch_bytes / 2**20:.0f} MiB, {op.max_tiles} tiles a pass", flush=True)
             record("floor", floor_ms(op, context, flops, bandwidth), 0.0, **where)
             for kind in args.kinds.split(","):

@@ -52,8 +52,6 @@ class CudaPagedSpla:
         self._decode = TritonPagedSpla(params, **arguments)
         if prefill_dense_below is None:
             prefill_dense_below = default_dense_below(params, arguments["max_model_len"])
-        if params.selection_block != params.page_size or params.selector == "km2-rem":
-            prefill_dense_below = arguments["max_model_len"]  # no kernels for sparse prompt tokens yet
         self._prefill = TritonPrefill(
             self._decode,
             dense_below=prefill_dense_below,

@@ -9,7 +9,7 @@ a time:
 
 1. `prefill_state_kernel`, for all kv heads: the recurrent state at every page
 2. `prefill_score_kernel`, NORMALISE, then SHARE; `prefill_select_kernel`
-3. `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a page, as a list cut into work items; mass
+3. `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a block, as a list cut into work items; mass
    and mean logit of what was not selected
 4. `page_attend_kernel`, `prefill_merge_kernel`
 
@@ -17,7 +17,7 @@ A short chunk is a small pass: its scores are cut into more splits, its merge in
 bound once a step for all layers (`triton_launch`), because the host would take longer than the device.
 
 Where the scratch does not take all kv heads, they run for some of them after the others rather than for fewer tokens:
-the more tokens chose a page, the more often is it used once it is on chip.
+the more tokens chose a block, the more often is it used once it is on chip.
 
 What depends on lengths is planned on the host, from lengths that the host knows; nothing waits for the device.
 """
@@ -48,11 +48,11 @@ from .triton_prefill_select import (
 from .triton_prefill_state import prefill_state_kernel
 
 SCRATCH_BYTES = 1 << 30
-"""What the parts of a pass may take: a larger pass gives every page a longer list of tokens."""
+"""What the parts of a pass may take: a larger pass gives every selection block a longer list of tokens."""
 
 
 SUB = 16
-"""Neighbouring pages that selection looks at only if the best of them is good enough."""
+"""Neighbouring selection blocks that selection looks at only if the best of them is good enough."""
 
 Tile = tuple[int, int, int, int]
 """Row, first token in the batch, tokens, position of the first token."""
@@ -81,7 +81,7 @@ class Pass:
     tile_run: torch.Tensor  # [tiles] int32
     tile_state: torch.Tensor  # [tiles] int32
     runs: torch.Tensor  # [runs, 3] int32: first tile, tiles, row
-    max_complete: int  # at least the complete pages of every tile
+    max_complete: int  # at least the selection blocks of every tile's complete pages
     heads: int  # kv heads at a time
     small: bool  # whether it leaves multiprocessors idle unless cut into small pieces
     launches: dict[tuple, list[Launch]] = field(default_factory=dict, compare=False)  # by what layers differ in
@@ -150,9 +150,9 @@ SMALL = PrefillTuning(
 """Where the others do not fit into shared memory: large heads, and `linear`, whose merge reads two matrices."""
 
 
-def _round_up(pages: int) -> int:
-    """Pages that rows of scratch are laid out for, so that they begin at aligned addresses."""
-    return -(-pages // 16) * 16
+def _round_up(units: int) -> int:
+    """Selection blocks that rows of scratch are laid out for, so that they begin at aligned addresses."""
+    return -(-units // 16) * 16
 
 
 def _align(numbers: list[int]) -> int:
@@ -193,33 +193,38 @@ class TritonPrefill:
         self.base, self.device = base, device
         params, d = base.params, base.head_size
         small = d > 128 or params.residual == "linear"
-        self.tuning = tuning or (SMALL if small else PrefillTuning())
-        self.dense_below = max(dense_below, params.budget_blocks * params.page_size)
+        if tuning is None:
+            tuning = SMALL if small else PrefillTuning()
+            if params.selector == "km2-rem":  # twice the statistics
+                tuning = replace(tuning, normalise_chunk=32)
+        self.tuning = tuning
+        self.dense_below = max(dense_below, params.budget_blocks * params.selection_block)
         dependent = base._dependent and self.tuning.dependent
         self._chain = {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
         self._dp, self._group_p = triton.next_power_of_2(d), triton.next_power_of_2(base.group)
         wide = 1 if self._dp <= 128 else 2
         rows = self.tuning.tile_rows // wide
-        self.tile_tokens = max(1, min(32, rows // self._group_p, params.page_size & -params.page_size))
+        self.tile_tokens = max(1, min(32, rows // self._group_p, params.selection_block & -params.selection_block))
         self._merge_tokens = max(1, min(self.tile_tokens, self.tuning.merge_rows // wide // self._group_p))
         self._small_merge_tokens = max(1, min(self._merge_tokens, self.tuning.small_merge_rows // self._group_p))
         self._attend_tokens = max(1, self.tuning.attend_rows // wide // self._group_p)
         self._small_attend_tokens = max(1, self.tuning.small_attend_rows // self._group_p)
         self._slots = params.budget_blocks - 1
-        self._forced = params.first_blocks + params.last_blocks - 1  # complete pages that every token selects
+        # Selection blocks that a token selects at most without being forced to: the others are first or last ones.
+        self._parts = params.budget_blocks - params.first_blocks - params.last_blocks
         self._linear = params.residual == "linear"
         self._s_rows = base.state_layout.s_rows
         # Bytes a token and kv head: its parts, or the group's scores that stand in the same place before.
         part = base.group * d * base.cache_dtype.itemsize + 2 * self._group_p * 4
         part += (base.group * d + self._group_p) * 4 if self._linear else 0
-        self._max_pages = _round_up(base.max_pages)
-        per_token = max((self._slots - self._forced) * part, self._max_pages * 4)
+        self._max_units = _round_up(base.max_units)
+        per_token = max(self._parts * part, self._max_units * 4)
         limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows  # tiles of a step
         # Tiles times kv heads of a pass, and rows times kv heads: every one of the latter has lists of its own, whose
         # last steps are not full.
         self._max_pairs = max(1, min(limit * base.num_kv_heads, scratch_bytes // (per_token * self.tile_tokens)))
         step = self._attend_tokens * (8 + (8 * self._group_p if params.residual == "regression" else 0))  # bytes
-        self._max_lists = max(1, scratch_bytes // 16 // (self._max_pages * step))
+        self._max_lists = max(1, scratch_bytes // 16 // (self._max_units * step))
         self._max_lists = min(self._max_lists, max_num_rows * base.num_kv_heads, self._max_pairs)
         self.max_tiles, self.max_runs = self._max_pairs, min(max_num_rows, self._max_lists)
         # States are made for all kv heads at once: page comes after page there, so that few heads take as long as all.
@@ -259,10 +264,10 @@ class TritonPrefill:
             self.fold(folds, kv_cache, kv_cache, block_table, state_table)
         # One length for every power of two that `prefill_select_kernel` is compiled for.
         positions = [max(self.dense_below, 1)] if self._sparse else []
-        pages = triton.next_power_of_2(_round_up(self.dense_below // params.page_size))
-        while self._sparse and pages + 1 < base.max_pages:
-            positions.append((pages + 1) * params.page_size)
-            pages *= 2
+        units = triton.next_power_of_2(_round_up(self.dense_below // params.selection_block))
+        while self._sparse and units + params.blocks_per_page < base.max_units:
+            positions.append(units * params.selection_block + params.page_size)
+            units *= 2
         for position in tqdm(positions, desc="Compiling SPLA prefill kernels", disable=len(positions) < 2):
             (step,) = self.plan(0, [0, 1], [position + 1]).passes
             for small in (True, False):
@@ -279,13 +284,13 @@ class TritonPrefill:
             return arrivals
         base, pairs = self.base, self._max_pairs
         tokens, m = pairs * self.tile_tokens, self.tile_tokens * self._group_p
-        parts = max(1, tokens * (self._slots - self._forced))
-        grouped = tokens * self._max_pages * 4 // base.cache_dtype.itemsize
+        parts = max(1, tokens * self._parts)
+        grouped = tokens * self._max_units * 4 // base.cache_dtype.itemsize
         rest = base.params.residual != "none"
         regression = base.params.residual == "regression"
-        lists = self._max_lists * self._max_pages
+        lists = self._max_lists * self._max_units
         steps = min(parts, parts // self._attend_tokens + lists)  # every list ends with a step that is not full
-        small = min(pairs, self._small_pairs) * self.tile_tokens * (self._slots - self._forced)
+        small = min(pairs, self._small_pairs) * self.tile_tokens * self._parts
         small = min(small, small // self._small_attend_tokens + lists)
         entries = max(steps * self._attend_tokens, small * self._small_attend_tokens)
         return arrivals | {
@@ -296,7 +301,7 @@ class TritonPrefill:
             "lse": ((max(pairs, base._num_sms), m), torch.float32),
             "tail": ((pairs, 2, m), torch.float32),
             "sums": ((max(pairs, base._num_sms), 3, m), torch.float32),
-            "best": ((tokens, self._max_pages // SUB), torch.float32),
+            "best": ((tokens, self._max_units // SUB), torch.float32),
             "table": ((tokens, self._slots), torch.int32),
             "rank": ((tokens, self._slots), torch.int32),
             "count": ((tokens,), torch.int32),
@@ -380,7 +385,14 @@ class TritonPrefill:
             for values in (itertools.chain(*some), tile_run, tile_state, itertools.chain(*runs)):
                 where.append(_align(numbers))
                 numbers += values
-            passes.append((where, len(some), len(runs), _round_up(max(position for *_, position in some) // page)))
+            passes.append(
+                (
+                    where,
+                    len(some),
+                    len(runs),
+                    _round_up(max(position for *_, position in some) // page * self.base.params.blocks_per_page),
+                )
+            )
         host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         buffer = host.to(self.device, non_blocking=True)
         dense_rows = [
@@ -547,23 +559,24 @@ class TritonPrefill:
         base, t, pool = self.base, self.tuning, self._pool
         params, d, heads = base.params, base.head_size, step.heads
         num_tiles, num_runs = step.tiles.shape[0], step.runs.shape[0]
-        num_parts = num_tiles * self.tile_tokens * (self._slots - self._forced)
-        max_pages = step.max_complete  # of this pass: scratch is laid out anew each time
+        num_parts = num_tiles * self.tile_tokens * self._parts
+        max_units = step.max_complete  # of this pass: scratch is laid out anew each time
         residual = RESIDUAL_CODES[params.residual]
         query, kv_cache, output = own["query"], own["kv"], own["output"]
         strides = query.stride(0), query.stride(1), kv_cache.stride(0), kv_cache.stride(1)
         table_stride, last_page = own["block_table"].stride(0), len(kv_cache) - 1
-        page_p = triton.next_power_of_2(params.page_size)
-        deep = page_p * self._dp <= 8192  # whether several pages are in shared memory at a time
+        unit_p, stride = triton.next_power_of_2(params.selection_block), base.page_layout.statistics_stride
+        deep = unit_p * self._dp <= 8192  # whether several selection blocks are in shared memory at a time
         grouped = pool["out"].view(torch.float32)
-        shape = {"GROUP": base.group, "GROUP_P": self._group_p, "D": d, "DP": self._dp, "PAGE": params.page_size}
+        shape = {"GROUP": base.group, "GROUP_P": self._group_p, "D": d, "DP": self._dp, "PAGE": params.page_size,
+                 "UNIT": params.selection_block}  # fmt: skip
         selector = SELECTOR_CODES[params.selector]
-        lists = num_runs * heads * max_pages
+        lists = num_runs * heads * max_units
         # A few programs to a multiprocessor, each of at least two chunks.
         sms, pairs = base._num_sms, heads * num_tiles
-        norms = max(1, min(max_pages // (2 * t.normalise_chunk), sms // pairs))
+        norms = max(1, min(max_units // (2 * t.normalise_chunk), sms // pairs))
         splits = max(
-            1, min(max_pages // (4 * t.share_chunk), 8), min(max_pages // (2 * t.share_chunk), 2 * sms // pairs)
+            1, min(max_units // (4 * t.share_chunk), 8), min(max_units // (2 * t.share_chunk), 2 * sms // pairs)
         )
 
         def score(mode: str, splits: int, chunk: int, stages: int, warps: int, registers: int | None) -> Launch:
@@ -572,20 +585,20 @@ class TritonPrefill:
                 (heads, num_tiles, splits),
                 (
                     "query", "kv", "block_table", step.tiles, pool["lse"], pool["sums"], grouped, pool["best"],
-                    pool["totals"], pool["counters"], *strides, table_stride, last_page, max_pages, first_head, lists,
+                    pool["totals"], pool["counters"], *strides, table_stride, last_page, max_units, first_head, lists,
                     norms, base.scale,
                 ),
                 {
-                    "MODE": MODES[mode], "TQ": self.tile_tokens, "LOG2_PAGE": math.log2(params.page_size),
-                    "CHUNK": chunk, "SUB": SUB, "STAGES": stages, "SELECTOR": selector, "MASS": base.has_mass,
-                    **self._chain, "num_warps": warps, "maxnreg": registers, **shape,
+                    "MODE": MODES[mode], "TQ": self.tile_tokens, "LOG2_UNIT": math.log2(params.selection_block),
+                    "STRIDE": stride, "CHUNK": chunk, "SUB": SUB, "STAGES": stages, "SELECTOR": selector,
+                    "MASS": base.has_mass, **self._chain, "num_warps": warps, "maxnreg": registers, **shape,
                 },
                 layer,
             )  # fmt: skip
 
         yield score("normalise", norms, t.normalise_chunk, t.normalise_stages, t.normalise_warps, t.normalise_registers)
         yield score("share", splits, t.share_chunk, t.share_stages, t.share_warps, t.share_registers)
-        subs = max(16, triton.next_power_of_2(max_pages // SUB))
+        subs = max(16, triton.next_power_of_2(max_units // SUB))
         slots_p = max(16, triton.next_power_of_2(self._slots))
         warps = max(1, max(subs, slots_p * SUB) // t.select_elements)
         rows = 1 if step.small else min(t.select_rows, self.tile_tokens)
@@ -594,13 +607,13 @@ class TritonPrefill:
             (heads, num_tiles, self.tile_tokens // rows),
             (
                 step.tiles, step.tile_run, grouped, pool["best"], pool["table"], pool["rank"], pool["count"],
-                pool["totals"], max_pages, rows,
+                pool["totals"], max_units, rows,
             ),
             {
-                "TQ": self.tile_tokens, "PAGE": params.page_size, "GROUP": base.group, "SLOTS": self._slots,
-                "SLOTS_P": slots_p, "FIRST": params.first_blocks, "LAST": params.last_blocks, "SUB": SUB, "SUBS": subs,
-                "LANES": min(subs, 128 * warps), "TOP_P": base.top_p, **self._chain, "num_warps": warps,
-                "maxnreg": t.select_registers,
+                "TQ": self.tile_tokens, "PAGE": params.page_size, "UNIT": params.selection_block, "GROUP": base.group,
+                "SLOTS": self._slots, "SLOTS_P": slots_p, "FIRST": params.first_blocks, "LAST": params.last_blocks,
+                "SUB": SUB, "SUBS": subs, "LANES": min(subs, 128 * warps), "TOP_P": base.top_p, **self._chain,
+                "num_warps": warps, "maxnreg": t.select_registers,
             },
             layer,
         )  # fmt: skip
@@ -610,12 +623,15 @@ class TritonPrefill:
             step_tokens, span = self._small_attend_tokens, 1
         yield Launch(
             prefill_work_kernel,
-            (triton.cdiv(max_pages, width), heads, num_runs),
+            (triton.cdiv(max_units, width), heads, num_runs),
             (
                 "block_table", step.runs, pool["totals"], pool["first"], pool["counters"], pool["work"], pool["list"],
-                table_stride, max_pages,
+                table_stride, max_units,
             ),
-            {"TM": step_tokens, "SPAN": span, "WIDTH": width, **self._chain, "num_warps": 1},
+            {
+                "PER_PAGE": params.blocks_per_page, "TM": step_tokens, "SPAN": span, "WIDTH": width, **self._chain,
+                "num_warps": 1,
+            },
             layer,
         )  # fmt: skip
         yield Launch(
@@ -624,11 +640,12 @@ class TritonPrefill:
             (
                 "query", "kv", "block_table", step.tiles, step.tile_run, pool["table"], pool["rank"], pool["count"],
                 pool["first"], pool["sums"], "gain", pool["tail"], pool["list"], pool["list_tail"], *strides,
-                table_stride, last_page, max_pages, first_head, norms, base.scale,
+                table_stride, last_page, max_units, first_head, norms, base.scale,
             ),
             {
                 "TQ": self.tile_tokens, "TM": step_tokens, "SLOTS": self._slots, "SLOTS_P": slots_p,
-                "FORCED": self._forced, "SELECTOR": selector, "MASS": base.has_mass,
+                "STRIDE": stride, "FIRST": params.first_blocks, "LAST": params.last_blocks, "PARTS": self._parts,
+                "SELECTOR": selector, "MASS": base.has_mass,
                 "LIST_TAIL": base.has_mass and params.residual == "regression",
                 **self._chain, "num_warps": t.list_warps * max(1, slots_p * self._dp // 4096), **shape,
             },
@@ -643,7 +660,7 @@ class TritonPrefill:
                 last_page, first_head, num_parts, base.scale, params.residual_scale,
             ),
             {
-                "TM": step_tokens, "SPAN": span, "PAGE_P": page_p, "RESIDUAL": residual,
+                "TM": step_tokens, "SPAN": span, "UNIT_P": unit_p, "RESIDUAL": residual,
                 "STAGES": t.attend_stages if not step.small else t.small_attend_stages if deep else 2,
                 "num_warps": t.attend_warps,
                 "maxnreg": t.small_attend_registers if step.small else t.attend_registers,
@@ -662,8 +679,8 @@ class TritonPrefill:
                 params.residual_scale, params.rms_norm_eps,
             ),
             {
-                "TQ": self.tile_tokens, "TM": tokens, "PAGE_P": page_p, "FIRST": params.first_blocks,
-                "FORCED": self._forced, "PARTS": self._slots - self._forced, "S_ROWS": self._s_rows,
+                "TQ": self.tile_tokens, "TM": tokens, "UNIT_P": unit_p, "FIRST": params.first_blocks,
+                "LAST": params.last_blocks, "PARTS": self._parts, "S_ROWS": self._s_rows,
                 "STAGES": t.small_merge_stages if step.small else t.merge_stages,
                 "FORCED_STAGES": t.small_merge_forced_stages if step.small and deep else 1, "RESIDUAL": residual,
                 "DOUBLE_NORM": params.combine == "double_rmsnorm",

@@ -1,12 +1,12 @@
-"""Attention of prefill tokens over the pages that each of them selected, page by page, and the merge.
+"""Attention of prefill tokens over the units (selection blocks) that each of them selected, one by one, and the merge.
 
 Plain reference: `reference.exact_attention`, `residual_direction`, `combine_shared_normalizer`, `rms_norm`. Sources:
-residual by subtraction, SPLA (arXiv 2601.22379); a page gathers the tokens that chose it, partial results merged by
+residual by subtraction, SPLA (arXiv 2601.22379); a unit gathers the tokens that chose it, partial results merged by
 their LSE, as in block-sparse prefill of MoBA (arXiv 2502.13189).
 
-A decode-like gather would read `2 B d` elements for every (token, kv head, page), more than the second-level cache can
-deliver. So `page_attend_kernel` lets the tokens that selected a page attend to it together, as full tiles of the tensor
-cores; what it writes for each (token, page) is one row a head, `d` elements and two floats, which
+A decode-like gather would read `2 b d` elements for every (token, kv head, unit), more than the second-level cache can
+deliver. So `page_attend_kernel` lets the tokens that selected a unit attend to it together, as full tiles of the tensor
+cores; what it writes for each (token, unit) is one row a head, `d` elements and two floats, which
 `prefill_merge_kernel` reads once.
 
 The regression residual costs nothing there. With `D` the tail mass, `n` the tokens left out, `l = q . k`, `c` the mean
@@ -18,22 +18,22 @@ of `l` over those tokens, all known before, the tail's numerator is
 so that a selected token's weight is `exp(l) - (D / n) (1 + rs (l - c))`: one product with the values does both. The
 `linear` residual needs a second product.
 
-Floor, bytes a (token, kv head, selected page): `2 GROUP d` elements written and read. FLOP: `4 GROUP B d`, or
-`8 GROUP B d`.
+Floor, bytes a (token, kv head, selected unit): `2 GROUP d` elements written and read. FLOP: `4 GROUP b d`, or
+`8 GROUP b d`.
 """
 
 import triton
 import triton.language as tl
 
 from .triton_attend import LINEAR, NO_RESIDUAL, REGRESSION
-from .triton_prefill_select import LOG2E, tile_queries
+from .triton_prefill_select import LOG2E, tile_queries, tile_units
 from .triton_state import softmax_features
 
 
 @triton.jit
 def attend_step(
     q,  # [M, DP] queries of some tokens' heads
-    k,  # [PAGE_P, DP]
+    k,  # [UNIT_P, DP]
     v,
     part,  # [M] where each token's part belongs
     exists,  # [M]
@@ -50,19 +50,19 @@ def attend_step(
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     D: tl.constexpr,
-    PAGE: tl.constexpr,
-    PAGE_P: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT_P: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Tokens' heads attend to a page: their parts."""
+    """Tokens' heads attend to a unit: their parts."""
     dtype = k.dtype
     in_head = column < D
-    t = tl.arange(0, PAGE_P)
+    t = tl.arange(0, UNIT_P)
     unit = scale * LOG2E
-    logit = tl.dot(q, tl.trans(k))  # [M, PAGE_P]
+    logit = tl.dot(q, tl.trans(k))  # [M, UNIT_P]
     exposed = logit
-    if PAGE != PAGE_P:
-        exposed = tl.where((t < PAGE)[None, :], logit, float("-inf"))
+    if UNIT != UNIT_P:
+        exposed = tl.where((t < UNIT)[None, :], logit, float("-inf"))
     top = tl.max(exposed, axis=1) * unit  # [M]
     if RESIDUAL == REGRESSION:
         top = tl.maximum(top, log_mean)
@@ -82,8 +82,8 @@ def attend_step(
         phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
         phi_q = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
         feature = tl.dot(phi_q, tl.trans(phi_k))
-        if PAGE != PAGE_P:
-            feature = tl.where((t < PAGE)[None, :], feature, 0.0)
+        if UNIT != UNIT_P:
+            feature = tl.where((t < UNIT)[None, :], feature, 0.0)
         high = feature.to(dtype)
         low = (feature - high.to(tl.float32)).to(dtype)
         read = tl.dot(low, v, tl.dot(high, v))
@@ -95,13 +95,13 @@ def attend_step(
 def page_attend_kernel(
     query_ptr,  # [tokens, H, D]
     kv_ptr,
-    work_ptr,  # [items, 4] int32: page, head of the pass, first step, steps
+    work_ptr,  # [items, 4] int32: page * PER_PAGE + unit of the page, head of the pass, first step, steps
     num_items_ptr,  # [1] int32
     list_ptr,  # [steps, TM, 2] int32: part and token of each entry; -1 where there is none
     list_tail_ptr,  # [steps, TM, 2, GROUP_P] float32, for REGRESSION
     part_out_ptr,  # [heads, tiles * PARTS * TQ, GROUP, D] cache dtype
     part_sum_ptr,  # [heads, tiles * PARTS * TQ, 2, GROUP_P] float32: maxima in powers of two, sums
-    part_tail_ptr,  # as part_out, float32: phi(q) S of the page, for LINEAR
+    part_tail_ptr,  # as part_out, float32: phi(q) S of the unit, for LINEAR
     part_z_ptr,  # [heads, tiles * PARTS * TQ, GROUP_P] float32: phi(q) . z
     query_token_stride,
     query_head_stride,
@@ -119,29 +119,31 @@ def page_attend_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    PAGE_P: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT_P: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Grid (programs): each takes every so many-th work item; its page is loaded once for all the item's steps."""
+    """Grid (programs): each takes every so many-th work item; its unit is loaded once for all the item's steps."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     M: tl.constexpr = TM * GROUP_P
+    PER_PAGE: tl.constexpr = PAGE // UNIT
     column = tl.arange(0, DP)
     in_head = column < D
-    t = tl.arange(0, PAGE_P)
+    t = tl.arange(0, UNIT_P)
     m = tl.arange(0, M)
     member = m % GROUP_P
     in_group = member < GROUP
     num_items = tl.load(num_items_ptr)
     if SPAN == 1:
-        # Step and item have one number, so that everything but the page is known a step ahead, and the pages of several
-        # items are on their way at once: where few tokens selected a page, there is no step to hide it behind.
+        # Step and item have one number, so that everything but the unit is known a step ahead, and the units of several
+        # items are on their way at once: where few tokens selected a unit, there is no step to hide it behind.
         begin = tl.program_id(0)
         last = num_items - 1
-        page = tl.load(work_ptr + tl.minimum(begin, last) * 4, mask=num_items > 0, other=0)
+        unit_id = tl.load(work_ptr + tl.minimum(begin, last) * 4, mask=num_items > 0, other=0)
         local = tl.load(work_ptr + tl.minimum(begin, last) * 4 + 1, mask=num_items > 0, other=0)
         where = tl.maximum(tl.minimum(begin, last), 0).to(tl.int64) * TM + m // GROUP_P
         entry = tl.load(list_ptr + where * 2)
@@ -152,14 +154,16 @@ def page_attend_kernel(
         for item in tl.range(begin, num_items, tl.num_programs(0), num_stages=STAGES):
             # Beyond the last item the pipeline computes addresses, without reading, from undefined numbers.
             head = first_head + local
-            rows = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + head * head_stride
+            unit_id = tl.maximum(unit_id, 0)
+            rows = kv_ptr + tl.minimum(unit_id // PER_PAGE, last_page).to(tl.int64) * page_stride + head * head_stride
+            rows += unit_id % PER_PAGE * (UNIT * 2 * D)
             rows = rows + (t * 2 * D)[:, None] + column[None, :]
             part = local.to(tl.int64) * num_parts + tl.maximum(entry, 0)  # [M]
             exists = (entry >= 0) & in_group
             query = query_ptr + (head * GROUP + tl.minimum(member, GROUP - 1)) * query_head_stride
             query += tl.maximum(token, 0).to(tl.int64) * query_token_stride
             ahead = tl.minimum(item + tl.num_programs(0), last)
-            page = tl.load(work_ptr + ahead * 4)
+            unit_id = tl.load(work_ptr + ahead * 4)
             local = tl.load(work_ptr + ahead * 4 + 1)
             where = ahead.to(tl.int64) * TM + m // GROUP_P
             entry = tl.load(list_ptr + where * 2)
@@ -171,11 +175,11 @@ def page_attend_kernel(
                 center = tl.where(exists, next_center, 0.0)
                 next_mean = tl.load(list_tail_ptr + where * 2 * GROUP_P + member)
                 next_center = tl.load(list_tail_ptr + where * 2 * GROUP_P + GROUP_P + member)
-            if (D == DP) & (PAGE == PAGE_P):
-                k = tl.load(rows)  # [PAGE_P, DP]
+            if (D == DP) & (UNIT == UNIT_P):
+                k = tl.load(rows)  # [UNIT_P, DP]
                 v = tl.load(rows + D)
             else:
-                kv_mask = (t < PAGE)[:, None] & in_head[None, :]
+                kv_mask = (t < UNIT)[:, None] & in_head[None, :]
                 k = tl.load(rows, mask=kv_mask, other=0.0)
                 v = tl.load(rows + D, mask=kv_mask, other=0.0)
             if D == DP:
@@ -184,21 +188,23 @@ def page_attend_kernel(
                 q = tl.load(query[:, None] + column[None, :], mask=in_head[None, :], other=0.0)
             attend_step(
                 q, k, v, part, exists, log_mean, center, member, column, part_out_ptr, part_sum_ptr, part_tail_ptr,
-                part_z_ptr, scale, residual_scale, GROUP, GROUP_P, D, PAGE, PAGE_P, RESIDUAL,
+                part_z_ptr, scale, residual_scale, GROUP, GROUP_P, D, UNIT, UNIT_P, RESIDUAL,
             )  # fmt: skip
     else:
         for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
-            page = tl.minimum(tl.load(work_ptr + item * 4), last_page).to(tl.int64)
+            unit_id = tl.load(work_ptr + item * 4)
+            page = tl.minimum(unit_id // PER_PAGE, last_page).to(tl.int64)
             local = tl.load(work_ptr + item * 4 + 1)
             first = tl.load(work_ptr + item * 4 + 2).to(tl.int64)
             steps = tl.load(work_ptr + item * 4 + 3)
             head = first_head + local
-            rows = kv_ptr + page * page_stride + head * head_stride + (t * 2 * D)[:, None] + column[None, :]
-            if (D == DP) & (PAGE == PAGE_P):
-                k = tl.load(rows)  # [PAGE_P, DP]
+            rows = kv_ptr + page * page_stride + head * head_stride + unit_id % PER_PAGE * (UNIT * 2 * D)
+            rows = rows + (t * 2 * D)[:, None] + column[None, :]
+            if (D == DP) & (UNIT == UNIT_P):
+                k = tl.load(rows)  # [UNIT_P, DP]
                 v = tl.load(rows + D)
             else:
-                kv_mask = (t < PAGE)[:, None] & in_head[None, :]
+                kv_mask = (t < UNIT)[:, None] & in_head[None, :]
                 k = tl.load(rows, mask=kv_mask, other=0.0)
                 v = tl.load(rows + D, mask=kv_mask, other=0.0)
             part_base = local.to(tl.int64) * num_parts
@@ -231,7 +237,7 @@ def page_attend_kernel(
                     q = tl.load(query[:, None] + column[None, :], mask=in_head[None, :], other=0.0)
                 attend_step(
                     q, k, v, part_base + mine, exists, log_mean, center, member, column, part_out_ptr, part_sum_ptr,
-                    part_tail_ptr, part_z_ptr, scale, residual_scale, GROUP, GROUP_P, D, PAGE, PAGE_P, RESIDUAL,
+                    part_tail_ptr, part_z_ptr, scale, residual_scale, GROUP, GROUP_P, D, UNIT, UNIT_P, RESIDUAL,
                 )  # fmt: skip
 
 
@@ -273,9 +279,10 @@ def prefill_merge_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    PAGE_P: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT_P: tl.constexpr,
     FIRST: tl.constexpr,
-    FORCED: tl.constexpr,  # complete pages that every token selects
+    LAST: tl.constexpr,
     PARTS: tl.constexpr,  # parts of a token at most
     S_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -284,8 +291,8 @@ def prefill_merge_kernel(
     DOUBLE_NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Grid (heads, tiles, TQ / TM): the pages that all of the tile's tokens select, the current one causal; the parts
-    of the other selected pages; the state's share; the output."""
+    """Grid (heads, tiles, TQ / TM): the units that all of the tile's tokens select, the current one causal; the parts
+    of the other selected units; the state's share; the output."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -300,7 +307,8 @@ def prefill_merge_kernel(
     position = tl.load(tiles_ptr + tile * 4 + 3)
     if tl.program_id(2) * TM >= num_tokens:
         return
-    num_pages = position // PAGE
+    PER_PAGE: tl.constexpr = PAGE // UNIT
+    num_complete, num_current, num_forced = tile_units(position, PAGE, UNIT, FIRST, LAST)
     pair = tile * tl.num_programs(0) + local
     m = tl.arange(0, M)
     member = m % GROUP_P
@@ -312,8 +320,8 @@ def prefill_merge_kernel(
         query_ptr, head, first_token, num_tokens, token, member, query_token_stride, query_head_stride, GROUP, D, DP
     ).to(dtype)  # [M, DP]
     taken = tl.load(count_ptr + pair * TQ + token, mask=exists, other=0)  # [M]
-    most = tl.max(taken, axis=0) - FORCED
-    has_rest = exists & (num_pages > taken)
+    most = tl.max(taken, axis=0) - num_forced
+    has_rest = exists & (num_complete > taken)
     tail_row = tail_ptr + pair * 2 * TQ * GROUP_P + token * GROUP_P + member
     top = tl.full([M], float("-inf"), dtype=tl.float32)
     if RESIDUAL == REGRESSION:
@@ -324,28 +332,30 @@ def prefill_merge_kernel(
     out = tl.zeros([M, DP], dtype=tl.float32)
     minus = tl.zeros([M, DP], dtype=tl.float32)
     minus_z = tl.zeros([M], dtype=tl.float32)
-    t = tl.arange(0, PAGE_P)
+    t = tl.arange(0, UNIT_P)
     pages = block_table_ptr + row * block_table_stride
-    next_page = tl.load(pages + tl.where(FIRST > 0, 0, num_pages - FORCED))
-    for number in tl.range(0, FORCED + 1, num_stages=FORCED_STAGES):
-        index = tl.where(number < FIRST, number, num_pages - FORCED + number)
+    numbers = num_forced + num_current
+    skipped = num_complete - num_forced  # from the last of the first units to the next
+    next_page = tl.load(pages + tl.where(FIRST > 0, 0, skipped) // PER_PAGE)
+    for number in tl.range(0, numbers, num_stages=FORCED_STAGES):
+        index = tl.where(number < FIRST, number, skipped + number)
         page = tl.minimum(tl.maximum(next_page, 0), last_page).to(tl.int64)
-        ahead = tl.minimum(number + 1, FORCED)
-        next_page = tl.load(pages + tl.where(ahead < FIRST, ahead, num_pages - FORCED + ahead))
-        base = kv_ptr + page * page_stride + head * head_stride + t * 2 * D
+        ahead = tl.minimum(number + 1, numbers - 1)
+        next_page = tl.load(pages + tl.where(ahead < FIRST, ahead, skipped + ahead) // PER_PAGE)
+        base = kv_ptr + page * page_stride + head * head_stride + index % PER_PAGE * (UNIT * 2 * D) + t * 2 * D
         # Behind the tile's last token a page holds whatever was there.
-        there = (t < PAGE) & (index * PAGE + t < position + num_tokens)
+        there = (t < UNIT) & (index * UNIT + t < position + num_tokens)
         kv_mask = there[:, None] & in_head[None, :]
-        k = tl.load(base[:, None] + column[None, :], mask=kv_mask, other=0.0)  # [PAGE_P, DP]
+        k = tl.load(base[:, None] + column[None, :], mask=kv_mask, other=0.0)  # [UNIT_P, DP]
         v = tl.load(base[:, None] + D + column[None, :], mask=kv_mask, other=0.0)
         product = tl.dot(q, tl.trans(k))
-        seen = there[None, :] & ((index * PAGE + t)[None, :] <= (position + token)[:, None])
+        seen = there[None, :] & ((index * UNIT + t)[None, :] <= (position + token)[:, None])
         logit = tl.where(seen, product * (scale * LOG2E), float("-inf"))
-        new_top = tl.maximum(top, tl.max(logit, axis=1))  # [M], finite: every token sees the page's first key
+        new_top = tl.maximum(top, tl.max(logit, axis=1))  # [M], finite: every token sees the unit's first key
         decay = tl.exp2(top - new_top)
         weight = tl.exp2(logit - new_top[:, None])
         total = total * decay + tl.sum(weight, axis=1)
-        complete = number < FORCED
+        complete = number < num_forced
         if RESIDUAL == REGRESSION:  # as in `page_attend_kernel`
             level = tl.where(complete, tl.exp2(log_mean - new_top), 0.0)
             slope = level * (residual_scale * scale)
@@ -363,7 +373,7 @@ def prefill_merge_kernel(
 
     part = local.to(tl.int64) * num_parts + tile * PARTS * TQ + token
     for slot in tl.range(0, most, num_stages=STAGES):
-        has = exists & (slot < taken - FORCED)
+        has = exists & (slot < taken - num_forced)
         sums = part_sum_ptr + (part + slot * TQ) * 2 * GROUP_P + member
         part_top = tl.load(sums, mask=has, other=float("-inf"))
         part_total = tl.load(sums + GROUP_P, mask=has, other=0.0)
@@ -403,7 +413,7 @@ def prefill_merge_kernel(
             read = tl.dot(features, s - s_high, read, input_precision="tf32")
     if (RESIDUAL != NO_RESIDUAL) & (not DOUBLE_NORM):
         log_mean = tl.load(tail_row, mask=has_rest, other=float("-inf"))
-        num_rest = ((num_pages - taken) * PAGE).to(tl.float32)
+        num_rest = ((num_complete - taken) * UNIT).to(tl.float32)
         new_top = tl.maximum(top, log_mean)
         decay = tl.exp2(top - new_top)
         level = tl.exp2(log_mean - new_top)  # [M], 0 where there is no rest

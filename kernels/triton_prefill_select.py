@@ -1,28 +1,30 @@
-"""Block selection for the tokens of a prefill: scores, selection, and what the pages left out weigh.
+"""Block selection for the tokens of a prefill: scores, selection, and what the units left out weigh.
 
 Plain reference: `reference.selection_score`, `share_in_group`, `select_blocks`, `mass_score`. Sources: SPLA (arXiv
-2601.22379) and those of `triton_score`. A token chooses the pages that it would choose in decode.
+2601.22379) and those of `triton_score`. A token chooses the units (selection blocks) that it would choose in decode.
 
-A *tile* is up to `TQ` <= 32 query tokens of one page of one row: they share their complete pages, their forced pages
+A *tile* is up to `TQ` <= 32 query tokens of one unit of one row: they share their complete pages, their forced units
 and the recurrent state. The `M = TQ * GROUP_P` rows of a tile's
 matrices are its tokens' heads, in the order of `tile_rows`.
 
-Scores are never stored for each head: `prefill_score_kernel` goes over the pages twice, for the heads' normalisers and
-the mass of all pages, and for the group's shared scores. Storing them would move 8 bytes a (token, page, head);
-computing them again is `4 d` FLOP on the tensor cores. What the pages left out weigh is the mass of all minus that of
+Scores are never stored for each head: `prefill_score_kernel` goes over the units twice, for the heads' normalisers and
+the mass of all units, and for the group's shared scores. Storing them would move 8 bytes a (token, unit, head);
+computing them again is `4 d` FLOP on the tensor cores. What the units left out weigh is the mass of all minus that of
 the selected ones, which `prefill_list_kernel` gathers: the rest is added to the exact part's denominator, so that an
 error counts relative to both, and both are at least what was subtracted.
 
 `q^2` is rounded to the cache dtype once, by 2^-9 at most in bf16: independent over `d` elements, a relative error of
 about 2^-10 / sqrt(d) in the variance of `q . k`, less than what the rounding of the stored mean does to `q . mean`.
 
-Floor: `2 * 4 d` FLOP a (token, complete page, head); 4 bytes written and read a (token, complete page, kv head).
+Floor: `2 * 4 d` FLOP a (token, unit of a complete page, head), twice that for `km2-rem`; 4 bytes written and read a
+(token, unit of a complete page, kv head).
 """
 
 import triton
 import triton.language as tl
 
-from .triton_cache import CUMULANT2, MEAN, QUEST, REM, TAYLOR2
+from .triton_cache import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2
+from .triton_score import cluster_counts
 from .triton_select import _middle
 
 NORMALISE = tl.constexpr(0)
@@ -80,17 +82,32 @@ def half_square(q, scale):
     return tl.minimum(q * q * (scale * scale * (0.5 * LOG2E)), 60000.0)
 
 
+@triton.jit
+def load_rows(rows, in_head, D: tl.constexpr, DP: tl.constexpr):
+    if D == DP:
+        x = tl.load(rows)
+    else:
+        x = tl.load(rows, mask=in_head[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def random_energy(half, log2_count):
+    """The second-order term of `rem` in powers of two, from half the variance of the logits."""
+    return tl.where(half < log2_count, half, 2 * tl.sqrt(half * log2_count) - log2_count)
+
+
 @triton.jit(do_not_specialize=["block_table_stride", "last_page", "first_head", "num_lists", "num_norms"])
 def prefill_score_kernel(
     query_ptr,  # [tokens, H, D]
     kv_ptr,
     block_table_ptr,
     tiles_ptr,  # [tiles, 4] int32: row, first token, tokens, position of the first token
-    lse_ptr,  # [tiles, heads, norms, M] float32: written by NORMALISE, log2 of the sum over a split's pages
+    lse_ptr,  # [tiles, heads, norms, M] float32: written by NORMALISE, log2 of the sum over a split's units
     sums_ptr,  # [tiles, heads, norms, 3, TQ * GROUP_P] float32: written by NORMALISE: a power of two, the mass of a
-    # split's pages over it, the sum of their products
-    grouped_ptr,  # [tiles, heads, TQ, max_pages] float32: written by SHARE
-    best_ptr,  # [tiles, heads, TQ, max_pages / SUB] float32: written by SHARE, the largest of SUB neighbouring pages
+    # split's units over it, the sum of their products
+    grouped_ptr,  # [tiles, heads, TQ, max_units] float32: written by SHARE
+    best_ptr,  # [tiles, heads, TQ, max_units / SUB] float32: written by SHARE, the largest of SUB neighbouring units
     totals_ptr,  # [lists] int32: cleared by NORMALISE, as are the counters
     counters_ptr,  # [2] int32
     query_token_stride,
@@ -99,7 +116,7 @@ def prefill_score_kernel(
     head_stride,
     block_table_stride,
     last_page,
-    max_pages,
+    max_units,
     first_head,  # kv head; scratch begins with it
     num_lists,
     num_norms,  # splits of NORMALISE
@@ -111,12 +128,14 @@ def prefill_score_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    LOG2_PAGE: tl.constexpr,
-    CHUNK: tl.constexpr,  # pages at a time
+    UNIT: tl.constexpr,
+    STRIDE: tl.constexpr,  # elements from the statistics of one unit to the next
+    LOG2_UNIT: tl.constexpr,
+    CHUNK: tl.constexpr,  # units at a time
     SUB: tl.constexpr,
     STAGES: tl.constexpr,
     SELECTOR: tl.constexpr,
-    MASS: tl.constexpr,  # whether the mass of all pages is asked for
+    MASS: tl.constexpr,  # whether the mass of all units is asked for
     DEPENDENT: tl.constexpr,
 ):
     """Grid (heads, tiles, splits)."""
@@ -138,17 +157,18 @@ def prefill_score_kernel(
     row = tl.load(tiles_ptr + tile * 4).to(tl.int64)
     first_token = tl.load(tiles_ptr + tile * 4 + 1)
     num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
-    num_pages = tl.load(tiles_ptr + tile * 4 + 3) // PAGE  # complete pages
-    per_split = tl.cdiv(tl.cdiv(num_pages, tl.num_programs(2)), CHUNK) * CHUNK
+    PER_PAGE: tl.constexpr = PAGE // UNIT
+    num_units = tl.load(tiles_ptr + tile * 4 + 3) // PAGE * PER_PAGE  # of complete pages
+    per_split = tl.cdiv(tl.cdiv(num_units, tl.num_programs(2)), CHUNK) * CHUNK
     start = tl.program_id(2) * per_split
-    stop = tl.minimum(start + per_split, num_pages)
+    stop = tl.minimum(start + per_split, num_units)
     m = tl.arange(0, M)
     token, member = tile_rows(M, GROUP_P)
     pair = tile * tl.num_programs(0) + tl.program_id(0)
     norm = pair * num_norms + tl.program_id(2)
     sums = sums_ptr + norm * 3 * M + token * GROUP_P + member
     if (MODE == NORMALISE) & (start >= stop):
-        # No share of this tile's pages.
+        # No share of this tile's units.
         tl.store(lse_ptr + norm * M + m, tl.full([M], float("-inf"), dtype=tl.float32))
         if MASS:
             tl.store(sums, tl.full([M], float("-inf"), dtype=tl.float32))
@@ -181,53 +201,63 @@ def prefill_score_kernel(
         products = tl.zeros([M], dtype=tl.float32)
         if MODE == SHARE:
             # The group's shared score itself and not its log, which would cost more than the rest: times 2^SHIFT,
-            # so that only pages of less than 2^-220 of the mass are all alike.
-            lse = tl.load(lse_ptr + pair * num_norms * M + m)  # finite: the first split has pages
+            # so that only units of less than 2^-220 of the mass are all alike.
+            lse = tl.load(lse_ptr + pair * num_norms * M + m)  # finite: the first split has units
             for other in tl.range(1, num_norms, num_stages=1):
                 more = tl.load(lse_ptr + (pair * num_norms + other) * M + m)
                 larger = tl.maximum(lse, more)
                 lse = larger + tl.log2(tl.exp2(lse - larger) + tl.exp2(more - larger))
             shift = tl.where(member < GROUP, lse - SHIFT, float("inf"))
             t = tl.arange(0, TQ)
-            shared_row = grouped_ptr + (pair * TQ + t) * max_pages  # [TQ]
-            best_row = best_ptr + (pair * TQ + t) * (max_pages // SUB)
+            shared_row = grouped_ptr + (pair * TQ + t) * max_units  # [TQ]
+            best_row = best_ptr + (pair * TQ + t) * (max_units // SUB)
         # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
-        page = tl.load(pages + tl.minimum(start + offset, num_pages - 1))
+        page = tl.load(pages + tl.minimum(start + offset, num_units - 1) // PER_PAGE)
         for first in tl.range(start, stop, CHUNK, num_stages=STAGES):
             statistic = area + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride  # [CHUNK]
-            page = tl.load(pages + tl.minimum(first + CHUNK + offset, num_pages - 1))
+            page = tl.load(pages + tl.minimum(first + CHUNK + offset, num_units - 1) // PER_PAGE)
             index = first + offset
             exists = index < stop
+            if PER_PAGE > 1:
+                statistic += tl.minimum(index, num_units - 1) % PER_PAGE * STRIDE
             rows = statistic[:, None] + column[None, :]
-            if D == DP:
-                mean = tl.load(rows)  # [CHUNK, DP]
-            else:
-                mean = tl.load(rows, mask=in_head[None, :], other=0.0)
+            mean = load_rows(rows, in_head, D, DP)  # [CHUNK, DP]
             if SELECTOR != MEAN:
-                if D == DP:
-                    second = tl.load(rows + D)
-                else:
-                    second = tl.load(rows + D, mask=in_head[None, :], other=0.0)
+                second = load_rows(rows + D, in_head, D, DP)
             if SELECTOR == QUEST:
                 product = tl.dot(right, tl.trans(second), tl.dot(left, tl.trans(mean)))
             else:
                 product = tl.dot(q, tl.trans(mean))
-            # The mass of a page, over that of a token: factor * 2^(logit + term).
+            # The mass of a unit, over that of a token: factor * 2^(logit + term).
             if (SELECTOR != QUEST) & (SELECTOR != MEAN):
                 half = tl.dot(square, tl.trans(second))  # half the variance of the logits, in powers of two
                 factor = 1.0 + half * (1 / LOG2E)
                 if SELECTOR == CUMULANT2:
                     term = half
                 elif SELECTOR == REM:
-                    root = tl.sqrt(half) * (2 * LOG2_PAGE**0.5) - LOG2_PAGE
-                    term = tl.where(half < LOG2_PAGE, half, root)
+                    term = random_energy(half, LOG2_UNIT)
+                elif SELECTOR == KM2_REM:
+                    # The same for both clusters, each times its share of the unit's keys, which may be none.
+                    count, other_count = cluster_counts(statistic + 4 * D)
+                    log_count = tl.log2(count)[None, :]  # [1, CHUNK]
+                    other_count = tl.log2(other_count)[None, :]
+                    other_product = tl.dot(q, tl.trans(load_rows(rows + 2 * D, in_head, D, DP)))
+                    other_half = tl.dot(square, tl.trans(load_rows(rows + 3 * D, in_head, D, DP)))
+                    term = random_energy(half, tl.maximum(log_count, 0.0))
+                    other_term = random_energy(other_half, tl.maximum(other_count, 0.0))
+                    log_count -= LOG2_UNIT
+                    other_count -= LOG2_UNIT
             if MODE == SHARE:
                 share = product * unit - shift[:, None]
-                if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
-                    share += term
-                share = tl.exp2(share)
-                if SELECTOR == TAYLOR2:
-                    share *= factor
+                if SELECTOR == KM2_REM:
+                    share = tl.exp2(share + term + log_count)
+                    share += tl.exp2(other_product * unit - shift[:, None] + other_term + other_count)
+                else:
+                    if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
+                        share += term
+                    share = tl.exp2(share)
+                    if SELECTOR == TAYLOR2:
+                        share *= factor
                 share = group_sum(share, M, GROUP_P, CHUNK)  # [TQ, CHUNK]
                 mask = (t < num_tokens)[:, None] & exists[None, :]
                 tl.store(shared_row[:, None] + index[None, :], share, mask=mask)
@@ -236,19 +266,33 @@ def prefill_score_kernel(
                 mask = (t < num_tokens)[:, None] & (sub * SUB < stop)[None, :]
                 tl.store(best_row[:, None] + sub[None, :], best, mask=mask)
             else:
-                logit = product * unit + tl.where(exists, 0.0, float("-inf"))[None, :]
+                beyond = tl.where(exists, 0.0, float("-inf"))[None, :]
+                logit = product * unit + beyond
                 exponent = logit
-                if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
-                    exponent += term
-                new_top = tl.maximum(top, tl.max(exponent, axis=1))  # [M], finite: a chunk has a page that exists
+                if SELECTOR == KM2_REM:
+                    other_logit = other_product * unit + beyond + other_count
+                    logit += log_count
+                    exponent = logit + term
+                    # Finite: a chunk has a unit that exists, and a unit a cluster with keys.
+                    new_top = tl.maximum(top, tl.max(tl.maximum(exponent, other_logit + other_term), axis=1))  # [M]
+                else:
+                    if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
+                        exponent += term
+                    new_top = tl.maximum(top, tl.max(exponent, axis=1))  # [M], finite: a chunk has a unit that exists
                 decay = tl.exp2(top - new_top)
                 weight = tl.exp2(exponent - new_top[:, None])
-                if SELECTOR == TAYLOR2:
+                if SELECTOR == KM2_REM:
+                    weight += tl.exp2(other_logit + other_term - new_top[:, None])
+                elif SELECTOR == TAYLOR2:
                     weight *= factor
                 total = total * decay + tl.sum(weight, axis=1)
                 if MASS:
-                    if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
+                    if (SELECTOR == CUMULANT2) | (SELECTOR == REM) | (SELECTOR == KM2_REM):
                         mass = mass * decay + tl.sum(tl.exp2(logit - new_top[:, None]) * factor, axis=1)
+                    if SELECTOR == KM2_REM:
+                        other_factor = 1.0 + other_half * (1 / LOG2E)
+                        mass += tl.sum(tl.exp2(other_logit - new_top[:, None]) * other_factor, axis=1)
+                        product = product * tl.exp2(log_count) + other_product * tl.exp2(other_count)
                     products += tl.sum(tl.where(exists[None, :], product, 0.0), axis=1)
                 top = new_top
         if MODE == NORMALISE:
@@ -262,35 +306,35 @@ def prefill_score_kernel(
 
 
 @triton.jit
-def _largest(key, exists, forced, index, beyond, K: tl.constexpr):
-    """Which of the 2-dimensional int32 `key` >= 0 are the K largest, forced ones first; of ties the lower index."""
+def _largest(key, exists, forced, index, beyond, most):
+    """Which of the 2-dimensional int32 `key` >= 0 are the `most` largest: forced ones, then of ties the lower index."""
     num_forced = tl.sum(forced.to(tl.int32))
     key = tl.where(exists, key, -1)
     key = tl.where(forced, 2147483647, key)
-    # Invariant: count(key >= low) >= K > count(key >= high), or the forced ones alone are as many, or all are fewer.
+    # Invariant: count(key >= low) >= most > count(key >= high), or the forced ones alone are as many, or all are fewer.
     low = tl.min(tl.where(exists, key, 2147483647))
     high = tl.max(tl.where(forced, -1, key)) + 1
-    low = tl.where(num_forced >= K, high, low)
-    count = tl.where(num_forced >= K, num_forced, tl.sum(exists.to(tl.int32)))
+    low = tl.where(num_forced >= most, high, low)
+    count = tl.where(num_forced >= most, num_forced, tl.sum(exists.to(tl.int32)))
     span = high - low
-    while (count > K) & (span > 1):
+    while (count > most) & (span > 1):
         # Two thresholds a step, their counts in the halves of one number.
         lower = low + tl.maximum(span // 3, 1)
         upper = low + tl.maximum(span - span // 3, 1)
         above = tl.sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0))
         above_upper = (above >> 16) & 65535
         above_lower = above & 65535
-        at_upper = above_upper >= K
-        at_lower = above_lower >= K
+        at_upper = above_upper >= most
+        at_lower = above_lower >= most
         high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
         low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
         count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
         span = high - low
     selected = key >= low
-    if (count > K) & (num_forced < K):
+    if (count > most) & (num_forced < most):
         # Ties at the threshold: the lower index goes first. Bisect for the last one that does.
         tied = key == low
-        allowed = K - (count - tl.sum(tied.to(tl.int32)))
+        allowed = most - (count - tl.sum(tied.to(tl.int32)))
         bound = beyond * 0
         while beyond - bound > 1:
             middle = (bound + beyond) // 2
@@ -299,6 +343,15 @@ def _largest(key, exists, forced, index, beyond, K: tl.constexpr):
             beyond = tl.where(fits, beyond, middle)
         selected = (key > low) | (tied & (index < bound))
     return selected & exists, key
+
+
+@triton.jit
+def tile_units(position, PAGE: tl.constexpr, UNIT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """Of a tile at `position`: units of its complete pages, units of its current page, and how many of the former every
+    token selects: the first, and so many before the current page as its units leave of the last."""
+    num_complete = position // PAGE * (PAGE // UNIT)
+    num_current = position // UNIT + 1 - num_complete
+    return num_complete, num_current, FIRST + tl.maximum(LAST - num_current, 0)
 
 
 @triton.jit
@@ -314,32 +367,33 @@ def _places(taken):
 def prefill_select_kernel(
     tiles_ptr,
     tile_run_ptr,  # [tiles] int32: run of a tile
-    grouped_ptr,  # [tiles, heads, TQ, max_pages] float32
-    best_ptr,  # [tiles, heads, TQ, max_pages / SUB] float32
-    table_ptr,  # [tiles, heads, TQ, SLOTS] int32: complete pages that a token selected, places in the row: the forced
-    # ones, then the others, unordered
-    rank_ptr,  # [tiles, heads, TQ, SLOTS] int32: place of the token among those of the run that selected the page
+    grouped_ptr,  # [tiles, heads, TQ, max_units] float32
+    best_ptr,  # [tiles, heads, TQ, max_units / SUB] float32
+    table_ptr,  # [tiles, heads, TQ, SLOTS] int32: units of complete pages that a token selected, places in the row: the
+    # forced ones, then the others, unordered
+    rank_ptr,  # [tiles, heads, TQ, SLOTS] int32: place of the token among those of the run that selected the unit
     count_ptr,  # [tiles, heads, TQ] int32
-    totals_ptr,  # [runs, heads, max_pages] int32, zero before: tokens that selected the page and were not forced to
-    max_pages,
+    totals_ptr,  # [runs, heads, max_units] int32, zero before: tokens that selected the unit and were not forced to
+    max_units,
     num_rows,  # tokens a program
     TQ: tl.constexpr,
     PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
     GROUP: tl.constexpr,
-    SLOTS: tl.constexpr,  # complete pages a token selects at most: the budget without the current page
+    SLOTS: tl.constexpr,  # units of complete pages a token selects at most: the budget without the current unit
     SLOTS_P: tl.constexpr,  # a power of two
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     SUB: tl.constexpr,
-    SUBS: tl.constexpr,  # a power of two, at least the SUB-sized parts of every tile's complete pages
+    SUBS: tl.constexpr,  # a power of two, at least the SUB-sized parts of every tile's units
     LANES: tl.constexpr,
     TOP_P: tl.constexpr,  # 0 where there is none
     DEPENDENT: tl.constexpr,
 ):
-    """Grid (heads, tiles, TQ / num_rows): every tile has more complete pages than SLOTS.
+    """Grid (heads, tiles, TQ / num_rows): every tile has more units in complete pages than it may select.
 
-    Only SLOTS parts of SUB neighbouring pages can hold a selected page: those with a forced page, and of the others
-    those with the largest best pages. The lists of pages get no order; attention computes every entry on its own.
+    Only so many parts of SUB neighbouring units can hold a selected unit: those with a forced unit, and of the others
+    those with the largest best units. The lists of units get no order; attention computes every entry on its own.
 
     A token at a time: with one warp, nothing waits for other warps.
     """
@@ -348,26 +402,28 @@ def prefill_select_kernel(
         tl.extra.cuda.gdc_wait()
     tile = tl.program_id(1).to(tl.int64)
     num_tokens = tl.load(tiles_ptr + tile * 4 + 2)
-    current = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
+    position = tl.load(tiles_ptr + tile * 4 + 3)
+    num_complete, num_current, num_forced = tile_units(position, PAGE, UNIT, FIRST, LAST)
+    wanted = SLOTS + 1 - num_current
     pair = tile * tl.num_programs(0) + tl.program_id(0)
     run = tl.load(tile_run_ptr + tile).to(tl.int64)
-    totals = totals_ptr + (run * tl.num_programs(0) + tl.program_id(0)) * max_pages
+    totals = totals_ptr + (run * tl.num_programs(0) + tl.program_id(0)) * max_units
     # The first dimension a thread has to itself: running sums along it need no other thread.
     part = tl.arange(0, SUBS // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    num_parts = (current + SUB - 1) // SUB
+    num_parts = (num_complete + SUB - 1) // SUB
     part_exists = part < num_parts
     part_forced = part * SUB < FIRST
     if LAST > 1:
-        part_forced |= part * SUB + SUB > current - LAST + 1
+        part_forced |= (num_forced > FIRST) & (part * SUB + SUB > num_complete - (num_forced - FIRST))
     slot = tl.arange(0, SLOTS_P)
     for step in tl.range(0, num_rows):
         token = tl.program_id(2) * num_rows + step
         if token < num_tokens:
             row = pair * TQ + token
-            best = tl.load(best_ptr + row * (max_pages // SUB) + part, mask=part_exists, other=0.0)
+            best = tl.load(best_ptr + row * (max_units // SUB) + part, mask=part_exists, other=0.0)
             # Not negative, so that its bits compare as it does.
             chosen, _ = _largest(
-                best.to(tl.int32, bitcast=True), part_exists, part_exists & part_forced, part, num_parts, SLOTS
+                best.to(tl.int32, bitcast=True), part_exists, part_exists & part_forced, part, num_parts, wanted
             )
             place, count = _places(chosen)
             tl.store(table_ptr + row * SLOTS + place, part, mask=chosen)
@@ -375,14 +431,14 @@ def prefill_select_kernel(
             of_slot = tl.load(table_ptr + row * SLOTS + slot, mask=slot < count, other=0)
             tl.debug_barrier()
             index = of_slot[:, None] * SUB + tl.arange(0, SUB)[None, :]  # [SLOTS_P, SUB]
-            complete = (slot < count)[:, None] & (index < current)
-            forced = complete & ((index < FIRST) | (index > current - LAST))
-            grouped = tl.load(grouped_ptr + row * max_pages + index, mask=complete, other=0.0)
-            selected, key = _largest(grouped.to(tl.int32, bitcast=True), complete, forced, index, current, SLOTS)
+            complete = (slot < count)[:, None] & (index < num_complete)
+            forced = complete & ((index < FIRST) | (index >= num_complete - (num_forced - FIRST)))
+            grouped = tl.load(grouped_ptr + row * max_units + index, mask=complete, other=0.0)
+            selected, key = _largest(grouped.to(tl.int32, bitcast=True), complete, forced, index, num_complete, wanted)
 
             if TOP_P > 0:
                 # As in `triton_select`: bisect for the least key with too little mass above it. Every head's shares
-                # of all pages make 1.
+                # of all units make 1.
                 enough = TOP_P * GROUP * tl.exp2(SHIFT)
                 chosen = tl.where(selected, grouped, 0.0)
                 low_key = tl.min(tl.where(selected, key, 2147483647)) - 1
@@ -393,11 +449,11 @@ def prefill_select_kernel(
                     high_key = tl.where(short, middle, high_key)
                     low_key = tl.where(short, low_key, middle)
                     middle = _middle(low_key, high_key)
-                # Of its ties the lower page goes first, while the mass before it is too little.
+                # Of its ties the lower unit goes first, while the mass before it is too little.
                 tied = selected & (key == high_key)
                 above_mass = tl.sum(tl.where(key > high_key, chosen, 0.0))
-                bound = current * 0
-                beyond = current
+                bound = num_complete * 0
+                beyond = num_complete
                 while beyond - bound > 1:
                     middle = (bound + beyond) // 2
                     short = above_mass + tl.sum(tl.where(tied & (index < middle), chosen, 0.0)) < enough
@@ -405,12 +461,12 @@ def prefill_select_kernel(
                     beyond = tl.where(short, beyond, middle)
                 selected &= forced | (key > high_key) | (tied & (index <= bound))
 
-            FORCED: tl.constexpr = FIRST + LAST - 1
             free = selected & (forced == 0)
             place, count = _places(free)
-            place = tl.where(free, FORCED + place, tl.where(index < FIRST, index, FORCED + index - current))
+            of_forced = tl.where(index < FIRST, index, num_forced + index - num_complete)
+            place = tl.where(free, num_forced + place, of_forced)
             tl.store(table_ptr + row * SLOTS + place, index, mask=selected)
-            tl.store(count_ptr + row, FORCED + count)
+            tl.store(count_ptr + row, num_forced + count)
             rank = tl.atomic_add(totals + index, 1, mask=free, sem="relaxed")
             tl.store(rank_ptr + row * SLOTS + place, rank, mask=free)
 
@@ -419,30 +475,31 @@ def prefill_select_kernel(
 def prefill_work_kernel(
     block_table_ptr,
     runs_ptr,  # [runs, 3] int32: first tile, tiles, row, of a row's share of this pass
-    totals_ptr,  # [runs, heads, max_pages] int32: tokens of a page's list
-    first_ptr,  # [runs, heads, max_pages] int32: the first step of a page's list
+    totals_ptr,  # [runs, heads, max_units] int32: tokens of a unit's list
+    first_ptr,  # [runs, heads, max_units] int32: the first step of a unit's list
     counters_ptr,  # [2] int32, zero before: work items, steps
-    work_ptr,  # [items, 4] int32: page, head of the pass, first step, steps
+    work_ptr,  # [items, 4] int32: page * PER_PAGE + unit of the page, head of the pass, first step, steps
     list_ptr,  # [steps, TM, 2] int32
     block_table_stride,
-    max_pages,
+    max_units,
+    PER_PAGE: tl.constexpr,
     TM: tl.constexpr,  # tokens of a step
     SPAN: tl.constexpr,  # steps of a work item
-    WIDTH: tl.constexpr,  # pages a program
+    WIDTH: tl.constexpr,  # units a program
     DEPENDENT: tl.constexpr,
 ):
-    """Grid (page groups, heads, runs): cut lists into steps and these into work items; the unused end of a page's last
+    """Grid (unit groups, heads, runs): cut lists into steps and these into work items; the unused end of a unit's last
     step becomes -1. Where programs find place for theirs depends on which comes first; what comes out of an entry does
     not depend on its place."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     index = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    exists = index < max_pages
+    exists = index < max_units
     head = tl.program_id(1)
     run = tl.program_id(2).to(tl.int64)
     row = tl.load(runs_ptr + run * 3 + 2).to(tl.int64)
-    where = (run * tl.num_programs(1) + head) * max_pages + index
+    where = (run * tl.num_programs(1) + head) * max_units + index
     total = tl.load(totals_ptr + where, mask=exists, other=0)
     steps = (total + TM - 1) // TM
     items = (steps + SPAN - 1) // SPAN
@@ -455,12 +512,13 @@ def prefill_work_kernel(
     first += tl.cumsum(steps, axis=0) - steps
     tl.store(first_ptr + where, first, mask=exists)
     used = steps > 0
-    page = tl.maximum(tl.load(block_table_ptr + row * block_table_stride + index, mask=used, other=0), 0)
+    pages = block_table_ptr + row * block_table_stride
+    unit = tl.maximum(tl.load(pages + index // PER_PAGE, mask=used, other=0), 0) * PER_PAGE + index % PER_PAGE
     for item in tl.range(0, tl.max(items, axis=0)):
         target = work_ptr + (first_item + item) * 4
         mask = item < items
-        tl.store(target, page, mask=mask)
-        tl.store(target + 1, tl.zeros_like(page) + head, mask=mask)
+        tl.store(target, unit, mask=mask)
+        tl.store(target + 1, tl.zeros_like(unit) + head, mask=mask)
         tl.store(target + 2, first + item * SPAN, mask=mask)
         tl.store(target + 3, tl.minimum(steps - item * SPAN, SPAN), mask=mask)
     slot = tl.arange(0, TM)
@@ -485,7 +543,7 @@ def prefill_list_kernel(
     sums_ptr,
     gain_ptr,  # [H] float32
     tail_ptr,  # [tiles, heads, 2, TQ * GROUP_P] float32: log2 of the mean mass, mean logit of the tokens left out
-    list_ptr,  # [steps, TM, 2] int32: (tile * (SLOTS - FORCED) + slot) * TQ + token, and the token's place in the batch
+    list_ptr,  # [steps, TM, 2] int32: (tile * PARTS + part) * TQ + token, and the token's place in the batch
     list_tail_ptr,  # [steps, TM, 2, GROUP_P] float32: the tail, beside the entries, where attention needs it
     query_token_stride,
     query_head_stride,
@@ -493,7 +551,7 @@ def prefill_list_kernel(
     head_stride,
     block_table_stride,
     last_page,
-    max_pages,
+    max_units,
     first_head,
     num_norms,
     scale,
@@ -504,16 +562,20 @@ def prefill_list_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    STRIDE: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOTS_P: tl.constexpr,  # a power of two, at least 16
-    FORCED: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    PARTS: tl.constexpr,  # units a token selects at most and is not forced to
     SELECTOR: tl.constexpr,
     MASS: tl.constexpr,  # whether there is a tail
     LIST_TAIL: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Grid (heads, tiles, TQ): every (token, page) that was selected and not forced into the list of its page; what was
-    left out weighs what all pages weigh less the selected ones."""
+    """Grid (heads, tiles, TQ): every (token, unit) that was selected and not forced into the list of its unit; what was
+    left out weighs what all units weigh less the selected ones."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -522,23 +584,24 @@ def prefill_list_kernel(
     if token < tl.load(tiles_ptr + tile * 4 + 2):
         pair = tile * tl.num_programs(0) + tl.program_id(0)
         run = tl.load(tile_run_ptr + tile).to(tl.int64)
+        PER_PAGE: tl.constexpr = PAGE // UNIT
+        num_complete, _, num_forced = tile_units(tl.load(tiles_ptr + tile * 4 + 3), PAGE, UNIT, FIRST, LAST)
         slot = tl.arange(0, SLOTS_P)
         count = tl.load(count_ptr + pair * TQ + token)
         taken = slot < count
-        page = tl.load(table_ptr + (pair * TQ + token) * SLOTS + slot, mask=taken, other=0)
-        listed = taken & (slot >= FORCED)
+        unit = tl.load(table_ptr + (pair * TQ + token) * SLOTS + slot, mask=taken, other=0)
+        listed = taken & (slot >= num_forced)
         rank = tl.load(rank_ptr + (pair * TQ + token) * SLOTS + slot, mask=listed, other=0)
-        where = (run * tl.num_programs(0) + tl.program_id(0)) * max_pages + page
+        where = (run * tl.num_programs(0) + tl.program_id(0)) * max_units + unit
         first = tl.load(first_ptr + where, mask=listed, other=0)
         place = first.to(tl.int64) * TM + rank
-        entry = ((tile * (SLOTS - FORCED) + slot - FORCED) * TQ + token).to(tl.int32)
+        entry = ((tile * PARTS + slot - num_forced) * TQ + token).to(tl.int32)
         batch_token = tl.load(tiles_ptr + tile * 4 + 1) + token
         tl.store(list_ptr + place * 2, entry, mask=listed)
         tl.store(list_ptr + place * 2 + 1, tl.zeros_like(entry) + batch_token, mask=listed)
         if MASS:
             head = first_head + tl.program_id(0)
             row = tl.load(tiles_ptr + tile * 4).to(tl.int64)
-            num_pages = tl.load(tiles_ptr + tile * 4 + 3) // PAGE
             MP: tl.constexpr = GROUP_P if GROUP_P > 16 else 16  # heads, padded for the tensor cores
             member = tl.arange(0, MP)
             in_group = member < GROUP
@@ -549,9 +612,9 @@ def prefill_list_kernel(
             query += (head * GROUP + member) * query_head_stride
             q = tl.load(query[:, None] + column[None, :], mask=in_group[:, None] & in_head[None, :], other=0.0)
             q = q.to(dtype)  # [MP, DP]
-            physical = tl.load(block_table_ptr + row * block_table_stride + page, mask=taken, other=0)
+            physical = tl.load(block_table_ptr + row * block_table_stride + unit // PER_PAGE, mask=taken, other=0)
             statistic = kv_ptr + tl.minimum(tl.maximum(physical, 0), last_page).to(tl.int64) * page_stride
-            statistic += head * head_stride + PAGE * 2 * D
+            statistic += head * head_stride + PAGE * 2 * D + unit % PER_PAGE * STRIDE
             rows = statistic[:, None] + column[None, :]
             mask = taken[:, None] & in_head[None, :]
             mean = tl.load(rows, mask=mask, other=0.0)  # [SLOTS_P, DP]
@@ -568,16 +631,29 @@ def prefill_list_kernel(
                 all_mass += tl.load(sums + TQ * GROUP_P, mask=in_group, other=0.0) * tl.exp2(split_top - larger)
                 all_products += tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
                 top = larger
+            if SELECTOR == KM2_REM:
+                share = tl.load(statistic + 4 * D, mask=taken, other=0.0).to(tl.float32)[None, :] / UNIT  # [1, SLOTS_P]
+                other_share = tl.load(statistic + 4 * D + 1, mask=taken, other=0.0).to(tl.float32)[None, :] / UNIT
             weight = tl.exp2(product * (scale * LOG2E) - top[:, None])
             if SELECTOR != MEAN:
+                half = half_square(q, scale).to(dtype)
                 second = tl.load(rows + D, mask=mask, other=0.0)
-                weight *= 1.0 + tl.dot(half_square(q, scale).to(dtype), tl.trans(second)) * (1 / LOG2E)
+                weight *= 1.0 + tl.dot(half, tl.trans(second)) * (1 / LOG2E)
+            if SELECTOR == KM2_REM:
+                other = tl.dot(q, tl.trans(tl.load(rows + 2 * D, mask=mask, other=0.0)))
+                other_weight = tl.exp2(other * (scale * LOG2E) - top[:, None])
+                second = tl.load(rows + 3 * D, mask=mask, other=0.0)
+                other_weight *= 1.0 + tl.dot(half, tl.trans(second)) * (1 / LOG2E)
+                # An empty cluster's mean is no key: what it weighs is nothing, however much that is.
+                weight = tl.where(share > 0, weight * share, 0.0)
+                weight += tl.where(other_share > 0, other_weight * other_share, 0.0)
+                product = product * share + other * other_share
             rest = all_mass - tl.sum(tl.where(taken[None, :], weight, 0.0), axis=1)  # [MP]
-            rest = tl.where(num_pages > count, rest, 0.0)
-            num_rest = tl.maximum(num_pages - count, 1).to(tl.float32)  # pages
+            rest = tl.where(num_complete > count, rest, 0.0)
+            num_rest = tl.maximum(num_complete - count, 1).to(tl.float32)  # units
             gain = tl.load(gain_ptr + head * GROUP + member, mask=in_group, other=0.0)
             weighs = (rest > 0) & (gain > 0)
-            # Page masses are those of PAGE tokens, and so many tokens share them.
+            # Masses are those of UNIT tokens, and so many tokens share them.
             norm = tl.where(weighs, rest * gain / num_rest, 1.0)
             log_mean = tl.where(weighs, top + tl.log2(norm), float("-inf"))
             center = (all_products - tl.sum(product, axis=1)) * scale / num_rest

@@ -82,7 +82,7 @@ def check(batch: Batch, ranges: list[tuple[int, int]], tolerance: float, sample:
                 keys[: position + 1],
                 values[: position + 1],
                 params,
-                statistics=statistics[: position // params.page_size],
+                statistics=statistics[: position // params.page_size * params.blocks_per_page],
                 gain=base.gain.double().cpu(),
                 norm_weights=norm_weights,
             )
@@ -189,6 +189,22 @@ def test_groups(group: int) -> None:
 def test_pages_and_heads(page: int, head_size: int) -> None:
     params = SplaParameters(page, page, 3)
     check(case(params, [5 * page], head_size=head_size), [(3 * page - 5, 5 * page)], 3e-3, sample=9)
+
+
+@pytest.mark.parametrize(
+    ("page", "block", "more"),
+    [
+        (64, 16, {"selector": "km2-rem", "budget_blocks": 7}),
+        (48, 16, {"residual": "linear", "budget_blocks": 5}),
+        (64, 32, {"residual": "none", "budget_blocks": 3, "last_blocks": 1, "top_p": 0.8}),
+        (16, 16, {"selector": "km2-rem", "budget_blocks": 4}),
+    ],
+    ids=["4-a-page", "3-a-page", "2-a-page", "1-a-page"],
+)
+def test_finer_blocks(page: int, block: int, more: dict) -> None:
+    params = SplaParameters(page, block, **more)
+    start = params.budget_blocks * block
+    check(case(params, [start + page + 21]), [(start, start + page + 21)], 3e-3, sample=5)
 
 
 def test_top_p() -> None:
@@ -309,6 +325,11 @@ def test_dense_rows_leave_their_state() -> None:
 @pytest.mark.parametrize(
     ("heads", "page", "dtype", "more"),
     [
+        ((8, 2, 128), 64, torch.bfloat16, {"selection_block": 16, "selector": "km2-rem"}),
+        ((8, 1, 64), 64, torch.bfloat16, {"selection_block": 32}),
+        ((4, 1, 256), 64, torch.bfloat16, {"selection_block": 16, "selector": "km2-rem"}),
+        ((8, 2, 128), 64, torch.bfloat16, {"selector": "km2-rem", "residual": "linear"}),
+        ((8, 2, 128), 48, torch.float16, {"selection_block": 16, "top_p": 0.9}),
         ((4, 4, 64), 16, torch.bfloat16, {}),
         ((8, 2, 80), 64, torch.float16, {"selector": "taylor2"}),
         ((7, 1, 96), 32, torch.bfloat16, {"top_p": 0.8}),
@@ -317,11 +338,25 @@ def test_dense_rows_leave_their_state() -> None:
         ((16, 2, 128), 64, torch.bfloat16, {"residual": "linear", "combine": "double_rmsnorm"}),
         ((16, 4, 128), 64, torch.bfloat16, {}),
     ],
-    ids=["g1-d64-p16", "g4-d80-p64", "g7-d96-p32", "g16-d128-p128", "g4-d256-p64", "paper", "g4-d128-p64"],
+    ids=[
+        "g4-d128-p64-b16",
+        "g8-d64-p64-b32",
+        "g4-d256-p64-b16",
+        "g4-d128-km2-linear",
+        "g4-d128-p48-b16",
+        "g1-d64-p16",
+        "g4-d80-p64",
+        "g7-d96-p32",
+        "g16-d128-p128",
+        "g4-d256-p64",
+        "paper",
+        "g4-d128-p64",
+    ],
 )
 def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype, more: dict) -> None:
     num_heads, num_kv_heads, head_size = heads
-    params = SplaParameters(page, page, 6, **more)
+    more = {"selection_block": page, **more}
+    params = SplaParameters(page, budget_blocks=6 * page // more["selection_block"], **more)
     edge = 6 * page
     lengths = [edge * 5 + 5, edge + 1, edge * 3 + page - 1]
     batch = make_batch(
