@@ -128,12 +128,14 @@ def inputs(pool: Pool, context: int, kind: str) -> torch.Tensor:
 
 def union(op: TritonPrefill, step: Pass) -> float:
     """Pages in the union over a tile of neighbouring tokens, over the pages of one token, forced ones aside, in the
-    last kv heads of the pass that ran last."""
+    last kv heads of the pass that ran last; selection blocks are pages."""
+    params = op.base.params
+    forced = params.first_blocks + params.last_blocks - 1  # complete pages that every token selects
     pairs, tokens = len(step.tiles) * step.heads, op.tile_tokens
     table = op._pool["table"].flatten()[: pairs * tokens * op._slots].view(pairs, tokens, op._slots)
     whole = (step.tiles[:, 2] == tokens).repeat_interleave(step.heads)
-    pages = table[whole][..., op._forced :].flatten(1).sort(1).values
-    return float(1 + (pages.diff(dim=1) != 0).sum(1).float().mean()) / (op._slots - op._forced)
+    pages = table[whole][..., forced:].flatten(1).sort(1).values
+    return float(1 + (pages.diff(dim=1) != 0).sum(1).float().mean()) / (op._slots - forced)
 
 
 def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0, row: int = 0) -> Callable[[], object]:
@@ -420,8 +422,11 @@ def main() -> None:
     if args.plot:
         plot(args.plot)
         return
+    block = args.block or args.page
     if args.quick:
         args.contexts, args.chunks, args.starts, args.kinds = "32768", "64,2048", "32768", "uniform"
+    if block != args.page and "captured" in args.kinds:
+        parser.error("captured queries select whole pages: with --block give --kinds without them")
     import triton
 
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
@@ -452,7 +457,6 @@ def main() -> None:
             scratch=args.scratch, options=json.loads(args.options), tuning=tuning,
         )  # fmt: skip
 
-    block = args.block or args.page
     tuning = PrefillTuning(**json.loads(args.tuning)) if args.tuning != "{}" else None
     budgets = numbers(args.budgets)
     if args.chunks:
@@ -480,7 +484,7 @@ def main() -> None:
                 if bool(output.isnan().any()) or not error < TOLERANCE:
                     raise RuntimeError(f"{where}, {kind}: NaN, or relative error {error:.1e}")
                 last = op.plan(0, [0, context], [context]).passes[-1:]
-                overlap = {"union": round(union(op, last[0]), 2)} if last else {}
+                overlap = {"union": round(union(op, last[0]), 2)} if last and block == args.page else {}
                 record("spla", *time_calls(run), **where, kind=kind, **overlap, error=round(error, 5), near_ties=ties)
                 if args.breakdown:
                     print_kernels(run)

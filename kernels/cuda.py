@@ -18,9 +18,11 @@ more: measured on an H200 (`benchmarks/NOTES.md`)."""
 
 def default_dense_below(params: SplaParameters, max_model_len: int) -> int:
     """Where prompt tokens begin to select unless the user says: what a sparse token costs grows with the budget. In
-    smaller blocks than 64 it costs more than a dense one at every length measured, so that all attend densely."""
-    budget = params.budget_blocks * params.selection_block
-    return DENSE_BELOW * max(budget, 2048) // 2048 if params.selection_block >= 64 else max_model_len
+    smaller blocks than 64 it costs more than a dense one at every length measured, and with `km2-rem` its cost was not
+    measured: there all attend densely."""
+    if params.selection_block < 64 or params.selector == "km2-rem":
+        return max_model_len
+    return DENSE_BELOW * max(params.budget_blocks * params.selection_block, 2048) // 2048
 
 
 @dataclass(frozen=True)

@@ -600,7 +600,8 @@ class TritonPrefill:
         yield score("share", splits, t.share_chunk, t.share_stages, t.share_warps, t.share_registers)
         subs = max(16, triton.next_power_of_2(max_units // SUB))
         slots_p = max(16, triton.next_power_of_2(self._slots))
-        warps = max(1, max(subs, slots_p * SUB) // t.select_elements)
+        # Registers of a multiprocessor end at 16 warps: large budgets spill.
+        warps = min(16, max(1, max(subs, slots_p * SUB) // t.select_elements))
         rows = 1 if step.small else min(t.select_rows, self.tile_tokens)
         yield Launch(
             prefill_select_kernel,
@@ -647,7 +648,7 @@ class TritonPrefill:
                 "STRIDE": stride, "FIRST": params.first_blocks, "LAST": params.last_blocks, "PARTS": self._parts,
                 "SELECTOR": selector, "MASS": base.has_mass,
                 "LIST_TAIL": base.has_mass and params.residual == "regression",
-                **self._chain, "num_warps": t.list_warps * max(1, slots_p * self._dp // 4096), **shape,
+                **self._chain, "num_warps": min(16, t.list_warps * max(1, slots_p * self._dp // 4096)), **shape,
             },
             layer,
         )  # fmt: skip

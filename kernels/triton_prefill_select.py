@@ -92,9 +92,10 @@ def load_rows(rows, in_head, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def random_energy(half, log2_count):
-    """The second-order term of `rem` in powers of two, from half the variance of the logits."""
-    return tl.where(half < log2_count, half, 2 * tl.sqrt(half * log2_count) - log2_count)
+def random_energy(half, log2_count, root):
+    """The second-order term of `rem` in powers of two, from half the variance of the logits; `root`: `2
+    sqrt(log2_count)`."""
+    return tl.where(half < log2_count, half, tl.sqrt(half) * root - log2_count)
 
 
 @triton.jit(do_not_specialize=["block_table_stride", "last_page", "first_head", "num_lists", "num_norms"])
@@ -235,7 +236,7 @@ def prefill_score_kernel(
                 if SELECTOR == CUMULANT2:
                     term = half
                 elif SELECTOR == REM:
-                    term = random_energy(half, LOG2_UNIT)
+                    term = random_energy(half, LOG2_UNIT, 2 * LOG2_UNIT**0.5)
                 elif SELECTOR == KM2_REM:
                     # The same for both clusters, each times its share of the unit's keys, which may be none.
                     count, other_count = cluster_counts(statistic + 4 * D)
@@ -243,8 +244,10 @@ def prefill_score_kernel(
                     other_count = tl.log2(other_count)[None, :]
                     other_product = tl.dot(q, tl.trans(load_rows(rows + 2 * D, in_head, D, DP)))
                     other_half = tl.dot(square, tl.trans(load_rows(rows + 3 * D, in_head, D, DP)))
-                    term = random_energy(half, tl.maximum(log_count, 0.0))
-                    other_term = random_energy(other_half, tl.maximum(other_count, 0.0))
+                    bound = tl.maximum(log_count, 0.0)
+                    other_bound = tl.maximum(other_count, 0.0)
+                    term = random_energy(half, bound, 2 * tl.sqrt(bound))
+                    other_term = random_energy(other_half, other_bound, 2 * tl.sqrt(other_bound))
                     log_count -= LOG2_UNIT
                     other_count -= LOG2_UNIT
             if MODE == SHARE:

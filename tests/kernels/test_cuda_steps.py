@@ -1,5 +1,5 @@
-"""`CudaPagedSpla` through an engine's steps, interpreted: chunks of dense prompts beside decode rows, in pages and
-state blocks that other requests have used. Every decoded token is compared with the float64 reference."""
+"""`CudaPagedSpla` through an engine's steps, interpreted: chunks of prompts beside decode rows, in pages and state
+blocks that other requests have used. Every token that selects is compared with the float64 reference."""
 
 import random
 from dataclasses import dataclass, field
@@ -41,10 +41,12 @@ def draw(prompt: int, generated: int, block: int) -> Request:
 class Engine:
     """Schedules as vLLM does: running requests first, a budget of tokens a step; decode rows stand before others."""
 
-    def __init__(self, params: SplaParameters, monkeypatch: pytest.MonkeyPatch, *, tokens: int, rows: int) -> None:
+    def __init__(
+        self, params: SplaParameters, monkeypatch: pytest.MonkeyPatch, *, dense_below: int, tokens: int, rows: int
+    ) -> None:
         self.params, self.tokens, self.rows = params, tokens, rows
         self.op = CudaPagedSpla(
-            params, max_num_tokens=tokens, prefill_dense_below=1 << 20, num_heads=HEADS, num_kv_heads=KV_HEADS,
+            params, max_num_tokens=tokens, prefill_dense_below=dense_below, num_heads=HEADS, num_kv_heads=KV_HEADS,
             head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE, max_num_rows=rows, max_model_len=256, device="cpu",
         )  # fmt: skip
         monkeypatch.setattr(self.op, "_attend_densely", self._attend_densely)
@@ -106,8 +108,9 @@ class Engine:
         self.only_decodes = num_decodes == len(work)
         self.op.run(plan, query, self.cache, self.cache, states, output)
         for row, (request, count) in enumerate(work):
-            if row < num_decodes:
-                self._check(request, output[row])
+            for position in range(request.computed, request.computed + count):
+                if row < num_decodes or position >= self.op.prefill_dense_below:
+                    self._check(request, position, output[int(starts[row]) + position - request.computed])
             request.computed += count
             if request.computed == len(request.query):
                 self.running.remove(request)
@@ -125,12 +128,12 @@ class Engine:
             weights = logits.masked_fill(later, -torch.inf).softmax(-1)  # [H, queries, tokens]
             output[start:stop] = (weights @ values).transpose(0, 1).to(DTYPE)
 
-    def _check(self, request: Request, output: torch.Tensor) -> None:
-        stop = request.computed + 1
-        complete = (stop - 1) // self.params.page_size
+    def _check(self, request: Request, position: int, output: torch.Tensor) -> None:
+        stop = position + 1
+        complete = position // self.params.page_size
         stored = self.op.page_layout.statistics(self.cache[request.pages[:complete]]).transpose(1, 2).flatten(0, 1)
         expected = spla_token(
-            request.query[stop - 1].double() * SCALE, request.key[:stop].double(), request.value[:stop].double(),
+            request.query[position].double() * SCALE, request.key[:stop].double(), request.value[:stop].double(),
             self.params, statistics=stored.double(),
         )  # fmt: skip
         if stop == len(request.query):  # statistics are those of the keys, however they came into the pages
@@ -141,11 +144,17 @@ class Engine:
         self.differing += error > 3e-3  # two blocks that float32 cannot tell apart may change places
 
 
-@pytest.mark.parametrize("kind", [(32, 16, "km2-rem"), (16, 16, "rem")], ids=["km2-2-a-page", "rem-1-a-page"])
-def test_chunks_beside_decode_rows(kind: tuple[int, int, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    page, block, selector = kind
+@pytest.mark.parametrize(
+    "kind",
+    [(32, 16, "km2-rem", 1 << 20), (32, 16, "km2-rem", 0), (16, 16, "rem", 1 << 20)],
+    ids=["km2-2-a-page", "km2-2-a-page-sparse", "rem-1-a-page"],
+)
+def test_chunks_beside_decode_rows(kind: tuple[int, int, str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    page, block, selector, dense_below = kind
     torch.manual_seed(random.randrange(1 << 30))
-    engine = Engine(SplaParameters(page, block, 5, selector=selector), monkeypatch, tokens=37, rows=3)
+    engine = Engine(
+        SplaParameters(page, block, 5, selector=selector), monkeypatch, dense_below=dense_below, tokens=37, rows=3
+    )
     engine.waiting = [draw(*lengths, block) for lengths in [(3, 3), (95, 4), (110, 4), (64, 3)]]
     while engine.waiting or engine.running:
         engine.step()

@@ -196,15 +196,19 @@ def test_pages_and_heads(page: int, head_size: int) -> None:
     [
         (64, 16, {"selector": "km2-rem", "budget_blocks": 7}),
         (48, 16, {"residual": "linear", "budget_blocks": 5}),
-        (64, 32, {"residual": "none", "budget_blocks": 3, "last_blocks": 1, "top_p": 0.8}),
+        (64, 32, {"residual": "none", "budget_blocks": 3, "first_blocks": 0, "last_blocks": 1, "top_p": 0.8}),
+        (32, 16, {"budget_blocks": 5, "last_blocks": 4}),
         (16, 16, {"selector": "km2-rem", "budget_blocks": 4}),
     ],
-    ids=["4-a-page", "3-a-page", "2-a-page", "1-a-page"],
+    ids=["4-a-page", "3-a-page", "2-a-page", "forced-alone", "1-a-page"],
 )
 def test_finer_blocks(page: int, block: int, more: dict) -> None:
+    """From the first token that selects, through a page and into the next, and a short chunk that begins within a
+    block, in large and in small passes."""
     params = SplaParameters(page, block, **more)
     start = params.budget_blocks * block
-    check(case(params, [start + page + 21]), [(start, start + page + 21)], 3e-3, sample=5)
+    ranges = [(start, start + page + 21), (start + page - 3, start + page + 2)]
+    check(case(params, [stop for _, stop in ranges]), ranges, 3e-3, sample=5, max_tiles=3)
 
 
 def test_top_p() -> None:
@@ -369,9 +373,13 @@ def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype, 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_gpu_chunk_sizes_agree() -> None:
+@pytest.mark.parametrize(
+    "params",
+    [SplaParameters(64, 64, 8), SplaParameters(64, 16, 32, selector="km2-rem")],
+    ids=["default", "p64-b16-km2"],
+)
+def test_gpu_chunk_sizes_agree(params: SplaParameters) -> None:
     """Chunks of 8 to 8192 tokens and all at once, the last of them behind a cached prefix that ends within a page."""
-    params = SplaParameters(64, 64, 8)
     batch = make_batch(
         params, [9000], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device=DEVICE,
         seed=int(torch.seed() % 2**31), chunk=0,
