@@ -44,16 +44,14 @@ class CudaPagedSpla:
     Args:
         params: What to compute.
         max_num_tokens: The most tokens of a step.
-        prefill_dense_below: Prefill tokens at positions below it attend to everything; None: `default_dense_below`.
+        prefill_dense_below: Prefill tokens at positions below it attend to everything, as those below the budget do.
         arguments: See `TritonPagedSpla`.
     """
 
     def __init__(
-        self, params: SplaParameters, *, max_num_tokens: int, prefill_dense_below: int | None, **arguments: Any
+        self, params: SplaParameters, *, max_num_tokens: int, prefill_dense_below: int, **arguments: Any
     ) -> None:
         self._decode = TritonPagedSpla(params, **arguments)
-        if prefill_dense_below is None:
-            prefill_dense_below = default_dense_below(params, arguments["max_model_len"])
         self._prefill = TritonPrefill(
             self._decode,
             dense_below=prefill_dense_below,
@@ -78,8 +76,8 @@ class CudaPagedSpla:
 
     @property
     def plan_key(self) -> Any:
-        """See `TorchPagedSpla.plan_key`. Layers have one budget here."""
-        return "sparse"
+        """See `TorchPagedSpla.plan_key`. Passes are as large as the scratch, which all layers share, allows."""
+        return self._prefill.dense_below
 
     def plan(
         self,

@@ -17,7 +17,8 @@ class Limits:
     max_query_len: int
     max_model_len: int
     max_num_tokens: int
-    prefill_dense_below: int | None  # None: the device's habit
+    prefill_dense_below: int
+    largest_budget: int  # selection blocks, of any layer
 
 
 def check_cuda(
@@ -57,6 +58,24 @@ def check_cuda(
             f"SPLA's residual 'linear' has no prefill on a GPU for heads of {head_size}, its matrices exceed shared "
             "memory: choose residual 'regression' or 'none'"
         )
+
+
+def dense_below(device: torch.device, chosen: int | None, params: SplaParameters, max_model_len: int) -> int:
+    """Position below which prompt tokens attend to everything, in all layers alike.
+
+    Args:
+        device: Where the cache lives.
+        chosen: What the user wants; None for the device's habit.
+        params: What layers without a budget of their own compute.
+        max_model_len: The most tokens of a sequence.
+    """
+    if chosen is not None:
+        return chosen
+    if device.type == "cpu":
+        return 0
+    from .cuda import default_dense_below
+
+    return default_dense_below(params, max_model_len)
 
 
 def check_cpu(executor: str) -> None:
@@ -103,7 +122,7 @@ def make(
                 top_p=None,
             )
             shape |= {"gain": None, "norm_weights": None, "feature_weight": None}
-        return CpuPagedSpla(params, prefill_dense_below=limits.prefill_dense_below or 0, **shape)
+        return CpuPagedSpla(params, prefill_dense_below=limits.prefill_dense_below, **shape)
     if device.type == "cuda":
         from .cuda import CudaPagedSpla
         from .cuda_dense import CudaDense

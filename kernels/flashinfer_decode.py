@@ -363,8 +363,8 @@ class FlashInferDecode:
     """
 
     def __init__(self, op: "TritonPagedSpla") -> None:
-        scratch, kv_heads, d = op._scratch, op.num_kv_heads, op.head_size
-        tokens, budget = scratch.table.shape[0], scratch.table.shape[2]
+        kv_heads, d = op.num_kv_heads, op.head_size
+        tokens, budget = op.page_table.shape[0], op.page_table.shape[2]
         # The sizes that vLLM captures, as far as batches go; a step takes the next larger one.
         sizes = {1, 2, 4, *range(8, 256, 8), *range(256, tokens, 64)}
         self._sizes = [*sorted(n for n in sizes if n < tokens), tokens]
@@ -377,7 +377,7 @@ class FlashInferDecode:
         self._attends, planned = plan_flashinfer(
             [n * kv_heads for n in self._sizes],
             self._indptr,
-            scratch.table.view(-1),
+            op.page_table.view(-1),
             self._last_page_len,
             group=op.group,
             head_size=d,
@@ -447,7 +447,7 @@ class FlashInferDecode:
             kv_cache,
             query_start_loc,
             seq_lens,
-            scratch.table,
+            op.page_table,
             scratch.count,
             scratch.flags,
             scratch.mass if op.write_mass else scratch.scores,

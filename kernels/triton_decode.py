@@ -15,6 +15,7 @@ Grids depend on shapes only; lengths, validity of states, and which rows are den
 allocates or synchronises, so that a step can be captured in a CUDA graph.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -227,7 +228,7 @@ class _Scratch:
     mass: torch.Tensor  # as scores, or 1 element
     lse: torch.Tensor  # [tokens, G, splits, GROUP_P] float32
     grouped: torch.Tensor  # [tokens, G, max_units] float32, or 1 element
-    table: torch.Tensor  # [tokens, G, budget] int32
+    table: torch.Tensor  # [tokens, G, largest budget] int32; layers with smaller ones take the beginning
     count: torch.Tensor  # [tokens, G] int32
     flags: torch.Tensor  # [tokens, G, max_units] int8
     part_out: torch.Tensor  # [parts, N, DP] float32
@@ -267,6 +268,8 @@ class TritonPagedSpla:
         tuning: Launch shapes for every batch, instead of those that `tuning` chooses; these launches then take every
             batch, and the fused one none.
         executor: What attends to the selected pages: our own kernel (`spla`) or `flashinfer`.
+        largest_budget: Selection blocks that scratch is allocated for: the largest budget of the layers that are to
+            share it; None for this layer's.
 
     Attributes:
         page_layout: Bytes of a page.
@@ -296,6 +299,7 @@ class TritonPagedSpla:
         device: torch.device | str,
         tuning: Tuning | None = None,
         executor: str = "spla",
+        largest_budget: int | None = None,
     ) -> None:
         _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, max_model_len, executor)
         device = torch.device(device)
@@ -334,11 +338,15 @@ class TritonPagedSpla:
         self._fold_tile = min(64, params.page_size & -params.page_size)
         self._units_p = triton.next_power_of_2(self.max_units)
         self._width = min(self._units_p, max(16, _SELECT_ELEMENTS // self._group_p))
+        budget = params.budget_blocks
+        self.largest_budget = budget if largest_budget is None else max(largest_budget, budget)
         self._scratch = _Scratch.shared(self._scratch_shapes(), device)
-        self.page_table, self.page_counts = self._scratch.table, self._scratch.count
+        table = self._scratch.table
+        self.page_table = table.view(-1)[: table[..., :budget].numel()].view(*table.shape[:2], budget)
+        self.page_counts = self._scratch.count
         self._flashinfer: FlashInferDecode | None = None
         if executor == "flashinfer":
-            geometry = (params.page_size, head_size, self.group, cache_dtype, self.scale)
+            geometry = (params.page_size, head_size, self.group, cache_dtype, self.scale, budget)
             if geometry not in self._scratch.flashinfer:
                 self._scratch.flashinfer[geometry] = FlashInferDecode(self)
             self._flashinfer = self._scratch.flashinfer[geometry]
@@ -366,7 +374,9 @@ class TritonPagedSpla:
     def _scratch_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, group, kv_heads, units = self.max_num_rows, self._group_p, self.num_kv_heads, self.max_units
         tokens = rows * self.max_query_len
-        tunings = [(n, q, self.tuning(n, q)) for n in range(1, rows + 1) for q in range(1, self.max_query_len + 1)]
+        budget = self.largest_budget
+        sizes = itertools.product(range(1, rows + 1), range(1, self.max_query_len + 1))
+        tunings = [(n, q, self.tuning(n, q, budget)) for n, q in sizes]
         parts = max(n * q * kv_heads * tuning.attend_splits for n, q, tuning in tunings)
         lse = max(n * q * tuning.score_splits for n, q, tuning in tunings)
         mass = max(n * q * tuning.mass_parts for n, q, tuning in tunings)
@@ -375,7 +385,7 @@ class TritonPagedSpla:
             "mass": ((tokens, kv_heads, units, group) if self.write_mass else (1,), torch.float32),
             "lse": ((lse, kv_heads, group), torch.float32),
             "grouped": ((tokens, kv_heads, units) if self._width < self._units_p else (1,), torch.float32),
-            "table": ((tokens, kv_heads, self.params.budget_blocks), torch.int32),
+            "table": ((tokens, kv_heads, budget), torch.int32),
             "count": ((tokens, kv_heads), torch.int32),
             "flags": ((tokens, kv_heads, units), torch.int8),
             "part_out": ((parts, self._attend_n, self._dp), torch.float32),
@@ -389,8 +399,9 @@ class TritonPagedSpla:
             "attend_arrivals": ((tokens, kv_heads), torch.int32),
         }
 
-    def tuning(self, num_rows: int, query_len: int) -> Tuning:
-        """Launch shapes for `num_rows` rows of up to `query_len` query tokens."""
+    def tuning(self, num_rows: int, query_len: int, budget: int | None = None) -> Tuning:
+        """Launch shapes for `num_rows` rows of up to `query_len` query tokens, of `budget` selection blocks instead of
+        this layer's."""
         if self._tuning is not None:
             return self._tuning
         chunk = 64 if self._dp <= 128 else 32
@@ -400,7 +411,7 @@ class TritonPagedSpla:
         units = num_rows * self.num_kv_heads
         score_splits = max(1, min(-(-self.max_units // chunk), _power(512 / units), 32))
         # More splits than tiles would be idle; past 16, merging costs more than reading gains.
-        tiles = -(-self.params.budget_blocks * self.params.selection_block // tile)
+        tiles = -(-(budget or self.params.budget_blocks) * self.params.selection_block // tile)
         units *= query_len
         attend_splits = min(tiles, 16, max(_power(128 / units), 2 if units <= 256 else 1))
         return Tuning(
@@ -514,7 +525,7 @@ class TritonPagedSpla:
         if self.fused and max_query_len == 1 and query.dtype == self.cache_dtype and self.fused.pays(num_rows):
             self.fused.run(
                 query, kv_cache, state_cache, query_start_loc, seq_lens, block_table, state_table, self.gain, output,
-                scratch.table, scratch.count, early=steady,
+                self.page_table, scratch.count, early=steady,
             )  # fmt: skip
             return
         tuning = self.tuning(num_rows, max_query_len)
@@ -556,7 +567,7 @@ class TritonPagedSpla:
             scratch.mass,
             scratch.lse,
             scratch.grouped,
-            scratch.table,
+            self.page_table,
             scratch.count,
             scratch.flags,
             scratch.fold_arrivals,
@@ -613,7 +624,7 @@ class TritonPagedSpla:
                 scratch.scores,
                 scratch.lse,
                 scratch.grouped,
-                scratch.table,
+                self.page_table,
                 scratch.count,
                 scratch.flags,
                 block_table.stride(0),
@@ -637,7 +648,7 @@ class TritonPagedSpla:
             kv_cache,
             query_start_loc,
             seq_lens,
-            scratch.table,
+            self.page_table,
             scratch.count,
             scratch.flags,
             mass,

@@ -212,13 +212,14 @@ class TritonPrefill:
         self._slots = params.budget_blocks - 1
         # Selection blocks that a token selects at most without being forced to: the others are first or last ones.
         self._parts = params.budget_blocks - params.first_blocks - params.last_blocks
+        self._most_parts = base.largest_budget - params.first_blocks - params.last_blocks
         self._linear = params.residual == "linear"
         self._s_rows = base.state_layout.s_rows
         # Bytes a token and kv head: its parts, or the group's scores that stand in the same place before.
         part = base.group * d * base.cache_dtype.itemsize + 2 * self._group_p * 4
         part += (base.group * d + self._group_p) * 4 if self._linear else 0
         self._max_units = _round_up(base.max_units)
-        per_token = max(self._parts * part, self._max_units * 4)
+        per_token = max(self._most_parts * part, self._max_units * 4)
         limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows  # tiles of a step
         # Tiles times kv heads of a pass, and rows times kv heads: every one of the latter has lists of its own, whose
         # last steps are not full.
@@ -284,13 +285,13 @@ class TritonPrefill:
             return arrivals
         base, pairs = self.base, self._max_pairs
         tokens, m = pairs * self.tile_tokens, self.tile_tokens * self._group_p
-        parts = max(1, tokens * self._parts)
+        parts = max(1, tokens * self._most_parts)
         grouped = tokens * self._max_units * 4 // base.cache_dtype.itemsize
         rest = base.params.residual != "none"
         regression = base.params.residual == "regression"
         lists = self._max_lists * self._max_units
         steps = min(parts, parts // self._attend_tokens + lists)  # every list ends with a step that is not full
-        small = min(pairs, self._small_pairs) * self.tile_tokens * self._parts
+        small = min(pairs, self._small_pairs) * self.tile_tokens * self._most_parts
         small = min(small, small // self._small_attend_tokens + lists)
         entries = max(steps * self._attend_tokens, small * self._small_attend_tokens)
         return arrivals | {
@@ -302,8 +303,8 @@ class TritonPrefill:
             "tail": ((pairs, 2, m), torch.float32),
             "sums": ((max(pairs, base._num_sms), 3, m), torch.float32),
             "best": ((tokens, self._max_units // SUB), torch.float32),
-            "table": ((tokens, self._slots), torch.int32),
-            "rank": ((tokens, self._slots), torch.int32),
+            "table": ((tokens, base.largest_budget - 1), torch.int32),
+            "rank": ((tokens, base.largest_budget - 1), torch.int32),
             "count": ((tokens,), torch.int32),
             "totals": ((lists,), torch.int32),
             "first": ((lists,), torch.int32),

@@ -201,11 +201,6 @@ def check_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
         return
     if model is None:
         return
-    if options.layer_budgets:
-        raise ValueError(
-            "SPLA's kernels on a GPU have one budget for all layers: remove the option layer_budgets, or use the CPU "
-            "engine"
-        )
     dispatch.check_cuda(
         options.parameters(cache.block_size),
         num_heads=model.get_num_attention_heads(parallel),

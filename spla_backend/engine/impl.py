@@ -118,22 +118,25 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             return
         self.bound = (page_size, cache_dtype)
         assert self.learned is not None, "weights are loaded before caches are made"
-        scheduler = self.vllm_config.scheduler_config
+        options, device, scheduler = get_options(), torch.device(device), self.vllm_config.scheduler_config
+        max_model_len = self.vllm_config.model_config.max_model_len
+        common = options.parameters(page_size)
         limits = dispatch.Limits(
             max_num_rows=scheduler.max_num_seqs,
             max_query_len=max_decode_query_len(self.vllm_config),
-            max_model_len=self.vllm_config.model_config.max_model_len,
+            max_model_len=max_model_len,
             max_num_tokens=scheduler.max_num_batched_tokens,
-            prefill_dense_below=get_options().prefill_dense_below,
+            prefill_dense_below=dispatch.dense_below(device, options.prefill_dense_below, common, max_model_len),
+            largest_budget=options.largest_budget // common.selection_block,
         )
-        if torch.device(device).type == "cpu":
+        if device.type == "cpu":
             logger.info_once("SPLA loads its CPU kernels; the first time they are compiled, for half a minute")
         params = self._parameters(page_size)
         self.op = dispatch.make(
-            torch.device(device),
+            device,
             params,
             limits,
-            executor=get_options().executor,
+            executor=options.executor,
             dense=self.is_dense,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,

@@ -258,16 +258,25 @@ def test_double_rmsnorm_served_as_trained(tmp_path):
     assert error[: BUDGET - 1].mean() < 0.01 and error[BUDGET - 1 :].mean() < 0.05
 
 
-def test_dense_layers(model):
-    """All but one layer dense: the algorithm's token in almost every step, where dense attention has others."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": BUDGET, "dense_layers": [0, 1, 3]},
+        {"budget": 4096, "layer_budgets": {"0": 1024, "2": BUDGET}},
+    ],
+    ids=["dense", "budgets"],
+)
+def test_layers_that_differ(model, options):
+    """The algorithm's token in almost every step, where dense attention has others. Most layers see everything: where
+    many select, rounding decides too often."""
     from spla_backend.evaluate.capture import CapturingModel
     from spla_backend.evaluate.fidelity import attention
-    from spla_backend.evaluate.variants import Variant, parameters_of
+    from spla_backend.options import SplaOptions
 
-    answers = ask(model, "spla", {"budget": BUDGET, "dense_layers": [0, 1, 3]})
+    answers = ask(model, "spla", options)
     reference = CapturingModel(model, torch.float16, "cuda", head=True)
-    params = parameters_of(Variant("spla", {"budget": BUDGET}), 64, None)
-    visits = {"spla": partial(attention, params={2: params}), "dense": None}
+    layers = SplaOptions.from_sources(options).layers(64, range(MODEL["num_hidden_layers"]))
+    visits = {"spla": partial(attention, params=layers), "dense": None}
     differing = dict.fromkeys(visits, 0)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         for name, visit in visits.items():
@@ -279,6 +288,20 @@ def test_dense_layers(model):
                     assert name == "dense" or gap < SELECTION[1], f"prompt of {len(prompt)}: {gap} nats"
     print(f"tokens that differ from the reference's: {differing}")
     assert differing["spla"] < 0.5 * differing["dense"]
+
+
+BUDGETS = {"budget": BUDGET, "layer_budgets": {"0": 1024, "1": 256, "3": 2048}}
+
+
+def test_budgets_of_layers_eager_chunked(model):
+    """Many plans and one scratch: the same answers in pieces and without graphs."""
+    whole = ask(model, "spla", BUDGETS)
+    assert_same(ask(model, "spla", BUDGETS, enforce_eager=True, max_num_batched_tokens=256, max_num_seqs=16), whole)
+
+
+def test_budgets_of_layers_flashinfer(model):
+    pytest.importorskip("flashinfer")
+    assert_same(ask(model, "spla", BUDGETS | {"executor": "flashinfer"}), ask(model, "spla", BUDGETS))
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])

@@ -60,4 +60,5 @@ def test_plan_of_a_dense_layer():
 
 def test_dense_layers_have_plans_of_their_own():
     sparse, dense = CudaPagedSpla.__new__(CudaPagedSpla), CudaDense.__new__(CudaDense)
+    sparse._prefill = dense._prefill = SimpleNamespace(dense_below=0)
     assert sparse.plan_key != dense.plan_key

@@ -1,8 +1,10 @@
 """`CudaPagedSpla` through an engine's steps, interpreted: chunks of prompts beside decode rows, in pages and state
-blocks that other requests have used. Every token that selects is compared with the float64 reference."""
+blocks that other requests have used, in one layer or in several that differ in their budgets. Every token that selects
+is compared with the float64 reference."""
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -39,28 +41,31 @@ def draw(prompt: int, generated: int, block: int) -> Request:
 
 
 class Engine:
-    """Schedules as vLLM does: running requests first, a budget of tokens a step; decode rows stand before others."""
+    """Schedules as vLLM does: running requests first, a budget of tokens a step; decode rows stand before others.
+
+    Every layer gets the same queries, keys and values, and has a cache of its own.
+    """
 
     def __init__(
-        self, params: SplaParameters, monkeypatch: pytest.MonkeyPatch, *, dense_below: int, tokens: int, rows: int
+        self, layers: list[SplaParameters], monkeypatch: pytest.MonkeyPatch, *, dense_below: int, tokens: int, rows: int
     ) -> None:
-        self.params, self.tokens, self.rows = params, tokens, rows
-        self.op = CudaPagedSpla(
-            params, max_num_tokens=tokens, prefill_dense_below=dense_below, num_heads=HEADS, num_kv_heads=KV_HEADS,
-            head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE, max_num_rows=rows, max_model_len=256, device="cpu",
-        )  # fmt: skip
-        monkeypatch.setattr(self.op, "_attend_densely", self._attend_densely)
-        decode = self.op._decode.decode
-
-        def checked(*arguments, steady: bool) -> None:
-            assert steady == self.only_decodes  # statistics may be read early where no prompt writes any
-            self.steady += steady
-            decode(*arguments, steady=steady)
-
-        monkeypatch.setattr(self.op._decode, "decode", checked)
-        num_pages = rows * (256 // params.page_size + self.op.state_layout.num_blocks)
-        shape = (num_pages, KV_HEADS, self.op.page_layout.rows, 2 * HEAD_SIZE)
-        self.cache = torch.full(shape, float("nan"), dtype=DTYPE)
+        self.tokens, self.rows, self.page_size = tokens, rows, layers[0].page_size
+        largest = max(params.budget_blocks for params in layers)
+        self.ops = [
+            CudaPagedSpla(
+                params, max_num_tokens=tokens, prefill_dense_below=dense_below, num_heads=HEADS, num_kv_heads=KV_HEADS,
+                head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE, max_num_rows=rows, max_model_len=256, device="cpu",
+                largest_budget=largest,
+            )
+            for params in layers
+        ]  # fmt: skip
+        for op in self.ops:
+            monkeypatch.setattr(op, "_attend_densely", self._attend_densely)
+            monkeypatch.setattr(op._decode, "decode", partial(self._decode, op._decode.decode))
+        self.num_states = self.ops[0].state_layout.num_blocks
+        num_pages = rows * (256 // self.page_size + self.num_states)
+        shape = (num_pages, KV_HEADS, self.ops[0].page_layout.rows, 2 * HEAD_SIZE)
+        self.caches = [torch.full(shape, float("nan"), dtype=DTYPE) for _ in layers]
         self.free = random.sample(range(num_pages), num_pages)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -70,7 +75,7 @@ class Engine:
         left, work = self.tokens, []
         while self.waiting and len(self.running) < self.rows:
             request = self.waiting.pop(0)
-            request.states = [self.free.pop() for _ in range(self.op.state_layout.num_blocks)]
+            request.states = [self.free.pop() for _ in range(self.num_states)]
             self.running.append(request)
         for request in self.running:
             known = max(request.prompt, request.computed + 1)  # what was generated so far
@@ -80,7 +85,7 @@ class Engine:
                 left -= count
         work.sort(key=lambda item: item[1] > 1)
         num_decodes = sum(count == 1 for _, count in work)
-        page = self.params.page_size
+        page = self.page_size
         for request, count in work:
             while len(request.pages) * page < request.computed + count:
                 request.pages.append(self.free.pop())
@@ -96,31 +101,42 @@ class Engine:
 
         position = torch.cat([torch.arange(r.computed, r.computed + count) for r, count in work])
         rows = torch.arange(len(work)).repeat_interleave(starts.diff())
-        self.op.update_cache(
-            of("key"), of("value"), self.cache, tables[rows, position // page] * page + position % page
-        )
+        slots = tables[rows, position // page] * page + position % page
         query = of("query")
-        output = torch.full_like(query, float("nan"))
-        plan = self.op.plan(
-            starts, lengths, tables, num_decodes=num_decodes, num_decode_tokens=num_decodes, decode_query_len=1,
-            prefill_starts=starts[num_decodes:].tolist(), prefill_lens=lengths[num_decodes:].tolist(),
-        )  # fmt: skip
         self.only_decodes = num_decodes == len(work)
-        self.op.run(plan, query, self.cache, self.cache, states, output)
-        for row, (request, count) in enumerate(work):
-            for position in range(request.computed, request.computed + count):
-                if row < num_decodes or position >= self.op.prefill_dense_below:
-                    self._check(request, position, output[int(starts[row]) + position - request.computed])
+        plans = {
+            op.plan_key: op.plan(
+                starts, lengths, tables, num_decodes=num_decodes, num_decode_tokens=num_decodes, decode_query_len=1,
+                prefill_starts=starts[num_decodes:].tolist(), prefill_lens=lengths[num_decodes:].tolist(),
+            )
+            for op in self.ops
+        }  # fmt: skip
+        self.num_plans = len(plans)
+        for op, cache in zip(self.ops, self.caches, strict=True):
+            op.update_cache(of("key"), of("value"), cache, slots)
+            output = torch.full_like(query, float("nan"))
+            op.run(plans[op.plan_key], query, cache, cache, states, output)
+            for row, (request, count) in enumerate(work):
+                for position in range(request.computed, request.computed + count):
+                    if row < num_decodes or position >= op.prefill_dense_below:
+                        at = int(starts[row]) + position - request.computed
+                        self._check(op, cache, request, position, output[at])
+            assert not bool(output.isnan().any())
+        for request, count in work:
             request.computed += count
             if request.computed == len(request.query):
                 self.running.remove(request)
                 self.free = [*request.pages, *request.states, *self.free]  # used again at once
-        assert not bool(output.isnan().any())
+
+    def _decode(self, decode, *arguments, steady: bool) -> None:
+        assert steady == self.only_decodes  # statistics may be read early where no prompt writes any
+        self.steady += steady
+        decode(*arguments, steady=steady)
 
     def _attend_densely(self, rows, query, kv_cache, block_table, output) -> None:
         for index, seq_len in enumerate(rows.seq_lens.tolist()):
             start, stop = (rows.first_token + x for x in rows.start_loc[index : index + 2].tolist())
-            pages = kv_cache[block_table[rows.first_row + index].long(), :, : self.params.page_size]
+            pages = kv_cache[block_table[rows.first_row + index].long(), :, : self.page_size]
             kv = pages.transpose(1, 2).flatten(0, 1)[:seq_len].float().repeat_interleave(HEADS // KV_HEADS, 1)
             keys, values = kv.transpose(0, 1).split(HEAD_SIZE, -1)  # [H, tokens, d]
             later = torch.arange(seq_len) > torch.arange(seq_len - (stop - start), seq_len)[:, None]
@@ -128,16 +144,18 @@ class Engine:
             weights = logits.masked_fill(later, -torch.inf).softmax(-1)  # [H, queries, tokens]
             output[start:stop] = (weights @ values).transpose(0, 1).to(DTYPE)
 
-    def _check(self, request: Request, position: int, output: torch.Tensor) -> None:
-        stop = position + 1
-        complete = position // self.params.page_size
-        stored = self.op.page_layout.statistics(self.cache[request.pages[:complete]]).transpose(1, 2).flatten(0, 1)
+    def _check(
+        self, op: CudaPagedSpla, cache: torch.Tensor, request: Request, position: int, output: torch.Tensor
+    ) -> None:
+        stop, params = position + 1, op._decode.params
+        complete = position // self.page_size
+        stored = op.page_layout.statistics(cache[request.pages[:complete]]).transpose(1, 2).flatten(0, 1)
         expected = spla_token(
             request.query[position].double() * SCALE, request.key[:stop].double(), request.value[:stop].double(),
-            self.params, statistics=stored.double(),
+            params, statistics=stored.double(),
         )  # fmt: skip
         if stop == len(request.query):  # statistics are those of the keys, however they came into the pages
-            fresh = complete_statistics(request.key[:stop].double(), self.params)
+            fresh = complete_statistics(request.key[:stop].double(), params)
             torch.testing.assert_close(stored.double(), fresh, rtol=1e-3, atol=1e-5)
         error = float((output.double() - expected.output).norm() / expected.output.norm())
         self.compared += 1
@@ -153,10 +171,27 @@ def test_chunks_beside_decode_rows(kind: tuple[int, int, str, int], monkeypatch:
     page, block, selector, dense_below = kind
     torch.manual_seed(random.randrange(1 << 30))
     engine = Engine(
-        SplaParameters(page, block, 5, selector=selector), monkeypatch, dense_below=dense_below, tokens=37, rows=3
+        [SplaParameters(page, block, 5, selector=selector)], monkeypatch, dense_below=dense_below, tokens=37, rows=3
     )
     engine.waiting = [draw(*lengths, block) for lengths in [(3, 3), (95, 4), (110, 4), (64, 3)]]
     while engine.waiting or engine.running:
         engine.step()
     assert engine.compared >= 10 and engine.steady > 0
     assert engine.differing <= 1
+
+
+@pytest.mark.parametrize(("dense_below", "num_plans"), [(0, 2), (96, 1)])
+def test_layers_of_several_budgets(dense_below: int, num_plans: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share scratch that is laid out for the largest, and plans where the same prompt tokens select."""
+    torch.manual_seed(random.randrange(1 << 30))
+    layers = [SplaParameters(16, 16, n) for n in (6, 4)]
+    engine = Engine(layers, monkeypatch, dense_below=dense_below, tokens=100, rows=2)
+    for layer in engine.ops[1:]:
+        assert layer._decode._scratch is engine.ops[0]._decode._scratch
+        assert layer._prefill._pool is engine.ops[0]._prefill._pool
+    engine.waiting = [draw(*lengths, 16) for lengths in [(101, 2), (70, 2)]]
+    while engine.waiting or engine.running:
+        engine.step()
+        assert engine.num_plans == num_plans
+    assert engine.compared >= 12 and engine.steady > 0
+    assert engine.differing <= 2
