@@ -18,7 +18,7 @@ class Limits:
     max_model_len: int
     max_num_tokens: int
     prefill_dense_below: int
-    largest_budget: int  # selection blocks, of any layer
+    largest_budget: int  # selection blocks, of any layer that selects
 
 
 def check_cuda(

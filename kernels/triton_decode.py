@@ -339,7 +339,7 @@ class TritonPagedSpla:
         self._units_p = triton.next_power_of_2(self.max_units)
         self._width = min(self._units_p, max(16, _SELECT_ELEMENTS // self._group_p))
         budget = params.budget_blocks
-        self.largest_budget = budget if largest_budget is None else max(largest_budget, budget)
+        self.largest_budget = max(largest_budget or 0, budget)
         self._scratch = _Scratch.shared(self._scratch_shapes(), device)
         table = self._scratch.table
         self.page_table = table.view(-1)[: table[..., :budget].numel()].view(*table.shape[:2], budget)

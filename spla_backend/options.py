@@ -174,6 +174,10 @@ class SplaOptions:
         if layers and not set(layers) - set(self.dense_layers):
             raise ValueError("SPLA option dense_layers names all layers: remove --attention-backend spla instead")
 
+    def largest_budget(self, max_model_len: int) -> int:
+        """Of all layers that select in sequences of up to `max_model_len` tokens, 0 where none does."""
+        return max((n for n in (self.budget, *self.layer_budgets.values()) if n < max_model_len), default=0)
+
     def layers(self, page_size: int, indices: Iterable[int]) -> dict[int, SplaParameters]:
         """What each of these layers computes; those of `dense_layers` are left out. Raises as `parameters`."""
         return {i: self.parameters(page_size, i) for i in indices if i not in self.dense_layers}

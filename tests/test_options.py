@@ -6,6 +6,7 @@ from spla_backend.options import SplaOptions
 def test_budgets_of_layers():
     options = SplaOptions.from_sources({"layer_budgets": {"7": 4096, 0: 512}, "dense_layers": [2], "budget": 1024})
     assert options.layer_budgets == {0: 512, 7: 4096} and list(options.layer_budgets) == [0, 7]
+    assert [options.largest_budget(n) for n in (8192, 4096, 512)] == [4096, 1024, 0]
     assert hash(options) == hash(options)
     layers = options.layers(64, range(9))
     assert max(params.budget_blocks * params.selection_block for params in layers.values()) == 4096

@@ -127,7 +127,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             max_model_len=max_model_len,
             max_num_tokens=scheduler.max_num_batched_tokens,
             prefill_dense_below=dispatch.dense_below(device, options.prefill_dense_below, common, max_model_len),
-            largest_budget=options.largest_budget // common.selection_block,
+            largest_budget=options.largest_budget(max_model_len) // common.selection_block,
         )
         if device.type == "cpu":
             logger.info_once("SPLA loads its CPU kernels; the first time they are compiled, for half a minute")
