@@ -11,18 +11,24 @@ from ..algorithm.parameters import SplaParameters
 from .triton_decode import TritonPagedSpla
 from .triton_prefill import DenseRows, PrefillPlan, TritonPrefill
 
-DENSE_BELOW = 16384
-"""Position from which a sparse prompt token costs less than a dense one at a budget of 2048 tokens in pages of 64 and
-more: measured on an H200 (`benchmarks/NOTES.md`)."""
+DENSE_BELOW = {(64, False): 16384, (64, True): 24576, (32, False): 32768, (16, False): 98304}
+"""Position from which a sparse prompt token costs less than a dense one at a budget of 2048 tokens, by tokens of a
+selection block (or more) and by whether the selector is `km2-rem`: measured on an H200 (`benchmarks/NOTES.md`)."""
 
 
 def default_dense_below(params: SplaParameters, max_model_len: int) -> int:
-    """Where prompt tokens begin to select unless the user says: what a sparse token costs grows with the budget. In
-    smaller blocks than 64 it costs more than a dense one at every length measured, and with `km2-rem` its cost was not
-    measured: there all attend densely."""
-    if params.selection_block < 64 or params.selector == "km2-rem":
+    """Where prompt tokens begin to select unless the user says: what a sparse token costs grows with the budget.
+
+    Smaller blocks than 16, and `km2-rem` in smaller ones than 64, cost more than dense attention at every length measured.
+    """
+    clusters = params.selector == "km2-rem"
+    block = max(
+        (size for size, of_clusters in DENSE_BELOW if of_clusters == clusters and size <= params.selection_block),
+        default=0,
+    )
+    if block == 0:
         return max_model_len
-    return DENSE_BELOW * max(params.budget_blocks * params.selection_block, 2048) // 2048
+    return DENSE_BELOW[block, clusters] * max(params.budget_blocks * params.selection_block, 2048) // 2048
 
 
 @dataclass(frozen=True)
