@@ -138,7 +138,7 @@ class Pool:
             part = self.kv_cache[start : start + 1024]
             part.normal_()
             keys = part[:, :, :page, :HEAD_SIZE].float().unflatten(2, (-1, op.params.selection_block))
-            layout.statistics(part)[:] = selector.statistics(keys).to(DTYPE)
+            layout.store(layout.area(part), selector.statistics(keys))
             ids = torch.arange(start, start + len(part), dtype=torch.int32, device=DEVICE)
             words[start : start + 1024, :, -4:] = ids[:, None, None]
         order = torch.randperm(num_pages, device=DEVICE).to(torch.int32)

@@ -19,7 +19,7 @@ selection block (or more) and by whether the selector is `km2-rem`: measured on 
 def default_dense_below(params: SplaParameters, max_model_len: int) -> int:
     """Where prompt tokens begin to select unless the user says: what a sparse token costs grows with the budget.
 
-    Smaller blocks than 16, and `km2-rem` in smaller ones than 64, cost more than dense attention at every length measured.
+    Blocks of less than 16, and `km2-rem` in blocks of less than 64, cost more than dense attention at every length.
     """
     clusters = params.selector == "km2-rem"
     block = max(

@@ -7,6 +7,7 @@ import torch
 from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import make_residual
 from ..algorithm.selectors import get_selector
+from ..algorithm.statistics_format import Formats, decode, encode
 
 STAMP_WORDS = 4  # int32: salt_lo, salt_hi, counter, page id
 STATE_MAGIC = 0x53504C41  # "SPLA"
@@ -27,6 +28,7 @@ class PageLayout:
         itemsize: Bytes of one element of the cache dtype.
         selection_block: Tokens a selection block; divides `page_size`.
         statistics_width: Elements a selection block's statistics take (`Selector.width`).
+        formats: How they are stored where they take a byte each; None: in the cache dtype.
     """
 
     page_size: int
@@ -34,32 +36,61 @@ class PageLayout:
     itemsize: int
     selection_block: int
     statistics_width: int
+    formats: Formats | None = None
 
     @property
     def blocks_per_page(self) -> int:
         return self.page_size // self.selection_block
 
     @property
+    def statistics_itemsize(self) -> int:
+        """Bytes of one stored element of statistics."""
+        return self.itemsize if self.formats is None else 1
+
+    @property
     def statistics_stride(self) -> int:
-        """Elements from one selection block's statistics to the next: each set begins at a multiple of 16 bytes."""
-        unit = 16 // self.itemsize
+        """Stored elements from one block's statistics to the next: each set begins at a multiple of 16 bytes."""
+        unit = 16 // self.statistics_itemsize
         return _ceil_div(self.statistics_width, unit) * unit
 
     @property
-    def statistics_elements(self) -> int:
-        """Elements of the statistics area in use, stamp excluded."""
-        return self.blocks_per_page * self.statistics_stride
+    def statistics_bytes(self) -> int:
+        """Bytes of the statistics area in use, stamp excluded."""
+        return self.blocks_per_page * self.statistics_stride * self.statistics_itemsize
 
     @property
     def statistics_rows(self) -> int:
         """Rows of `2 * head_size` elements behind a page's tokens (`r` in docs/design.md)."""
-        used = self.statistics_elements * self.itemsize + STAMP_WORDS * 4
-        return _ceil_div(used, 2 * self.head_size * self.itemsize)
+        return _ceil_div(self.statistics_bytes + STAMP_WORDS * 4, 2 * self.head_size * self.itemsize)
+
+    def area(self, pages: torch.Tensor) -> torch.Tensor:
+        """Statistics areas `[..., statistics_rows * 2 * head_size]` of pages `[..., rows, 2 * head_size]`, a view."""
+        return pages[..., self.page_size :, :].flatten(-2)
+
+    def stored(self, area: torch.Tensor) -> torch.Tensor:
+        """Statistics as they are stored, `[..., blocks_per_page, statistics_width]`: a view of an area that begins with
+        them and is whole or shorter."""
+        if self.formats is not None:
+            area = area.view(torch.uint8)
+        used = area[..., : self.blocks_per_page * self.statistics_stride]
+        return used.unflatten(-1, (self.blocks_per_page, self.statistics_stride))[..., : self.statistics_width]
+
+    def load(self, area: torch.Tensor) -> torch.Tensor:
+        """Statistics `[..., blocks_per_page, statistics_width]` float32 of an area."""
+        stored = self.stored(area)
+        return stored.float() if self.formats is None else decode(stored, self.formats)
+
+    def store(self, area: torch.Tensor, statistics: torch.Tensor) -> None:
+        """Write statistics `[..., blocks_per_page, statistics_width]` float32 into an area, rounded."""
+        if self.formats is None:
+            limit = torch.finfo(area.dtype).max
+            self.stored(area)[:] = statistics.clamp(-limit, limit).to(area.dtype)
+        else:
+            self.stored(area)[:] = encode(statistics, self.formats)
 
     def statistics(self, pages: torch.Tensor) -> torch.Tensor:
-        """The statistics `[..., blocks_per_page, statistics_width]` in pages `[..., rows, 2 * head_size]`, a view."""
-        area = pages[..., self.page_size :, :].flatten(-2)[..., : self.statistics_elements]
-        return area.unflatten(-1, (self.blocks_per_page, self.statistics_stride))[..., : self.statistics_width]
+        """Statistics `[..., blocks_per_page, statistics_width]` float32 in pages `[..., rows, 2 * head_size]`."""
+        return self.load(self.area(pages))
 
     @property
     def rows(self) -> int:
@@ -106,8 +137,10 @@ class StateLayout:
 
 def layouts(params: SplaParameters, head_size: int, dtype: torch.dtype) -> tuple[PageLayout, StateLayout]:
     """Pages and recurrent states of a layer whose cache is of `dtype`; without a residual the state has no rows."""
-    width = get_selector(params.selector).width(head_size)
-    page = PageLayout(params.page_size, head_size, dtype.itemsize, params.selection_block, width)
+    selector = get_selector(params.selector)
+    formats = selector.formats(head_size) if params.statistics_dtype == "fp8" else None
+    width = selector.width(head_size)
+    page = PageLayout(params.page_size, head_size, dtype.itemsize, params.selection_block, width, formats)
     residual = make_residual(params, head_size)
     s_rows, z_size = (residual.s_rows, residual.z_size) if residual else (0, 0)
     return page, StateLayout(page, s_rows, z_size)

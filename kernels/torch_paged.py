@@ -209,13 +209,9 @@ class TorchPagedSpla:
         params, layout, d = self.params, self.page_layout, self.head_size
         keys = kv_cache[pages, :, : params.page_size, :d].float()  # [pages, kv_heads, page_size, head_size]
         keys = keys.unflatten(2, (params.blocks_per_page, params.selection_block))
-        limit = torch.finfo(kv_cache.dtype).max
-        statistics = self.selector.statistics(keys).clamp(-limit, limit).to(kv_cache.dtype)
-        area = torch.zeros(
-            pages.numel(), self.num_kv_heads, layout.statistics_rows * 2 * d, dtype=kv_cache.dtype
-        )  # [pages, kv_heads, elements]
-        sets = area[..., : layout.statistics_elements].unflatten(-1, (params.blocks_per_page, -1))
-        sets[..., : layout.statistics_width] = statistics
+        shape = (pages.numel(), self.num_kv_heads, layout.statistics_rows * 2 * d)
+        area = torch.zeros(shape, dtype=kv_cache.dtype)
+        layout.store(area, self.selector.statistics(keys))
         self._counter += 1
         stamp = torch.empty(pages.numel(), STAMP_WORDS, dtype=torch.int32)
         stamp[:, :2], stamp[:, 2], stamp[:, 3] = self._salt, self._counter, pages
@@ -410,9 +406,10 @@ class TorchPagedSpla:
     def _statistics(self, kv_cache: torch.Tensor, tile: Tile) -> torch.Tensor:
         """Statistics of the complete pages `[requests, num_blocks, width]` float32."""
         layout = self.page_layout
-        area = _gather(kv_cache, tile.pages[:, None], self._head, layout.page_size, layout.statistics_elements)
+        size = layout.statistics_bytes // kv_cache.itemsize
+        area = _gather(kv_cache, tile.pages[:, None], self._head, layout.page_size, size)
         num_blocks = tile.pages.shape[1] * layout.blocks_per_page
-        return area.float().view(-1, num_blocks, layout.statistics_stride)[..., : layout.statistics_width]
+        return layout.load(area).view(-1, num_blocks, layout.statistics_width)
 
     def _select(self, tile: Tile, q: torch.Tensor, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Selected complete blocks `[rows, kv_heads, tokens, num_blocks]` and the log mass of the others

@@ -24,6 +24,52 @@ SELECTOR_CODES = {"mean": 0, "taylor2": 1, "cumulant2": 2, "rem": 3, "quest": 4,
 
 LLOYD_ITERATIONS = tl.constexpr(4)
 
+E4M3_MAX = tl.constexpr(448.0)
+E5M2_MAX = tl.constexpr(57344.0)
+
+
+@triton.jit
+def encode_e4m3(x):
+    """Float32 as e4m3 bytes; `algorithm/statistics_format.py`. By float16, whose exponents reach as far once `x` is
+    divided by 256: any GPU can, and so can the interpreter."""
+    bits = (tl.clamp(x, -E4M3_MAX, E4M3_MAX) * (1.0 / 256.0)).to(tl.float16).to(tl.uint16, bitcast=True)
+    magnitude = bits & 0x7FFF
+    rounded = (magnitude + 0x3F + ((magnitude >> 7) & 1)) >> 7  # to nearest, ties to even
+    return (rounded | ((bits >> 8) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def encode_e5m2(x):
+    """Float32, not negative, as e5m2 bytes: the upper half of a float16."""
+    bits = tl.minimum(x, E5M2_MAX).to(tl.float16).to(tl.uint16, bitcast=True)
+    return ((bits + 0x7F + ((bits >> 8) & 1)) >> 8).to(tl.uint8)
+
+
+@triton.jit
+def decode_e4m3(byte):
+    """A 256th of an e4m3 number, as float16, exactly: the same bits in other places."""
+    wide = byte.to(tl.uint16)
+    return (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def decode_e5m2(byte):
+    """An e5m2 number as float16."""
+    return (byte.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def store_vector(to, x, in_head, LIMIT: tl.constexpr, FP8: tl.constexpr, VARIANCE: tl.constexpr):
+    """Store statistics `[DP]` at `to [DP]`, saturated: as bytes where `FP8`, in the dtype of the pointers otherwise."""
+    if FP8:
+        if VARIANCE:
+            stored = encode_e5m2(x)
+        else:
+            stored = encode_e4m3(x)
+    else:
+        stored = tl.clamp(x, -LIMIT, LIMIT).to(to.dtype.element_ty)
+    tl.store(to, stored, mask=in_head)
+
 
 @triton.jit
 def update_cache_kernel(
@@ -46,7 +92,8 @@ def update_cache_kernel(
     DP: tl.constexpr,  # D, padded to a power of two
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,  # tokens a selection block
-    STRIDE: tl.constexpr,  # elements from the statistics of one selection block to the next
+    STRIDE: tl.constexpr,  # stored elements from the statistics of one selection block to the next
+    FP8: tl.constexpr,  # statistics are bytes
     TILE: tl.constexpr,  # tokens at a time, a power of two that divides UNIT; for KM2_REM at least UNIT
     STAMP_WORD: tl.constexpr,  # first int32 of the stamp within a page's head
     LIMIT: tl.constexpr,  # largest finite value of the cache dtype
@@ -77,7 +124,10 @@ def update_cache_kernel(
             # Other programs of this launch may still be storing keys of this page. A token of the page that is in this
             # batch stands as far before this one as its slot does, so its key is taken from the batch, not the cache.
             for unit in tl.range(0, PAGE // UNIT):
-                area = base + PAGE * 2 * D + unit * STRIDE
+                area = base + PAGE * 2 * D
+                if FP8:
+                    area = area.to(tl.pointer_type(tl.uint8))
+                area += unit * STRIDE
                 if SELECTOR == KM2_REM:
                     keys, exists = _page_keys(
                         key_ptr, slot_ptr, base, token, head, slot, unit * UNIT, unit * UNIT + UNIT,
@@ -92,9 +142,9 @@ def update_cache_kernel(
                         deviation = tl.where(member[:, None], keys - mean[None, :], 0.0)
                         variance = tl.sum(deviation * deviation, axis=0) * scaled
                         statistic = area + cluster * 2 * D + columns
-                        tl.store(statistic, tl.clamp(mean, -LIMIT, LIMIT).to(dtype), mask=in_head)
-                        tl.store(statistic + D, tl.clamp(variance, -LIMIT, LIMIT).to(dtype), mask=in_head)
-                        tl.store(area + 4 * D + cluster, count.to(dtype))
+                        store_vector(statistic, mean, in_head, LIMIT, FP8, False)
+                        store_vector(statistic + D, variance, in_head, LIMIT, FP8, True)
+                        tl.store(area + 4 * D + cluster, count.to(area.dtype.element_ty))
                 else:
                     total = tl.zeros([DP], dtype=tl.float32)
                     low = tl.full([DP], float("inf"), dtype=tl.float32)
@@ -124,9 +174,9 @@ def update_cache_kernel(
                             deviation = keys - statistic[None, :]
                             second += tl.sum(deviation * deviation, axis=0)
                         second = second / UNIT
-                    tl.store(area + columns, tl.clamp(statistic, -LIMIT, LIMIT).to(dtype), mask=in_head)
+                    store_vector(area + columns, statistic, in_head, LIMIT, FP8, False)
                     if SELECTOR != MEAN:
-                        tl.store(area + D + columns, tl.clamp(second, -LIMIT, LIMIT).to(dtype), mask=in_head)
+                        store_vector(area + D + columns, second, in_head, LIMIT, FP8, SELECTOR != QUEST)
             # Every (page, head) that completes takes a number of its own: no program has to wait for the others before
             # the counter may move, and a stamp still names one content of one page.
             count = tl.atomic_add(counter_ptr, 1, sem="relaxed")

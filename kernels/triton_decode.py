@@ -465,6 +465,7 @@ class TritonPagedSpla:
             PAGE=self.params.page_size,
             UNIT=block,
             STRIDE=self.page_layout.statistics_stride,
+            FP8=self.page_layout.formats is not None,
             TILE=tile,
             STAMP_WORD=self._stamp_word,
             LIMIT=torch.finfo(self.cache_dtype).max,

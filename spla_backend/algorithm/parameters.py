@@ -21,6 +21,7 @@ class SplaParameters:
         first_blocks: Leading blocks always selected (attention sink).
         last_blocks: Trailing blocks always selected, the current one included.
         selector: Name of a selector in `spla_backend.algorithm.selectors`.
+        statistics_dtype: How statistics are stored: `auto`, in the cache dtype, or `fp8`, in a byte an element.
         top_p: Stop selecting once this share of the estimated mass is covered; None keeps the whole budget.
         residual: `regression`, `linear` (the paper's) or `none`.
         feature_map: Name of a feature map, used by the `linear` residual.
@@ -35,6 +36,7 @@ class SplaParameters:
     first_blocks: int = 1
     last_blocks: int = 2
     selector: str = "rem"
+    statistics_dtype: str = "auto"
     top_p: float | None = None
     residual: str = "regression"
     feature_map: str = "softmax"

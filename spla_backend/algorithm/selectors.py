@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from .statistics_format import COUNT, E4M3, E5M2, Formats
+
 _LLOYD_ITERATIONS = 4
 
 
@@ -27,6 +29,10 @@ class Selector(ABC):
     @abstractmethod
     def width(self, head_size: int) -> int:
         """Elements of the statistics of one selection block of one kv head."""
+
+    def formats(self, head_size: int) -> Formats | None:
+        """How the `width` elements are stored where statistics take a byte each; None: they cannot be."""
+        return None
 
     @abstractmethod
     def statistics(self, keys: torch.Tensor) -> torch.Tensor:
@@ -102,6 +108,9 @@ class MeanSelector(Selector):
     def width(self, head_size: int) -> int:
         return head_size
 
+    def formats(self, head_size: int) -> Formats:
+        return ((E4M3, head_size),)
+
     def statistics(self, keys: torch.Tensor) -> torch.Tensor:
         return keys.mean(-2)
 
@@ -116,6 +125,9 @@ class _MomentSelector(Selector):
 
     def width(self, head_size: int) -> int:
         return 2 * head_size
+
+    def formats(self, head_size: int) -> Formats:
+        return (E4M3, head_size), (E5M2, head_size)
 
     def statistics(self, keys: torch.Tensor) -> torch.Tensor:
         variance, mean = torch.var_mean(keys, dim=-2, correction=0)
@@ -184,6 +196,9 @@ class QuestSelector(Selector):
     def width(self, head_size: int) -> int:
         return 2 * head_size
 
+    def formats(self, head_size: int) -> Formats:
+        return ((E4M3, 2 * head_size),)
+
     def statistics(self, keys: torch.Tensor) -> torch.Tensor:
         return torch.cat(list(torch.aminmax(keys, dim=-2)), -1)
 
@@ -201,6 +216,9 @@ class KMeans2RemSelector(Selector):
 
     def width(self, head_size: int) -> int:
         return 4 * head_size + 2
+
+    def formats(self, head_size: int) -> Formats:
+        return *((E4M3, head_size), (E5M2, head_size)) * 2, (COUNT, 2)
 
     def statistics(self, keys: torch.Tensor) -> torch.Tensor:
         in_second = self._in_second_cluster(keys)  # [..., block_size]

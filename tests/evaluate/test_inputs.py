@@ -94,7 +94,7 @@ def test_bytes_read():
     params = parameters_of(Variant("x", {"budget": 1024, "selector": "rem"}), 64, None)
     page = PageLayout(64, size, 2, 64, 2 * size)
     tokens, state = 1024 * 2 * size * 2, 4 * (65 * 64 + 64)
-    assert bytes_read(params, length, size) == 127 * page.statistics_elements * 2 + tokens + state
+    assert bytes_read(params, length, size) == 127 * page.statistics_bytes + tokens + state
     assert bytes_read(None, length, size) == length * 2 * size * 2
     assert bytes_read(params, 1024, size) == bytes_read(None, 1024, size)
     without = parameters_of(Variant("x", {"budget": 1024, "residual": "none"}), 64, None)

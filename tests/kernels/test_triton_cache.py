@@ -6,13 +6,14 @@ from triton_cases import make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import complete_statistics
+from spla_backend.algorithm.statistics_format import encode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {"num_heads": 2, "num_kv_heads": 2, "head_size": 32, "device": DEVICE}
 
 
-def params(selector: str = "rem", page: int = 16, block: int = 16) -> SplaParameters:
-    return SplaParameters(page, block, 4, selector=selector, residual="none")
+def params(selector: str = "rem", page: int = 16, block: int = 16, **others: str) -> SplaParameters:
+    return SplaParameters(page, block, 4, selector=selector, residual="none", **others)
 
 
 @pytest.mark.parametrize("selector", ["mean", "taylor2", "quest"])
@@ -32,6 +33,25 @@ def test_statistics_of_finer_blocks(selector: str, block: int) -> None:
     batch = make_batch(params(selector, 48, block), [100], chunk=37, seed=torch.seed() % 2**31, **SHAPE)
     expected = complete_statistics(batch.keys[0].double().cpu(), batch.op.params)  # [blocks, G, width]
     torch.testing.assert_close(batch.statistics(0, 2), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("selector", ["mean", "rem", "quest", "km2-rem"])
+def test_statistics_in_fp8(selector: str) -> None:
+    """Rounded as torch rounds, ties in the kernels' float32 aside; saturated where a byte cannot hold them."""
+    batch = make_batch(
+        params(selector, 32, 16, statistics_dtype="fp8"), [70], chunk=37, seed=torch.seed() % 2**31, **SHAPE
+    )
+    batch.keys[0][:40] *= 2000.0  # means beyond 448, variances beyond 57344
+    batch.keys[0][40:64] *= 1e-3  # in the subnormals
+    batch.write(0, 0, 64)
+    layout = batch.op.page_layout
+    exact = complete_statistics(batch.keys[0].double().cpu(), batch.op.params)[:4]  # [blocks, G, width]
+    assert layout.formats is not None and exact.abs().max() > 448
+    expected = encode(exact.float(), layout.formats).int()
+    stored = layout.stored(layout.area(batch.kv_cache[batch.block_table[0, :2].long()])).transpose(1, 2).flatten(0, 1)
+    off = (stored.cpu().int() - expected).abs()
+    assert off.max() <= 1 and off.float().mean() < 0.01
+    torch.testing.assert_close(batch.statistics(0, 2)[3:], exact[3:], rtol=0.126, atol=2e-3)
 
 
 def test_two_clusters_of_equal_keys() -> None:
