@@ -1,7 +1,7 @@
 """Time a decode step of one attention layer: FA3 and FlashInfer dense, FlashInfer over sparse tables, SPLA, the floor.
 
     python benchmarks/decode.py --out benchmarks/results/decode_h200.json
-    python benchmarks/decode.py --quick --impls fa3,spla
+    python benchmarks/decode.py --quick --impls fa3,spla --statistics fp8
     python benchmarks/decode.py --contexts 131072 --batches 1,8,32 --budgets 1024,2048 --pages 64 --blocks 64,32,16 \
         --selectors rem,km2-rem --impls fa3,spla --out benchmarks/results/decode_blocks_h200.json
     python benchmarks/decode.py --plot benchmarks/results/decode_blocks_h200.json \
@@ -80,6 +80,7 @@ class Shape:
     page: int
     block: int  # tokens a selection block
     selector: str = "rem"
+    statistics_dtype: str = "auto"
 
     @property
     def budget_blocks(self) -> int:
@@ -91,7 +92,13 @@ class Shape:
 
     def op(self, executor: str = "spla") -> TritonPagedSpla:
         return TritonPagedSpla(
-            SplaParameters(self.page, self.block, self.budget_blocks, selector=self.selector),
+            SplaParameters(
+                self.page,
+                self.block,
+                self.budget_blocks,
+                selector=self.selector,
+                statistics_dtype=self.statistics_dtype,
+            ),
             num_heads=HEADS,
             num_kv_heads=KV_HEADS,
             head_size=HEAD_SIZE,
@@ -169,7 +176,8 @@ def spla_bytes(shape: Shape) -> int:
     if shape.context <= shape.budget:
         return KV_HEADS * shape.context * 2 * HEAD_SIZE * item
     blocks = (shape.context - 1) // shape.page * (shape.page // shape.block)
-    block_statistics = blocks * get_selector(shape.selector).width(HEAD_SIZE) * item
+    width = get_selector(shape.selector).width(HEAD_SIZE)
+    block_statistics = blocks * width * (1 if shape.statistics_dtype == "fp8" else item)
     state = (HEAD_SIZE + 2) * HEAD_SIZE * 4
     return KV_HEADS * (block_statistics + shape.budget * 2 * HEAD_SIZE * item + state)
 
@@ -472,9 +480,9 @@ class Benchmark:
             print(error, flush=True)
 
     def run(
-        self, kinds: list[tuple[int, int, str]], contexts: list[int], batches: list[int], budgets: list[int]
+        self, kinds: list[tuple[int, int, str, str]], contexts: list[int], batches: list[int], budgets: list[int]
     ) -> None:
-        """`kinds`: page, selection block, selector."""
+        """`kinds`: page, selection block, selector, dtype of the statistics."""
         for kind in kinds:
             triton_decode._Scratch._instances.clear()
             pool = None  # before the next one
@@ -499,7 +507,7 @@ class Benchmark:
                         with self._wrong_outputs_noted():
                             self.sparse(pool, steps, shape, check=batch == batches[0] and known)
                 self.save()
-                print("page {}, blocks of {}, {}, context {}: done".format(*kind, context), flush=True)
+                print("page {}, blocks of {}, {}, statistics {}, context {}: done".format(*kind, context), flush=True)
 
 
 def compile_shape(executors: list[str], shape: Shape) -> None:
@@ -534,6 +542,7 @@ def main() -> None:
     parser.add_argument("--pages", default="64,32,128")
     parser.add_argument("--blocks", default="0", help="tokens a selection block; 0: a page")
     parser.add_argument("--selectors", default="rem")
+    parser.add_argument("--statistics", default="auto,fp8", help="how statistics are stored")
     parser.add_argument("--impls", default=",".join(IMPLS))
     parser.add_argument("--quick", action="store_true", help="16K and 128K, batches 1, 8, 32, budget 2048, page 64")
     parser.add_argument("--breakdown", action="store_true", help="time the kernels of SPLA apart")
@@ -555,7 +564,13 @@ def main() -> None:
         [int(x) for x in text.split(",")] for text in (args.pages, args.contexts, args.batches, args.budgets)
     )
     blocks = [int(x) for x in args.blocks.split(",")]
-    kinds = [(page, block or page, s) for s in args.selectors.split(",") for page in pages for block in blocks]
+    kinds = [
+        (page, block or page, selector, statistics_dtype)
+        for selector in args.selectors.split(",")
+        for page in pages
+        for block in blocks
+        for statistics_dtype in args.statistics.split(",")
+    ]
     impls = args.impls.split(",")
     unknown = set(impls) - {*IMPLS, "spla_flashinfer"}
     if unknown:
@@ -578,7 +593,7 @@ def print_tables(rows: list[dict]) -> None:
         us[tuple(kind), row["context"], batch][row["impl"]] = row["us"]
     first = next(iter(us))[0]
     names = list(dict.fromkeys(row["impl"] for row in rows if "/" not in row["impl"]))
-    print("budget {}, page {}, blocks of {}, {}, microseconds".format(*first))
+    print("budget {}, page {}, blocks of {}, {}, statistics {}, microseconds".format(*first))
     print(f"{'context':>7} {'batch':>5}", *(f"{name.replace('flashinfer', 'fi'):>9}" for name in names), "fa3/spla")
     for (kind, context, batch), found in us.items():
         if kind == first:
@@ -592,14 +607,14 @@ def print_tables(rows: list[dict]) -> None:
         return
     contexts, batches = sorted({key[1] for key in us}), sorted({key[2] for key in us})
     print(f"fa3/spla, and microseconds of spla, at batches {'/'.join(map(str, batches))}")
-    print("budget page block selector ", *(f"{context:>36}" for context in contexts))
-    for budget, page, block, selector in kinds:
+    print("budget page block selector statistics", *(f"{context:>36}" for context in contexts))
+    for kind in kinds:
         cells = []
         for context in contexts:
-            at = [us.get(((budget, page, block, selector), context, batch), {}) for batch in batches]
+            at = [us.get((kind, context, batch), {}) for batch in batches]
             ratios = "/".join(f"{f.get('fa3', math.nan) / f.get('spla', math.nan):.1f}" for f in at)
             cells.append(f"{ratios}  {'/'.join(format(f.get('spla', math.nan), '.1f') for f in at)}")
-        print(f"{budget:6d} {page:4d} {block:5d} {selector:9s}", *(f"{cell:>36}" for cell in cells))
+        print("{:6d} {:4d} {:5d} {:9s} {:9s} ".format(*kind), *(f"{cell:>36}" for cell in cells))
 
 
 NAMES = {
@@ -608,6 +623,8 @@ NAMES = {
     "flashinfer_sparse": "FlashInfer, selected pages only, no selection",
     "spla": "SPLA",
     "floor": "SPLA, byte floor",
+    "spla fp8": "SPLA, statistics in fp8",
+    "floor fp8": "SPLA, statistics in fp8, byte floor",
 }
 
 
@@ -625,7 +642,8 @@ def plot(path: Path) -> None:
     gpu = result["hardware"]["gpu"]
 
     def points(impl: str, batch: int, budget: int = 2048, page: int = 64) -> list[tuple[int, float]]:
-        wanted = (impl, batch, budget, page, page, "rem")
+        impl, _, statistics_dtype = impl.partition(" ")
+        wanted = (impl, batch, budget, page, page, "rem", statistics_dtype or "auto")
         return sorted((key[1], value) for key, value in us.items() if (key[0], *key[2:]) == wanted)
 
     figure, axes = pyplot.subplots(1, len(batches), figsize=(4 * len(batches), 4), sharey=True, squeeze=False)
@@ -687,8 +705,13 @@ def plot_losses(path: Path, reports: list[Path]) -> None:
     figure, axes = pyplot.subplots(1, len(batches), figsize=(4.5 * len(batches), 4), sharey=True, squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):
         for row in rows:
-            _, budget, _, block, selector = where(row)
-            if row["impl"] == "spla" and row["batch"] == batch and (selector, block, budget) in losses:
+            _, budget, _, block, selector, statistics_dtype = where(row)
+            if (
+                row["impl"] == "spla"
+                and statistics_dtype == "auto"
+                and row["batch"] == batch
+                and (selector, block, budget) in losses
+            ):
                 loss, error = losses[selector, block, budget]
                 axis.errorbar(row["us"], loss, error, marker="o", capsize=3)
                 axis.annotate(f" {selector} {block}", (row["us"], loss), fontsize=8)
@@ -702,9 +725,11 @@ def plot_losses(path: Path, reports: list[Path]) -> None:
     figure.savefig(path.with_name(path.stem + "_loss.png"), dpi=130)
 
 
-def where(row: dict) -> tuple[int, int, int, int, str]:
-    """Batch, budget, page, selection block, selector; files from before the last two hold pages and `rem`."""
-    return row["batch"], row["budget"], row["page"], row.get("block", row["page"]), row.get("selector", "rem")
+def where(row: dict) -> tuple[int, int, int, int, str, str]:
+    """Batch, budget, page, selection block, selector, dtype of the statistics; files from before the last three hold
+    pages, `rem` and `auto`."""
+    block, selector = row.get("block", row["page"]), row.get("selector", "rem")
+    return row["batch"], row["budget"], row["page"], block, selector, row.get("statistics_dtype", "auto")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@
 //
 // Statistics, keys and values come by asynchronous copies into a ring that a warp owns: no warp waits for another.
 // What is read is a dense row of `2 D` elements in all cases: mean and variance of a unit, key and value of a token.
+// Statistics in fp8 become float16 in registers, and meet the query in it.
 //
-// Floor, bytes a (row, kv head): `2 D` elements a unit and 4 bytes a page; `2 D` elements a selected token;
+// Floor, bytes a (row, kv head): `2 D` elements, or bytes, a unit and 4 bytes a page; `2 D` elements a selected token;
 // `(D + 2) D` float32 of state. FLOP: `4 GROUP D` a unit, `8 GROUP D` a selected token, on tensor cores that are mostly empty.
 //
-// Compiled with: D, GROUP, PAGE, UNIT (tokens a selection block), FP16 (0: bf16), SELECTOR, RESIDUAL (0 none,
+// Compiled with: D, GROUP, PAGE, UNIT (tokens a selection block), FP16 (0: bf16), FP8 (statistics are bytes), SELECTOR, RESIDUAL (0 none,
 // 1 regression), NUM_BLOCKS, BODY (state blocks a request, body rows a block), STAMP_WORD, MAGIC, LOG_UNIT (log of UNIT),
 // BLOCKS (of a cluster), TABLE (1: the row's block table fits into shared memory, too).
 
@@ -35,6 +36,7 @@ typedef long long i64;
 #define REM 3
 #define QUEST 4
 
+constexpr int max_of(int a, int b) { return a > b ? a : b; }
 constexpr int next_power(int x) { return x <= 1 ? 1 : 2 * next_power((x + 1) / 2); }
 
 constexpr int GP = next_power(GROUP);      // heads of a group, padded
@@ -45,12 +47,16 @@ constexpr int ROW_BYTES = 2 * ROW;
 constexpr int UNITS_PER_PAGE = PAGE / UNIT;
 constexpr int STRIDE = ROW_BYTES + 16;     // bytes between rows in shared memory: eight rows lie in different banks
 constexpr int TILE = 16;                   // rows of a matrix tile
-constexpr int RING_ROWS = 4096 / D;                      // rows a warp has in flight
-constexpr int STAGES = RING_ROWS / TILE;                 // scoring goes by 16 units
+constexpr int RING_ROWS = 4096 / D;                      // rows of the cache dtype that a warp has in flight
+constexpr int STATISTIC_BYTES = FP8 ? ROW : ROW_BYTES;   // of a unit
+constexpr int STATISTIC_STRIDE = STATISTIC_BYTES + 16;
+constexpr int STAGES = (FP8 ? 2 : 1) * RING_ROWS / TILE; // scoring goes by 16 units
 constexpr int TOKENS = TILE;                             // attention by 16 tokens
 constexpr int STEPS = RING_ROWS / TOKENS;
-constexpr int RING_BYTES = RING_ROWS * STRIDE;           // a warp; later its partial result
+constexpr int RING_BYTES = max_of(RING_ROWS * STRIDE, STAGES * TILE * STATISTIC_STRIDE);  // a warp; later its partial result
 constexpr int QUERY_STRIDE = D + 8;                      // elements
+constexpr bool OWN_QUERY = FP8 && !FP16;                 // statistics meet a query of another type than keys do
+constexpr int QUERIES = OWN_QUERY ? 4 : 3;
 // Columns of the weights W in W^T V: softmax weights, feature weights in two parts, ones; for each head, and one.
 constexpr int COLUMNS = RESIDUAL ? 3 * GP + 1 : GP;
 constexpr int COLUMN_TILES = (COLUMNS + 7) / 8;
@@ -72,6 +78,7 @@ constexpr int ROWS_OF_BLOCK = (D + BLOCKS - 1) / BLOCKS; // of the state, at mos
 constexpr int SLICE = (D / 4 + BLOCKS - 1) / BLOCKS;     // columns of the output that a block has at most, by fours
 constexpr int STATE_LANES = D / 4;                       // lanes of a row of the state, or of a value: 4 elements each
 constexpr int STATE_ROWS_AT_ONCE = 32 / STATE_LANES;
+constexpr int STATISTIC_LANES = STATISTIC_BYTES / 16;    // lanes that copy a unit's statistics
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
@@ -173,6 +180,27 @@ DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// The same in float16 whatever the cache dtype.
+DEVICE void multiply_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// The two lower, or upper, of four e4m3 bytes as float16.
+DEVICE u32 e4m3_lower(u32 x) {
+    u32 y;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, l; }" : "=r"(y) : "r"(x));
+    return y;
+}
+DEVICE u32 e4m3_upper(u32 x) {
+    u32 y;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %1; cvt.rn.f16x2.e4m3x2 %0, h; }" : "=r"(y) : "r"(x));
+    return y;
+}
+// Bytes `b0 b1` and `b2 b3` of a word in the upper halves of two 16-bit numbers.
+DEVICE u32 spread_lower(u32 x) { return __byte_perm(x, 0, 0x1404); }
+DEVICE u32 spread_upper(u32 x) { return __byte_perm(x, 0, 0x3424); }
+
 // 16 bytes a lane, in groups that a lane closes and waits for itself: the bulk copy engine takes far fewer rows of 512 bytes a second.
 DEVICE void copy_in(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"((u64)from) : "memory");
@@ -248,7 +276,8 @@ struct Shared {
     float *score;     // [share][GP]: of this block's units
     float *mass;      // [share][GP], where there is a residual
     int *list;        // [budget]: selected units, where some are left out
-    u16 *query;       // [3][8][QUERY_STRIDE]: q; q^2 in two parts, normalised; row `r` is head `r % GP`
+    u16 *query;       // [QUERIES][8][QUERY_STRIDE]: q; q^2 in two parts, normalised; q as the statistics meet it where that
+                      // is another; row `r` is head `r % GP`
     float *scaled;    // [GP][D]: q times the softmax scale
     float *restore;   // [GP]: what undoes the normalisation of q^2
     float *part;      // [BLOCKS][PART_ROWS][SLICE * 4]: partial results of all blocks, this block's columns of them; shares
@@ -286,7 +315,7 @@ DEVICE Shared carve(char *base, const Params &p) {
     }
     TAKE(mass, float, RESIDUAL ? share * GP : 0)
     TAKE(list, int, p.budget)
-    TAKE(query, u16, 3 * 8 * QUERY_STRIDE)
+    TAKE(query, u16, QUERIES * 8 * QUERY_STRIDE)
     TAKE(scaled, float, GP * D)
     TAKE(restore, float, GP)
     TAKE(gain, float, GP)
@@ -333,7 +362,7 @@ DEVICE int page_id(const Shared &s, const Row &row, int unit) {
 // Where the statistics of a unit stand, in `STEP` bytes from `row.kv` on, so that one register has it.
 constexpr int STEP = 64;
 DEVICE u32 place_of(const Row &row, int id, int unit) {
-    return (u32)id * row.page_step + (PAGE + unit % UNITS_PER_PAGE) * (ROW_BYTES / STEP);
+    return (u32)id * row.page_step + (PAGE * ROW_BYTES + unit % UNITS_PER_PAGE * STATISTIC_BYTES) / STEP;
 }
 
 DEVICE float *state_block(const Row &row, int block) {
@@ -573,13 +602,17 @@ DEVICE int unit_of(int first, int num, int warp, int k, int r) { return first + 
 
 // Ask for a warp's `k`-th tile; lane `from_lane + r` has the place of its unit `r`.
 DEVICE void issue_tile(const Shared &s, const Row &row, int k, u32 place, int from_lane, int warp, int lane) {
-    int r = lane / STATE_LANES;
-    char *to = s.ring + warp * RING_BYTES + (k % STAGES * TILE + r) * STRIDE + lane % STATE_LANES * 16;
-    const char *from = opaque((const char *)row.kv + lane % STATE_LANES * 16);
+    int r = lane / STATISTIC_LANES;
+    char *to = s.ring + warp * RING_BYTES + (k % STAGES * TILE + r) * STATISTIC_STRIDE + lane % STATISTIC_LANES * 16;
+    const char *from = opaque((const char *)row.kv + lane % STATISTIC_LANES * 16);
 #pragma unroll
-    for (int j = 0; j < TILE; j += STATE_ROWS_AT_ONCE)
-        copy_in(to + j * STRIDE, from + (u64)(u32)shuffle((int)place, from_lane + r + j) * STEP);
+    for (int j = 0; j < TILE; j += 32 / STATISTIC_LANES)
+        copy_in(to + j * STATISTIC_STRIDE, from + (u64)(u32)shuffle((int)place, from_lane + r + j) * STEP);
 }
+
+// Of the second half of a unit's bytes, variances in e5m2: the upper halves of float16 numbers. For quest e4m3, as the first.
+DEVICE u32 second_lower(u32 x) { return SELECTOR == QUEST ? e4m3_lower(x) : spread_lower(x); }
+DEVICE u32 second_upper(u32 x) { return SELECTOR == QUEST ? e4m3_upper(x) : spread_upper(x); }
 
 // Scores, and masses where there is a residual, of this block's units; the warp's maximum of its scores and sum of
 // exponentials from it, in `s.warp [warp][2][GP]`. The first `STAGES` tiles have been asked for.
@@ -599,7 +632,22 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
     constexpr bool QUEST_ = SELECTOR == QUEST, OWN_PRODUCT = GP > 4 && !QUEST_;
     u32 q[D / 16][2], square[D / 16][2], rest[OWN_PRODUCT ? D / 16 : 1][2];
     int matrix = lane / 8, r = lane % 8;
-    int second_part = QUEST_ || (GP <= 4 && r >= 4) ? 2 : 1;
+    int second_part = QUEST_ || (GP <= 4 && (FP8 ? lane / 4 : r) >= 4) ? 2 : 1;
+#if FP8
+    // Of 16 neighbouring bytes of a unit a lane gets four, `lane % 4 * 4 ..`, which it feeds in two pairs to the two halves of a
+    // product of 16: so they meet the same four of q. A sum does not ask for the order.
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        auto ask = [&](u32 (&to)[2], int part) {
+            Pair x = *(const Pair *)(s.query + (part * 8 + lane / 4) * QUERY_STRIDE + k * 16 + lane % 4 * 4);
+            to[0] = x.x[0];
+            to[1] = x.x[1];
+        };
+        ask(q[k], QUEST_ ? 1 : OWN_QUERY ? 3 : 0);
+        ask(square[k], second_part);
+        if constexpr (OWN_PRODUCT) ask(rest[k], 2);
+    }
+#else
 #pragma unroll
     for (int k = 0; k < D / 16; k += 2) {
         u32 x[4];
@@ -615,6 +663,7 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
             for (int j = 0; j < 4; j++) rest[k + j / 2][j % 2] = x[j];
         }
     }
+#endif
     // A lane has two heads of the units `lane / 4` and `lane / 4 + 8`; with up to four heads, of one of the two.
     constexpr int HALVES = GP > 4 ? 2 : 1;
     int half = GP > 4 ? 0 : lane % 4 / 2, head = (GP > 4 ? lane % 4 : lane % 2) * 2;
@@ -629,8 +678,24 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
     for (int k = 0; k < tiles; k++) {
         wait_copies<STAGES - 1>();
         sync_warp();
-        const char *rows = ring + (k % STAGES * TILE + matrix % 2 * 8 + r) * STRIDE + matrix / 2 * 16;
+        const char *rows = ring + (k % STAGES * TILE + matrix % 2 * 8 + r) * STATISTIC_STRIDE + matrix / 2 * 16;
         float linear[4] = {}, second[4] = {};
+#if FP8
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            u32 x[4], y[4];
+            load_tiles(x, rows + i * 32);
+            load_tiles(y, rows + D + i * 32);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                u32 x0 = e4m3_lower(x[2 * j]), x1 = e4m3_lower(x[2 * j + 1]), x2 = e4m3_upper(x[2 * j]), x3 = e4m3_upper(x[2 * j + 1]);
+                multiply_half(linear, x0, x1, x2, x3, q[2 * i + j][0], q[2 * i + j][1]);
+                x0 = second_lower(y[2 * j]), x1 = second_lower(y[2 * j + 1]), x2 = second_upper(y[2 * j]), x3 = second_upper(y[2 * j + 1]);
+                multiply_half(second, x0, x1, x2, x3, square[2 * i + j][0], square[2 * i + j][1]);
+                if constexpr (OWN_PRODUCT) multiply_half(second, x0, x1, x2, x3, rest[2 * i + j][0], rest[2 * i + j][1]);
+            }
+        }
+#else
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
             u32 x[4], y[4];
@@ -640,6 +705,7 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
             multiply(second, y[0], y[1], y[2], y[3], square[i][0], square[i][1]);
             if constexpr (OWN_PRODUCT) multiply(second, y[0], y[1], y[2], y[3], rest[i][0], rest[i][1]);
         }
+#endif
         sync_warp();  // all lanes have read the stage
         if (k + STAGES < tiles) {
             issue_tile(s, row, k + STAGES, next, 0, warp, lane);
@@ -1283,18 +1349,18 @@ DEVICE void merge_blocks(
     }
 }
 
-// q, and q^2 in two parts of the cache dtype: in fp16 normalised to its largest element, so that fp16 holds it. Warp `w` has head
-// `w % GP`.
+// q, and q^2 in two parts of the type in which they meet the statistics: in float16 normalised to its largest element, so that
+// float16 holds it. Warp `w` has head `w % GP`.
 DEVICE void load_query(const Shared &s, const Params &p, i64 token, int head, int warp, int lane) {
     int h = warp % GP;
     u16 *q = s.query + warp * QUERY_STRIDE;
     const u16 *from = p.query + token * p.query_token_stride + (head * GROUP + h) * p.query_head_stride;
     // A lane has neighbouring elements.
     constexpr int EACH = D / 32;
-    struct alignas(2 * EACH) Elements { u16 x[EACH]; } raw = {}, upper = {}, lower = {};
+    struct alignas(2 * EACH) Elements { u16 x[EACH]; } raw = {}, own = {}, upper = {}, lower = {};
     if (h < GROUP) raw = *(const Elements *)(from + lane * EACH);
     float peak = 1024.0f;
-#if FP16
+#if FP16 || FP8
     peak = 1e-30f;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
@@ -1308,19 +1374,22 @@ DEVICE void load_query(const Shared &s, const Params &p, i64 token, int head, in
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         float x = element(raw.x[i]), scaled = x * p.scale;
+        own.x[i] = OWN_QUERY ? float_to_half(max_(-max_(-x, -65504.0f), -65504.0f)) : raw.x[i];
 #if SELECTOR == QUEST
-        upper.x[i] = x < 0.0f ? raw.x[i] : 0;
-        lower.x[i] = x > 0.0f ? raw.x[i] : 0;
+        upper.x[i] = x < 0.0f ? own.x[i] : 0;
+        lower.x[i] = x > 0.0f ? own.x[i] : 0;
 #else
         float square = scaled * scaled * to_1024;
-        upper.x[i] = rounded(square);
-        lower.x[i] = rounded(square - element(upper.x[i]));
+        upper.x[i] = FP8 ? float_to_half(square) : rounded(square);
+        square -= FP8 ? half_to_float(upper.x[i]) : element(upper.x[i]);
+        lower.x[i] = FP8 ? float_to_half(square) : rounded(square);
 #endif
         if (warp < GP) s.scaled[h * D + lane * EACH + i] = scaled;
     }
     *(Elements *)(q + lane * EACH) = raw;
     *(Elements *)(q + 8 * QUERY_STRIDE + lane * EACH) = upper;
     *(Elements *)(q + 16 * QUERY_STRIDE + lane * EACH) = lower;
+    if (OWN_QUERY) *(Elements *)(q + 24 * QUERY_STRIDE + lane * EACH) = own;
     if (warp < GP && lane == 0) {
         s.restore[h] = peak * (1.0f / 1024.0f);
         s.gain[h] = h < GROUP ? p.gain[head * GROUP + h] : 0.0f;

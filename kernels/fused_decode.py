@@ -97,6 +97,7 @@ class FusedDecode:
     ) -> None:
         self.params, self.group, self.num_kv_heads, self.head_size = params, group, num_kv_heads, head_size
         self.cache_dtype, self.scale, self._blocks = cache_dtype, scale, blocks
+        self._fp8 = page_layout.formats is not None
         self.max_units = -(-max_model_len // params.page_size) * params.blocks_per_page
         self._group_p = 1 << (group - 1).bit_length()
         elements = params.page_size * 2 * head_size + page_layout.stamp_offset
@@ -108,6 +109,7 @@ class FusedDecode:
             "UNIT": params.selection_block,
             "LOG_UNIT": f"{math.log(params.selection_block):.9g}f",
             "FP16": int(cache_dtype == torch.float16),
+            "FP8": int(self._fp8),
             "SELECTOR": SELECTORS[params.selector],
             "RESIDUAL": RESIDUALS[params.residual],
             "NUM_BLOCKS": state_layout.num_blocks if has_state else 1,
@@ -156,10 +158,11 @@ class FusedDecode:
         share = (-(-self.max_units // blocks) + 3) // 4 * 4
         has_residual = self.params.residual != "none"
         rows = 4096 // d  # of a warp's ring
-        ring = WARPS * rows * (4 * d + 16)
+        ring = WARPS * rows * max(4 * d + 16, 2 * (2 * d + 16) if self._fp8 else 0)
+        queries = 4 if self._fp8 and self.cache_dtype != torch.float16 else 3
         part = blocks * (2 * group + 1 if has_residual else group) * -(-d // 4 // blocks) * 4
         words = share * (1 + group * (2 if has_residual else 1)) + (part if share * group < part else 0)
-        words += self.params.budget_blocks + 12 * (d + 8) + group * d + MAX_CLUSTER * 2 * group + 3 * group
+        words += self.params.budget_blocks + queries * 4 * (d + 8) + group * d + MAX_CLUSTER * 2 * group + 3 * group
         words += (MAX_CLUSTER + WARPS) * 4 * group + (MAX_CLUSTER + 4) * group
         words += (2 * blocks + 1) * 128 + 2 * 256 + WARPS + 4  # selection
         return ring + 4 * words + 23 * 16  # the last: every part begins at 16 bytes

@@ -75,6 +75,26 @@ def test_finer_blocks(block: int) -> None:
 
 
 @emulated
+@pytest.mark.parametrize("selector", ["rem", "quest"])
+@pytest.mark.parametrize(
+    ("heads", "head_size", "block", "dtype"),
+    [(3, 128, 64, torch.bfloat16), (8, 64, 16, torch.float16), (4, 64, 32, torch.bfloat16)],
+    ids=["g3-d128-bf16", "g8-d64-b16-fp16", "g4-d64-b32-bf16"],
+)
+def test_statistics_in_fp8(heads: int, head_size: int, block: int, dtype: torch.dtype, selector: str) -> None:
+    params = SplaParameters(
+        64, block, 256 // block, selector=selector, statistics_dtype="fp8",
+        residual="none" if selector == "quest" else "regression",
+    )  # fmt: skip
+    batch = make_batch(
+        params, [64 * 36 + 5, 331, 3], num_heads=heads, num_kv_heads=1, head_size=head_size, dtype=dtype, seed=fresh(),
+        chunk=0,
+    )  # fmt: skip
+    emulate(batch, 2)
+    batch.check(batch.decode(), 2e-3 if dtype == torch.float16 else 1e-2)
+
+
+@emulated
 def test_ties_go_to_the_lower_page() -> None:
     batch = make_batch(SplaParameters(16, 16, 5), [200], num_heads=8, num_kv_heads=2, head_size=64, seed=fresh())
     batch.keys[0][:] = batch.keys[0][:16].repeat(13, 1, 1)[:200]
@@ -103,19 +123,21 @@ def test_many_units_about_the_threshold() -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("statistics", ["auto", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize(
     ("heads", "page"),
     [((4, 4, 64), 16), ((7, 1, 128), 32), ((8, 2, 128), 64), ((16, 2, 64), 64), ((16, 2, 128), 128), ((9, 3, 64), 128)],
     ids=["g1-d64-p16", "g7-d128-p32", "g4-d128-p64", "g8-d64-p64", "g8-d128-p128", "g3-d64-p128"],
 )
-def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype) -> None:
+def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype, statistics: str) -> None:
     num_heads, num_kv_heads, head_size = heads
     edge = 6 * page
     lengths = [edge * 4 + 5, edge - 1, edge, edge + 1, edge + page, edge + page + 1, 1, page, 0]
+    params = SplaParameters(page, page, 6, statistics_dtype=statistics)
     batch = make_batch(
-        SplaParameters(page, page, 6), lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size,
-        dtype=dtype, device="cuda", seed=fresh(), chunk=0, gain=torch.rand(num_heads) * 2,
+        params, lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, dtype=dtype,
+        device="cuda", seed=fresh(), chunk=0, gain=torch.rand(num_heads) * 2,
     )  # fmt: skip
     for blocks in (1, 2, 8):
         batch.op.fused._blocks = blocks
@@ -126,9 +148,13 @@ def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype) 
 
 
 @needs_gpu
+@pytest.mark.parametrize("statistics", ["auto", "fp8"])
 @pytest.mark.parametrize("selector", ["taylor2", "cumulant2", "quest"])
-def test_gpu_selectors(selector: str) -> None:
-    params = SplaParameters(64, 64, 8, selector=selector, residual="none" if selector == "quest" else "regression")
+def test_gpu_selectors(selector: str, statistics: str) -> None:
+    params = SplaParameters(
+        64, 64, 8, selector=selector, residual="none" if selector == "quest" else "regression",
+        statistics_dtype=statistics,
+    )  # fmt: skip
     batch = make_batch(
         params, [2300, 577, 70], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device="cuda",
         seed=fresh(), chunk=0,
@@ -137,12 +163,14 @@ def test_gpu_selectors(selector: str) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("statistics", ["auto", "fp8"])
 @pytest.mark.parametrize("block", [16, 32])
 @pytest.mark.parametrize("heads", [(8, 1, 64), (8, 2, 128)], ids=["g8-d64", "g4-d128"])
-def test_gpu_finer_blocks(heads: tuple[int, int, int], block: int) -> None:
+def test_gpu_finer_blocks(heads: tuple[int, int, int], block: int, statistics: str) -> None:
     num_heads, num_kv_heads, head_size = heads
+    params = SplaParameters(64, block, 512 // block, statistics_dtype=statistics)
     batch = make_batch(
-        SplaParameters(64, block, 512 // block), [2300, 577, 513, 512, 511, 70, 0], num_heads=num_heads,
+        params, [2300, 577, 513, 512, 511, 70, 0], num_heads=num_heads,
         num_kv_heads=num_kv_heads, head_size=head_size, dtype=torch.bfloat16, device="cuda", seed=fresh(), chunk=0,
     )  # fmt: skip
     for blocks in (1, 2, 8):
@@ -152,10 +180,12 @@ def test_gpu_finer_blocks(heads: tuple[int, int, int], block: int) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("statistics", ["auto", "fp8"])
 @pytest.mark.parametrize("length", [40000, 131072, 524288 - 7])
-def test_gpu_long_context(length: int) -> None:
+def test_gpu_long_context(length: int, statistics: str) -> None:
+    params = SplaParameters(64, 64, 32, statistics_dtype=statistics)
     batch = make_batch(
-        SplaParameters(64, 64, 32), [length], num_heads=4, num_kv_heads=1, head_size=128, dtype=torch.bfloat16,
+        params, [length], num_heads=4, num_kv_heads=1, head_size=128, dtype=torch.bfloat16,
         device="cuda", seed=fresh(), chunk=0,
     )  # fmt: skip
     for _ in range(2):

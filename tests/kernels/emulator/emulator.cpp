@@ -178,15 +178,12 @@ static void tiles(unsigned (&x)[4], const void *row, bool transposed) {
 static void load_tiles(unsigned (&x)[4], const void *row) { tiles(x, row, false); }
 static void load_tiles_transposed(unsigned (&x)[4], const void *row) { tiles(x, row, true); }
 
-static float part_of(unsigned two, int i) {
+static float part_of(unsigned two, int i, bool half) {
     unsigned short x = (unsigned short)(two >> 16 * i);
-#if FP16
-    return half_to_float(x);
-#else
-    return as_float((unsigned)x << 16);
-#endif
+    return half ? half_to_float(x) : as_float((unsigned)x << 16);
 }
-static void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+template <bool HALF>
+static void multiply_as(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     unsigned mine[6] = {a0, a1, a2, a3, b0, b1}, all[32][6];
     gather(mine, all);
     int g = thread_id() % 32 / 4, t = thread_id() % 4;
@@ -196,11 +193,29 @@ static void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsig
         for (int k = 0; k < 16; k++) {
             unsigned a = all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
             unsigned b = all[column * 4 + k % 8 / 2][4 + k / 8];
-            sum += part_of(a, k % 2) * part_of(b, k % 2);
+            sum += part_of(a, k % 2, HALF) * part_of(b, k % 2, HALF);
         }
         c[j] += sum;
     }
 }
+static void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    multiply_as<FP16>(c, a0, a1, a2, a3, b0, b1);
+}
+static void multiply_half(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    multiply_as<true>(c, a0, a1, a2, a3, b0, b1);
+}
+static unsigned short e4m3_to_half(unsigned char x) {
+    int exponent = x >> 3 & 15, mantissa = x & 7;
+    float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp((float)mantissa, -9);
+    if ((x & 0x7f) == 0x7f) size = NAN;
+    return float_to_half(x & 0x80 ? -size : size);
+}
+static unsigned e4m3_lower(unsigned x) {
+    return e4m3_to_half((unsigned char)x) | (unsigned)e4m3_to_half((unsigned char)(x >> 8)) << 16;
+}
+static unsigned e4m3_upper(unsigned x) { return e4m3_lower(x >> 16); }
+static unsigned spread_lower(unsigned x) { return (x & 0xff) << 8 | (x & 0xff00) << 16; }
+static unsigned spread_upper(unsigned x) { return spread_lower(x >> 16); }
 
 static unsigned transposed(unsigned x) {
     unsigned mine[1] = {x}, all[32][1], out = 0;
