@@ -51,6 +51,7 @@ constexpr int RING_ROWS = 4096 / D;                      // rows of the cache dt
 constexpr int STATISTIC_BYTES = FP8 ? ROW : ROW_BYTES;   // of a unit
 constexpr int STATISTIC_STRIDE = STATISTIC_BYTES + 16;
 constexpr int STAGES = (FP8 ? 2 : 1) * RING_ROWS / TILE; // scoring goes by 16 units
+constexpr int TILES = FP8 ? 2 : 1;                       // tiles a warp scores at once
 constexpr int TOKENS = TILE;                             // attention by 16 tokens
 constexpr int STEPS = RING_ROWS / TOKENS;
 constexpr int RING_BYTES = max_of(RING_ROWS * STRIDE, STAGES * TILE * STATISTIC_STRIDE);  // a warp; later its partial result
@@ -619,9 +620,9 @@ DEVICE u32 second_upper(u32 x) { return SELECTOR == QUEST ? e4m3_upper(x) : spre
 DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int first, int num, int warp, int lane) {
     const char *ring = s.ring + warp * RING_BYTES;
     int tiles = tiles_of(num, warp);
-    u32 next = 0;  // place of this lane's unit of the tile to be asked for next
+    u32 next = 0;  // place of this lane's unit of the tiles to be asked for next: `TILE` lanes a tile
     auto look_up = [&](int k) {
-        int unit = unit_of(first, num, warp, k, lane % TILE);
+        int unit = unit_of(first, num, warp, k + (TILES > 1 ? lane / TILE : 0), lane % TILE);
         return place_of(row, page_id(s, row, unit), unit);
     };
     if (STAGES < tiles) next = look_up(STAGES);
@@ -675,24 +676,34 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
         sum[j] = 0.0f;
     }
 
-    for (int k = 0; k < tiles; k++) {
-        wait_copies<STAGES - 1>();
+    for (int k = 0; k < tiles; k += TILES) {
+        wait_copies<STAGES - TILES>();
         sync_warp();
+        // Behind the last tile there may be another in `TILES`, of whatever the ring holds; its units are behind the last.
         const char *rows = ring + (k % STAGES * TILE + matrix % 2 * 8 + r) * STATISTIC_STRIDE + matrix / 2 * 16;
-        float linear[4] = {}, second[4] = {};
+        float linear[TILES][4] = {}, second[TILES][4] = {};
 #if FP8
 #pragma unroll
         for (int i = 0; i < D / 32; i++) {
-            u32 x[4], y[4];
-            load_tiles(x, rows + i * 32);
-            load_tiles(y, rows + D + i * 32);
+            u32 x[TILES][4], y[TILES][4];
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                load_tiles(x[t], rows + t * TILE * STATISTIC_STRIDE + i * 32);
+                load_tiles(y[t], rows + t * TILE * STATISTIC_STRIDE + D + i * 32);
+            }
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                u32 x0 = e4m3_lower(x[2 * j]), x1 = e4m3_lower(x[2 * j + 1]), x2 = e4m3_upper(x[2 * j]), x3 = e4m3_upper(x[2 * j + 1]);
-                multiply_half(linear, x0, x1, x2, x3, q[2 * i + j][0], q[2 * i + j][1]);
-                x0 = second_lower(y[2 * j]), x1 = second_lower(y[2 * j + 1]), x2 = second_upper(y[2 * j]), x3 = second_upper(y[2 * j + 1]);
-                multiply_half(second, x0, x1, x2, x3, square[2 * i + j][0], square[2 * i + j][1]);
-                if constexpr (OWN_PRODUCT) multiply_half(second, x0, x1, x2, x3, rest[2 * i + j][0], rest[2 * i + j][1]);
+#pragma unroll
+                for (int t = 0; t < TILES; t++) {
+                    u32 upper = x[t][2 * j], lower = x[t][2 * j + 1];
+                    multiply_half(
+                        linear[t], e4m3_lower(upper), e4m3_lower(lower), e4m3_upper(upper), e4m3_upper(lower),
+                        q[2 * i + j][0], q[2 * i + j][1]);
+                    upper = y[t][2 * j], lower = y[t][2 * j + 1];
+                    u32 y0 = second_lower(upper), y1 = second_lower(lower), y2 = second_upper(upper), y3 = second_upper(lower);
+                    multiply_half(second[t], y0, y1, y2, y3, square[2 * i + j][0], square[2 * i + j][1]);
+                    if constexpr (OWN_PRODUCT) multiply_half(second[t], y0, y1, y2, y3, rest[2 * i + j][0], rest[2 * i + j][1]);
+                }
             }
         }
 #else
@@ -701,55 +712,67 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
             u32 x[4], y[4];
             load_tiles(x, rows + i * 32);
             load_tiles(y, rows + 2 * D + i * 32);
-            multiply(linear, x[0], x[1], x[2], x[3], q[i][0], q[i][1]);
-            multiply(second, y[0], y[1], y[2], y[3], square[i][0], square[i][1]);
-            if constexpr (OWN_PRODUCT) multiply(second, y[0], y[1], y[2], y[3], rest[i][0], rest[i][1]);
+            multiply(linear[0], x[0], x[1], x[2], x[3], q[i][0], q[i][1]);
+            multiply(second[0], y[0], y[1], y[2], y[3], square[i][0], square[i][1]);
+            if constexpr (OWN_PRODUCT) multiply(second[0], y[0], y[1], y[2], y[3], rest[i][0], rest[i][1]);
         }
 #endif
-        sync_warp();  // all lanes have read the stage
-        if (k + STAGES < tiles) {
-            issue_tile(s, row, k + STAGES, next, 0, warp, lane);
-            if (k + STAGES + 1 < tiles) next = look_up(k + STAGES + 1);
-        }
-        close_copies();
+        sync_warp();  // all lanes have read the stages
+        auto refill = [&]() {
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                if (k + t + STAGES < tiles) issue_tile(s, row, k + t + STAGES, next, t * TILE, warp, lane);
+                close_copies();
+            }
+            if (k + TILES + STAGES < tiles) next = look_up(k + TILES + STAGES);
+        };
+        // A multiprocessor takes rows at a pace, and a warp that asks for more waits. So half of the warps ask while the
+        // others compute.
+        bool early = TILES == 1 || warp % 2;
+        if (early) refill();
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            float score[HALVES], best = top[j];
+            float score[TILES][HALVES], best = top[j];
 #pragma unroll
-            for (int i = 0; i < HALVES; i++) {
-                int unit = (warp + k * WARPS) * TILE + lane / 4 + (half + i) * 8;
-                float one, two;
-                if constexpr (GP > 4) {
-                    one = linear[i * 2 + j];
-                    two = second[i * 2 + j];
-                } else {  // the other part of q^2 is two lanes away, which has the other half of the units
-                    one = half ? linear[2 + j] : linear[j];
-                    two = half ? second[2 + j] : second[j];
-                    if constexpr (!QUEST_) two += shuffle_xor(half ? second[j] : second[2 + j], 2);
-                }
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int i = 0; i < HALVES; i++) {
+                    int unit = (warp + (k + t) * WARPS) * TILE + lane / 4 + (half + i) * 8;
+                    float one, two;
+                    if constexpr (GP > 4) {
+                        one = linear[t][i * 2 + j];
+                        two = second[t][i * 2 + j];
+                    } else {  // the other part of q^2 is two lanes away, which has the other half of the units
+                        one = half ? linear[t][2 + j] : linear[t][j];
+                        two = half ? second[t][2 + j] : second[t][j];
+                        if constexpr (!QUEST_) two += shuffle_xor(half ? second[t][j] : second[t][2 + j], 2);
+                    }
 #if SELECTOR == QUEST
-                score[i] = (one + two) * p.scale;
+                    score[t][i] = (one + two) * p.scale;
 #else
-                float base = LOG_UNIT + one * p.scale;
-                float s2 = max_(two * restore[j], 0.0f);
-                score[i] = base + second_order(s2);
+                    float base = LOG_UNIT + one * p.scale;
+                    float s2 = max_(two * restore[j], 0.0f);
+                    score[t][i] = base + second_order(s2);
 #endif
-                if (unit >= num) {
-                    score[i] = -infinity();
-                } else if (head + j < GP) {
-                    s.score[unit * GP + head + j] = score[i];
+                    if (unit >= num) {
+                        score[t][i] = -infinity();
+                    } else if (head + j < GP) {
+                        s.score[unit * GP + head + j] = score[t][i];
 #if RESIDUAL
-                    s.mass[unit * GP + head + j] = base + log_(1.0f + 0.5f * s2);
+                        s.mass[unit * GP + head + j] = base + log_(1.0f + 0.5f * s2);
 #endif
+                    }
+                    best = max_(best, score[t][i]);
                 }
-                best = max_(best, score[i]);
-            }
             float anchor = finite_or_0(best);
             sum[j] *= exp_(top[j] - anchor);
 #pragma unroll
-            for (int i = 0; i < HALVES; i++) sum[j] += exp_(score[i] - anchor);
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int i = 0; i < HALVES; i++) sum[j] += exp_(score[t][i] - anchor);
             top[j] = best;
         }
+        if (!early) refill();
     }
 #pragma unroll 1
     for (int other = GP > 4 ? 4 : 2; other < 32; other *= 2) {
