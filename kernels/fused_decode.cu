@@ -708,14 +708,16 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
         }
 #else
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            u32 x[4], y[4];
-            load_tiles(x, rows + i * 32);
-            load_tiles(y, rows + 2 * D + i * 32);
-            multiply(linear[0], x[0], x[1], x[2], x[3], q[i][0], q[i][1]);
-            multiply(second[0], y[0], y[1], y[2], y[3], square[i][0], square[i][1]);
-            if constexpr (OWN_PRODUCT) multiply(second[0], y[0], y[1], y[2], y[3], rest[i][0], rest[i][1]);
-        }
+        for (int i = 0; i < D / 16; i++)
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                u32 x[4], y[4];
+                load_tiles(x, rows + t * TILE * STATISTIC_STRIDE + i * 32);
+                load_tiles(y, rows + t * TILE * STATISTIC_STRIDE + 2 * D + i * 32);
+                multiply(linear[t], x[0], x[1], x[2], x[3], q[i][0], q[i][1]);
+                multiply(second[t], y[0], y[1], y[2], y[3], square[i][0], square[i][1]);
+                if constexpr (OWN_PRODUCT) multiply(second[t], y[0], y[1], y[2], y[3], rest[i][0], rest[i][1]);
+            }
 #endif
         sync_warp();  // all lanes have read the stages
         auto refill = [&]() {
