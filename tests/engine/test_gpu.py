@@ -304,6 +304,15 @@ def test_budgets_of_layers_flashinfer(model):
     assert_same(ask(model, "spla", BUDGETS | {"executor": "flashinfer"}), ask(model, "spla", BUDGETS))
 
 
+def test_statistics_in_fp8(model, sparse):
+    """One answer with CUDA graphs, and eager in chunks, which selects as statistics in the cache dtype mostly do."""
+    options = {**SPARSE, "statistics_dtype": "fp8"}
+    graphs = ask(model, "spla", options)
+    assert_same(graphs, ask(model, "spla", options, enforce_eager=True, max_num_batched_tokens=100))
+    mean, _ = differences(graphs, sparse)
+    assert mean < 2 * SELECTION[0]
+
+
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
 def test_flashinfer_executor(model, sparse, eager):
     pytest.importorskip("flashinfer")

@@ -11,10 +11,11 @@ from spla_backend.algorithm.parameters import SplaParameters
 SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_size": 64, "device": "cuda"}
 
 
-def decode(query_len: int) -> None:
+def decode(query_len: int, statistics_dtype: str = "auto") -> None:
     """Rows beyond the budget, within it and padded: pages completed by the token itself (320), states folded from
     nothing, by one page, and not at all."""
-    batch = make_batch(SplaParameters(16, 16, 6), [319, 200, 40, 0], query_len=query_len, **SHAPE)
+    params = SplaParameters(16, 16, 6, statistics_dtype=statistics_dtype)
+    batch = make_batch(params, [319, 200, 40, 0], query_len=query_len, **SHAPE)
     batch.decode()
     batch.keys[0] = torch.cat([batch.keys[0], batch.keys[0][:1]])
     batch.values[0] = torch.cat([batch.values[0], batch.values[0][:1]])
@@ -26,14 +27,21 @@ def decode(query_len: int) -> None:
     batch.check(output, 3e-3)
 
 
-def prefill() -> None:
+def prefill(statistics_dtype: str = "auto") -> None:
     """Two rows, one of them behind a cached prefix, in passes with the launch shapes of large and of small ones."""
-    batch = make_batch(SplaParameters(16, 16, 4), [130, 90], **SHAPE)
+    params = SplaParameters(16, 16, 4, statistics_dtype=statistics_dtype)
+    batch = make_batch(params, [130, 90], **SHAPE)
     check_prefill(batch, [(70, 130), (0, 90)], 5e-3, sample=23, max_tiles=4)
 
 
 if __name__ == "__main__":
     for case in sys.argv[1:]:
-        {"decode": lambda: decode(1), "verify": lambda: decode(2), "prefill": prefill}[case]()
+        {
+            "decode": lambda: decode(1),
+            "decode-fp8": lambda: decode(1, "fp8"),
+            "verify": lambda: decode(2),
+            "prefill": prefill,
+            "prefill-fp8": lambda: prefill("fp8"),
+        }[case]()
         torch.cuda.synchronize()
         print(case, "agrees with the reference")
