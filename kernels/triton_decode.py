@@ -92,6 +92,7 @@ def prepare_kernel(
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
     STRIDE: tl.constexpr,
+    FP8: tl.constexpr,
     LOG_UNIT: tl.constexpr,
     BUDGET: tl.constexpr,
     BUDGET_P: tl.constexpr,
@@ -129,7 +130,8 @@ def prepare_kernel(
             row, head, part - PARTS, SPLITS, query_ptr, kv_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr,
             scores_ptr, mass_ptr, lse_ptr, query_token_stride, query_head_stride, page_stride, head_stride,
             block_table_stride, last_page, max_units, num_kv_heads, scale,
-            GROUP, GROUP_P, N, D, DP, PAGE, UNIT, STRIDE, LOG_UNIT, BUDGET, CHUNK, STAGES, SELECTOR, WRITE_MASS,
+            GROUP, GROUP_P, N, D, DP, PAGE, UNIT, STRIDE, FP8, LOG_UNIT, BUDGET, CHUNK, STAGES, SELECTOR,
+            WRITE_MASS,
         )  # fmt: skip
         if SELECT:
             tl.debug_barrier()  # every thread's scores are written before the arrival is announced
@@ -603,6 +605,7 @@ class TritonPagedSpla:
             D=self.head_size,
             DP=self._dp,
             STRIDE=self.page_layout.statistics_stride,
+            FP8=self.page_layout.formats is not None,
             LOG_UNIT=math.log(params.selection_block),
             CHUNK=tuning.chunk,
             STAGES=tuning.score_stages,

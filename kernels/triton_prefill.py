@@ -567,6 +567,7 @@ class TritonPrefill:
         strides = query.stride(0), query.stride(1), kv_cache.stride(0), kv_cache.stride(1)
         table_stride, last_page = own["block_table"].stride(0), len(kv_cache) - 1
         unit_p, stride = triton.next_power_of_2(params.selection_block), base.page_layout.statistics_stride
+        fp8 = base.page_layout.formats is not None
         deep = unit_p * self._dp <= 8192  # whether several selection blocks are in shared memory at a time
         grouped = pool["out"].view(torch.float32)
         shape = {"GROUP": base.group, "GROUP_P": self._group_p, "D": d, "DP": self._dp, "PAGE": params.page_size,
@@ -591,8 +592,9 @@ class TritonPrefill:
                 ),
                 {
                     "MODE": MODES[mode], "TQ": self.tile_tokens, "LOG2_UNIT": math.log2(params.selection_block),
-                    "STRIDE": stride, "CHUNK": chunk, "SUB": SUB, "STAGES": stages, "SELECTOR": selector,
-                    "MASS": base.has_mass, **self._chain, "num_warps": warps, "maxnreg": registers, **shape,
+                    "STRIDE": stride, "FP8": fp8, "CHUNK": chunk, "SUB": SUB, "STAGES": stages,
+                    "SELECTOR": selector, "MASS": base.has_mass, **self._chain, "num_warps": warps,
+                    "maxnreg": registers, **shape,
                 },
                 layer,
             )  # fmt: skip
@@ -646,7 +648,7 @@ class TritonPrefill:
             ),
             {
                 "TQ": self.tile_tokens, "TM": step_tokens, "SLOTS": self._slots, "SLOTS_P": slots_p,
-                "STRIDE": stride, "FIRST": params.first_blocks, "LAST": params.last_blocks, "PARTS": self._parts,
+                "STRIDE": stride, "FP8": fp8, "FIRST": params.first_blocks, "LAST": params.last_blocks, "PARTS": self._parts,
                 "SELECTOR": selector, "MASS": base.has_mass,
                 "LIST_TAIL": base.has_mass and params.residual == "regression",
                 **self._chain, "num_warps": min(16, t.list_warps * max(1, slots_p * self._dp // 4096)), **shape,
