@@ -59,7 +59,11 @@ def decode_e4m3(byte):
 @triton.jit
 def decode_e5m2(byte):
     """An e5m2 number as float16, exactly."""
-    return byte.to(tl.float8e5, bitcast=True).to(tl.float16)
+    if tl.target_info.cuda_capability_geq(8, 9):
+        x = byte.to(tl.float8e5, bitcast=True).to(tl.float16)
+    else:
+        x = (byte.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+    return x
 
 
 @triton.jit

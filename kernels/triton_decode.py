@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ..algorithm.parameters import SplaParameters
+from ..algorithm.statistics_format import STATISTICS_DTYPES
 from .flashinfer_decode import FlashInferDecode, check_flashinfer
 from .fused_decode import FusedDecode, refusal
 from .layout import STATE_MAGIC, layouts
@@ -259,7 +260,7 @@ class TritonPagedSpla:
         num_heads: Query heads `H`.
         num_kv_heads: Kv heads `G`.
         head_size: `d`.
-        cache_dtype: Dtype of the cache, fp16 or bf16; statistics are stored in it, states in float32.
+        cache_dtype: Dtype of the cache, fp16 or bf16; states are stored in float32.
         scale: Softmax scale; queries arrive unscaled.
         gain: Per-head weight of the tail, `[H]`; 1 where None.
         norm_weights: `(exact [H, d], tail [H, d])` of the double RMSNorm; 1 where None.
@@ -726,6 +727,14 @@ def _check(
     if params.selection_block % 16 != 0 or params.page_size % params.selection_block != 0:
         raise ValueError(
             f"selection_block {params.selection_block} is no multiple of 16 that divides page_size {params.page_size}"
+        )
+    if params.statistics_dtype not in STATISTICS_DTYPES:
+        raise ValueError(
+            f"statistics_dtype {params.statistics_dtype!r} has no kernel, choose one of {', '.join(STATISTICS_DTYPES)}"
+        )
+    if params.statistics_dtype == "fp8" and params.selector == "km2-rem" and params.selection_block > 255:
+        raise ValueError(
+            f"selection_block {params.selection_block}: statistics_dtype 'fp8' counts up to 255 keys of a cluster"
         )
     if params.selector not in SELECTOR_CODES:
         raise ValueError(f"selector {params.selector!r} has no kernel, choose one of {', '.join(SELECTOR_CODES)}")

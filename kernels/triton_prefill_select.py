@@ -97,7 +97,7 @@ def prefill_score_kernel(
     tiles_ptr,  # [tiles, 4] int32: row, first token, tokens, position of the first token
     lse_ptr,  # [tiles, heads, norms, M] float32: written by NORMALISE, log2 of the sum over a split's units
     sums_ptr,  # [tiles, heads, norms, 3, TQ * GROUP_P] float32: written by NORMALISE: a power of two, the mass of a
-    # split's units over it, the sum of their products
+    # split's units over it, the sum of their products (not in FP8)
     grouped_ptr,  # [tiles, heads, TQ, max_units] float32: written by SHARE
     best_ptr,  # [tiles, heads, TQ, max_units / SUB] float32: written by SHARE, the largest of SUB neighbouring units
     totals_ptr,  # [lists] int32: cleared by NORMALISE, as are the counters
@@ -292,8 +292,10 @@ def prefill_score_kernel(
                     if SELECTOR == KM2_REM:
                         other_factor = 1.0 + other_half * (1 / LOG2E)
                         mass += tl.sum(tl.exp2(other_logit - new_top[:, None]) * other_factor, axis=1)
-                        product = product * tl.exp2(log_count) + other_product * tl.exp2(other_count)
-                    products += tl.sum(tl.where(exists[None, :], product, 0.0), axis=1)
+                        if not FP8:
+                            product = product * tl.exp2(log_count) + other_product * tl.exp2(other_count)
+                    if not FP8:
+                        products += tl.sum(tl.where(exists[None, :], product, 0.0), axis=1)
                 top = new_top
         if MODE == NORMALISE:
             tl.store(lse_ptr + norm * M + m, top + tl.log2(total))
@@ -302,7 +304,8 @@ def prefill_score_kernel(
                     mass = total
                 tl.store(sums, top)
                 tl.store(sums + M, mass)
-                tl.store(sums + 2 * M, products)
+                if not FP8:
+                    tl.store(sums + 2 * M, products)
 
 
 @triton.jit
@@ -555,6 +558,9 @@ def prefill_list_kernel(
     first_head,
     num_norms,
     scale,
+    tile_state_ptr,  # [tiles] int32: where the state at a tile's page is
+    state_ptr,  # [states, G, S_ROWS + 1, D] float32: state at the beginning of a page; last z
+    num_kv_heads,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     TQ: tl.constexpr,
@@ -570,6 +576,7 @@ def prefill_list_kernel(
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     PARTS: tl.constexpr,  # units a token selects at most and is not forced to
+    S_ROWS: tl.constexpr,
     SELECTOR: tl.constexpr,
     MASS: tl.constexpr,  # whether there is a tail
     LIST_TAIL: tl.constexpr,
@@ -626,14 +633,24 @@ def prefill_list_kernel(
             sums = sums_ptr + pair * num_norms * 3 * TQ * GROUP_P + token * GROUP_P + member
             top = tl.load(sums, mask=in_group, other=0.0)
             all_mass = tl.load(sums + TQ * GROUP_P, mask=in_group, other=0.0)
-            all_products = tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
+            if not FP8:
+                all_products = tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
+            elif LIST_TAIL:
+                # Means of 3 bits of mantissa err alike in all units where keys have something in common. The state has
+                # the sum of all keys; what the means get wrong is then that of the selected units alone.
+                state = tl.load(tile_state_ptr + tile).to(tl.int64) * num_kv_heads + head
+                z = tl.load(state_ptr + (state * (S_ROWS + 1) + S_ROWS) * D + column, mask=in_head, other=0.0)  # [DP]
+                all_products = tl.sum(q.to(tl.float32) * z[None, :], axis=1) / UNIT
+            else:
+                all_products = tl.zeros([MP], dtype=tl.float32)
             for _ in tl.range(1, num_norms, num_stages=1):
                 sums += 3 * TQ * GROUP_P
                 split_top = tl.load(sums, mask=in_group, other=0.0)
                 larger = tl.maximum(top, split_top)
                 all_mass *= tl.exp2(top - larger)
                 all_mass += tl.load(sums + TQ * GROUP_P, mask=in_group, other=0.0) * tl.exp2(split_top - larger)
-                all_products += tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
+                if not FP8:
+                    all_products += tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
                 top = larger
             if SELECTOR == KM2_REM:
                 share = tl.load(statistic + 4 * D, mask=taken, other=0.0).to(tl.float32)[None, :] / UNIT  # [1, SLOTS_P]
