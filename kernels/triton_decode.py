@@ -413,6 +413,10 @@ class TritonPagedSpla:
         tile = 64 if self._dp <= 128 else 32
         units = num_rows * self.num_kv_heads
         score_splits = max(1, min(-(-self.max_units // chunk), _power(512 / units), 32))
+        # The same bytes a step where statistics are bytes; with more columns registers spill.
+        few_columns = self._group_p * query_len <= 8
+        if self.page_layout.formats is not None and few_columns and self.max_units >= 8 * chunk * score_splits:
+            chunk *= 2
         # More splits than tiles would be idle; past 16, merging costs more than reading gains.
         tiles = -(-(budget or self.params.budget_blocks) * self.params.selection_block // tile)
         units *= query_len

@@ -159,11 +159,12 @@ def test_finer_blocks_top_p_and_splits(selector: str) -> None:
     ids=str,
 )
 def test_statistics_in_fp8(selector: str, heads: tuple[int, int, int], page: int, block: int) -> None:
+    budget = max(5, page // block + 2)
     fp8 = SplaParameters(
-        page, block, 5, selector=selector, residual="none" if selector == "quest" else "regression",
+        page, block, budget, selector=selector, residual="none" if selector == "quest" else "regression",
         statistics_dtype="fp8",
     )  # fmt: skip
-    lengths = [max(5 * block, 3 * page) + page + 7, 5 * block + 1, page, 0]
+    lengths = [max(budget * block, 3 * page) + page + 7, budget * block + 1, page, 0]
     batch = make_batch(
         fp8, lengths, num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2], device=DEVICE, seed=fresh(),
         chunk=0, tuning=Tuning(2, 2, chunk=16, tile=16),

@@ -228,11 +228,20 @@ FP8 = {"statistics_dtype": "fp8"}
     ids=str,
 )
 def test_statistics_in_fp8(selector: str, heads: tuple[int, int, int], page: int, block: int) -> None:
-    residual = "none" if selector == "quest" else "regression"
-    params = SplaParameters(page, block, 4, selector=selector, residual=residual, **FP8)
-    start = max(4 * block, 2 * page) + page - 3
+    residual = "none" if selector == "quest" else "linear"
+    params = SplaParameters(page, block, page // block + 3, selector=selector, residual=residual, **FP8)
+    start = max(params.budget_blocks * block, 2 * page) + page - 3
     batch = case(params, [start + page], num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2])
     check(batch, [(start, start + page)], 3e-3, sample=7, max_tiles=3)
+
+
+def test_regression_of_statistics_in_fp8() -> None:
+    """The mean logit of what is left out is the state's, less the selected blocks' by their rounded means: of many
+    blocks left out it is exact, whatever all means have in common."""
+    batch = case(SplaParameters(32, 16, 5, **FP8), [420])
+    batch.keys[0] += 2 * torch.randn_like(batch.keys[0][:1])
+    batch.write(0, 0, 420)
+    check(batch, [(400, 420)], 3e-3, sample=5)
 
 
 def test_top_p() -> None:
@@ -313,9 +322,9 @@ def test_rows_agree_alone() -> None:
 def test_decode_agrees(more: dict) -> None:
     """Tokens through decode, one after the other, and the same tokens through prefill."""
     params = SplaParameters(16, 16, 4, **more)
-    batch = case(params, [112])
-    query, output, _ = attend(batch, [(96, 112)])
-    for step, position in enumerate(range(96, 112)):
+    batch = case(params, [304])
+    query, output, _ = attend(batch, [(288, 304)])
+    for step, position in enumerate(range(288, 304)):
         batch.query, batch.lengths = query[step : step + 1], [position + 1]
         batch.seq_lens.fill_(position + 1)
         # Decode sees the page as it is at this token: what lies behind it is masked, not absent.
@@ -368,7 +377,7 @@ def test_dense_rows_leave_their_state() -> None:
         ((16, 4, 128), 64, torch.bfloat16, {}),
         ((16, 4, 128), 64, torch.bfloat16, FP8),
         ((8, 2, 128), 64, torch.bfloat16, {"selection_block": 16, "selector": "km2-rem", **FP8}),
-        ((7, 1, 96), 32, torch.float16, {"selector": "taylor2", **FP8}),
+        ((7, 1, 96), 32, torch.float16, {"selector": "taylor2", "residual": "linear", **FP8}),
         ((4, 4, 64), 128, torch.bfloat16, {"selection_block": 32, "selector": "quest", "residual": "none", **FP8}),
         ((4, 1, 256), 64, torch.bfloat16, FP8),
     ],
