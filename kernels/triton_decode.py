@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ..algorithm.parameters import SplaParameters
+from ..algorithm.statistics_format import STATISTICS_DTYPES
 from .flashinfer_decode import FlashInferDecode, check_flashinfer
 from .fused_decode import FusedDecode, refusal
 from .layout import STATE_MAGIC, layouts
@@ -92,6 +93,7 @@ def prepare_kernel(
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
     STRIDE: tl.constexpr,
+    FP8: tl.constexpr,
     LOG_UNIT: tl.constexpr,
     BUDGET: tl.constexpr,
     BUDGET_P: tl.constexpr,
@@ -129,7 +131,8 @@ def prepare_kernel(
             row, head, part - PARTS, SPLITS, query_ptr, kv_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr,
             scores_ptr, mass_ptr, lse_ptr, query_token_stride, query_head_stride, page_stride, head_stride,
             block_table_stride, last_page, max_units, num_kv_heads, scale,
-            GROUP, GROUP_P, N, D, DP, PAGE, UNIT, STRIDE, LOG_UNIT, BUDGET, CHUNK, STAGES, SELECTOR, WRITE_MASS,
+            GROUP, GROUP_P, N, D, DP, PAGE, UNIT, STRIDE, FP8, LOG_UNIT, BUDGET, CHUNK, STAGES, SELECTOR,
+            WRITE_MASS,
         )  # fmt: skip
         if SELECT:
             tl.debug_barrier()  # every thread's scores are written before the arrival is announced
@@ -257,7 +260,7 @@ class TritonPagedSpla:
         num_heads: Query heads `H`.
         num_kv_heads: Kv heads `G`.
         head_size: `d`.
-        cache_dtype: Dtype of the cache, fp16 or bf16; statistics are stored in it, states in float32.
+        cache_dtype: Dtype of the cache, fp16 or bf16; states are stored in float32.
         scale: Softmax scale; queries arrive unscaled.
         gain: Per-head weight of the tail, `[H]`; 1 where None.
         norm_weights: `(exact [H, d], tail [H, d])` of the double RMSNorm; 1 where None.
@@ -410,6 +413,10 @@ class TritonPagedSpla:
         tile = 64 if self._dp <= 128 else 32
         units = num_rows * self.num_kv_heads
         score_splits = max(1, min(-(-self.max_units // chunk), _power(512 / units), 32))
+        # The same bytes a step where statistics are bytes; with more columns registers spill.
+        few_columns = self._group_p * query_len <= 8
+        if self.page_layout.formats is not None and few_columns and self.max_units >= 8 * chunk * score_splits:
+            chunk *= 2
         # More splits than tiles would be idle; past 16, merging costs more than reading gains.
         tiles = -(-(budget or self.params.budget_blocks) * self.params.selection_block // tile)
         units *= query_len
@@ -603,6 +610,7 @@ class TritonPagedSpla:
             D=self.head_size,
             DP=self._dp,
             STRIDE=self.page_layout.statistics_stride,
+            FP8=self.page_layout.formats is not None,
             LOG_UNIT=math.log(params.selection_block),
             CHUNK=tuning.chunk,
             STAGES=tuning.score_stages,
@@ -723,6 +731,14 @@ def _check(
     if params.selection_block % 16 != 0 or params.page_size % params.selection_block != 0:
         raise ValueError(
             f"selection_block {params.selection_block} is no multiple of 16 that divides page_size {params.page_size}"
+        )
+    if params.statistics_dtype not in STATISTICS_DTYPES:
+        raise ValueError(
+            f"statistics_dtype {params.statistics_dtype!r} has no kernel, choose one of {', '.join(STATISTICS_DTYPES)}"
+        )
+    if params.statistics_dtype == "fp8" and params.selector == "km2-rem" and params.selection_block > 255:
+        raise ValueError(
+            f"selection_block {params.selection_block}: statistics_dtype 'fp8' counts up to 255 keys of a cluster"
         )
     if params.selector not in SELECTOR_CODES:
         raise ValueError(f"selector {params.selector!r} has no kernel, choose one of {', '.join(SELECTOR_CODES)}")

@@ -548,6 +548,7 @@ class TritonPrefill:
                 "BODY": base.state_layout.rows_per_block - 1, "PARTS": parts, "SLICE": tuning.state_slice,
                 "D": base.head_size, "DP": self._dp, "PAGE": base.params.page_size, "TILE": base._fold_tile,
                 "S_ROWS": self._s_rows, "STAGES": tuning.state_stages, "LINEAR": self._linear, "KEEP": keep,
+                "KEEP_Z": keep and (self._linear or base.page_layout.formats is not None),
                 **self._chain, "num_warps": tuning.state_warps,
             },
             layer,
@@ -567,6 +568,7 @@ class TritonPrefill:
         strides = query.stride(0), query.stride(1), kv_cache.stride(0), kv_cache.stride(1)
         table_stride, last_page = own["block_table"].stride(0), len(kv_cache) - 1
         unit_p, stride = triton.next_power_of_2(params.selection_block), base.page_layout.statistics_stride
+        fp8 = base.page_layout.formats is not None
         deep = unit_p * self._dp <= 8192  # whether several selection blocks are in shared memory at a time
         grouped = pool["out"].view(torch.float32)
         shape = {"GROUP": base.group, "GROUP_P": self._group_p, "D": d, "DP": self._dp, "PAGE": params.page_size,
@@ -591,8 +593,9 @@ class TritonPrefill:
                 ),
                 {
                     "MODE": MODES[mode], "TQ": self.tile_tokens, "LOG2_UNIT": math.log2(params.selection_block),
-                    "STRIDE": stride, "CHUNK": chunk, "SUB": SUB, "STAGES": stages, "SELECTOR": selector,
-                    "MASS": base.has_mass, **self._chain, "num_warps": warps, "maxnreg": registers, **shape,
+                    "STRIDE": stride, "FP8": fp8, "CHUNK": chunk, "SUB": SUB, "STAGES": stages,
+                    "SELECTOR": selector, "MASS": base.has_mass, **self._chain, "num_warps": warps,
+                    "maxnreg": registers, **shape,
                 },
                 layer,
             )  # fmt: skip
@@ -642,12 +645,13 @@ class TritonPrefill:
             (
                 "query", "kv", "block_table", step.tiles, step.tile_run, pool["table"], pool["rank"], pool["count"],
                 pool["first"], pool["sums"], "gain", pool["tail"], pool["list"], pool["list_tail"], *strides,
-                table_stride, last_page, max_units, first_head, norms, base.scale,
+                table_stride, last_page, max_units, first_head, norms, base.scale, step.tile_state, pool["states"],
+                base.num_kv_heads,
             ),
             {
                 "TQ": self.tile_tokens, "TM": step_tokens, "SLOTS": self._slots, "SLOTS_P": slots_p,
-                "STRIDE": stride, "FIRST": params.first_blocks, "LAST": params.last_blocks, "PARTS": self._parts,
-                "SELECTOR": selector, "MASS": base.has_mass,
+                "STRIDE": stride, "FP8": fp8, "FIRST": params.first_blocks, "LAST": params.last_blocks,
+                "PARTS": self._parts, "S_ROWS": self._s_rows, "SELECTOR": selector, "MASS": base.has_mass,
                 "LIST_TAIL": base.has_mass and params.residual == "regression",
                 **self._chain, "num_warps": min(16, t.list_warps * max(1, slots_p * self._dp // 4096)), **shape,
             },

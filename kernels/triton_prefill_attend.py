@@ -250,7 +250,7 @@ def prefill_merge_kernel(
     tile_state_ptr,  # [tiles] int32: where the state at a tile's page is
     count_ptr,  # [tiles, heads, TQ] int32
     tail_ptr,
-    state_ptr,  # [states, G, S_ROWS + 1, D] float32: state at the beginning of a page; last z, for LINEAR
+    state_ptr,  # [states, G, S_ROWS + 1, D] float32: state at the beginning of a page; last z
     part_out_ptr,
     part_sum_ptr,
     part_tail_ptr,

@@ -23,7 +23,7 @@ Floor: `2 * 4 d` FLOP a (token, unit of a complete page, head), twice that for `
 import triton
 import triton.language as tl
 
-from .triton_cache import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2
+from .triton_cache import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2, as_factor, load_vectors
 from .triton_score import cluster_counts
 from .triton_select import _middle
 
@@ -83,15 +83,6 @@ def half_square(q, scale):
 
 
 @triton.jit
-def load_rows(rows, in_head, D: tl.constexpr, DP: tl.constexpr):
-    if D == DP:
-        x = tl.load(rows)
-    else:
-        x = tl.load(rows, mask=in_head[None, :], other=0.0)
-    return x
-
-
-@triton.jit
 def random_energy(half, log2_count, root):
     """The second-order term of `rem` in powers of two, from half the variance of the logits; `root`: `2
     sqrt(log2_count)`."""
@@ -106,7 +97,7 @@ def prefill_score_kernel(
     tiles_ptr,  # [tiles, 4] int32: row, first token, tokens, position of the first token
     lse_ptr,  # [tiles, heads, norms, M] float32: written by NORMALISE, log2 of the sum over a split's units
     sums_ptr,  # [tiles, heads, norms, 3, TQ * GROUP_P] float32: written by NORMALISE: a power of two, the mass of a
-    # split's units over it, the sum of their products
+    # split's units over it, the sum of their products (not in FP8)
     grouped_ptr,  # [tiles, heads, TQ, max_units] float32: written by SHARE
     best_ptr,  # [tiles, heads, TQ, max_units / SUB] float32: written by SHARE, the largest of SUB neighbouring units
     totals_ptr,  # [lists] int32: cleared by NORMALISE, as are the counters
@@ -130,7 +121,8 @@ def prefill_score_kernel(
     DP: tl.constexpr,
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
-    STRIDE: tl.constexpr,  # elements from the statistics of one unit to the next
+    STRIDE: tl.constexpr,  # stored elements from the statistics of one unit to the next
+    FP8: tl.constexpr,  # statistics are bytes
     LOG2_UNIT: tl.constexpr,
     CHUNK: tl.constexpr,  # units at a time
     SUB: tl.constexpr,
@@ -176,12 +168,13 @@ def prefill_score_kernel(
             tl.store(sums + M, tl.zeros([M], dtype=tl.float32))
             tl.store(sums + 2 * M, tl.zeros([M], dtype=tl.float32))
     if start < stop:
-        dtype = kv_ptr.dtype.element_ty
         column = tl.arange(0, DP)
         in_head = column < D
         q = tile_queries(
             query_ptr, head, first_token, num_tokens, token, member, query_token_stride, query_head_stride, GROUP, D, DP
-        ).to(dtype)  # [M, DP]
+        )  # [M, DP]
+        q = as_factor(q, kv_ptr, FP8)
+        dtype = q.dtype
         if DP <= 128:
             # What comes out of a product stays in registers as the left side of the next ones, where a loaded matrix
             # would be read from shared memory again for every chunk.
@@ -219,12 +212,14 @@ def prefill_score_kernel(
             page = tl.load(pages + tl.minimum(first + CHUNK + offset, num_units - 1) // PER_PAGE)
             index = first + offset
             exists = index < stop
+            if FP8:
+                statistic = statistic.to(tl.pointer_type(tl.uint8))
             if PER_PAGE > 1:
                 statistic += tl.minimum(index, num_units - 1) % PER_PAGE * STRIDE
             rows = statistic[:, None] + column[None, :]
-            mean = load_rows(rows, in_head, D, DP)  # [CHUNK, DP]
+            mean = load_vectors(rows, in_head[None, :], D != DP, FP8, False)  # [CHUNK, DP]
             if SELECTOR != MEAN:
-                second = load_rows(rows + D, in_head, D, DP)
+                second = load_vectors(rows + D, in_head[None, :], D != DP, FP8, SELECTOR != QUEST)
             if SELECTOR == QUEST:
                 product = tl.dot(right, tl.trans(second), tl.dot(left, tl.trans(mean)))
             else:
@@ -239,11 +234,13 @@ def prefill_score_kernel(
                     term = random_energy(half, LOG2_UNIT, 2 * LOG2_UNIT**0.5)
                 elif SELECTOR == KM2_REM:
                     # The same for both clusters, each times its share of the unit's keys, which may be none.
-                    count, other_count = cluster_counts(statistic + 4 * D)
+                    count, other_count = cluster_counts(statistic + 4 * D, FP8)
                     log_count = tl.log2(count)[None, :]  # [1, CHUNK]
                     other_count = tl.log2(other_count)[None, :]
-                    other_product = tl.dot(q, tl.trans(load_rows(rows + 2 * D, in_head, D, DP)))
-                    other_half = tl.dot(square, tl.trans(load_rows(rows + 3 * D, in_head, D, DP)))
+                    other_mean = load_vectors(rows + 2 * D, in_head[None, :], D != DP, FP8, False)
+                    other_product = tl.dot(q, tl.trans(other_mean))
+                    other_second = load_vectors(rows + 3 * D, in_head[None, :], D != DP, FP8, True)
+                    other_half = tl.dot(square, tl.trans(other_second))
                     bound = tl.maximum(log_count, 0.0)
                     other_bound = tl.maximum(other_count, 0.0)
                     term = random_energy(half, bound, 2 * tl.sqrt(bound))
@@ -295,8 +292,10 @@ def prefill_score_kernel(
                     if SELECTOR == KM2_REM:
                         other_factor = 1.0 + other_half * (1 / LOG2E)
                         mass += tl.sum(tl.exp2(other_logit - new_top[:, None]) * other_factor, axis=1)
-                        product = product * tl.exp2(log_count) + other_product * tl.exp2(other_count)
-                    products += tl.sum(tl.where(exists[None, :], product, 0.0), axis=1)
+                        if not FP8:
+                            product = product * tl.exp2(log_count) + other_product * tl.exp2(other_count)
+                    if not FP8:
+                        products += tl.sum(tl.where(exists[None, :], product, 0.0), axis=1)
                 top = new_top
         if MODE == NORMALISE:
             tl.store(lse_ptr + norm * M + m, top + tl.log2(total))
@@ -305,7 +304,8 @@ def prefill_score_kernel(
                     mass = total
                 tl.store(sums, top)
                 tl.store(sums + M, mass)
-                tl.store(sums + 2 * M, products)
+                if not FP8:
+                    tl.store(sums + 2 * M, products)
 
 
 @triton.jit
@@ -558,6 +558,9 @@ def prefill_list_kernel(
     first_head,
     num_norms,
     scale,
+    tile_state_ptr,  # [tiles] int32: where the state at a tile's page is
+    state_ptr,  # [states, G, S_ROWS + 1, D] float32: state at the beginning of a page; last z
+    num_kv_heads,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     TQ: tl.constexpr,
@@ -567,11 +570,13 @@ def prefill_list_kernel(
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
     STRIDE: tl.constexpr,
+    FP8: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOTS_P: tl.constexpr,  # a power of two, at least 16
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     PARTS: tl.constexpr,  # units a token selects at most and is not forced to
+    S_ROWS: tl.constexpr,
     SELECTOR: tl.constexpr,
     MASS: tl.constexpr,  # whether there is a tail
     LIST_TAIL: tl.constexpr,
@@ -610,42 +615,55 @@ def prefill_list_kernel(
             in_group = member < GROUP
             column = tl.arange(0, DP)
             in_head = column < D
-            dtype = kv_ptr.dtype.element_ty
             query = query_ptr + batch_token.to(tl.int64) * query_token_stride
             query += (head * GROUP + member) * query_head_stride
             q = tl.load(query[:, None] + column[None, :], mask=in_group[:, None] & in_head[None, :], other=0.0)
-            q = q.to(dtype)  # [MP, DP]
+            q = as_factor(q, kv_ptr, FP8)  # [MP, DP]
             physical = tl.load(block_table_ptr + row * block_table_stride + unit // PER_PAGE, mask=taken, other=0)
             statistic = kv_ptr + tl.minimum(tl.maximum(physical, 0), last_page).to(tl.int64) * page_stride
-            statistic += head * head_stride + PAGE * 2 * D + unit % PER_PAGE * STRIDE
+            if FP8:
+                statistic = (statistic + (head * head_stride + PAGE * 2 * D)).to(tl.pointer_type(tl.uint8))
+                statistic += unit % PER_PAGE * STRIDE
+            else:
+                statistic += head * head_stride + PAGE * 2 * D + unit % PER_PAGE * STRIDE
             rows = statistic[:, None] + column[None, :]
             mask = taken[:, None] & in_head[None, :]
-            mean = tl.load(rows, mask=mask, other=0.0)  # [SLOTS_P, DP]
+            mean = load_vectors(rows, mask, True, FP8, False)  # [SLOTS_P, DP]
             product = tl.dot(q, tl.trans(mean))  # [MP, SLOTS_P], 0 where nothing was taken
             sums = sums_ptr + pair * num_norms * 3 * TQ * GROUP_P + token * GROUP_P + member
             top = tl.load(sums, mask=in_group, other=0.0)
             all_mass = tl.load(sums + TQ * GROUP_P, mask=in_group, other=0.0)
-            all_products = tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
+            if not FP8:
+                all_products = tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
+            elif LIST_TAIL:
+                # Means of 3 bits of mantissa err alike in all units where keys have something in common. The state has
+                # the sum of all keys; what the means get wrong is then that of the selected units alone.
+                state = tl.load(tile_state_ptr + tile).to(tl.int64) * num_kv_heads + head
+                z = tl.load(state_ptr + (state * (S_ROWS + 1) + S_ROWS) * D + column, mask=in_head, other=0.0)  # [DP]
+                all_products = tl.sum(q.to(tl.float32) * z[None, :], axis=1) / UNIT
+            else:
+                all_products = tl.zeros([MP], dtype=tl.float32)
             for _ in tl.range(1, num_norms, num_stages=1):
                 sums += 3 * TQ * GROUP_P
                 split_top = tl.load(sums, mask=in_group, other=0.0)
                 larger = tl.maximum(top, split_top)
                 all_mass *= tl.exp2(top - larger)
                 all_mass += tl.load(sums + TQ * GROUP_P, mask=in_group, other=0.0) * tl.exp2(split_top - larger)
-                all_products += tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
+                if not FP8:
+                    all_products += tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
                 top = larger
             if SELECTOR == KM2_REM:
                 share = tl.load(statistic + 4 * D, mask=taken, other=0.0).to(tl.float32)[None, :] / UNIT  # [1, SLOTS_P]
                 other_share = tl.load(statistic + 4 * D + 1, mask=taken, other=0.0).to(tl.float32)[None, :] / UNIT
             weight = tl.exp2(product * (scale * LOG2E) - top[:, None])
             if SELECTOR != MEAN:
-                half = half_square(q, scale).to(dtype)
-                second = tl.load(rows + D, mask=mask, other=0.0)
+                half = half_square(q, scale).to(q.dtype)
+                second = load_vectors(rows + D, mask, True, FP8, True)
                 weight *= 1.0 + tl.dot(half, tl.trans(second)) * (1 / LOG2E)
             if SELECTOR == KM2_REM:
-                other = tl.dot(q, tl.trans(tl.load(rows + 2 * D, mask=mask, other=0.0)))
+                other = tl.dot(q, tl.trans(load_vectors(rows + 2 * D, mask, True, FP8, False)))
                 other_weight = tl.exp2(other * (scale * LOG2E) - top[:, None])
-                second = tl.load(rows + 3 * D, mask=mask, other=0.0)
+                second = load_vectors(rows + 3 * D, mask, True, FP8, True)
                 other_weight *= 1.0 + tl.dot(half, tl.trans(second)) * (1 / LOG2E)
                 # An empty cluster's mean is no key: what it weighs is nothing, however much that is.
                 weight = tl.where(share > 0, weight * share, 0.0)

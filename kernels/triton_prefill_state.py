@@ -25,7 +25,7 @@ def prefill_state_kernel(
     runs_ptr,  # [runs, 3] int32: first tile, tiles, row
     tiles_ptr,  # [tiles, 4] int32
     tile_state_ptr,  # [tiles] int32: place in `states_ptr` of the state at a tile's page; ascending within a run
-    states_ptr,  # [states, G, S_ROWS + 1, D] float32; the last row is z, for `linear` only
+    states_ptr,  # [states, G, S_ROWS + 1, D] float32; the last row is z, where KEEP_Z
     arrivals_ptr,  # [runs, G] int32, zero between launches
     page_stride,
     head_stride,
@@ -50,6 +50,7 @@ def prefill_state_kernel(
     STAGES: tl.constexpr,
     LINEAR: tl.constexpr,
     KEEP: tl.constexpr,  # whether states are put aside
+    KEEP_Z: tl.constexpr,  # their z too
     DEPENDENT: tl.constexpr,
 ):
     """Grid (PARTS, G, runs)."""
@@ -99,8 +100,11 @@ def prefill_state_kernel(
             out = states + (index - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
             put = feature < tl.where(index >= first_page, S_ROWS, 0)
             tl.store(out + feature[:, None] * D + column[None, :], s, mask=put[:, None] & in_head[None, :])
-            if LINEAR:
-                tl.store(out + S_ROWS * D + feature, z, mask=put & of_key)
+            if KEEP_Z:
+                z_now = z
+                if not LINEAR:
+                    z_now += tl.sum(folded, axis=1)
+                tl.store(out + S_ROWS * D + feature, z_now, mask=put & of_key)
         base = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + head * head_stride
         page = tl.load(pages + tl.minimum(index + 1, target - 1))
         for first in tl.static_range(0, PAGE, TILE):
@@ -118,7 +122,7 @@ def prefill_state_kernel(
     if KEEP:
         out = states + (target - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
         tl.store(out + feature[:, None] * D + column[None, :], s, mask=in_slice[:, None] & in_head[None, :])
-        if LINEAR:
+        if KEEP_Z:
             tl.store(out + S_ROWS * D + feature, z, mask=of_key)
     if covered < target:
         tl.store(s_rows, s, mask=in_slice[:, None] & in_head[None, :])

@@ -14,7 +14,7 @@ The statistics of one page are one dense row, so this is a gather of 256 to 1024
 import triton
 import triton.language as tl
 
-from .triton_cache import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2
+from .triton_cache import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2, as_factor, load_vectors
 
 
 @triton.jit
@@ -39,25 +39,26 @@ def log_add_exp(a, b):
 
 
 @triton.jit
-def cluster_counts(pair):
-    """The numbers of keys of two clusters, float32. Both in one load: one of two bytes is not pipelined."""
+def cluster_counts(pair, FP8: tl.constexpr):
+    """The numbers of keys of two clusters, float32. In one load of four bytes: one of less is not pipelined."""
     dtype = pair.dtype.element_ty
     both = tl.load(pair.to(tl.pointer_type(tl.int32)))
-    first = (both & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    return first, (both >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    if FP8:
+        first = (both & 0xFF).to(tl.float32)
+        second = ((both >> 8) & 0xFF).to(tl.float32)
+    else:
+        first = (both & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        second = (both >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return first, second
 
 
 @triton.jit
 def moments(
-    rows, q, square_high, square_low, restore, scale, in_head, D: tl.constexpr, DP: tl.constexpr
+    rows, q, square_high, square_low, restore, scale, in_head, D: tl.constexpr, DP: tl.constexpr, FP8: tl.constexpr
 ):  # fmt: skip
     """Mean and variance `[CHUNK, N]` of `q . k` from the stored mean and variance of the keys at `rows [CHUNK, DP]`."""
-    if D == DP:
-        mean = tl.load(rows)  # [CHUNK, DP]
-        variance = tl.load(rows + D)
-    else:
-        mean = tl.load(rows, mask=in_head[None, :], other=0.0)
-        variance = tl.load(rows + D, mask=in_head[None, :], other=0.0)
+    mean = load_vectors(rows, in_head[None, :], D != DP, FP8, False)  # [CHUNK, DP]
+    variance = load_vectors(rows + D, in_head[None, :], D != DP, FP8, True)
     s2 = tl.dot(variance, square_low, tl.dot(variance, square_high)) * restore[None, :]
     return tl.dot(mean, q) * scale, s2
 
@@ -92,7 +93,8 @@ def score_units(
     DP: tl.constexpr,
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
-    STRIDE: tl.constexpr,  # elements from the statistics of one unit to the next
+    STRIDE: tl.constexpr,  # stored elements from the statistics of one unit to the next
+    FP8: tl.constexpr,  # statistics are bytes
     LOG_UNIT: tl.constexpr,
     BUDGET: tl.constexpr,  # units
     CHUNK: tl.constexpr,  # units at a time
@@ -127,13 +129,13 @@ def score_units(
             mask=exists[None, :] & in_head[:, None],
             other=0.0,
         )  # [DP, N] # fmt: skip
-        dtype = kv_ptr.dtype.element_ty
-        q = q.to(dtype)
+        q = as_factor(q, kv_ptr, FP8)
+        dtype = q.dtype
         if SELECTOR == QUEST:
             left = tl.minimum(q, 0.0).to(dtype)
             right = tl.maximum(q, 0.0).to(dtype)
         elif SELECTOR != MEAN:
-            # q^2 has twice the digits of q: as a sum of two numbers of the cache dtype it keeps them, and the tensor
+            # q^2 has twice the digits of q: as a sum of two numbers of its dtype it keeps them, and the tensor
             # cores can be used. Normalised to its largest element, because fp16 could not hold it otherwise.
             square = q.to(tl.float32) * q.to(tl.float32) * (scale * scale)
             peak = tl.maximum(tl.max(square, axis=0), 1e-30)  # [N]
@@ -159,30 +161,25 @@ def score_units(
             statistic = area + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride  # [CHUNK]
             page = tl.load(pages + tl.minimum(first + CHUNK + offset, num_units - 1) // PER_PAGE)
             index = first + offset
+            if FP8:
+                statistic = statistic.to(tl.pointer_type(tl.uint8))
             if PER_PAGE > 1:
                 statistic += tl.minimum(index, num_units - 1) % PER_PAGE * STRIDE
             rows = statistic[:, None] + column[None, :]
             if SELECTOR == MEAN:
-                if D == DP:
-                    mean = tl.load(rows)  # [CHUNK, DP]
-                else:
-                    mean = tl.load(rows, mask=in_head[None, :], other=0.0)
+                mean = load_vectors(rows, in_head[None, :], D != DP, FP8, False)  # [CHUNK, DP]
                 score = LOG_UNIT + tl.dot(mean, q) * scale
             elif SELECTOR == QUEST:
-                if D == DP:
-                    least = tl.load(rows)  # [CHUNK, DP]
-                    largest = tl.load(rows + D)
-                else:
-                    least = tl.load(rows, mask=in_head[None, :], other=0.0)
-                    largest = tl.load(rows + D, mask=in_head[None, :], other=0.0)
+                least = load_vectors(rows, in_head[None, :], D != DP, FP8, False)  # [CHUNK, DP]
+                largest = load_vectors(rows + D, in_head[None, :], D != DP, FP8, False)
                 score = tl.dot(largest, right, tl.dot(least, left)) * scale
             elif SELECTOR == KM2_REM:
                 # An empty cluster has the log count -inf, and so no share.
-                count, other_count = cluster_counts(statistic + 4 * D)
+                count, other_count = cluster_counts(statistic + 4 * D, FP8)
                 log_count = tl.log(count)[:, None]  # [CHUNK, 1]
                 other_count = tl.log(other_count)[:, None]
-                linear, s2 = moments(rows, q, square_high, square_low, restore, scale, in_head, D, DP)
-                other, other_s2 = moments(rows + 2 * D, q, square_high, square_low, restore, scale, in_head, D, DP)
+                linear, s2 = moments(rows, q, square_high, square_low, restore, scale, in_head, D, DP, FP8)
+                other, other_s2 = moments(rows + 2 * D, q, square_high, square_low, restore, scale, in_head, D, DP, FP8)
                 linear += log_count
                 other += other_count
                 score = log_add_exp(
@@ -190,7 +187,7 @@ def score_units(
                     other + second_order(other_s2, tl.maximum(other_count, 0.0), SELECTOR),
                 )
             else:
-                linear, s2 = moments(rows, q, square_high, square_low, restore, scale, in_head, D, DP)
+                linear, s2 = moments(rows, q, square_high, square_low, restore, scale, in_head, D, DP, FP8)
                 linear += LOG_UNIT
                 score = linear + second_order(s2, LOG_UNIT, SELECTOR)  # [CHUNK, N]
             stored = exists[None, :] & (index[:, None] < tl.minimum(complete, stop)[None, :])

@@ -144,6 +144,40 @@ def test_finer_blocks_top_p_and_splits(selector: str) -> None:
     batch.check(batch.decode(), 2e-3)
 
 
+@pytest.mark.parametrize(
+    ("selector", "heads", "page", "block"),
+    [
+        ("mean", (4, 4, 64), 16, 16),
+        ("taylor2", (8, 2, 80), 32, 16),
+        ("cumulant2", (7, 1, 96), 48, 16),
+        ("rem", (4, 1, 128), 64, 64),
+        ("rem", (4, 2, 32), 128, 16),
+        ("quest", (8, 2, 64), 32, 32),
+        ("km2-rem", (8, 2, 64), 64, 16),
+        ("km2-rem", (7, 1, 80), 16, 16),
+    ],
+    ids=str,
+)
+def test_statistics_in_fp8(selector: str, heads: tuple[int, int, int], page: int, block: int) -> None:
+    budget = max(5, page // block + 2)
+    fp8 = SplaParameters(
+        page, block, budget, selector=selector, residual="none" if selector == "quest" else "regression",
+        statistics_dtype="fp8",
+    )  # fmt: skip
+    lengths = [max(budget * block, 3 * page) + page + 7, budget * block + 1, page, 0]
+    batch = make_batch(
+        fp8, lengths, num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2], device=DEVICE, seed=fresh(),
+        chunk=0, tuning=Tuning(2, 2, chunk=16, tile=16),
+    )  # fmt: skip
+    batch.check(batch.decode(), 2e-3)
+
+
+def test_statistics_in_fp8_in_verification_rows() -> None:
+    fp8 = SplaParameters(64, 16, 7, selector="km2-rem", last_blocks=1, statistics_dtype="fp8")
+    batch = make_batch(fp8, [258, 257, 130, 3, 0], query_len=3, seed=fresh(), chunk=0, **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
 def test_state_is_kept_over_steps_and_rows_may_move() -> None:
     batch = make_batch(params(), [120, 100], seed=fresh(), **SMALL)
     first = batch.decode()
@@ -174,6 +208,8 @@ def test_shapes(case: tuple[int, int, int, int]) -> None:
         ({"feature_map": "elu1", "residual": "linear"}, "feature_map"),
         ({"selector": "quest"}, "tail mass"),
         ({"budget_blocks": 2}, "forced"),
+        ({"statistics_dtype": "fp4"}, "statistics_dtype"),
+        ({"statistics_dtype": "fp8", "selector": "km2-rem", "page_size": 256, "selection_block": 256}, "255 keys"),
         ({"max_model_len": 1 << 20}, "65535"),
     ],
 )
@@ -222,6 +258,40 @@ def test_gpu_finer_blocks(heads: tuple[int, int, int], page: int, block: int, se
 
 @gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("heads", "page", "block", "selector", "query_len"),
+    [
+        ((4, 4, 64), 16, 16, "mean", 1),
+        ((8, 2, 80), 64, 32, "taylor2", 1),
+        ((7, 1, 96), 48, 16, "cumulant2", 1),
+        ((8, 2, 128), 64, 64, "rem", 1),
+        ((8, 2, 128), 128, 16, "rem", 4),
+        ((8, 2, 128), 64, 16, "quest", 1),
+        ((8, 2, 128), 64, 16, "km2-rem", 1),
+        ((8, 1, 64), 64, 64, "km2-rem", 4),
+        ((4, 1, 256), 64, 16, "km2-rem", 1),
+    ],
+    ids=str,
+)
+def test_gpu_statistics_in_fp8(
+    heads: tuple[int, int, int], page: int, block: int, selector: str, query_len: int
+) -> None:
+    num_heads, num_kv_heads, head_size = heads
+    fp8 = SplaParameters(
+        page, block, 6 * page // block, selector=selector, residual="none" if selector == "quest" else "regression",
+        statistics_dtype="fp8",
+    )  # fmt: skip
+    edge = 6 * page
+    batch = make_batch(
+        fp8, [edge * 4 + 5, edge * 3 + 1, edge + 1, edge + page + 1, page + 3, 0], num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_size=head_size, dtype=torch.bfloat16, query_len=query_len, device=DEVICE,
+        seed=fresh(), chunk=0,
+    )  # fmt: skip
+    batch.check(batch.decode(), TOLERANCE[torch.bfloat16])
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize(("residual", "block"), [("regression", 16), ("linear", 16), ("regression", 64)])
 def test_gpu_finer_blocks_in_verification_rows(residual: str, block: int) -> None:
     batch = make_batch(
@@ -234,11 +304,13 @@ def test_gpu_finer_blocks_in_verification_rows(residual: str, block: int) -> Non
 
 @gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("statistics", ["auto", "fp8"])
 @pytest.mark.parametrize("selector", ["rem", "km2-rem"])
-def test_gpu_finer_blocks_long_context(selector: str) -> None:
+def test_gpu_finer_blocks_long_context(selector: str, statistics: str) -> None:
+    fine = SplaParameters(64, 16, 64, selector=selector, statistics_dtype=statistics)
     batch = make_batch(
-        SplaParameters(64, 16, 64, selector=selector), [40000], num_heads=8, num_kv_heads=2,
-        head_size=128, dtype=torch.bfloat16, device=DEVICE, seed=fresh(), chunk=0, max_model_len=131072,
+        fine, [40000], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device=DEVICE, seed=fresh(),
+        chunk=0, max_model_len=131072,
     )  # fmt: skip
     batch.check(batch.decode(), TOLERANCE[torch.bfloat16])
 

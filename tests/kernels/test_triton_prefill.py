@@ -211,6 +211,39 @@ def test_finer_blocks(page: int, block: int, more: dict) -> None:
     check(case(params, [stop for _, stop in ranges]), ranges, 3e-3, sample=5, max_tiles=3)
 
 
+FP8 = {"statistics_dtype": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("selector", "heads", "page", "block"),
+    [
+        ("mean", (2, 2, 64), 16, 16),
+        ("taylor2", (8, 2, 32), 32, 16),
+        ("cumulant2", (7, 1, 80), 48, 16),
+        ("rem", (4, 1, 128), 64, 64),
+        ("quest", (4, 2, 32), 32, 32),
+        ("km2-rem", (4, 2, 32), 64, 16),
+        ("km2-rem", (7, 1, 96), 16, 16),
+    ],
+    ids=str,
+)
+def test_statistics_in_fp8(selector: str, heads: tuple[int, int, int], page: int, block: int) -> None:
+    residual = "none" if selector == "quest" else "linear"
+    params = SplaParameters(page, block, page // block + 3, selector=selector, residual=residual, **FP8)
+    start = max(params.budget_blocks * block, 2 * page) + page - 3
+    batch = case(params, [start + page], num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2])
+    check(batch, [(start, start + page)], 3e-3, sample=7, max_tiles=3)
+
+
+def test_regression_of_statistics_in_fp8() -> None:
+    """The mean logit of what is left out is the state's, less the selected blocks' by their rounded means: of many
+    blocks left out it is exact, whatever all means have in common."""
+    batch = case(SplaParameters(32, 16, 5, **FP8), [420])
+    batch.keys[0] += 2 * torch.randn_like(batch.keys[0][:1])
+    batch.write(0, 0, 420)
+    check(batch, [(400, 420)], 3e-3, sample=5)
+
+
 def test_top_p() -> None:
     params = SplaParameters(16, 16, 6, top_p=0.7)
     check(case(params, [180]), [(140, 180)], 3e-3, sample=3)
@@ -259,9 +292,9 @@ def test_chunks_agree_bit_for_bit() -> None:
     assert torch.equal(whole, cut)
 
 
-@pytest.mark.parametrize("size", [1, 7, 33])
-def test_chunk_sizes_agree(size: int) -> None:
-    params = SplaParameters(16, 16, 4)
+@pytest.mark.parametrize(("size", "more"), [(1, {}), (7, {}), (33, {}), (7, FP8)], ids=str)
+def test_chunk_sizes_agree(size: int, more: dict) -> None:
+    params = SplaParameters(16, 16, 4, **more)
     batch = case(params, [118])
     query, whole, _ = attend(batch, [(75, 118)])
     batch.kv_cache[batch.state_table[0].long()] = float("nan")  # as a prefix cache hit at 75 finds it
@@ -285,12 +318,13 @@ def test_rows_agree_alone() -> None:
         first = rows.stop
 
 
-def test_decode_agrees() -> None:
+@pytest.mark.parametrize("more", [{}, FP8], ids=["auto", "fp8"])
+def test_decode_agrees(more: dict) -> None:
     """Tokens through decode, one after the other, and the same tokens through prefill."""
-    params = SplaParameters(16, 16, 4)
-    batch = case(params, [112])
-    query, output, _ = attend(batch, [(96, 112)])
-    for step, position in enumerate(range(96, 112)):
+    params = SplaParameters(16, 16, 4, **more)
+    batch = case(params, [304])
+    query, output, _ = attend(batch, [(288, 304)])
+    for step, position in enumerate(range(288, 304)):
         batch.query, batch.lengths = query[step : step + 1], [position + 1]
         batch.seq_lens.fill_(position + 1)
         # Decode sees the page as it is at this token: what lies behind it is masked, not absent.
@@ -341,6 +375,11 @@ def test_dense_rows_leave_their_state() -> None:
         ((8, 2, 256), 64, torch.bfloat16, {"residual": "none"}),
         ((16, 2, 128), 64, torch.bfloat16, {"residual": "linear", "combine": "double_rmsnorm"}),
         ((16, 4, 128), 64, torch.bfloat16, {}),
+        ((16, 4, 128), 64, torch.bfloat16, FP8),
+        ((8, 2, 128), 64, torch.bfloat16, {"selection_block": 16, "selector": "km2-rem", **FP8}),
+        ((7, 1, 96), 32, torch.float16, {"selector": "taylor2", "residual": "linear", **FP8}),
+        ((4, 4, 64), 128, torch.bfloat16, {"selection_block": 32, "selector": "quest", "residual": "none", **FP8}),
+        ((4, 1, 256), 64, torch.bfloat16, FP8),
     ],
     ids=[
         "g4-d128-p64-b16",
@@ -355,6 +394,11 @@ def test_dense_rows_leave_their_state() -> None:
         "g4-d256-p64",
         "paper",
         "g4-d128-p64",
+        "fp8-g4-d128-p64",
+        "fp8-g4-d128-p64-b16-km2",
+        "fp8-g7-d96-p32",
+        "fp8-g1-d64-p128-b32",
+        "fp8-g4-d256-p64",
     ],
 )
 def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype, more: dict) -> None:
@@ -375,8 +419,12 @@ def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype, 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     "params",
-    [SplaParameters(64, 64, 8), SplaParameters(64, 16, 32, selector="km2-rem")],
-    ids=["default", "p64-b16-km2"],
+    [
+        SplaParameters(64, 64, 8),
+        SplaParameters(64, 16, 32, selector="km2-rem"),
+        SplaParameters(64, 16, 32, **FP8),
+    ],
+    ids=["default", "p64-b16-km2", "p64-b16-fp8"],
 )
 def test_gpu_chunk_sizes_agree(params: SplaParameters) -> None:
     """Chunks of 8 to 8192 tokens and all at once, the last of them behind a cached prefix that ends within a page."""
