@@ -5,8 +5,8 @@ A decode step of a layer is a few hundred microseconds of arithmetic, of which a
 most on calls and copies. Here every selected key and value is read once, from the page where it lies.
 
 The cache arrives as a flat array whose dtype stands for what it holds: uint16 for bfloat16, int16 for float16, float32
-for itself. Statistics that are stored in bytes come as an array of uint8. All arithmetic is float32. Built-in selectors and residuals without a feature map are compiled;
-`kernels/cpu.py` leaves everything else to `TorchPagedSpla`.
+for itself; where statistics are stored in bytes, it comes as uint8, too. All arithmetic is float32. Built-in selectors
+and residuals without a feature map are compiled; `kernels/cpu.py` leaves everything else to `TorchPagedSpla`.
 """
 
 import math

@@ -212,8 +212,8 @@ class SplaOptions:
             )
         if self.statistics_dtype == "fp8" and self.selector == "km2-rem" and block > MAX_COUNT:
             raise ValueError(
-                f"SPLA selector 'km2-rem' counts up to {MAX_COUNT} tokens with statistics_dtype 'fp8', and its selection "
-                f"blocks have {block}: set selection_block_size to 128 or less, or statistics_dtype to 'auto'"
+                f"SPLA selector 'km2-rem' counts up to {MAX_COUNT} tokens with statistics_dtype 'fp8', and its blocks "
+                f"have {block}: set selection_block_size to less, or statistics_dtype to 'auto'"
             )
         params = SplaParameters(
             page_size=page_size,

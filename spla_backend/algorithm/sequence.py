@@ -1,10 +1,10 @@
 """SPLA over whole sequences, differentiable: the same definition as `spla_backend.algorithm.reference`, by masks.
 
 Every token selects its own blocks, as in decode. The selection is a choice and has no gradient; statistics of blocks
-get one only through the tail's mass, past the rounding of statistics in fp8 as if there were none. The rest is read block by block from the sums of each, chunk of queries by chunk,
-and read again in the backward pass, so that memory does not grow with the square of the length. The exact part is
-likewise made of the masked logits of all pairs of tokens, or, in 16 bits on a GPU, by FlexAttention, which skips the
-blocks that no token of a tile selects.
+get one only through the tail's mass, past the rounding of statistics in fp8 as if there were none (straight through).
+The rest is read block by block from the sums of each, chunk of queries by chunk, and read again in the backward pass,
+so that memory does not grow with the square of the length. The exact part is likewise made of the masked logits of all
+pairs of tokens, or, in 16 bits on a GPU, by FlexAttention, which skips the blocks that no token of a tile selects.
 """
 
 import math
