@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -287,8 +288,8 @@ def near_top_p(scores: Tensor, blocks: Sequence[int], position: int, params: Spl
 
 
 def compare(layer: Layer, index: int, start: int, got: Tensor, positions: Sequence[int]) -> None:
-    """Check the outputs `got [end - start, H, d]` of a sequence at some of its positions, on statistics as they are stored
-    where these are in fp8."""
+    """Check the outputs `got [end - start, H, d]` of a sequence at some of its positions; statistics in fp8 are taken
+    as they are stored."""
     wants = {}
     for position in positions:
         in_fp8 = layer.params.statistics_dtype == "fp8"
@@ -632,6 +633,51 @@ def test_compiled_code_reads_every_number(dtype: torch.dtype) -> None:
     got = torch.empty(1 << 16)
     numba_decode._load(cache.elements, 0, got.numpy())
     torch.testing.assert_close(got, cache.tensor.flatten().float(), rtol=0, atol=0, equal_nan=True)
+
+
+def small_float(byte: int, mantissa_bits: int, bias: int) -> float:
+    """The number that a byte stands for, by the definition of such formats (OCP 8-bit floating point, 1.0)."""
+    exponent, mantissa = divmod(byte & 0x7F, 1 << mantissa_bits)
+    fraction = mantissa / (1 << mantissa_bits)
+    size = (1 + fraction) * 2.0 ** (exponent - bias) if exponent else fraction * 2.0 ** (1 - bias)
+    return -size if byte & 0x80 else size
+
+
+@pytest.mark.parametrize(
+    ("kind", "mantissa_bits", "bias", "largest", "compiled"),
+    [(E4M3, 3, 7, 448.0, numba_decode._load_e4m3), (E5M2, 2, 15, 57344.0, numba_decode._load_e5m2)],
+)
+def test_numbers_of_a_byte(kind: str, mantissa_bits: int, bias: int, largest: float, compiled: Any) -> None:
+    """All finite ones are read as they are defined, and what lies between and beyond goes to the nearest."""
+    sizes = [small_float(byte, mantissa_bits, bias) for byte in range(128)]
+    count = sizes.index(largest) + 1
+    stored = torch.tensor([*range(count), *range(128, 128 + count)], dtype=torch.uint8)
+    numbers = torch.tensor([*sizes[:count], *[-size for size in sizes[:count]]])
+    assert torch.equal(decode(stored, ((kind, 2 * count),)), numbers)
+    got = torch.empty(2 * count)
+    compiled(stored.numpy(), got.numpy())
+    assert torch.equal(got, numbers)
+
+    magnitude = torch.empty(2000, dtype=torch.float64).uniform_(-bias - mantissa_bits, math.log2(largest) + 2).exp2()
+    middle = (numbers[1:count] + numbers[: count - 1]) / 2  # ties
+    x = torch.cat([magnitude.float(), numbers[:count], middle, torch.tensor([math.inf])])
+    distances = (x.double()[:, None].clamp(max=largest) - numbers[:count].double()).abs()
+    nearest = ((distances == distances.amin(-1, keepdim=True)) * (2 - torch.arange(count) % 2)).argmax(
+        -1
+    )  # even at a tie
+    assert torch.equal(encode(x[:, None], ((kind, 1),))[:, 0].long(), nearest)
+    assert torch.equal(encode(-x[:, None], ((kind, 1),))[:, 0].long(), nearest + 128)
+
+
+def test_counts_of_a_byte() -> None:
+    counts = torch.tensor([[0.0, 16.0, 255.0]])
+    assert torch.equal(decode(encode(counts, ((COUNT, 3),)), ((COUNT, 3),)), counts)
+
+
+def test_every_byte_has_a_format() -> None:
+    for name in ref.SELECTORS:
+        formats = get_selector(name).formats(80)
+        assert formats is not None and sum(size for _, size in formats) == get_selector(name).width(80)
 
 
 @pytest.mark.parametrize("name", ref.FEATURE_MAPS)
