@@ -20,7 +20,7 @@ class Selector(ABC):
     """Statistics of a selection block and the scores made from them.
 
     A score estimates `log sum_{t in block} exp(q . k_t)`, the log of the attention mass of the block. All tensors
-    are float32 or float64; storing statistics in the cache dtype is the caller's business.
+    are float32 or float64; storing statistics, in the cache dtype or in bytes, is the caller's business.
     """
 
     name: str
