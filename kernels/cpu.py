@@ -100,7 +100,8 @@ class CpuPagedSpla(TorchPagedSpla):
             )
         self._sizes = params.page_size, params.selection_block
         formats = self.page_layout.formats or ()
-        self._formats = np.array([(numba_decode.FORMATS.index(kind), size) for kind, size in formats]).reshape(-1, 2)
+        parts = [(numba_decode.FORMATS.index(kind), size) for kind, size in formats]
+        self._formats = np.array(parts, np.int64).reshape(-1, 2)
         # All of the mass takes all of the budget, whatever the rounding.
         self._mass_wanted = np.inf if params.top_p is None or params.top_p >= 1 else float(params.top_p)
         gain = torch.zeros(self.num_heads) if self._log_gain is None else self._log_gain

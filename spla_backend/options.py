@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .algorithm.parameters import COMBINES, RESIDUALS, SplaParameters
-from .algorithm.statistics_format import MAX_COUNT, STATISTICS_DTYPES
 
 EXECUTORS = ("spla", "flashinfer")
 
@@ -96,6 +95,7 @@ class SplaOptions:
     def _check(self) -> None:
         from .algorithm.feature_maps import feature_map_names
         from .algorithm.selectors import get_selector, selector_names
+        from .algorithm.statistics_format import STATISTICS_DTYPES
 
         self._check_integer("budget", 1)
         self._check_integer("first_blocks", 0)
@@ -202,6 +202,8 @@ class SplaOptions:
         Raises:
             ValueError: Page, selection block and the budget of any layer do not fit each other.
         """
+        from .algorithm.statistics_format import MAX_COUNT
+
         block = self.block_size(page_size)
         if page_size % 16:
             raise ValueError(f"SPLA needs pages of a multiple of 16 tokens, not {page_size}: set --block-size 64")
