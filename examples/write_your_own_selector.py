@@ -4,7 +4,8 @@
 
 A selector says which numbers to keep of a block of keys and how a query ranks blocks by them. This one keeps the mean
 and the largest deviation from it, and bounds the logits with Cauchy-Schwarz. To use one in vLLM, import the module
-that registers it in every process, best through an entry point of the group `vllm.general_plugins` of your own.
+that registers it in every process, best through an entry point of the group `vllm.general_plugins` of your own. The
+option `statistics_dtype: fp8` asks for one more method, `formats`, that says how each number is to be stored.
 """
 
 import math

@@ -50,6 +50,7 @@ class FlatCache:
     tensor: torch.Tensor  # `[pages, kv_heads, rows, 2 * head_size]`
     elements: NDArray[Any]  # [elements from the first to the last], of a dtype that stands for the tensor's
     words: NDArray[np.int32]  # the same bytes
+    bytes: NDArray[np.uint8]  # the same bytes
     steps: tuple[int, ...]  # elements from page to page, kv head to kv head, row to row
     word_steps: tuple[int, ...]
 
@@ -60,7 +61,8 @@ class FlatCache:
         extent = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
         elements = tensor.as_strided((extent,), (1,)).view(_AS_NUMPY[tensor.dtype]).numpy()
         itemsize = tensor.element_size()
-        return cls(tensor, elements, elements.view(np.int32), steps, tuple(step * itemsize // 4 for step in steps))
+        word_steps = tuple(step * itemsize // 4 for step in steps)
+        return cls(tensor, elements, elements.view(np.int32), elements.view(np.uint8), steps, word_steps)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,10 @@ class CpuPagedSpla(TorchPagedSpla):
                 params.first_blocks,
                 params.last_blocks,
             )
-        self._sizes = params.page_size, params.selection_block, self.page_layout.statistics_stride
+        self._sizes = params.page_size, params.selection_block
+        formats = self.page_layout.formats or ()
+        parts = [(numba_decode.FORMATS.index(kind), size) for kind, size in formats]
+        self._formats = np.array(parts, np.int64).reshape(-1, 2)
         # All of the mass takes all of the budget, whatever the rounding.
         self._mass_wanted = np.inf if params.top_p is None or params.top_p >= 1 else float(params.top_p)
         gain = torch.zeros(self.num_heads) if self._log_gain is None else self._log_gain
@@ -270,13 +275,19 @@ class CpuPagedSpla(TorchPagedSpla):
         """`numba_decode.attend` on tokens of the batch; returns the blocks read `[tokens, kv_heads]`."""
         q = query[tokens.where].float().contiguous()
         out = torch.empty_like(q)
-        cache = self._flatten(kv_cache)
+        cache, layout = self._flatten(kv_cache), self.page_layout
+        stored = cache.elements if layout.formats is None else cache.bytes
+        from_page, from_head, from_row = (step * layout.itemsize // layout.statistics_itemsize for step in cache.steps)
+        area = layout.page_size * from_row, from_page, from_head, layout.statistics_stride
         num_read = np.empty((len(tokens.rows), self.num_kv_heads), np.int32)
         numba_decode.attend(
             q.numpy(),
             self.scale,
             cache.elements,
             cache.steps,
+            stored,
+            area,
+            self._formats,
             tokens.positions,
             tokens.rows,
             block_table.numpy(),

@@ -5,8 +5,8 @@ A decode step of a layer is a few hundred microseconds of arithmetic, of which a
 most on calls and copies. Here every selected key and value is read once, from the page where it lies.
 
 The cache arrives as a flat array whose dtype stands for what it holds: uint16 for bfloat16, int16 for float16, float32
-for itself. All arithmetic is float32. Built-in selectors and residuals without a feature map are compiled;
-`kernels/cpu.py` leaves everything else to `TorchPagedSpla`.
+for itself; where statistics are stored in bytes, it comes as uint8, too. All arithmetic is float32. Built-in selectors
+and residuals without a feature map are compiled; `kernels/cpu.py` leaves everything else to `TorchPagedSpla`.
 """
 
 import math
@@ -17,12 +17,18 @@ from numba import njit, prange, types
 from numba.core.extending import overload
 from numba.extending import intrinsic
 
+from ..algorithm.statistics_format import COUNT, E4M3, E5M2
 from .layout import STAMP_WORDS
 
 SELECTORS = ("mean", "taylor2", "cumulant2", "rem", "quest", "km2-rem")
 """The selectors that are compiled; `attend` knows them by their place here."""
 
 _MEAN, _TAYLOR2, _CUMULANT2, _REM, _QUEST, _KM2_REM = range(len(SELECTORS))
+
+FORMATS = (E4M3, E5M2, COUNT)
+"""Formats of statistics in bytes; `attend` knows them by their place here."""
+
+_E4M3, _E5M2, _COUNT = range(len(FORMATS))
 
 # Sums may be reordered, so that they vectorise; infinities and NaN keep their meaning.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -99,6 +105,56 @@ def _load(cache, start, out):
         out[i] = _number(elements[i])
 
 
+def _byte_loader(mantissa_bits, rebias):
+    """A function that writes finite floats of a byte each `[n]` as float32 into `out [n]`, which adds `rebias` to their
+    exponents. NaN, of keys that are NaN, come as some number."""
+    # Constants of the compiled code: as arguments they would make it three times as slow.
+    shift, normal, sign, size_bits = np.uint32(23 - mantissa_bits), np.uint32(1 << 23), np.uint8(0x80), np.uint8(0x7F)
+    bias, least = np.uint32(rebias << 23), np.uint32(rebias + 1 << 23)  # least: the smallest normal number
+
+    @njit(fastmath=_FAST, error_model="numpy")
+    def load(stored, out):
+        for i in range(out.shape[0]):
+            bits = np.uint32(stored[i] & size_bits) << shift
+            size = _float_of_bits(bits + bias)
+            if bits < normal:  # not by a product with a subnormal float32, which can take a hundred cycles
+                size = _float_of_bits(bits + least) - _float_of_bits(least)
+            out[i] = -size if stored[i] & sign else size
+
+    return load
+
+
+_load_e4m3, _load_e5m2 = _byte_loader(3, 120), _byte_loader(2, 112)
+
+
+def _load_statistics(stored, start, formats, out):
+    raise NotImplementedError("only in compiled code")
+
+
+@overload(_load_statistics)
+def _load_statistics_overload(stored, start, formats, out):
+    """Statistics of a block, which begin at element `start`, as float32 into `out`: elements of the cache, or bytes of
+    some `formats`; see `attend`."""
+    if stored.dtype != types.uint8:
+        return lambda stored, start, formats, out: _load(stored, start, out)
+
+    def of_bytes(stored, start, formats, out):
+        at = 0
+        for i in range(formats.shape[0]):
+            kind, size = formats[i]
+            elements, numbers = stored[start + at : start + at + size], out[at : at + size]
+            if kind == _E4M3:
+                _load_e4m3(elements, numbers)
+            elif kind == _E5M2:
+                _load_e5m2(elements, numbers)
+            else:
+                for e in range(size):
+                    numbers[e] = np.float32(elements[e])
+            at += size
+
+    return of_bytes
+
+
 @njit(fastmath=_FAST, error_model="numpy")
 def _dot(a, b):
     total = np.float32(0)
@@ -132,16 +188,17 @@ def _second_order(selector, s2, log_count):
 
 
 @njit(fastmath=_FAST, error_model="numpy")
-def _score(selector, q, q2, cache, pages, page_step, start, area, block_size, score, linear, variance):
+def _score(selector, q, q2, stored, formats, pages, page_step, start, area, block_size, score, linear, variance):
     """Score the blocks of complete pages for the heads of a group.
 
     Args:
         selector: Place in `SELECTORS`.
         q: `[group, head_size]`, scaled.
         q2: The squares of `q`.
-        cache: Flat cache.
+        stored: Flat cache as the elements or bytes that statistics are stored in.
+        formats: Of bytes; see `attend`.
         pages: `[num_pages]` page ids.
-        page_step: Elements from page to page.
+        page_step: Elements of `stored` from page to page.
         start: First element of this kv head's statistics in page 0.
         area: `(blocks a page, elements from one block's statistics to the next)`.
         block_size: Tokens a selection block.
@@ -155,7 +212,8 @@ def _score(selector, q, q2, cache, pages, page_step, start, area, block_size, sc
     statistics = np.empty(stride, np.float32)
     zeros = np.zeros(d, np.float32)
     for i in range(score.shape[1]):
-        _load(cache, start + pages[i // per_page] * page_step + i % per_page * stride, statistics)
+        at = start + pages[i // per_page] * page_step + i % per_page * stride
+        _load_statistics(stored, at, formats, statistics)
         if selector == _QUEST:
             low, high = statistics[:d], statistics[d:]
             for h in range(group):
@@ -357,6 +415,9 @@ def _attend_one(
     scale,
     cache,
     steps,
+    stored,
+    area,
+    formats,
     positions,
     rows,
     table,
@@ -373,7 +434,7 @@ def _attend_one(
 ):
     """One query token of one kv head; the other arguments as in `attend`."""
     heads, d = query.shape[1:]
-    page_size, block, stride = sizes
+    page_size, block = sizes
     selector, budget, first_blocks, last_blocks = rule
     page_step, head_step, row_step = steps
     state_step, together = state_steps
@@ -398,8 +459,9 @@ def _attend_one(
         clusters = 2 if selector == _KM2_REM else 1
         linear = np.empty((clusters, group, num_complete), np.float32)
         variance = np.empty((clusters, group, num_complete), np.float32)
-        start = kv_head * head_step + page_size * row_step
-        _score(selector, q, q2, cache, pages, page_step, start, (per_page, stride), block, score, linear, variance)
+        first, from_page, from_head, stride = area
+        start, each = first + kv_head * from_head, (per_page, stride)
+        _score(selector, q, q2, stored, formats, pages, from_page, start, each, block, score, linear, variance)
         shared = np.empty(num_complete, np.float32)
         _share(score, shared)
         forced = np.empty(num_complete, np.bool_)
@@ -487,6 +549,9 @@ def attend(
     scale,
     cache,
     steps,
+    stored,
+    area,
+    formats,
     positions,
     rows,
     table,
@@ -508,10 +573,15 @@ def attend(
         scale: Softmax scale.
         cache: Flat cache.
         steps: Elements from page to page, kv head to kv head, row to row.
+        stored: The flat cache once more, as uint8 where statistics are stored in bytes.
+        area: Where statistics are, in elements of `stored`: `(those of page 0, kv head 0, steps from page to page, kv
+            head to kv head, block to block)`.
+        formats: Of statistics in bytes, `[parts, 2]` int64, for consecutive parts the place in `FORMATS` and elements;
+            not read where `stored` is the cache.
         positions: `[tokens]` int64.
         rows: `[tokens]` int64, rows of `table`.
         table: `[rows, pages]` int, page ids.
-        sizes: `(page size, selection block, elements from one block's statistics to the next)`.
+        sizes: `(page size, selection block)`.
         rule: `(selector, budget in blocks, first blocks, last blocks)`.
         mass_wanted: Share of the mass at which selection stops; infinite where the budget alone counts.
         state: Flat float32 array with the bodies of the regression residual's states.
@@ -532,6 +602,9 @@ def attend(
             scale,
             cache,
             steps,
+            stored,
+            area,
+            formats,
             positions,
             rows,
             table,

@@ -21,6 +21,8 @@ class SplaOptions:
     Attributes:
         budget: Tokens that a query attends to exactly, forced blocks included.
         selector: How blocks are scored; see `spla_backend.algorithm.selectors`.
+        statistics_dtype: How statistics of blocks are stored: `auto`, in the dtype of the cache, or `fp8`, in a byte an
+            element; the built-in selectors have both.
         top_p: Stop selecting once this share of the estimated attention mass is covered; None spends the budget.
         selection_block_size: Tokens a selection block; None means 64, or the page where that is smaller.
         first_blocks: Leading blocks always selected (attention sink).
@@ -41,6 +43,7 @@ class SplaOptions:
 
     budget: int = 2048
     selector: str = "rem"
+    statistics_dtype: str = "auto"
     top_p: float | None = None
     selection_block_size: int | None = None
     first_blocks: int = 1
@@ -92,6 +95,7 @@ class SplaOptions:
     def _check(self) -> None:
         from .algorithm.feature_maps import feature_map_names
         from .algorithm.selectors import get_selector, selector_names
+        from .algorithm.statistics_format import STATISTICS_DTYPES
 
         self._check_integer("budget", 1)
         self._check_integer("first_blocks", 0)
@@ -119,6 +123,7 @@ class SplaOptions:
                 f"SPLA options dense_layers and layer_budgets both name layer {min(both)}: take it out of one of them"
             )
         self._check_choice("selector", selector_names())
+        self._check_choice("statistics_dtype", STATISTICS_DTYPES)
         self._check_choice("residual", RESIDUALS)
         self._check_choice("feature_map", feature_map_names())
         self._check_choice("combine", COMBINES)
@@ -127,6 +132,11 @@ class SplaOptions:
             self._check_number("top_p", above=0, at_most=1)
         self._check_number("residual_scale", above=-1e-30)
         self._check_number("rms_norm_eps", above=0)
+        if self.statistics_dtype == "fp8" and get_selector(self.selector).formats(64) is None:
+            raise ValueError(
+                f"SPLA selector {self.selector!r} does not say how to store its statistics in fp8 (Selector.formats): "
+                "set statistics_dtype to 'auto'"
+            )
         needs_mass = self.residual != "none" and self.combine == "shared_normalizer"
         if needs_mass and not get_selector(self.selector).has_mass:
             raise ValueError(
@@ -192,6 +202,8 @@ class SplaOptions:
         Raises:
             ValueError: Page, selection block and the budget of any layer do not fit each other.
         """
+        from .algorithm.statistics_format import MAX_COUNT
+
         block = self.block_size(page_size)
         if page_size % 16:
             raise ValueError(f"SPLA needs pages of a multiple of 16 tokens, not {page_size}: set --block-size 64")
@@ -200,6 +212,11 @@ class SplaOptions:
                 f"SPLA selection blocks of {block} tokens do not divide pages of {page_size}: set --block-size to a "
                 f"multiple of {block} or the option selection_block_size to a divisor of {page_size}"
             )
+        if self.statistics_dtype == "fp8" and self.selector == "km2-rem" and block > MAX_COUNT:
+            raise ValueError(
+                f"SPLA selector 'km2-rem' counts up to {MAX_COUNT} tokens with statistics_dtype 'fp8', and its blocks "
+                f"have {block}: set selection_block_size to less, or statistics_dtype to 'auto'"
+            )
         params = SplaParameters(
             page_size=page_size,
             selection_block=block,
@@ -207,6 +224,7 @@ class SplaOptions:
             first_blocks=self.first_blocks,
             last_blocks=self.last_blocks,
             selector=self.selector,
+            statistics_dtype=self.statistics_dtype,
             top_p=self.top_p,
             residual=self.residual,
             feature_map=self.feature_map,

@@ -1,6 +1,37 @@
-"""Where options come from, and budgets of layers; what is refused is in engine/test_refusals.py."""
+"""Where options come from, and budgets of layers; most of what is refused is in engine/test_refusals.py."""
 
+import pytest
+import torch
+
+from spla_backend.algorithm import selectors
+from spla_backend.algorithm.selectors import MeanSelector
+from spla_backend.kernels.layout import layouts
 from spla_backend.options import SplaOptions
+
+
+def test_statistics_dtype():
+    options = {"budget": 2048, "selector": "km2-rem", "selection_block_size": 256, "statistics_dtype": "fp8"}
+    with pytest.raises(
+        ValueError, match="counts up to 255 tokens with statistics_dtype 'fp8', and its blocks have 256"
+    ):
+        SplaOptions.from_sources(options).parameters(256)
+    assert SplaOptions.from_sources({**options, "statistics_dtype": "auto"}).parameters(256).statistics_dtype == "auto"
+    params = SplaOptions.from_sources({**options, "selector": "rem"}).parameters(256)
+    page, _ = layouts(params, 64, torch.bfloat16)
+    assert params.statistics_dtype == "fp8" and page.statistics_bytes == 128
+
+
+def test_a_selector_without_formats(monkeypatch):
+    class Mine(MeanSelector):
+        name = "mine"
+
+        def formats(self, head_size):
+            return None
+
+    monkeypatch.setitem(selectors._SELECTORS, "mine", Mine)
+    assert SplaOptions.from_sources({"selector": "mine"}).selector == "mine"
+    with pytest.raises(ValueError, match=r"'mine' does not say how to store its statistics in fp8 .*to 'auto'"):
+        SplaOptions.from_sources({"selector": "mine", "statistics_dtype": "fp8"})
 
 
 def test_budgets_of_layers():

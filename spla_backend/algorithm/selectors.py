@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from .statistics_format import COUNT, E4M3, E5M2, Formats
+from .parameters import SplaParameters
+from .statistics_format import COUNT, E4M3, E5M2, Formats, decode, encode
 
 _LLOYD_ITERATIONS = 4
 
@@ -19,7 +20,7 @@ class Selector(ABC):
     """Statistics of a selection block and the scores made from them.
 
     A score estimates `log sum_{t in block} exp(q . k_t)`, the log of the attention mass of the block. All tensors
-    are float32 or float64; storing statistics in the cache dtype is the caller's business.
+    are float32 or float64; storing statistics, in the cache dtype or in bytes, is the caller's business.
     """
 
     name: str
@@ -85,6 +86,18 @@ def get_selector(name: str) -> Selector:
     if name not in _SELECTORS:
         raise ValueError(f"unknown selector {name!r}: choose one of {', '.join(selector_names())}")
     return _SELECTORS[name]()
+
+
+def block_statistics(keys: torch.Tensor, params: SplaParameters) -> torch.Tensor:
+    """Statistics `[..., width]` of blocks of keys `[..., block_size, head_size]`, as they are read where `params` store
+    them in fp8, unrounded otherwise. Their gradient is that of the unrounded ones (straight through)."""
+    selector = get_selector(params.selector)
+    exact = selector.statistics(keys)
+    formats = selector.formats(keys.shape[-1]) if params.statistics_dtype == "fp8" else None
+    if formats is None:
+        return exact
+    stored = decode(encode(exact.detach(), formats), formats).to(exact.dtype)
+    return stored + (exact - exact.detach())  # exactly `stored`: 0 is added
 
 
 def _log1p_half(s2: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """SPLA over whole sequences, differentiable: the same definition as `spla_backend.algorithm.reference`, by masks.
 
 Every token selects its own blocks, as in decode. The selection is a choice and has no gradient; statistics of blocks
-get one only through the tail's mass. The rest is read block by block from the sums of each, chunk of queries by chunk,
-and read again in the backward pass, so that memory does not grow with the square of the length. The exact part is
-likewise made of the masked logits of all pairs of tokens, or, in 16 bits on a GPU, by FlexAttention, which skips the
-blocks that no token of a tile selects.
+get one only through the tail's mass, past the rounding of statistics in fp8 as if there were none (straight through).
+The rest is read block by block from the sums of each, chunk of queries by chunk, and read again in the backward pass,
+so that memory does not grow with the square of the length. The exact part is likewise made of the masked logits of all
+pairs of tokens, or, in 16 bits on a GPU, by FlexAttention, which skips the blocks that no token of a tile selects.
 """
 
 import math
@@ -21,7 +21,7 @@ from .combine import double_rmsnorm, shared_normalizer
 from .parameters import SplaParameters
 from .residual import Residual, make_residual
 from .selection import forced_blocks, group_scores, select_blocks
-from .selectors import get_selector
+from .selectors import block_statistics, get_selector
 
 FLEX_QUERIES = 128
 """Queries a tile of FlexAttention, and the least tokens: what its kernels skip is a whole tile."""
@@ -74,7 +74,7 @@ def spla_attention(
     queries = q.reshape(rows, group, length, d)
     keys, values = k.reshape(rows, total, d), v.reshape(rows, total, d)
     whole = total // params.selection_block * params.selection_block
-    statistics = get_selector(params.selector).statistics(keys[:, :whole].unflatten(1, (-1, params.selection_block)))
+    statistics = block_statistics(keys[:, :whole].unflatten(1, (-1, params.selection_block)), params)
     residual = make_residual(params, d, feature_weight)
 
     def per_row(weight: Tensor) -> Tensor:

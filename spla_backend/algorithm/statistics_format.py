@@ -8,7 +8,8 @@ float16 by moving bits, so that kernels on any GPU read them. Numbers beyond the
 import torch
 
 STATISTICS_DTYPES = ("auto", "fp8")
-E4M3, E5M2, COUNT = "e4m3", "e5m2", "count"  # COUNT: an integer up to 255
+E4M3, E5M2, COUNT = "e4m3", "e5m2", "count"  # COUNT: an integer up to MAX_COUNT
+MAX_COUNT = 255
 Formats = tuple[tuple[str, int], ...]  # of consecutive elements: what they are, how many
 
 _FLOATS = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
@@ -19,7 +20,7 @@ def encode(statistics: torch.Tensor, formats: Formats) -> torch.Tensor:
     parts = []
     for part, (kind, _) in zip(statistics.split([size for _, size in formats], -1), formats, strict=True):
         if kind == COUNT:
-            parts.append(part.round().clamp(0, 255).to(torch.uint8))
+            parts.append(part.round().clamp(0, MAX_COUNT).to(torch.uint8))
         else:
             limit = torch.finfo(_FLOATS[kind]).max
             parts.append(part.clamp(-limit, limit).to(_FLOATS[kind]).view(torch.uint8))

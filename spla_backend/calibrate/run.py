@@ -190,6 +190,8 @@ def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
         "last_blocks": params.last_blocks,
         "residual": params.residual,
     }
+    if params.statistics_dtype != "auto":
+        fitted_for["statistics_dtype"] = params.statistics_dtype
     if params.top_p is not None:
         fitted_for["top_p"] = params.top_p
     if options.dense_layers:

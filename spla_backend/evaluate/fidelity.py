@@ -17,7 +17,7 @@ from ..algorithm.combine import double_rmsnorm, shared_normalizer
 from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import make_residual
 from ..algorithm.selection import forced_blocks, group_scores, select_blocks
-from ..algorithm.selectors import get_selector
+from ..algorithm.selectors import block_statistics, get_selector
 from ..algorithm.sequence import spla_attention
 from ..learned import LayerParameters
 from .capture import AttentionInputs
@@ -57,7 +57,7 @@ class HeadGroup:
         k: `[tokens, head_size]` float32.
         v: `[tokens, head_size]` float32.
         positions: `[queries]` int64, position of each query; it sees the tokens `0 .. position`.
-        statistics: By selector and block size, filled on demand, of these keys or of more that begin with them.
+        statistics: By selector, block size and dtype, filled on demand, of these keys or of more that begin with them.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class HeadGroup:
         k: torch.Tensor,
         v: torch.Tensor,
         positions: torch.Tensor,
-        statistics: dict[tuple[str, int], torch.Tensor] | None = None,
+        statistics: dict[tuple[str, int, str], torch.Tensor] | None = None,
     ) -> None:
         self.q, self.k, self.v, self.positions = q, k, v, positions
         self._token = torch.arange(k.shape[0], device=k.device)
         self._visible = self._token <= positions[:, None, None]  # [queries, 1, tokens]
         self._logits = q @ k.mT  # [queries, group, tokens]
         self._statistics = {} if statistics is None else statistics
-        self._grouped: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._grouped: dict[tuple[str, int, int, str], torch.Tensor] = {}
 
     @cached_property
     def _share(self) -> torch.Tensor:
@@ -85,12 +85,13 @@ class HeadGroup:
         """Output of dense attention `[queries, group, head_size]`."""
         return self._share @ self.v
 
-    def statistics(self, selector: str, block: int) -> torch.Tensor:
+    def statistics(self, params: SplaParameters) -> torch.Tensor:
         """Statistics of all full blocks `[num_blocks, width]`."""
-        key = (selector, block)
+        block = params.selection_block
+        key = (params.selector, block, params.statistics_dtype)
         if key not in self._statistics:
             full = self.k.shape[0] // block * block
-            self._statistics[key] = get_selector(selector).statistics(self.k[:full].unflatten(0, (-1, block)))
+            self._statistics[key] = block_statistics(self.k[:full].unflatten(0, (-1, block)), params)
         return self._statistics[key][: self.k.shape[0] // block]
 
     def _complete(self, params: SplaParameters) -> torch.Tensor:
@@ -102,7 +103,7 @@ class HeadGroup:
     def _group_scores(self, point: Point) -> torch.Tensor:
         """`[queries, 1, 1, num_blocks]`, -inf where not complete."""
         params, block = point.params, point.params.selection_block
-        key = (point.selector, block, params.page_size)
+        key = (point.selector, block, params.page_size, params.statistics_dtype)
         if key in self._grouped:
             return self._grouped[key]
         complete = self._complete(params)
@@ -112,7 +113,7 @@ class HeadGroup:
             grouped = mass.log().clamp(min=torch.finfo(mass.dtype).min).masked_fill(~complete, -torch.inf)
             grouped = grouped[:, None, None]
         else:
-            scores = get_selector(params.selector).score(self.q, self.statistics(params.selector, block), block)
+            scores = get_selector(params.selector).score(self.q, self.statistics(params), block)
             grouped = group_scores(scores[:, None, None], complete)
         self._grouped[key] = grouped
         return grouped
@@ -170,7 +171,7 @@ class HeadGroup:
             tail = torch.where(num_rest[..., None] > 0, tail, 0.0)
             one = torch.ones((), device=exact.device)
             return double_rmsnorm(exact, tail, one, one, params.rms_norm_eps)
-        statistics = self.statistics(params.selector, params.selection_block)
+        statistics = self.statistics(params)
         mass = get_selector(params.selector).mass(self.q, statistics, params.selection_block)
         log_mass = mass.masked_fill(~rest[:, None], -torch.inf).logsumexp(-1)  # [queries, group]
         return shared_normalizer(exact, lse, tail, log_mass)

@@ -46,7 +46,11 @@ def points_of(variants: Sequence[Variant], page_size: int, shape: ModelShape, ou
             )
     points = [Point(parameters_of(variant, page_size, shape), output=output) for variant in variants]
     oracles = {
-        Point(replace(without_residual(point.params), selector="mean", top_p=None), oracle=True, output=output): None
+        Point(
+            replace(without_residual(point.params), selector="mean", statistics_dtype="auto", top_p=None),
+            oracle=True,
+            output=output,
+        ): None
         for point in points
     }
     return points + list(oracles)

@@ -180,6 +180,7 @@ def without_residual(params: SplaParameters) -> SplaParameters:
         first_blocks=params.first_blocks,
         last_blocks=params.last_blocks,
         selector=params.selector,
+        statistics_dtype=params.statistics_dtype,
         top_p=params.top_p,
         residual="none",
     )
@@ -220,7 +221,8 @@ def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int, item
     if params.budget_blocks > current:
         return dense
     num_complete = (seq_len - 1) // params.page_size * params.blocks_per_page
-    statistics = num_complete * get_selector(params.selector).width(head_size) * itemsize
+    of_statistics = 1 if params.statistics_dtype == "fp8" else itemsize  # bytes an element
+    statistics = num_complete * get_selector(params.selector).width(head_size) * of_statistics
     # The current block, the last of the selected, may be partly filled.
     selected = ((params.budget_blocks - 1) * block + (seq_len - 1) % block + 1) * 2 * head_size * itemsize
     residual = make_residual(params, head_size)

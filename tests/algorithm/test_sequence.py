@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.algorithm.reference import spla_sequence
+from spla_backend.algorithm.reference import SELECTORS, complete_statistics, spla_sequence
+from spla_backend.algorithm.selectors import block_statistics, get_selector
 from spla_backend.algorithm.sequence import FLEX_QUERIES, attend_flex, flex_mask, spla_attention
+from spla_backend.algorithm.statistics_format import decode, encode
 
 BASE = SplaParameters(page_size=8, selection_block=4, budget_blocks=4, first_blocks=1, last_blocks=2)
 CASES = {
@@ -52,6 +54,31 @@ def test_equals_the_definition(name, heads, kv_heads, batch):
             norm_weights=norms,
         )
         torch.testing.assert_close(actual[i].transpose(0, 1), expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_statistics_in_fp8(selector):
+    """Selection and mass are those of the rounded statistics, the gradient is that of the exact ones."""
+    params = replace(BASE, selector=selector, residual="none" if selector == "quest" else "regression")
+    q, k, v, _, _ = inputs(4, 2, length=61, batch=1)
+    k = 3 * k + 1
+    in_fp8 = replace(params, statistics_dtype="fp8")
+    actual = spla_attention(q, k, v, in_fp8)
+    exact = complete_statistics(k[0].transpose(0, 1), params)
+    formats = get_selector(selector).formats(8)
+    rounded = decode(encode(exact, formats), formats).double()
+    parts = [x[0].transpose(0, 1) for x in (q, k, v)]
+    expected = spla_sequence(*parts, params, statistics=rounded)
+    torch.testing.assert_close(actual[0].transpose(0, 1), expected, rtol=1e-10, atol=1e-11)
+    assert not torch.allclose(expected, spla_sequence(*parts, params, statistics=exact)) or selector == "quest"
+
+    gradients = []
+    for used in (params, in_fp8):
+        keys = k[:, :, :56].unflatten(2, (-1, 4)).clone().requires_grad_()
+        statistics = block_statistics(keys, used)
+        statistics.backward(torch.linspace(-1, 1, statistics.numel(), dtype=torch.float64).view_as(statistics))
+        gradients.append(keys.grad)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("name", ["none", "regression", "rmsnorm"])

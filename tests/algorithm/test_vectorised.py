@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.residual import make_residual
 from spla_backend.algorithm.selection import group_scores, select_blocks
 from spla_backend.algorithm.selectors import get_selector, selector_names
+from spla_backend.algorithm.statistics_format import COUNT, E4M3, E5M2, decode, encode
 from spla_backend.kernels import numba_decode
 from spla_backend.kernels.cpu import CpuPagedSpla, FlatCache
 from spla_backend.kernels.torch_paged import TorchPagedSpla
@@ -79,6 +81,7 @@ def shapes(draw: st.DrawFn, max_page: int = 128, implementation: type[TorchPaged
         first_blocks=first,
         last_blocks=last,
         selector=selector,
+        statistics_dtype=draw(st.sampled_from(["auto", "auto", "fp8"])),
         top_p=draw(st.sampled_from([None, None, 0.5, 0.9, 1.0])),
         residual=draw(st.sampled_from(residuals if with_mass else ["none"])),
         feature_map=draw(st.sampled_from(ref.FEATURE_MAPS)),
@@ -285,8 +288,13 @@ def near_top_p(scores: Tensor, blocks: Sequence[int], position: int, params: Spl
 
 
 def compare(layer: Layer, index: int, start: int, got: Tensor, positions: Sequence[int]) -> None:
-    """Check the outputs `got [end - start, H, d]` of a sequence at some of its positions."""
-    wants = {position: layer.reference(index, position) for position in positions}
+    """Check the outputs `got [end - start, H, d]` of a sequence at some of its positions; statistics in fp8 are taken
+    as they are stored."""
+    wants = {}
+    for position in positions:
+        in_fp8 = layer.params.statistics_dtype == "fp8"
+        stored = layer.stored_statistics(index, position // layer.params.page_size) if in_fp8 else None
+        wants[position] = layer.reference(index, position, stored)
     if any(near_tie(want, position, layer.params) for position, want in wants.items()):
         Ties.dropped += 1
         event("near-tie")
@@ -437,8 +445,14 @@ def test_statistics_in_the_page(shape: Shape, data: st.DataObject) -> None:
     # The reference stops below the last token's page; one more token makes the last full page a complete one.
     keys = torch.cat([layer.sequences[0].k, layer.sequences[0].k[:1]]).double()[: complete * page + 1]
     if complete:
-        got = layer.stored_statistics(0, complete)
-        assert relative_error(got, ref.complete_statistics(keys, shape.params)) < TOLERANCE
+        want = ref.complete_statistics(keys, shape.params)
+        if shape.params.statistics_dtype == "auto":
+            assert relative_error(layer.stored_statistics(0, complete), want) < TOLERANCE
+        else:  # the nearest byte, or its neighbour where float32 rounds otherwise
+            layout, pages = layer.op.page_layout, layer.kv_cache[layer.sequences[0].pages[:complete]]
+            got = layout.stored(layout.area(pages)).transpose(1, 2).flatten(0, 1).int()  # [blocks, G, width]
+            off = (got - encode(want.float(), layout.formats).int()).abs()
+            assert int(off.max()) <= 1 and float(off.float().mean()) < 0.01
     others = [p for p in range(len(layer.kv_cache)) if p not in layer.sequences[0].pages[:complete].tolist()]
     assert bool(layer.kv_cache[others, :, page:].isnan().all()), "an incomplete page was given statistics"
 
@@ -619,6 +633,51 @@ def test_compiled_code_reads_every_number(dtype: torch.dtype) -> None:
     got = torch.empty(1 << 16)
     numba_decode._load(cache.elements, 0, got.numpy())
     torch.testing.assert_close(got, cache.tensor.flatten().float(), rtol=0, atol=0, equal_nan=True)
+
+
+def small_float(byte: int, mantissa_bits: int, bias: int) -> float:
+    """The number that a byte stands for, by the definition of such formats (OCP 8-bit floating point, 1.0)."""
+    exponent, mantissa = divmod(byte & 0x7F, 1 << mantissa_bits)
+    fraction = mantissa / (1 << mantissa_bits)
+    size = (1 + fraction) * 2.0 ** (exponent - bias) if exponent else fraction * 2.0 ** (1 - bias)
+    return -size if byte & 0x80 else size
+
+
+@pytest.mark.parametrize(
+    ("kind", "mantissa_bits", "bias", "largest", "compiled"),
+    [(E4M3, 3, 7, 448.0, numba_decode._load_e4m3), (E5M2, 2, 15, 57344.0, numba_decode._load_e5m2)],
+)
+def test_numbers_of_a_byte(kind: str, mantissa_bits: int, bias: int, largest: float, compiled: Any) -> None:
+    """All finite ones are read as they are defined, and what lies between and beyond goes to the nearest."""
+    sizes = [small_float(byte, mantissa_bits, bias) for byte in range(128)]
+    count = sizes.index(largest) + 1
+    stored = torch.tensor([*range(count), *range(128, 128 + count)], dtype=torch.uint8)
+    numbers = torch.tensor([*sizes[:count], *[-size for size in sizes[:count]]])
+    assert torch.equal(decode(stored, ((kind, 2 * count),)), numbers)
+    got = torch.empty(2 * count)
+    compiled(stored.numpy(), got.numpy())
+    assert torch.equal(got, numbers)
+
+    magnitude = torch.empty(2000, dtype=torch.float64).uniform_(-bias - mantissa_bits, math.log2(largest) + 2).exp2()
+    middle = (numbers[1:count] + numbers[: count - 1]) / 2  # ties
+    x = torch.cat([magnitude.float(), numbers[:count], middle, torch.tensor([math.inf])])
+    distances = (x.double()[:, None].clamp(max=largest) - numbers[:count].double()).abs()
+    nearest = ((distances == distances.amin(-1, keepdim=True)) * (2 - torch.arange(count) % 2)).argmax(
+        -1
+    )  # even at a tie
+    assert torch.equal(encode(x[:, None], ((kind, 1),))[:, 0].long(), nearest)
+    assert torch.equal(encode(-x[:, None], ((kind, 1),))[:, 0].long(), nearest + 128)
+
+
+def test_counts_of_a_byte() -> None:
+    counts = torch.tensor([[0.0, 16.0, 255.0]])
+    assert torch.equal(decode(encode(counts, ((COUNT, 3),)), ((COUNT, 3),)), counts)
+
+
+def test_every_byte_has_a_format() -> None:
+    for name in ref.SELECTORS:
+        formats = get_selector(name).formats(80)
+        assert formats is not None and sum(size for _, size in formats) == get_selector(name).width(80)
 
 
 @pytest.mark.parametrize("name", ref.FEATURE_MAPS)

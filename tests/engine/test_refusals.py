@@ -14,6 +14,7 @@ pytestmark = pytest.mark.engine
     [
         ({"budgets": 512}, {}, r"unknown SPLA option 'budgets' \(did you mean 'budget'\?\): valid options are budget"),
         ({"selector": "best"}, {}, r"unknown SPLA selector 'best': choose one of cumulant2, km2-rem, mean"),
+        ({"statistics_dtype": "int8"}, {}, "unknown SPLA statistics_dtype 'int8': choose one of auto, fp8"),
         ({"budget": 0}, {}, "SPLA option budget must be an integer of at least 1, not 0"),
         ({"budget": "2k"}, {}, "SPLA option budget must be an integer of at least 1, not '2k'"),
         ({"budget": 64}, {}, "a SPLA budget of 64 tokens is less than the blocks .*always selected.* at least 96"),

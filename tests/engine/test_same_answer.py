@@ -92,6 +92,30 @@ def test_whole_budget_is_dense(tiny_llama, start, dense):
         assert_same(engine.answer(PROMPTS), dense)
 
 
+def test_statistics_in_fp8(tiny_llama, start, alone, dense):
+    """Pages are smaller, and nothing else may change: not by cached prefixes, chunks or what memory held before."""
+    in_fp8 = {"statistics_dtype": "fp8"}
+    prompts = [*PROMPTS[-2:], *prompts_with_prefix(SHARED[-1])]
+    with start(tiny_llama, options=in_fp8, enable_prefix_caching=True) as engine:
+        assert engine.runner.kv_caches[0].shape[2] == PAGE + 1  # 128 bytes of statistics and a stamp, of rows of 512
+        whole = engine.answer(PROMPTS[-2:])  # nothing is cached where prompt logprobs are asked for
+        plain = []
+        for prompt in prompts:
+            assert engine.llm.reset_prefix_cache()
+            plain += engine.answer([prompt], logprobs=False)
+        assert [a.cached_tokens for a in plain] == [0] * len(prompts)
+        cached = [engine.answer([prompt], logprobs=False)[0] for prompt in prompts]
+        assert all(a.cached_tokens >= SHARED[-1] // PAGE * PAGE for a in cached[3:])
+        assert_same(cached, plain)
+    with start(tiny_llama, options=in_fp8, max_num_batched_tokens=200) as engine:
+        poison_free_blocks(engine)
+        assert_same(engine.answer(PROMPTS[-2:]), whole)
+    differences = [abs(x - y) for x, y in zip(whole[-1].logprobs, alone[-1].logprobs, strict=True)]
+    assert max(differences) > 0
+    with start(tiny_llama, options={**in_fp8, "budget": 1024}) as engine:
+        assert_same(engine.answer(PROMPTS[-2:]), dense[-2:])
+
+
 @pytest.mark.parametrize("chunk", [64, 100, 512])
 def test_chunked_prefill(tiny_llama, start, alone, chunk):
     with start(tiny_llama, max_num_batched_tokens=chunk) as engine:

@@ -1,12 +1,15 @@
 """Captured mass and output error against the float64 reference, on small random tensors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from spla_backend.algorithm import reference
 from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.algorithm.selectors import get_selector
+from spla_backend.algorithm.statistics_format import decode, encode
 from spla_backend.evaluate.capture import AttentionInputs
 from spla_backend.evaluate.fidelity import Point, measure, sample_positions, summary
 
@@ -27,7 +30,11 @@ def expected(inputs: AttentionInputs, position: int, params: SplaParameters) -> 
     """Captured mass and relative error of each head from the reference."""
     q = inputs.q[:, position].double()
     k, v = (x[:, : position + 1].transpose(0, 1).double() for x in (inputs.k, inputs.v))
-    result = reference.spla_token(q, k, v, params)
+    statistics = None
+    if params.statistics_dtype == "fp8":
+        formats = get_selector(params.selector).formats(SIZE)
+        statistics = decode(encode(reference.complete_statistics(k, params), formats), formats).double()
+    result = reference.spla_token(q, k, v, params, statistics=statistics)
     masses, errors = [], []
     for h in range(HEADS):
         g = h // (HEADS // KV_HEADS)
@@ -44,6 +51,7 @@ def expected(inputs: AttentionInputs, position: int, params: SplaParameters) -> 
         {"selector": "rem", "residual": "regression"},
         {"selector": "taylor2", "residual": "linear"},
         {"selector": "quest", "residual": "none"},
+        {"selector": "rem", "residual": "regression", "statistics_dtype": "fp8"},
         {"selector": "km2-rem", "residual": "regression", "selection_block": 16},
         {"selector": "rem", "residual": "none", "top_p": 0.6},
         {"selector": "rem", "residual": "linear", "combine": "double_rmsnorm"},
@@ -73,6 +81,18 @@ def test_nothing_captures_more_than_the_oracle(inputs):
     assert best < 0.999
     assert max(masses) <= best
     assert max(masses) > 0.5 * best  # a selector that finds nothing would pass the line above
+
+
+def test_points_of_both_dtypes_side_by_side(inputs):
+    """Neither is given the other's statistics or scores, nor is either's selection without the residual."""
+    params = SplaParameters(page_size=32, selection_block=16, budget_blocks=7)
+    points = [Point(replace(params, statistics_dtype=dtype)) for dtype in ("auto", "fp8")]
+    positions = sample_positions(100, LENGTH, 50)
+    mass, error = measure(inputs, positions, points)
+    for i, point in enumerate(points):
+        alone = measure(inputs, positions, [point])
+        assert torch.equal(mass[i], alone[0][0]) and torch.equal(error[i], alone[1][0])
+    assert not torch.equal(mass[0], mass[1])
 
 
 def test_budget_that_holds_everything(inputs):

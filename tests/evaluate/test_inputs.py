@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from spla_backend.evaluate import cli, report
 from spla_backend.evaluate.documents import cut_documents
@@ -20,7 +21,7 @@ from spla_backend.evaluate.variants import (
     parameters_of,
     parse_variants,
 )
-from spla_backend.kernels.layout import PageLayout
+from spla_backend.kernels.layout import PageLayout, layouts
 
 
 class Words:
@@ -99,6 +100,10 @@ def test_bytes_read():
     assert bytes_read(params, 1024, size) == bytes_read(None, 1024, size)
     without = parameters_of(Variant("x", {"budget": 1024, "residual": "none"}), 64, None)
     assert bytes_read(params, length, size) - bytes_read(without, length, size) == state
+    in_fp8 = parameters_of(Variant("x", {"budget": 1024, "statistics_dtype": "fp8"}), 64, None)
+    page = layouts(in_fp8, size, torch.bfloat16)[0]
+    assert bytes_read(in_fp8, length, size) == 127 * page.statistics_bytes + tokens + state
+    assert page.statistics_bytes == 2 * size
     # One token in the current page instead of 64.
     assert bytes_read(params, length - 63, size) == bytes_read(params, length, size) - 63 * 2 * size * 2
 
