@@ -10,8 +10,8 @@ Floor, bytes a unit and kv head: `width` elements of statistics, once for all he
 of block table; written, 4 bytes (8 where the mass is another score) a head and token. FLOP: `2 width` a head and token.
 The statistics of one page are one dense row, so this is a gather of 256 to 1024 byte pieces (with finer units, more).
 
-Statistics that are bytes (`algorithm/statistics_format.py`) come into shared memory as they are stored and become float16
-in registers, exactly; so do the queries, whatever the dtype of the cache.
+Statistics that are bytes (`algorithm/statistics_format.py`) come into shared memory as they are and become float16 in
+registers, exactly; so do the queries, whatever the dtype of the cache.
 """
 
 import triton
