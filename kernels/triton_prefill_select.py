@@ -16,6 +16,9 @@ error counts relative to both, and both are at least what was subtracted.
 `q^2` is rounded to the cache dtype once, by 2^-9 at most in bf16: independent over `d` elements, a relative error of
 about 2^-10 / sqrt(d) in the variance of `q . k`, less than what the rounding of the stored mean does to `q . mean`.
 
+Statistics that are bytes become float16, exactly, and so do the queries. Their means are too coarse for the mean logit
+of what was left out: `prefill_list_kernel` takes it from the sum of keys in the recurrent state.
+
 Floor: `2 * 4 d` FLOP a (token, unit of a complete page, head), twice that for `km2-rem`; 4 bytes written and read a
 (token, unit of a complete page, kv head).
 """

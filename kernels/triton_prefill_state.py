@@ -50,7 +50,7 @@ def prefill_state_kernel(
     STAGES: tl.constexpr,
     LINEAR: tl.constexpr,
     KEEP: tl.constexpr,  # whether states are put aside
-    KEEP_Z: tl.constexpr,  # their z too
+    KEEP_Z: tl.constexpr,  # with their z
     DEPENDENT: tl.constexpr,
 ):
     """Grid (PARTS, G, runs)."""

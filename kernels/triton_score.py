@@ -9,6 +9,9 @@ Plain reference: `reference.selection_score` and `reference.mass_score`. Sources
 Floor, bytes a unit and kv head: `width` elements of statistics, once for all heads and tokens of the group, and 4 bytes
 of block table; written, 4 bytes (8 where the mass is another score) a head and token. FLOP: `2 width` a head and token.
 The statistics of one page are one dense row, so this is a gather of 256 to 1024 byte pieces (with finer units, more).
+
+Statistics that are bytes (`algorithm/statistics_format.py`) come into shared memory as they are and become float16 in
+registers, exactly; so do the queries, whatever the dtype of the cache.
 """
 
 import triton

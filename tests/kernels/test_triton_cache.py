@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton_cases import make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import complete_statistics
 from spla_backend.algorithm.statistics_format import encode
+from spla_backend.kernels.triton_cache import decode_e4m3, decode_e5m2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {"num_heads": 2, "num_kv_heads": 2, "head_size": 32, "device": DEVICE}
@@ -52,6 +55,24 @@ def test_statistics_in_fp8(selector: str) -> None:
     off = (stored.cpu().int() - expected).abs()
     assert off.max() <= 1 and off.float().mean() < 0.01
     torch.testing.assert_close(batch.statistics(0, 2)[3:], exact[3:], rtol=0.126, atol=2e-3)
+
+
+@triton.jit
+def decode_kernel(bytes_ptr, e4m3_ptr, e5m2_ptr):
+    index = tl.arange(0, 256)
+    byte = tl.load(bytes_ptr + index)
+    tl.store(e4m3_ptr + index, decode_e4m3(byte))
+    tl.store(e5m2_ptr + index, decode_e5m2(byte))
+
+
+def test_bytes_become_float16_exactly() -> None:
+    stored = torch.arange(256, device=DEVICE).to(torch.uint8)
+    e4m3, e5m2 = (torch.full((256,), float("nan"), dtype=torch.float16, device=DEVICE) for _ in range(2))
+    decode_kernel[(1,)](stored, e4m3, e5m2)
+    for got, dtype in ((e4m3, torch.float8_e4m3fn), (e5m2, torch.float8_e5m2)):
+        want = stored.view(dtype).half()
+        finite = want.isfinite()  # the others are never stored
+        assert torch.equal(got[finite], want[finite])
 
 
 def test_two_clusters_of_equal_keys() -> None:
