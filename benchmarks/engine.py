@@ -8,7 +8,7 @@ weights are normal, so that pages weigh differently as in a model; with vLLM's d
 the same, and for that the selection takes several rounds. Times come from the engine's own request statistics: the
 first token's latency, and the time between first and last token divided by the tokens between them. Rows are `{backend,
 batch, context, tpot_ms, ttft_s}`. With `--profile` each shape runs once more under the engine's profiler, and its row
-says where the GPU's time in a decode step goes: microseconds by kernel and without any.
+says where the GPU's time in a decode step goes, and in all steps of the prompts: microseconds by kernel and without any.
 """
 
 import argparse
@@ -87,33 +87,40 @@ def measure(llm: Any, source: list[int], batch: int, context: int, tokens: int) 
     }
 
 
-def decode_profile(
+def profile(
     llm: Any, traces: Path, source: list[int], batch: int, context: int, tokens: int
-) -> dict[str, float]:
-    """Microseconds of a decode step by kernel, and `idle` where none runs, longest first.
-
-    A kernel's time is that in which no kernel before it runs: launches overlap.
-    """
+) -> dict[str, dict[str, float]]:
+    """Microseconds by kernel, longest first, and `idle` where none runs: of a decode step, and of all prompt steps."""
     llm.start_profile()
     tpot_us = 1e3 * measure(llm, source, batch, context, tokens)["tpot_ms"]
     llm.stop_profile()
     newest = max(traces.glob("*.json*"), key=lambda path: path.stat().st_mtime)
     with (gzip.open if newest.suffix == ".gz" else open)(newest, "rt") as file:
         events = [e for e in json.load(file)["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    events.sort(key=lambda e: e["ts"])
     # Prompts come before; the last step ends where the profiler does.
     last = max(e["ts"] + e["dur"] for e in events) - tpot_us
     first = last - (tokens - 3) * tpot_us
+    steps = (last - first) / tpot_us
+    return {
+        "step_us": _by_kernel(events, first, last, steps),
+        "prompt_us": _by_kernel(events, events[0]["ts"], first - tpot_us, 1),
+    }
+
+
+def _by_kernel(events: list[dict[str, Any]], first: float, last: float, share: float) -> dict[str, float]:
+    """Microseconds between two times over `share`; a kernel's is that in which no kernel before it runs: launches
+    overlap."""
     total: dict[str, float] = defaultdict(float)
     busy_until = first
-    for event in sorted(events, key=lambda e: e["ts"]):
+    for event in events:
         start, end = event["ts"], min(event["ts"] + event["dur"], last)
         if end <= busy_until:
             continue
         total["idle"] += max(0.0, start - busy_until)
         total[event["name"].split("(")[0].split("<")[0]] += end - max(start, busy_until)
         busy_until = end
-    steps = (last - first) / tpot_us
-    return {name: round(us / steps, 1) for name, us in sorted(total.items(), key=lambda item: -item[1])}
+    return {name: round(us / share, 1) for name, us in sorted(total.items(), key=lambda item: -item[1])}
 
 
 def main() -> None:
@@ -126,7 +133,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=33, help="output tokens a request")
     parser.add_argument("--options", type=json.loads, default={}, help="SPLA options, e.g. '{\"budget\": 1024}'")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
-    parser.add_argument("--profile", action="store_true", help="once more under the profiler: a decode step by kernel")
+    parser.add_argument("--profile", action="store_true", help="once more under the profiler: steps by kernel")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
@@ -164,7 +171,7 @@ def main() -> None:
             row = {"backend": backend, "batch": batch, "context": context}
             row |= measure(llm, source, batch, context, args.tokens)
             if traces:
-                row["step_us"] = decode_profile(llm, traces, source, batch, context, args.tokens)
+                row |= profile(llm, traces, source, batch, context, args.tokens)
             rows.append(row)
             print(json.dumps(row), flush=True)
             if args.output:

@@ -105,7 +105,7 @@ def store_vector(to, x, in_head, LIMIT: tl.constexpr, FP8: tl.constexpr, VARIANC
     tl.store(to, stored, mask=in_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def update_cache_kernel(
     key_ptr,  # [tokens, G, D]
     value_ptr,  # [tokens, G, D]
@@ -114,6 +114,7 @@ def update_cache_kernel(
     kv_int_ptr,  # the same memory as int32
     salt_ptr,  # [2] int32
     counter_ptr,  # [1] int32
+    num_tokens,
     key_token_stride,
     key_head_stride,
     value_token_stride,
@@ -128,97 +129,136 @@ def update_cache_kernel(
     UNIT: tl.constexpr,  # tokens a selection block
     STRIDE: tl.constexpr,  # stored elements from the statistics of one selection block to the next
     FP8: tl.constexpr,  # statistics are bytes
+    TOKENS: tl.constexpr,  # a program's
     TILE: tl.constexpr,  # tokens at a time, a power of two that divides UNIT; for KM2_REM at least UNIT
     STAMP_WORD: tl.constexpr,  # first int32 of the stamp within a page's head
     LIMIT: tl.constexpr,  # largest finite value of the cache dtype
     SELECTOR: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched before the one ahead has ended
 ):
-    """Grid (tokens, G)."""
+    """Grid (tokens / TOKENS, G)."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         # Behind the wait: what may start now knows that everything but this launch has ended.
         tl.extra.cuda.gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
     head = tl.program_id(1)
-    slot = tl.load(slot_ptr + token)
-    if slot >= 0:
-        dtype = kv_ptr.dtype.element_ty
-        page = slot // PAGE
-        offset = slot % PAGE
-        columns = tl.arange(0, DP)
-        in_head = columns < D
-        base = kv_ptr + page * page_stride + head * head_stride
-        key = tl.load(key_ptr + token * key_token_stride + head * key_head_stride + columns, mask=in_head)  # [DP]
-        value = tl.load(value_ptr + token * value_token_stride + head * value_head_stride + columns, mask=in_head)
-        tl.store(base + offset * 2 * D + columns, key.to(dtype), mask=in_head)
-        tl.store(base + offset * 2 * D + D + columns, value.to(dtype), mask=in_head)
+    of_head = kv_ptr + head * head_stride
+    key_head, value_head = key_ptr + head * key_head_stride, value_ptr + head * value_head_stride
+    dtype = kv_ptr.dtype.element_ty
+    columns = tl.arange(0, DP)
+    in_head = columns < D
+    if TOKENS == 1:
+        slot = tl.load(slot_ptr + first)
+        if slot >= 0:
+            row = of_head + slot // PAGE * page_stride + slot % PAGE * 2 * D
+            key = tl.load(key_head + first * key_token_stride + columns, mask=in_head)  # [DP]
+            value = tl.load(value_head + first * value_token_stride + columns, mask=in_head)
+            tl.store(row + columns, key.to(dtype), mask=in_head)
+            tl.store(row + D + columns, value.to(dtype), mask=in_head)
+            if slot % PAGE == PAGE - 1:
+                _complete_page(
+                    key_ptr, slot_ptr, kv_ptr, kv_int_ptr, salt_ptr, counter_ptr, first, head, slot,
+                    key_token_stride, key_head_stride, page_stride, head_stride, int_page_stride, int_head_stride,
+                    D, DP, PAGE, UNIT, STRIDE, FP8, TILE, STAMP_WORD, LIMIT, SELECTOR,
+                )  # fmt: skip
+    else:
+        # A program has many registers for the few that complete a page, so that few run at once: each stores several.
+        token = first + tl.arange(0, TOKENS)
+        slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=-1)
+        stored = (slot >= 0)[:, None] & in_head[None, :]
+        row = of_head + (slot // PAGE * page_stride + slot % PAGE * 2 * D)[:, None] + columns[None, :]
+        key = tl.load(key_head + (token * key_token_stride)[:, None] + columns[None, :], mask=stored)  # [TOKENS, DP]
+        value = tl.load(value_head + (token * value_token_stride)[:, None] + columns[None, :], mask=stored)
+        tl.store(row, key.to(dtype), mask=stored)
+        tl.store(row + D, value.to(dtype), mask=stored)
+        if tl.max(tl.where(slot >= 0, slot % PAGE, 0), axis=0) == PAGE - 1:
+            for i in tl.range(0, TOKENS):
+                one = tl.load(slot_ptr + first + i, mask=first + i < num_tokens, other=-1)
+                if (one >= 0) & (one % PAGE == PAGE - 1):
+                    _complete_page(
+                        key_ptr, slot_ptr, kv_ptr, kv_int_ptr, salt_ptr, counter_ptr, first + i, head, one,
+                        key_token_stride, key_head_stride, page_stride, head_stride, int_page_stride, int_head_stride,
+                        D, DP, PAGE, UNIT, STRIDE, FP8, TILE, STAMP_WORD, LIMIT, SELECTOR,
+                    )  # fmt: skip
 
-        if offset == PAGE - 1:
-            # Other programs of this launch may still be storing keys of this page. A token of the page that is in this
-            # batch stands as far before this one as its slot does, so its key is taken from the batch, not the cache.
-            for unit in tl.range(0, PAGE // UNIT):
-                area = base + PAGE * 2 * D
-                if FP8:
-                    area = area.to(tl.pointer_type(tl.uint8))
-                area += unit * STRIDE
-                if SELECTOR == KM2_REM:
-                    keys, exists = _page_keys(
-                        key_ptr, slot_ptr, base, token, head, slot, unit * UNIT, unit * UNIT + UNIT,
+
+@triton.jit
+def _complete_page(
+    key_ptr, slot_ptr, kv_ptr, kv_int_ptr, salt_ptr, counter_ptr, token, head, slot,
+    key_token_stride, key_head_stride, page_stride, head_stride, int_page_stride, int_head_stride,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, FP8: tl.constexpr,
+    TILE: tl.constexpr, STAMP_WORD: tl.constexpr, LIMIT: tl.constexpr, SELECTOR: tl.constexpr,
+):  # fmt: skip
+    """Statistics and stamp of the page whose last slot `token` has."""
+    page = slot // PAGE
+    base = kv_ptr + page * page_stride + head * head_stride
+    columns = tl.arange(0, DP)
+    in_head = columns < D
+    # Other programs of this launch may still be storing keys of this page. A token of the page that is in this
+    # batch stands as far before this one as its slot does, so its key is taken from the batch, not the cache.
+    for unit in tl.range(0, PAGE // UNIT):
+        area = base + PAGE * 2 * D
+        if FP8:
+            area = area.to(tl.pointer_type(tl.uint8))
+        area += unit * STRIDE
+        if SELECTOR == KM2_REM:
+            keys, exists = _page_keys(
+                key_ptr, slot_ptr, base, token, head, slot, unit * UNIT, unit * UNIT + UNIT,
+                key_token_stride, key_head_stride, D, DP, PAGE, TILE,
+            )  # fmt: skip
+            in_second = two_means(keys, exists, UNIT)
+            for cluster in tl.static_range(2):
+                member = exists & (in_second == (cluster == 1))
+                count = tl.sum(member.to(tl.float32), axis=0)
+                scaled = 1.0 / tl.maximum(count, 1.0)
+                mean = tl.sum(tl.where(member[:, None], keys, 0.0), axis=0) * scaled  # [DP]
+                deviation = tl.where(member[:, None], keys - mean[None, :], 0.0)
+                variance = tl.sum(deviation * deviation, axis=0) * scaled
+                statistic = area + cluster * 2 * D + columns
+                store_vector(statistic, mean, in_head, LIMIT, FP8, False)
+                store_vector(statistic + D, variance, in_head, LIMIT, FP8, True)
+                tl.store(area + 4 * D + cluster, count.to(area.dtype.element_ty))
+        else:
+            total = tl.zeros([DP], dtype=tl.float32)
+            low = tl.full([DP], float("inf"), dtype=tl.float32)
+            high = tl.full([DP], float("-inf"), dtype=tl.float32)
+            for first in tl.static_range(0, UNIT, TILE):
+                keys, _ = _page_keys(
+                    key_ptr, slot_ptr, base, token, head, slot, unit * UNIT + first, PAGE,
+                    key_token_stride, key_head_stride, D, DP, PAGE, TILE,
+                )  # [TILE, DP] # fmt: skip
+                if SELECTOR == QUEST:
+                    low = tl.minimum(low, tl.min(keys, axis=0))
+                    high = tl.maximum(high, tl.max(keys, axis=0))
+                else:
+                    total += tl.sum(keys, axis=0)
+            if SELECTOR == QUEST:
+                statistic, second = low, high
+            else:
+                statistic = total / UNIT
+                second = tl.zeros([DP], dtype=tl.float32)
+            if (SELECTOR != QUEST) & (SELECTOR != MEAN):
+                # Two passes: the difference of large sums would cost the variance its digits.
+                for first in tl.static_range(0, UNIT, TILE):
+                    keys, _ = _page_keys(
+                        key_ptr, slot_ptr, base, token, head, slot, unit * UNIT + first, PAGE,
                         key_token_stride, key_head_stride, D, DP, PAGE, TILE,
                     )  # fmt: skip
-                    in_second = two_means(keys, exists, UNIT)
-                    for cluster in tl.static_range(2):
-                        member = exists & (in_second == (cluster == 1))
-                        count = tl.sum(member.to(tl.float32), axis=0)
-                        scaled = 1.0 / tl.maximum(count, 1.0)
-                        mean = tl.sum(tl.where(member[:, None], keys, 0.0), axis=0) * scaled  # [DP]
-                        deviation = tl.where(member[:, None], keys - mean[None, :], 0.0)
-                        variance = tl.sum(deviation * deviation, axis=0) * scaled
-                        statistic = area + cluster * 2 * D + columns
-                        store_vector(statistic, mean, in_head, LIMIT, FP8, False)
-                        store_vector(statistic + D, variance, in_head, LIMIT, FP8, True)
-                        tl.store(area + 4 * D + cluster, count.to(area.dtype.element_ty))
-                else:
-                    total = tl.zeros([DP], dtype=tl.float32)
-                    low = tl.full([DP], float("inf"), dtype=tl.float32)
-                    high = tl.full([DP], float("-inf"), dtype=tl.float32)
-                    for first in tl.static_range(0, UNIT, TILE):
-                        keys, _ = _page_keys(
-                            key_ptr, slot_ptr, base, token, head, slot, unit * UNIT + first, PAGE,
-                            key_token_stride, key_head_stride, D, DP, PAGE, TILE,
-                        )  # [TILE, DP] # fmt: skip
-                        if SELECTOR == QUEST:
-                            low = tl.minimum(low, tl.min(keys, axis=0))
-                            high = tl.maximum(high, tl.max(keys, axis=0))
-                        else:
-                            total += tl.sum(keys, axis=0)
-                    if SELECTOR == QUEST:
-                        statistic, second = low, high
-                    else:
-                        statistic = total / UNIT
-                        second = tl.zeros([DP], dtype=tl.float32)
-                    if (SELECTOR != QUEST) & (SELECTOR != MEAN):
-                        # Two passes: the difference of large sums would cost the variance its digits.
-                        for first in tl.static_range(0, UNIT, TILE):
-                            keys, _ = _page_keys(
-                                key_ptr, slot_ptr, base, token, head, slot, unit * UNIT + first, PAGE,
-                                key_token_stride, key_head_stride, D, DP, PAGE, TILE,
-                            )  # fmt: skip
-                            deviation = keys - statistic[None, :]
-                            second += tl.sum(deviation * deviation, axis=0)
-                        second = second / UNIT
-                    store_vector(area + columns, statistic, in_head, LIMIT, FP8, False)
-                    if SELECTOR != MEAN:
-                        store_vector(area + D + columns, second, in_head, LIMIT, FP8, SELECTOR != QUEST)
-            # Every (page, head) that completes takes a number of its own: no program has to wait for the others before
-            # the counter may move, and a stamp still names one content of one page.
-            count = tl.atomic_add(counter_ptr, 1, sem="relaxed")
-            stamp = kv_int_ptr + page * int_page_stride + head * int_head_stride + STAMP_WORD
-            tl.store(stamp, tl.load(salt_ptr))
-            tl.store(stamp + 1, tl.load(salt_ptr + 1))
-            tl.store(stamp + 2, count)
-            tl.store(stamp + 3, page.to(tl.int32))
+                    deviation = keys - statistic[None, :]
+                    second += tl.sum(deviation * deviation, axis=0)
+                second = second / UNIT
+            store_vector(area + columns, statistic, in_head, LIMIT, FP8, False)
+            if SELECTOR != MEAN:
+                store_vector(area + D + columns, second, in_head, LIMIT, FP8, SELECTOR != QUEST)
+    # Every (page, head) that completes takes a number of its own: no program has to wait for the others before
+    # the counter may move, and a stamp still names one content of one page.
+    count = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+    stamp = kv_int_ptr + page * int_page_stride + head * int_head_stride + STAMP_WORD
+    tl.store(stamp, tl.load(salt_ptr))
+    tl.store(stamp + 1, tl.load(salt_ptr + 1))
+    tl.store(stamp + 2, count)
+    tl.store(stamp + 3, page.to(tl.int32))
 
 
 @triton.jit

@@ -35,6 +35,7 @@ from .triton_score import score_units
 from .triton_select import select_units
 from .triton_state import fold_slice
 
+_FEW_TOKENS = 512  # of a step; up to here a program stores one
 _SELECT_ELEMENTS = 32768  # scores that selection keeps in registers; more are gone through in pieces
 
 
@@ -451,7 +452,8 @@ class TritonPagedSpla:
         # Two clusters are made of a selection block at once, everything else of a power of two at a time.
         clusters = self.params.selector == "km2-rem"
         tile = triton.next_power_of_2(block) if clusters else min(64, block & -block)
-        update_cache_kernel[(num_tokens, self.num_kv_heads)](
+        tokens = 1 if num_tokens <= _FEW_TOKENS else 16  # a program
+        update_cache_kernel[(triton.cdiv(num_tokens, tokens), self.num_kv_heads)](
             key,
             value,
             slot_mapping,
@@ -459,6 +461,7 @@ class TritonPagedSpla:
             cache,
             self._salt,
             self._counter,
+            num_tokens,
             key.stride(0),
             key.stride(1),
             value.stride(0),
@@ -473,6 +476,7 @@ class TritonPagedSpla:
             UNIT=block,
             STRIDE=self.page_layout.statistics_stride,
             FP8=self.page_layout.formats is not None,
+            TOKENS=tokens,
             TILE=tile,
             STAMP_WORD=self._stamp_word,
             LIMIT=torch.finfo(self.cache_dtype).max,

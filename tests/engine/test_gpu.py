@@ -37,6 +37,9 @@ TOP = 20  # log-probabilities that are asked for
 # float16's rounding. With random weights pages weigh much the same, so that rounding also decides between two of them.
 ROUNDING = (0.005, 0.05)
 SELECTION = (0.03, 1.0)
+# Noise of the last digits of keys, which other shapes of the products before bring, decides how a mean near the middle of
+# two stored numbers is rounded. These lie 128 times as far from each other in fp8 as in float16, so that scores move more.
+SELECTION_FP8 = (0.06, 3.0)
 
 
 @pytest.fixture(scope="module")
@@ -305,12 +308,11 @@ def test_budgets_of_layers_flashinfer(model):
 
 
 def test_statistics_in_fp8(model, sparse):
-    """One answer with CUDA graphs, and eager in chunks, which selects as statistics in the cache dtype mostly do."""
+    """One answer with CUDA graphs and eager in chunks, near that of statistics in the cache dtype."""
     options = {**SPARSE, "statistics_dtype": "fp8"}
     graphs = ask(model, "spla", options)
-    assert_same(graphs, ask(model, "spla", options, enforce_eager=True, max_num_batched_tokens=100))
-    mean, _ = differences(graphs, sparse)
-    assert mean < 2 * SELECTION[0]
+    assert_same(graphs, ask(model, "spla", options, enforce_eager=True, max_num_batched_tokens=100), SELECTION_FP8)
+    assert_same(graphs, sparse, SELECTION_FP8)
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])

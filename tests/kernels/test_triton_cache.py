@@ -9,6 +9,7 @@ from triton_cases import make_batch
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import complete_statistics
 from spla_backend.algorithm.statistics_format import encode
+from spla_backend.kernels import triton_decode
 from spla_backend.kernels.triton_cache import decode_e4m3, decode_e5m2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,6 +20,13 @@ def params(selector: str = "rem", page: int = 16, block: int = 16, **others: str
     return SplaParameters(page, block, 4, selector=selector, residual="none", **others)
 
 
+@pytest.fixture(params=[512, 0], ids=["a-token", "16-tokens"])
+def of_a_program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many tokens a program stores."""
+    monkeypatch.setattr(triton_decode, "_FEW_TOKENS", request.param)
+
+
+@pytest.mark.usefixtures("of_a_program")
 @pytest.mark.parametrize("selector", ["mean", "taylor2", "quest"])
 @pytest.mark.parametrize("chunk", [0, 1, 23], ids=["at-once", "one-by-one", "by-23"])
 def test_tokens_and_statistics(selector: str, chunk: int) -> None:
@@ -30,6 +38,7 @@ def test_tokens_and_statistics(selector: str, chunk: int) -> None:
     torch.testing.assert_close(batch.statistics(0, 3), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("of_a_program")
 @pytest.mark.parametrize("block", [16, 48])
 @pytest.mark.parametrize("selector", ["taylor2", "km2-rem"])
 def test_statistics_of_finer_blocks(selector: str, block: int) -> None:
@@ -38,6 +47,7 @@ def test_statistics_of_finer_blocks(selector: str, block: int) -> None:
     torch.testing.assert_close(batch.statistics(0, 2), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("of_a_program")
 @pytest.mark.parametrize("selector", ["mean", "rem", "quest", "km2-rem"])
 def test_statistics_in_fp8(selector: str) -> None:
     """Rounded as torch rounds, ties in the kernels' float32 aside; saturated where a byte cannot hold them."""
@@ -85,6 +95,7 @@ def test_two_clusters_of_equal_keys() -> None:
     torch.testing.assert_close(batch.statistics(0, 1), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("of_a_program")
 def test_stamp_names_a_content() -> None:
     batch = make_batch(params(), [40, 33], **SHAPE)
     op, words = batch.op, batch.kv_cache.view(torch.int32).flatten(2)[..., -4:]  # [pages, G, 4]
@@ -106,9 +117,32 @@ def test_rejected_draft_is_forgotten() -> None:
     torch.testing.assert_close(batch.statistics(0, 1), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("of_a_program")
 def test_padding_writes_nothing() -> None:
     batch = make_batch(params(), [20], **SHAPE)
     before = batch.kv_cache.view(torch.int16).clone()
     slots = torch.full((3,), -1, dtype=torch.int64, device=DEVICE)
     batch.op.update_cache(batch.keys[0][:3], batch.values[0][:3], batch.kv_cache, slots)
     assert torch.equal(batch.kv_cache.view(torch.int16), before)
+
+
+def test_pages_of_several_sequences_in_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of two rows side by side, both of which complete a page, and padding between and behind them."""
+    monkeypatch.setattr(triton_decode, "_FEW_TOKENS", 0)
+    batch = make_batch(params(), [16, 16], chunk=1, **SHAPE)
+    stored = batch.kv_cache.clone()
+    batch.kv_cache[..., batch.op.params.page_size :, :] = float("nan")
+    rows = [(0, slice(9, 16)), (1, slice(11, 16))]
+    padding = torch.full((1,), -1)
+    slots = torch.cat([x for row, part in rows for x in (batch.slots(row, part.start, part.stop), padding)]).to(DEVICE)
+    filler = torch.full_like(batch.keys[0][:1], float("nan"))
+    keys, values = (
+        torch.cat([x for row, part in rows for x in (of_rows[row][part], filler)])
+        for of_rows in (batch.keys, batch.values)
+    )
+    batch.op.update_cache(keys, values, batch.kv_cache, slots)
+    for row in range(2):
+        page = batch.block_table[row, 0].long()
+        used = batch.op.page_layout.statistics_bytes // batch.kv_cache.itemsize
+        assert torch.equal(batch.kv_cache[page, :, :16], stored[page, :, :16])
+        assert torch.equal(batch.kv_cache[page, :, 16:].flatten(1)[:, :used], stored[page, :, 16:].flatten(1)[:, :used])
