@@ -37,8 +37,8 @@ TOP = 20  # log-probabilities that are asked for
 # float16's rounding. With random weights pages weigh much the same, so that rounding also decides between two of them.
 ROUNDING = (0.005, 0.05)
 SELECTION = (0.03, 1.0)
-# Noise in the last digits of keys, which other shapes of matrix products bring, decides how a mean near the middle of two
-# stored numbers is rounded. In fp8 these lie 128 times as far from each other as in float16, so that scores move more.
+# Noise in the last digits of keys, which other shapes of matrix products bring, decides how a mean near the middle of
+# two stored numbers is rounded. These lie 128 times as far from each other in fp8 as in float16: scores move more.
 SELECTION_FP8 = (0.06, 3.0)
 
 
