@@ -414,9 +414,10 @@ class TritonPagedSpla:
         tile = 64 if self._dp <= 128 else 32
         units = num_rows * self.num_kv_heads
         score_splits = max(1, min(-(-self.max_units // chunk), _power(512 / units), 32))
-        # The same bytes a step where statistics are bytes; with more columns registers spill.
+        # Where statistics are bytes a long row takes twice as many a step; with more columns registers would spill.
         few_columns = self._group_p * query_len <= 8
-        if self.page_layout.formats is not None and few_columns and self.max_units >= 8 * chunk * score_splits:
+        wide = self.page_layout.formats is not None and few_columns and self.max_units >= 32 * chunk * score_splits
+        if wide:
             chunk *= 2
         # More splits than tiles would be idle; past 16, merging costs more than reading gains.
         tiles = -(-(budget or self.params.budget_blocks) * self.params.selection_block // tile)
@@ -429,6 +430,7 @@ class TritonPagedSpla:
             tile=tile,
             mass_parts=min(8, _power(64 / units)),
             select_warps=min(32, max(4, min(self._units_p * self._group_p, _SELECT_ELEMENTS) // 1024)),
+            score_registers=None if wide else Tuning.score_registers,
         )
 
     # Writing ----------------------------------------------------------------------------------------------------

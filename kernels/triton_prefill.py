@@ -197,6 +197,12 @@ class TritonPrefill:
             tuning = SMALL if small else PrefillTuning()
             if params.selector == "km2-rem":  # twice the statistics
                 tuning = replace(tuning, normalise_chunk=32)
+            elif base.page_layout.formats is not None and not small:
+                # Bytes pass through registers before a matrix product; a tile of few rows has registers for more.
+                if min(32, params.selection_block & -params.selection_block) * base._group_p <= 64:
+                    tuning = replace(tuning, share_chunk=64)
+                else:
+                    tuning = replace(tuning, normalise_chunk=32, normalise_registers=128)
         self.tuning = tuning
         self.dense_below = max(dense_below, params.budget_blocks * params.selection_block)
         dependent = base._dependent and self.tuning.dependent

@@ -369,6 +369,24 @@ def test_gpu_batches_of_mixed_lengths(rows: int, top_p: float | None) -> None:
 
 @gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("selector", ["rem", "km2-rem"])
+def test_gpu_launch_shapes_of_long_rows_in_fp8(selector: str) -> None:
+    seed, rows = fresh(), 64
+    lengths = [random.Random(seed + i).randrange(1, 9000) for i in range(rows)]
+    batch = make_batch(
+        SplaParameters(64, 16, 32, selector=selector, statistics_dtype="fp8"), lengths, num_heads=8, num_kv_heads=2,
+        head_size=128, dtype=torch.bfloat16, device=DEVICE, seed=seed, chunk=0, max_model_len=131072,
+    )  # fmt: skip
+    tuning = batch.op.tuning(rows, 1)
+    assert tuning.chunk == (64 if selector == "km2-rem" else 128) and tuning.score_registers is None
+    output = batch.decode()
+    longest = max(range(rows), key=lengths.__getitem__)
+    batch.check(output, TOLERANCE[torch.bfloat16], rows=[longest, *random.sample(range(rows), 4)])
+    assert not bool(output.isnan().any())
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_gpu_edges_of_splits() -> None:
     """Lengths one token to either side of where a tile, a split of the attention or a split of the scoring begins."""
     chunk, splits, tile = 32, 4, 64
