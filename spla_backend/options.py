@@ -21,8 +21,8 @@ class SplaOptions:
     Attributes:
         budget: Tokens that a query attends to exactly, forced blocks included.
         selector: How blocks are scored; see `spla_backend.algorithm.selectors`.
-        statistics_dtype: How statistics are stored: `fp8`, in a byte an element, or `auto`, in the cache dtype.
-            None means `fp8` where it can be.
+        statistics_dtype: How statistics of blocks are stored: `auto`, in the dtype of the cache, or `fp8`, in a byte an
+            element; the built-in selectors have both.
         top_p: Stop selecting once this share of the estimated attention mass is covered; None spends the budget.
         selection_block_size: Tokens a selection block; None means 64, or the page where that is smaller.
         first_blocks: Leading blocks always selected (attention sink).
@@ -43,7 +43,7 @@ class SplaOptions:
 
     budget: int = 2048
     selector: str = "rem"
-    statistics_dtype: str | None = None
+    statistics_dtype: str = "auto"
     top_p: float | None = None
     selection_block_size: int | None = None
     first_blocks: int = 1
@@ -123,8 +123,7 @@ class SplaOptions:
                 f"SPLA options dense_layers and layer_budgets both name layer {min(both)}: take it out of one of them"
             )
         self._check_choice("selector", selector_names())
-        if self.statistics_dtype is not None:
-            self._check_choice("statistics_dtype", STATISTICS_DTYPES)
+        self._check_choice("statistics_dtype", STATISTICS_DTYPES)
         self._check_choice("residual", RESIDUALS)
         self._check_choice("feature_map", feature_map_names())
         self._check_choice("combine", COMBINES)
@@ -203,7 +202,6 @@ class SplaOptions:
         Raises:
             ValueError: Page, selection block and the budget of any layer do not fit each other.
         """
-        from .algorithm.selectors import get_selector
         from .algorithm.statistics_format import MAX_COUNT
 
         block = self.block_size(page_size)
@@ -214,16 +212,11 @@ class SplaOptions:
                 f"SPLA selection blocks of {block} tokens do not divide pages of {page_size}: set --block-size to a "
                 f"multiple of {block} or the option selection_block_size to a divisor of {page_size}"
             )
-        countable = self.selector != "km2-rem" or block <= MAX_COUNT
-        if self.statistics_dtype == "fp8" and not countable:
+        if self.statistics_dtype == "fp8" and self.selector == "km2-rem" and block > MAX_COUNT:
             raise ValueError(
                 f"SPLA selector 'km2-rem' counts up to {MAX_COUNT} tokens with statistics_dtype 'fp8', and its blocks "
                 f"have {block}: set selection_block_size to less, or statistics_dtype to 'auto'"
             )
-        statistics_dtype = self.statistics_dtype
-        if statistics_dtype is None:
-            has_formats = get_selector(self.selector).formats(64) is not None
-            statistics_dtype = "fp8" if has_formats and countable else "auto"
         params = SplaParameters(
             page_size=page_size,
             selection_block=block,
@@ -231,7 +224,7 @@ class SplaOptions:
             first_blocks=self.first_blocks,
             last_blocks=self.last_blocks,
             selector=self.selector,
-            statistics_dtype=statistics_dtype,
+            statistics_dtype=self.statistics_dtype,
             top_p=self.top_p,
             residual=self.residual,
             feature_map=self.feature_map,

@@ -185,12 +185,13 @@ def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
     fitted_for = {
         "budget": options.budget,
         "selector": params.selector,
-        "statistics_dtype": params.statistics_dtype,
         "selection_block_size": params.selection_block,
         "first_blocks": params.first_blocks,
         "last_blocks": params.last_blocks,
         "residual": params.residual,
     }
+    if params.statistics_dtype != "auto":
+        fitted_for["statistics_dtype"] = params.statistics_dtype
     if params.top_p is not None:
         fitted_for["top_p"] = params.top_p
     if options.dense_layers:

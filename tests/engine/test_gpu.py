@@ -53,8 +53,7 @@ class Answer:
     logprobs: list[dict[int, float]]  # of the best tokens at each place
 
 
-# Statistics in the cache dtype but where fp8 is what is tested: rounding decides less often, and bounds can be tighter.
-SPARSE = {"budget": BUDGET, "statistics_dtype": "auto"}
+SPARSE = {"budget": BUDGET}
 ENGINE_ARGS = {
     "dtype": "float16",
     "max_model_len": 4096,
@@ -160,7 +159,7 @@ def sparse(plain):
     return plain.batch
 
 
-FINE = {"selector": "km2-rem", "selection_block_size": 16, "statistics_dtype": "auto"}
+FINE = {"selector": "km2-rem", "selection_block_size": 16}
 
 
 def test_whole_budget_is_dense(model):
@@ -171,16 +170,16 @@ def test_whole_budget_is_dense(model):
 
 @pytest.fixture(scope="module")
 def fine(model):
-    return ask(model, "spla", {**SPARSE, **FINE})
+    return ask(model, "spla", {"budget": BUDGET, **FINE})
 
 
 def test_finer_blocks_eager_equals_graphs(model, fine):
-    assert_same(ask(model, "spla", {**SPARSE, **FINE}, enforce_eager=True), fine)
+    assert_same(ask(model, "spla", {"budget": BUDGET, **FINE}, enforce_eager=True), fine)
 
 
 def test_finer_blocks_chunked_prefill(model, fine):
     arguments = {"max_num_batched_tokens": 256, "max_num_seqs": 16}
-    assert_same(ask(model, "spla", {**SPARSE, **FINE}, **arguments), fine)
+    assert_same(ask(model, "spla", {"budget": BUDGET, **FINE}, **arguments), fine)
 
 
 def test_eager_equals_graphs(model, sparse):
