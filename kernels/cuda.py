@@ -68,6 +68,7 @@ class CudaPagedSpla:
         )
         self.page_layout, self.state_layout = self._decode.page_layout, self._decode.state_layout
         self.update_cache = self._decode.update_cache
+        self._decode.warm_up()
         self._prefill.warm_up()
 
     @property

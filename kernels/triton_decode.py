@@ -488,6 +488,19 @@ class TritonPagedSpla:
             **self._launch_early,
         )
 
+    def warm_up(self) -> None:
+        """Compile what stores the tokens of steps of few tokens and of many, so that no request has to wait for it."""
+        if self.device.type != "cuda":
+            return
+        shape = (1, self.num_kv_heads, self.page_layout.rows, 2 * self.head_size)
+        kv_cache = torch.zeros(shape, dtype=self.cache_dtype, device=self.device)
+        for num_tokens in (1, _FEW_TOKENS + 1):
+            tokens = torch.zeros(
+                num_tokens, self.num_kv_heads, self.head_size, dtype=self.cache_dtype, device=self.device
+            )
+            padding = torch.full((num_tokens,), -1, dtype=torch.int64, device=self.device)
+            self.update_cache(tokens, tokens, kv_cache, padding)
+
     @property
     def _stamp_word(self) -> int:
         layout = self.page_layout
