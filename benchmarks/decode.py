@@ -480,9 +480,15 @@ class Benchmark:
             print(error, flush=True)
 
     def run(
-        self, kinds: list[tuple[int, int, str, str]], contexts: list[int], batches: list[int], budgets: list[int]
+        self,
+        kinds: list[tuple[int, int, str, str]],
+        contexts: list[int],
+        batches: list[int],
+        budgets: list[int],
+        rows: int = 0,
     ) -> None:
-        """`kinds`: page, selection block, selector, dtype of the statistics."""
+        """`kinds`: page, selection block, selector, dtype of the statistics. `rows`: of the longest context that the
+        cache has pages for, 0 as many as are of use."""
         for kind in kinds:
             triton_decode._Scratch._instances.clear()
             pool = None  # before the next one
@@ -490,7 +496,7 @@ class Benchmark:
             op, longest = Shape(max(batches), max(contexts), budgets[0], *kind).op(), max(contexts)
             row_bytes = longest * KV_HEADS * op.page_layout.rows // kind[0] * 2 * HEAD_SIZE * DTYPE.itemsize
             free = torch.cuda.mem_get_info()[0] - 6e9
-            num_rows = min(int(free / row_bytes), max(2 * max(batches), MAX_STEPS))
+            num_rows = min(int(free / row_bytes), rows or max(2 * max(batches), MAX_STEPS))
             pool = Pool(op, longest, num_rows, num_states=MAX_STEPS * max(batches))
             for context in contexts:
                 self._alone.clear()
@@ -546,6 +552,7 @@ def main() -> None:
     parser.add_argument("--impls", default=",".join(IMPLS))
     parser.add_argument("--quick", action="store_true", help="16K and 128K, batches 1, 8, 32, budget 2048, page 64")
     parser.add_argument("--breakdown", action="store_true", help="time the kernels of SPLA apart")
+    parser.add_argument("--rows", type=int, default=0, help="of the longest context in the cache; 0: as many as fit")
     parser.add_argument("--warm-up", type=int, default=0, metavar="N", help="compile in N processes first")
     parser.add_argument("--append", action="store_true", help="add to the rows that the file has already")
     parser.add_argument("--out", type=Path)
@@ -579,7 +586,7 @@ def main() -> None:
         shapes = [Shape(b, c, t, *kind) for kind in kinds for c in contexts for b in batches for t in budgets]
         warm_up(shapes, impls, args.warm_up)
     benchmark = Benchmark(args.out, impls, args.breakdown, args.append)
-    benchmark.run(kinds, contexts, batches, budgets)
+    benchmark.run(kinds, contexts, batches, budgets, args.rows)
     print_tables(list(benchmark.rows.values()))
     if benchmark.failures:
         sys.exit("wrong outputs, not timed:\n" + "\n".join(benchmark.failures))
