@@ -371,7 +371,7 @@ def clear_padding(
             tl.store(output + column, tl.zeros([DP], output_ptr.dtype.element_ty), mask=column < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "last_page"])
 def attend_kernel(
     query_ptr,
     kv_ptr,

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 import triton
 import triton.language as tl
+from tqdm import tqdm
 
 from ..algorithm.parameters import SplaParameters
 from ..algorithm.statistics_format import STATISTICS_DTYPES
@@ -39,7 +40,8 @@ _FEW_TOKENS = 512  # of a step; up to here a program stores one
 _SELECT_ELEMENTS = 32768  # scores that selection keeps in registers; more are gone through in pieces
 
 
-@triton.jit
+# What differs from step to step, and between an engine and the warm-up, must not ask for another compilation.
+@triton.jit(do_not_specialize=["block_table_stride", "state_table_stride", "last_page"])
 def prepare_kernel(
     query_ptr,
     kv_ptr,
@@ -150,7 +152,7 @@ def prepare_kernel(
                     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_table_stride"])
 def select_kernel(
     query_start_loc_ptr,
     seq_lens_ptr,
@@ -285,6 +287,8 @@ class TritonPagedSpla:
     Raises:
         ValueError: Parameters that these kernels do not cover.
     """
+
+    _warm: ClassVar[set[tuple]] = set()
 
     def __init__(
         self,
@@ -489,9 +493,46 @@ class TritonPagedSpla:
         )
 
     def warm_up(self) -> None:
-        """Compile what stores the tokens of steps of few tokens and of many, so that no request has to wait for it."""
-        if self.device.type != "cuda":
+        """Compile what steps of any number of tokens and of decode rows need, so that no request has to wait for it.
+
+        What the `flashinfer` executor needs is left to the captured graphs.
+        """
+        key = (self.device, self.params, self.cache_dtype, self.num_heads, self.num_kv_heads, self.head_size,
+               self.max_num_rows, self.max_query_len, self.max_units)  # fmt: skip
+        if self.device.type != "cuda" or key in self._warm:
             return
+        self._warm.add(key)
+        self._store_padding()
+        if self._flashinfer is None:
+            steps = self._different_steps()
+            for num_rows, query_len in tqdm(steps, desc="Compiling SPLA decode kernels", disable=len(steps) < 2):
+                self._decode_padding(num_rows, query_len)
+        torch.cuda.synchronize(self.device)
+
+    def _different_steps(self) -> list[tuple[int, int]]:
+        """A number of rows and of query tokens a row for each launch shape that decode outside of `fused` can take."""
+        found: dict[tuple[Tuning, int], int] = {}
+        for query_len, num_rows in itertools.product({1, self.max_query_len}, range(1, self.max_num_rows + 1)):
+            if not (self.fused and query_len == 1 and self.fused.pays(num_rows)):
+                found.setdefault((self.tuning(num_rows, query_len), query_len), num_rows)
+        return [(num_rows, query_len) for (_, query_len), num_rows in found.items()]
+
+    def _decode_padding(self, num_rows: int, query_len: int) -> None:
+        """A decode step of rows that are all padding."""
+        pages = 1 + self.state_layout.num_blocks
+        cache_shape = (pages, self.num_kv_heads, self.page_layout.rows, 2 * self.head_size)
+        cache = torch.zeros(cache_shape, dtype=self.cache_dtype, device=self.device)
+        query_shape = (num_rows * query_len, self.num_heads, self.head_size)
+        query = torch.zeros(query_shape, dtype=self.cache_dtype, device=self.device)
+        starts = torch.zeros(num_rows + 1, dtype=torch.int32, device=self.device)
+        lens = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
+        block_table = torch.zeros(num_rows, self.max_pages, dtype=torch.int32, device=self.device)
+        state_table = torch.zeros(num_rows, pages, dtype=torch.int32, device=self.device)
+        output = torch.empty_like(query)
+        self.decode(query, cache, cache, starts, lens, block_table, state_table, output, query_len)
+
+    def _store_padding(self) -> None:
+        """Store no tokens, as steps of few tokens do and as steps of many."""
         shape = (1, self.num_kv_heads, self.page_layout.rows, 2 * self.head_size)
         kv_cache = torch.zeros(shape, dtype=self.cache_dtype, device=self.device)
         for num_tokens in (1, _FEW_TOKENS + 1):

@@ -427,3 +427,23 @@ def test_gpu_graph_replay(query_len: int) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("residual", ["regression", "none"])
+def test_what_is_compiled_at_start_up(residual: str) -> None:
+    """Every launch shape that a batch can take is among the steps of the warm-up, which change nothing."""
+    params = SplaParameters(16, 16, 6, residual=residual)
+    batch = make_batch(params, [200, 97, 40], num_heads=4, num_kv_heads=2, head_size=32, query_len=2)
+    expected, op = batch.decode(), batch.op
+    steps = op._different_steps()
+    shapes = {(op.tuning(rows, query_len), query_len) for rows, query_len in steps}
+    assert shapes == {(op.tuning(rows, query_len), query_len) for rows in (1, 2, 3) for query_len in (1, 2)}
+    op._store_padding()
+    for num_rows, query_len in steps:
+        op._decode_padding(num_rows, query_len)
+    assert torch.equal(batch.decode(), expected)
+    many = TritonPagedSpla(
+        params, num_heads=32, num_kv_heads=8, head_size=128, cache_dtype=torch.float16, scale=1.0, max_num_rows=256,
+        max_model_len=4096, device="cpu",
+    )  # fmt: skip
+    assert 1 < len(many._different_steps()) < 12
