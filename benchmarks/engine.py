@@ -7,9 +7,8 @@ cut from real text (random tokens where the weights are random), prefix caching 
 weights are normal, so that pages weigh differently as in a model; with vLLM's dummy weights, which are tiny, they weigh
 the same, and for that the selection takes several rounds. Times come from the engine's own request statistics: the
 first token's latency, and the time between first and last token divided by the tokens between them. Rows are `{backend,
-batch, context, tpot_ms, ttft_s}`. With `--profile` each shape runs
-once more under the engine's profiler, and its row says where the GPU's time in a decode step and in all steps of the
-prompts goes: microseconds by kernel and without any.
+batch, context, tpot_ms, ttft_s}`. With `--profile` each shape runs once more under the engine's profiler, and its row
+says where the GPU's time in a decode step and in all prompt steps goes: microseconds by kernel and without any.
 """
 
 import argparse

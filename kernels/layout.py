@@ -6,7 +6,7 @@ import torch
 
 from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import make_residual
-from ..algorithm.selectors import get_selector
+from ..algorithm.selectors import get_selector, stored_formats
 from ..algorithm.statistics_format import Formats, decode, encode
 
 STAMP_WORDS = 4  # int32: salt_lo, salt_hi, counter, page id
@@ -137,9 +137,7 @@ class StateLayout:
 
 def layouts(params: SplaParameters, head_size: int, dtype: torch.dtype) -> tuple[PageLayout, StateLayout]:
     """Pages and recurrent states of a layer whose cache is of `dtype`; without a residual the state has no rows."""
-    selector = get_selector(params.selector)
-    formats = selector.formats(head_size) if params.statistics_dtype == "fp8" else None
-    width = selector.width(head_size)
+    width, formats = get_selector(params.selector).width(head_size), stored_formats(params, head_size)
     page = PageLayout(params.page_size, head_size, dtype.itemsize, params.selection_block, width, formats)
     residual = make_residual(params, head_size)
     s_rows, z_size = (residual.s_rows, residual.z_size) if residual else (0, 0)

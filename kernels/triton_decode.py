@@ -26,7 +26,7 @@ import triton.language as tl
 from tqdm import tqdm
 
 from ..algorithm.parameters import SplaParameters
-from ..algorithm.statistics_format import STATISTICS_DTYPES
+from ..algorithm.statistics_format import MAX_COUNT, STATISTICS_DTYPES
 from .flashinfer_decode import FlashInferDecode, check_flashinfer
 from .fused_decode import FusedDecode, refusal
 from .layout import STATE_MAGIC, layouts
@@ -796,9 +796,9 @@ def _check(
         raise ValueError(
             f"statistics_dtype {params.statistics_dtype!r} has no kernel, choose one of {', '.join(STATISTICS_DTYPES)}"
         )
-    if params.statistics_dtype == "fp8" and params.selector == "km2-rem" and params.selection_block > 255:
+    if params.statistics_dtype == "fp8" and params.selector == "km2-rem" and params.selection_block > MAX_COUNT:
         raise ValueError(
-            f"selection_block {params.selection_block}: statistics_dtype 'fp8' counts up to 255 keys of a cluster"
+            f"selection_block {params.selection_block}: statistics_dtype 'fp8' counts up to {MAX_COUNT} keys of a cluster"
         )
     if params.selector not in SELECTOR_CODES:
         raise ValueError(f"selector {params.selector!r} has no kernel, choose one of {', '.join(SELECTOR_CODES)}")

@@ -88,12 +88,16 @@ def get_selector(name: str) -> Selector:
     return _SELECTORS[name]()
 
 
+def stored_formats(params: SplaParameters, head_size: int) -> Formats | None:
+    """How statistics are stored where `params` have them take a byte each; None: in the cache dtype."""
+    return get_selector(params.selector).formats(head_size) if params.statistics_dtype == "fp8" else None
+
+
 def block_statistics(keys: torch.Tensor, params: SplaParameters) -> torch.Tensor:
     """Statistics `[..., width]` of blocks of keys `[..., block_size, head_size]`, as they are read where `params` store
     them in fp8, unrounded otherwise. Their gradient is that of the unrounded ones (straight through)."""
-    selector = get_selector(params.selector)
-    exact = selector.statistics(keys)
-    formats = selector.formats(keys.shape[-1]) if params.statistics_dtype == "fp8" else None
+    exact = get_selector(params.selector).statistics(keys)
+    formats = stored_formats(params, keys.shape[-1])
     if formats is None:
         return exact
     stored = decode(encode(exact.detach(), formats), formats).to(exact.dtype)
