@@ -798,7 +798,8 @@ def _check(
         )
     if params.statistics_dtype == "fp8" and params.selector == "km2-rem" and params.selection_block > MAX_COUNT:
         raise ValueError(
-            f"selection_block {params.selection_block}: statistics_dtype 'fp8' counts up to {MAX_COUNT} keys of a cluster"
+            f"selection_block {params.selection_block}: statistics_dtype 'fp8' counts up to {MAX_COUNT} keys "
+            "of a cluster"
         )
     if params.selector not in SELECTOR_CODES:
         raise ValueError(f"selector {params.selector!r} has no kernel, choose one of {', '.join(SELECTOR_CODES)}")
