@@ -3,7 +3,9 @@
     python benchmarks/engine.py --model MODEL --contexts 2048 4096 8192 --output benchmarks/results/engine_cpu.json
 
 Protocol: one engine after the other in this process, each request batch once to warm up with a short prompt, prompts
-cut from real text (random tokens where the weights are random), prefix caching off, greedy, no early stop. Random
+cut from real text (random tokens where the weights are random), prefix caching off, greedy, no early stop. Shapes are
+repeated for some seconds, because whatever is compiled or allocated at its first use counts in the first time; numbers
+are medians. Random
 weights are normal, so that pages weigh differently as in a model; with vLLM's dummy weights, which are tiny, they weigh
 the same, and for that the selection takes several rounds. Times come from the engine's own request statistics: the
 first token's latency, and the time between first and last token divided by the tokens between them. Rows are `{backend,
@@ -19,6 +21,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,15 @@ def measure(llm: Any, source: list[int], batch: int, context: int, tokens: int) 
     }
 
 
+def repeated(seconds: float, llm: Any, source: list[int], batch: int, context: int, tokens: int) -> dict[str, float]:
+    """Medians of measurements for so many seconds; at least one, at most nine."""
+    begin, found = time.monotonic(), []
+    while not found or (time.monotonic() - begin < seconds and len(found) < 9):
+        found.append(measure(llm, source, batch, context, tokens))
+    medians = {name: statistics.median(x[name] for x in found) for name in found[0]}
+    return medians | {"runs": len(found), "ttft_first_s": found[0]["ttft_s"]}
+
+
 def profile(
     llm: Any, traces: Path, source: list[int], batch: int, context: int, tokens: int
 ) -> dict[str, dict[str, float]]:
@@ -131,6 +143,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--shapes", nargs="+", metavar="BATCHxCONTEXT", help="instead of all contexts with all batches")
     parser.add_argument("--tokens", type=int, default=33, help="output tokens a request")
+    parser.add_argument("--seconds", type=float, default=5, help="repeat each shape for so long (%(default)s)")
     parser.add_argument("--options", type=json.loads, default={}, help="SPLA options, e.g. '{\"budget\": 1024}'")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
     parser.add_argument("--profile", action="store_true", help="once more under the profiler: steps by kernel")
@@ -169,7 +182,7 @@ def main() -> None:
         llm.generate([{"prompt_token_ids": source[:300]}], SamplingParams(max_tokens=4, detokenize=False))
         for batch, context in shapes:
             row = {"backend": backend, "batch": batch, "context": context}
-            row |= measure(llm, source, batch, context, args.tokens)
+            row |= repeated(args.seconds, llm, source, batch, context, args.tokens)
             if traces:
                 row |= profile(llm, traces, source, batch, context, args.tokens)
             rows.append(row)

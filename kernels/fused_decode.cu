@@ -97,6 +97,7 @@ struct Params {
     const int *state_table;  // [rows, NUM_BLOCKS]
     int *table;              // [tokens, G, table_width]: ids of the selected units, ascending, the current one last
     int *count;              // [tokens, G]
+    float *scores, *mass;    // [rows, G, max_units, GP]: what `spla_score_units` writes, where SCORED; the same where they are equal
     i64 query_token_stride, query_head_stride;
     i64 page_stride, head_stride;              // elements
     i64 state_block_stride, state_head_stride; // float32
@@ -117,6 +118,7 @@ DEVICE int thread_id() { return threadIdx.x; }
 DEVICE int block_x() { return blockIdx.x; }
 DEVICE int block_y() { return blockIdx.y; }
 DEVICE int block_z() { return blockIdx.z; }
+DEVICE int block_count() { return gridDim.x; }
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
@@ -206,11 +208,16 @@ DEVICE void copy_in(void *to, const void *from) {
 DEVICE void copy_word(void *to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"((u64)from) : "memory");
 }
+// 16 bytes that are read once, to registers.
+DEVICE void load_once(u32 (&x)[4], const void *from) {
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"((u64)from) : "memory");
+}
 DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // All groups but the last `N` have arrived.
 template <int N> DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#define KERNEL(threads, a_multiprocessor) extern "C" __global__ void __launch_bounds__(threads, a_multiprocessor)
 #define KERNEL_PARAMS const __grid_constant__ Params p
 #endif  // ---------------------------------------------------------------------------------------------------------
 
@@ -265,6 +272,57 @@ DEVICE float second_order(float s2) {
 #else
     return s2 < 2.0f * LOG_UNIT ? 0.5f * s2 : sqrt_(2.0f * LOG_UNIT * s2) - LOG_UNIT;
 #endif
+}
+
+// Of the products of 16 units (rows) with the columns of `q` and of `q^2` a lane has two heads of the units `lane / 4` and
+// `lane / 4 + 8`; with up to four heads, whose q^2 has its low part in the columns 4 to 7, of one of the two.
+constexpr int HALVES = GP > 4 ? 2 : 1;
+DEVICE int half_of(int lane) { return GP > 4 ? 0 : lane % 4 / 2; }
+DEVICE int head_of(int lane) { return (GP > 4 ? lane % 4 : lane % 2) * 2; }
+
+// Score, and mass, of a lane's `j`-th head and `i`-th unit.
+struct Score {
+    float score, mass;
+};
+DEVICE Score score_of(const float (&linear)[4], const float (&second)[4], int half, int i, int j, float restore, float scale) {
+    float one, two;
+    if constexpr (GP > 4) {
+        one = linear[i * 2 + j];
+        two = second[i * 2 + j];
+    } else {  // the other part of q^2 is two lanes away, which has the other half of the units
+        one = half ? linear[2 + j] : linear[j];
+        two = half ? second[2 + j] : second[j];
+        if constexpr (SELECTOR != QUEST) two += shuffle_xor(half ? second[j] : second[2 + j], 2);
+    }
+#if SELECTOR == QUEST
+    return {(one + two) * scale, 0.0f};
+#else
+    float base = LOG_UNIT + one * scale;
+    float s2 = max_(two * restore, 0.0f);
+    return {base + second_order(s2), base + log_(1.0f + 0.5f * s2)};
+#endif
+}
+
+// An element of q in the forms in which it meets statistics: as it is; its square in two parts, of which the first is the
+// rounded one (for quest, its negative and positive part instead). In float16 squares are normalised to the largest, so that
+// float16 holds them.
+struct Forms {
+    u16 own, upper, lower;
+};
+DEVICE Forms forms_of(u16 raw, float scale, float to_1024) {
+    float x = element(raw);
+    Forms out;
+    out.own = OWN_QUERY ? float_to_half(max_(-max_(-x, -65504.0f), -65504.0f)) : raw;
+#if SELECTOR == QUEST
+    out.upper = x < 0.0f ? out.own : 0;
+    out.lower = x > 0.0f ? out.own : 0;
+#else
+    float square = x * scale * (x * scale) * to_1024;
+    out.upper = FP8 ? float_to_half(square) : rounded(square);
+    square -= FP8 ? half_to_float(out.upper) : element(out.upper);
+    out.lower = FP8 ? float_to_half(square) : rounded(square);
+#endif
+    return out;
 }
 
 // Shared memory of a block.
@@ -612,6 +670,7 @@ DEVICE void issue_tile(const Shared &s, const Row &row, int k, u32 place, int fr
 DEVICE u32 second_lower(u32 x) { return SELECTOR == QUEST ? e4m3_lower(x) : spread_lower(x); }
 DEVICE u32 second_upper(u32 x) { return SELECTOR == QUEST ? e4m3_upper(x) : spread_upper(x); }
 
+#if !SCORED
 // Scores, and masses where there is a residual, of this block's units; the warp's maximum of its scores and sum of
 // exponentials from it, in `s.warp [warp][2][GP]`. The first `STAGES` tiles have been asked for.
 DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int first, int num, int warp, int lane) {
@@ -662,9 +721,7 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
         }
     }
 #endif
-    // A lane has two heads of the units `lane / 4` and `lane / 4 + 8`; with up to four heads, of one of the two.
-    constexpr int HALVES = GP > 4 ? 2 : 1;
-    int half = GP > 4 ? 0 : lane % 4 / 2, head = (GP > 4 ? lane % 4 : lane % 2) * 2;
+    int half = half_of(lane), head = head_of(lane);
     float restore[2], top[2], sum[2];  // of a lane's heads
 #pragma unroll
     for (int j = 0; j < 2; j++) {
@@ -737,28 +794,14 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
 #pragma unroll
                 for (int i = 0; i < HALVES; i++) {
                     int unit = (warp + (k + t) * WARPS) * TILE + lane / 4 + (half + i) * 8;
-                    float one, two;
-                    if constexpr (GP > 4) {
-                        one = linear[t][i * 2 + j];
-                        two = second[t][i * 2 + j];
-                    } else {  // the other part of q^2 is two lanes away, which has the other half of the units
-                        one = half ? linear[t][2 + j] : linear[t][j];
-                        two = half ? second[t][2 + j] : second[t][j];
-                        if constexpr (!QUEST_) two += shuffle_xor(half ? second[t][j] : second[t][2 + j], 2);
-                    }
-#if SELECTOR == QUEST
-                    score[t][i] = (one + two) * p.scale;
-#else
-                    float base = LOG_UNIT + one * p.scale;
-                    float s2 = max_(two * restore[j], 0.0f);
-                    score[t][i] = base + second_order(s2);
-#endif
+                    Score x = score_of(linear[t], second[t], half, i, j, restore[j], p.scale);
+                    score[t][i] = x.score;
                     if (unit >= num) {
                         score[t][i] = -infinity();
                     } else if (head + j < GP) {
                         s.score[unit * GP + head + j] = score[t][i];
 #if RESIDUAL
-                        s.mass[unit * GP + head + j] = base + log_(1.0f + 0.5f * s2);
+                        s.mass[unit * GP + head + j] = x.mass;
 #endif
                     }
                     best = max_(best, score[t][i]);
@@ -791,6 +834,43 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
         }
     }
 }
+#endif
+
+#if SCORED
+// Scores, and masses where there is a residual, of this block's units, that `spla_score_units` has made.
+DEVICE void fetch_scores(const Shared &s, const Params &p, i64 pair, int first, int num, int tid) {
+    auto fetch = [&](float *to, const float *from) {
+        from += (pair * p.max_units + first) * GP;
+        if constexpr (GP % 4 == 0) {
+#pragma unroll 4
+            for (int i = tid; i < num * GP / 4; i += THREADS) copy_in(to + i * 4, from + i * 4);
+        } else {
+            for (int i = tid; i < num * GP; i += THREADS) copy_word(to + i, from + i);
+        }
+    };
+    fetch(s.score, p.scores);
+    if (RESIDUAL) fetch(s.mass, p.mass);
+}
+
+// Their maximum of a warp's share and sum of exponentials from it, in `s.warp [warp][2][GP]`.
+DEVICE void norms_of_scores(const Shared &s, int num, int warp, int lane) {
+    float top = -infinity(), sum = 0.0f;  // of head `lane % GP`
+    int begin = warp * 32 + lane;
+#pragma unroll 4
+    for (int i = begin; i < num * GP; i += THREADS) top = max_(top, s.score[i]);
+#pragma unroll
+    for (int other = GP; other < 32; other *= 2) top = max_(top, shuffle_xor(top, other));
+    float anchor = finite_or_0(top);
+#pragma unroll 4
+    for (int i = begin; i < num * GP; i += THREADS) sum += exp_(s.score[i] - anchor);
+#pragma unroll
+    for (int other = GP; other < 32; other *= 2) sum += shuffle_xor(sum, other);
+    if (lane < GP) {
+        s.warp[warp * 2 * GP + lane] = top;
+        s.warp[warp * 2 * GP + GP + lane] = sum;
+    }
+}
+#endif
 
 // Maximum of this block's scores and sum of exponentials from it, for each head, to all blocks of the cluster.
 DEVICE void share_norms(const Shared &s, int rank, int tid) {
@@ -1395,18 +1475,11 @@ DEVICE void load_query(const Shared &s, const Params &p, i64 token, int head, in
     float to_1024 = 1024.0f / peak;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        float x = element(raw.x[i]), scaled = x * p.scale;
-        own.x[i] = OWN_QUERY ? float_to_half(max_(-max_(-x, -65504.0f), -65504.0f)) : raw.x[i];
-#if SELECTOR == QUEST
-        upper.x[i] = x < 0.0f ? own.x[i] : 0;
-        lower.x[i] = x > 0.0f ? own.x[i] : 0;
-#else
-        float square = scaled * scaled * to_1024;
-        upper.x[i] = FP8 ? float_to_half(square) : rounded(square);
-        square -= FP8 ? half_to_float(upper.x[i]) : element(upper.x[i]);
-        lower.x[i] = FP8 ? float_to_half(square) : rounded(square);
-#endif
-        if (warp < GP) s.scaled[h * D + lane * EACH + i] = scaled;
+        Forms forms = forms_of(raw.x[i], p.scale, to_1024);
+        own.x[i] = forms.own;
+        upper.x[i] = forms.upper;
+        lower.x[i] = forms.lower;
+        if (warp < GP) s.scaled[h * D + lane * EACH + i] = element(raw.x[i]) * p.scale;
     }
     *(Elements *)(q + lane * EACH) = raw;
     *(Elements *)(q + 8 * QUERY_STRIDE + lane * EACH) = upper;
@@ -1418,8 +1491,12 @@ DEVICE void load_query(const Shared &s, const Params &p, i64 token, int head, in
     }
 }
 
+// Where scores are made ahead a block of that launch, 128 registers of 128 threads, lives beside one of this: the compiler is
+// told of more threads than there are, so that it takes no more than 192 registers each.
+constexpr int BOUND = SCORED ? 336 : THREADS;
+
 // Grid (blocks of a cluster, G, rows), clusters of (gridDim.x, 1, 1).
-KERNEL spla_fused_decode(KERNEL_PARAMS) {
+KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
     int tid = thread_id(), warp = tid / 32, lane = tid % 32;
     int rank = block_x(), head = block_y();
     Shared s = carve(shared_memory, p);
@@ -1462,10 +1539,11 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
     int share = share_of(row.num_units);
     int first = min_(rank * share, row.num_units);
     int num = min_(share, row.num_units - first);
-    int tiles = reads ? tiles_of(num, warp) : 0;
+    int tiles = reads && !SCORED ? tiles_of(num, warp) : 0;
     if (TABLE)
         for (int i = tid; i <= target; i += THREADS) copy_word(s.table + i, row.pages + i);
     close_copies();
+#if !SCORED
     // A lane a unit of the first tiles.
     constexpr int AT_ONCE = 32 / TILE;
     u32 places[STAGES / AT_ONCE];
@@ -1475,12 +1553,19 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         int unit = unit_of(first, num, warp, k, lane % TILE);
         places[i] = k < tiles ? place_of(row, within_cache(row, row.pages[unit / UNITS_PER_PAGE]), unit) : 0;
     }
+#endif
     int last_page = 0, page_before = 0;
     if (RESIDUAL && target > 0 && warp == WARPS - 1) {
         last_page = row.pages[target - 1];
         page_before = row.pages[max_(target - 2, 0)];
     }
     if (RESIDUAL && reads) prefetch_state(row, rank, tid);
+#if SCORED
+    grid_wait();
+    grid_launch();
+    if (reads) fetch_scores(s, p, row_index * p.num_kv_heads + head, first, num, tid);
+    close_copies();
+#else
     // Statistics that stand already are asked for before the launch ahead has ended. Its own are at most those of the last
     // complete page of a row, which are in the warp's last tile.
     // One loop, a turn of which waits, because code that runs once costs its fetching.
@@ -1503,12 +1588,17 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
         if (k < tiles) issue_tile(s, row, k, place, k % AT_ONCE * TILE, warp, lane);
         close_copies();
     }
+#endif
     Trust trust;
     if (RESIDUAL && target > 0 && warp == WARPS - 1) trust = ask_trust(row, last_page, page_before, lane);
     load_query(s, p, token, head, warp, lane);
-    wait_copies<STAGES>();  // for the block table
+    wait_copies<SCORED ? 0 : STAGES>();  // for the block table, and scores that were made ahead
     sync_block();
+#if SCORED
+    if (reads) norms_of_scores(s, num, warp, lane);
+#else
     if (reads) score_units(s, row, p, first, num, warp, lane);
+#endif
     int covered = target;
     if (RESIDUAL && target > 0 && warp == WARPS - 1) {
         covered = trusted_pages(trust, row, target, lane);
@@ -1553,5 +1643,158 @@ KERNEL spla_fused_decode(KERNEL_PARAMS) {
     sync_cluster();  // nobody reads or writes another block's shared memory from here on
     merge_blocks(s, row, p, token, reads ? (row.num_units - n.complete) * UNIT : 0, rank, tid);
 }
+
+#if SCORED
+// ---------------------------------------------------------------------------------- scores ahead of the launch above
+
+// Scores of all units of all rows, for long contexts at small batches. The clusters above leave half of the multiprocessors idle,
+// and every kv head's asks for all of a row's pages: addresses of 64 to 2,000 places in memory each, which is what it waits for.
+// Here a warp takes 16 units of one kv head, and the warps of a block the same units of other heads, whose statistics lie near.
+// Statistics go from memory to registers, so that no shared memory keeps the launch above, which waits for this one, from
+// the multiprocessor.
+//
+// Grid (blocks that share a row, ceil(G / SCORE_WARPS), rows).
+constexpr int SCORE_WARPS = 4;
+constexpr int CHUNK = FP8 ? 64 : 32;      // elements of a half statistic that four lanes load at once, 16 bytes each
+constexpr int CHUNKS = D / CHUNK;         // of a half statistic
+constexpr int EACH = CHUNK / 4;           // elements of a lane
+
+// What a lane holds of a tile: 16 bytes of each chunk of the units `lane / 4` and `lane / 4 + 8`, means and variances.
+struct Tile {
+    Words x[2][2][CHUNKS];  // [unit][half][chunk]
+};
+
+DEVICE void load_tile(Tile &out, const Row &row, u32 place, int lane) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const char *from = (const char *)row.kv + (u64)(u32)shuffle((int)place, lane / 4 + i * 8) * STEP + lane % 4 * 16;
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++)
+                load_once(out.x[i][half][c].x, from + half * (STATISTIC_BYTES / 2) + c * 64);
+    }
+}
+
+KERNEL(SCORE_WARPS * 32, 3) spla_score_units(KERNEL_PARAMS) {
+    int tid = thread_id(), warp = tid / 32, lane = tid % 32;
+    grid_launch();  // the launch above waits for the end of this one before it reads anything of it
+    i64 row_index = block_z();
+    int head = block_y() * SCORE_WARPS + warp;
+    int seq_len = p.seq_lens[row_index];
+    i64 token = p.query_start_loc[row_index];
+    bool exists = seq_len > 0 && p.query_start_loc[row_index + 1] > token && head < p.num_kv_heads;
+    Row row;
+    row.pages = p.block_table + row_index * p.block_table_stride;
+    row.kv = p.kv + head * p.head_stride;
+    row.page_step = (u32)(p.page_stride / (STEP / 2));
+    row.last_page = p.last_page;
+    int position = seq_len - 1;
+    row.num_units = exists ? position / PAGE * UNITS_PER_PAGE : 0;
+    bool reads = row.num_units + position % PAGE / UNIT + 1 > p.budget;  // some units are left out
+    int tiles = exists && reads ? ceil_div(row.num_units, TILE) : 0;
+    int step = block_count(), tile = block_x();
+    auto place = [&](int k) {
+        int unit = min_(k * TILE + lane % TILE, row.num_units - 1);
+        return place_of(row, within_cache(row, row.pages[unit / UNITS_PER_PAGE]), unit);
+    };
+    Tile x;
+    // Of the launch ahead are at most the statistics of the last complete page (`early`).
+    bool standing = p.early && tile < tiles && (tile + 1) * TILE <= row.num_units - UNITS_PER_PAGE;
+    u32 next = tile < tiles ? place(tile) : 0;
+    if (standing) load_tile(x, row, next, lane);
+    grid_wait();
+    if (tile >= tiles) return;
+    if (!standing) load_tile(x, row, next, lane);
+
+    // Heads are the columns: a lane has the elements of column `lane / 4` that meet those of units that it has.
+    constexpr bool QUEST_ = SELECTOR == QUEST, OWN_PRODUCT = GP > 4 && !QUEST_;
+    int column = lane / 4, h = column % GP;
+    const u16 *from = p.query + token * p.query_token_stride + (head * GROUP + min_(h, GROUP - 1)) * p.query_head_stride;
+    u32 raw[CHUNKS][EACH / 2];
+    float peak = 1024.0f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+        for (int i = 0; i < EACH / 8; i++) {
+            Words four = *(const Words *)(from + c * CHUNK + lane % 4 * EACH + i * 8);
+#pragma unroll
+            for (int j = 0; j < 4; j++) raw[c][i * 4 + j] = h < GROUP ? four.x[j] : 0;
+        }
+#if FP16 || FP8
+    peak = 1e-30f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+        for (int i = 0; i < EACH / 2; i++) {
+            float a = low(raw[c][i]) * p.scale, b = high(raw[c][i]) * p.scale;
+            peak = max_(peak, max_(a * a, b * b));
+        }
+#pragma unroll
+    for (int other = 1; other < 4; other *= 2) peak = max_(peak, shuffle_xor(peak, other));
+#endif
+    u32 q[CHUNKS][EACH / 2], square[CHUNKS][EACH / 2], rest[OWN_PRODUCT ? CHUNKS : 1][EACH / 2];
+    bool lower = QUEST_ || (GP <= 4 && column >= 4);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+        for (int i = 0; i < EACH / 2; i++) {
+            Forms a = forms_of((u16)raw[c][i], p.scale, 1024.0f / peak), b = forms_of((u16)(raw[c][i] >> 16), p.scale, 1024.0f / peak);
+            auto pack = [](u16 first, u16 second) { return (u32)first | (u32)second << 16; };
+            q[c][i] = QUEST_ ? pack(a.upper, b.upper) : pack(a.own, b.own);
+            square[c][i] = lower ? pack(a.lower, b.lower) : pack(a.upper, b.upper);
+            if constexpr (OWN_PRODUCT) rest[c][i] = pack(a.lower, b.lower);
+        }
+    int half = half_of(lane), first_head = head_of(lane);
+    float restore[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) restore[j] = shuffle(peak * (1.0f / 1024.0f), (first_head + j) % GP * 4);
+
+    i64 out = (row_index * p.num_kv_heads + head) * p.max_units;
+#pragma unroll 1
+    for (int k = tile; k < tiles; k += step) {
+        if (k + step < tiles) next = place(k + step);
+        float linear[4] = {}, second[4] = {};
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+            for (int w = 0; w < EACH / 4; w++) {
+                const u32 (&b)[EACH / 2] = q[c], (&b2)[EACH / 2] = square[c];
+#if FP8
+                // A word has four elements, two pairs.
+                u32 one = x.x[0][0][c].x[w], other = x.x[1][0][c].x[w];
+                multiply_half(
+                    linear, e4m3_lower(one), e4m3_lower(other), e4m3_upper(one), e4m3_upper(other), b[w * 2], b[w * 2 + 1]);
+                one = x.x[0][1][c].x[w], other = x.x[1][1][c].x[w];
+                u32 y0 = second_lower(one), y1 = second_lower(other), y2 = second_upper(one), y3 = second_upper(other);
+                multiply_half(second, y0, y1, y2, y3, b2[w * 2], b2[w * 2 + 1]);
+                if constexpr (OWN_PRODUCT) multiply_half(second, y0, y1, y2, y3, rest[c][w * 2], rest[c][w * 2 + 1]);
+#else
+                const Words &m = x.x[0][0][c], &m8 = x.x[1][0][c], &v = x.x[0][1][c], &v8 = x.x[1][1][c];
+                multiply(linear, m.x[w * 2], m8.x[w * 2], m.x[w * 2 + 1], m8.x[w * 2 + 1], b[w * 2], b[w * 2 + 1]);
+                multiply(second, v.x[w * 2], v8.x[w * 2], v.x[w * 2 + 1], v8.x[w * 2 + 1], b2[w * 2], b2[w * 2 + 1]);
+                if constexpr (OWN_PRODUCT)
+                    multiply(
+                        second, v.x[w * 2], v8.x[w * 2], v.x[w * 2 + 1], v8.x[w * 2 + 1], rest[c][w * 2], rest[c][w * 2 + 1]);
+#endif
+            }
+        if (k + step < tiles) load_tile(x, row, next, lane);
+#pragma unroll
+        for (int i = 0; i < HALVES; i++) {
+            int unit = k * TILE + lane / 4 + (half + i) * 8;
+            Score of[2];
+#pragma unroll
+            for (int j = 0; j < 2; j++) of[j] = score_of(linear, second, half, i, j, restore[j], p.scale);
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                if (unit < row.num_units && first_head + j < GP) {
+                    i64 at = (out + unit) * GP + first_head + j;
+                    p.scores[at] = of[j].score;
+                    if (RESIDUAL && SELECTOR != TAYLOR2) p.mass[at] = of[j].mass;
+                }
+        }
+    }
+}
+#endif
 
 }  // namespace spla

@@ -23,6 +23,9 @@ WARPS = 8
 MAX_CLUSTER = 16
 SHARED_LIMIT = 227 << 10  # bytes a thread block may have on Hopper
 PAGE_STEP = 64  # bytes, `STEP` of the source
+SCORE_WARPS = 4  # of a thread block that scores ahead, each of them another kv head's
+SCORE_BLOCKS_AT_ONCE = 264  # two a multiprocessor
+SCORED_FROM = 1 << 30  # units
 SHARED_ALONE = 115 << 10  # bytes that keep a second thread block from the multiprocessor, while another is idle
 
 
@@ -32,7 +35,7 @@ class _Params(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in (
             "query", "kv", "state", "output", "gain", "query_start_loc", "seq_lens", "block_table", "state_table",
-            "table", "count",
+            "table", "count", "scores", "mass",
         )]
         + [(name, ctypes.c_int64) for name in (
             "query_token_stride", "query_head_stride", "page_stride", "head_stride", "state_block_stride",
@@ -79,6 +82,7 @@ class FusedDecode:
         state_layout: Bytes of a state block.
         max_model_len: The most tokens of a sequence.
         blocks: Thread blocks a cluster, for every batch; None chooses by the number of rows.
+        score_blocks: Thread blocks that score a row ahead of the launch, for every batch, 0 for none; None chooses.
     """
 
     def __init__(
@@ -94,7 +98,9 @@ class FusedDecode:
         state_layout: StateLayout,
         max_model_len: int,
         blocks: int | None = None,
+        score_blocks: int | None = None,
     ) -> None:
+        self._score_blocks = score_blocks
         self.params, self.group, self.num_kv_heads, self.head_size = params, group, num_kv_heads, head_size
         self.cache_dtype, self.scale, self._blocks = cache_dtype, scale, blocks
         self._fp8 = page_layout.formats is not None
@@ -121,6 +127,18 @@ class FusedDecode:
     def cluster_size(self, num_rows: int) -> int:
         """Thread blocks a (row, kv head)."""
         return self._choose(num_rows) if self._blocks is None else self._blocks
+
+    def score_blocks(self, num_rows: int) -> int:
+        """Thread blocks that score a row in a launch of their own, ahead; 0 where the clusters score.
+
+        Worth a launch where clusters leave multiprocessors idle and rows are long (`benchmarks/NOTES.md`).
+        """
+        if self._score_blocks is not None:
+            return self._score_blocks
+        if self.max_units < SCORED_FROM:
+            return 0
+        heads = -(-self.num_kv_heads // SCORE_WARPS)
+        return max(1, min(-(-self.max_units // 16), SCORE_BLOCKS_AT_ONCE // (heads * num_rows)))
 
     @functools.cache  # noqa: B019, an instance lives as long as its engine
     def _choose(self, num_rows: int) -> int:
@@ -184,6 +202,8 @@ class FusedDecode:
         output: torch.Tensor,
         table: torch.Tensor,
         count: torch.Tensor,
+        scores: torch.Tensor,
+        mass: torch.Tensor,
         early: bool = False,
     ) -> None:
         """Attention of one query token a row.
@@ -200,6 +220,8 @@ class FusedDecode:
             output: `[rows, H, d]`; rows of padding become zero.
             table: `[rows, G, width]` int32, written: the ids of the selected blocks, ascending, the current one last.
             count: `[rows, G]` int32, written.
+            scores: `[rows, G, max_units, group]` float32, the group padded to a power of two: scratch.
+            mass: As `scores`; the same tensor for the selectors `taylor2` and `quest`.
             early: The launch before this one writes no statistics but those of pages that the rows' own tokens
                 complete, so that the others are read before it has ended.
 
@@ -221,6 +243,8 @@ class FusedDecode:
             state_table=state_table.data_ptr(),
             table=table.data_ptr(),
             count=count.data_ptr(),
+            scores=scores.data_ptr(),
+            mass=mass.data_ptr(),
             query_token_stride=query.stride(0),
             query_head_stride=query.stride(1),
             page_stride=kv_cache.stride(0),
@@ -243,83 +267,115 @@ class FusedDecode:
             scale=self.scale,
             residual_scale=params.residual_scale,
         )
-        self._launch(arguments, self.cluster_size(seq_lens.shape[0]), seq_lens.shape[0])
+        num_rows = seq_lens.shape[0]
+        self._launch(arguments, self.cluster_size(num_rows), self.score_blocks(num_rows), num_rows)
 
     @functools.cache  # noqa: B019, as `_choose`
     def _max_clusters(self, blocks: int) -> int:
         """Clusters of so many thread blocks that run at once."""
-        return self._kernel(blocks).max_clusters(blocks, self.shared_bytes(blocks))
+        return self._module(blocks, False).max_clusters(blocks, self.shared_bytes(blocks))
 
-    @functools.cache  # noqa: B019, as `_choose`
-    def _kernel(self, blocks: int) -> Any:
-        defines = {**self.defines, "BLOCKS": blocks, "TABLE": int(self._has_table(blocks))}
-        return _load(tuple(sorted(defines.items())))
+    def _module(self, blocks: int, scored: bool) -> "_Module":
+        return _load(tuple(sorted(self._defines(blocks, scored).items())))
+
+    def _defines(self, blocks: int, scored: bool) -> dict[str, Any]:
+        return {**self.defines, "BLOCKS": blocks, "TABLE": int(self._has_table(blocks)), "SCORED": int(scored)}
 
     def prepare(self, max_num_rows: int) -> None:
         """Compile what batches of up to `max_num_rows` rows need, so that no step has to."""
         for num_rows in range(1, max_num_rows + 1):
-            self.cluster_size(num_rows)
+            if blocks := self.cluster_size(num_rows):
+                self._module(blocks, self.score_blocks(num_rows) > 0)
 
-    def _launch(self, arguments: _Params, blocks: int, num_rows: int) -> None:
-        self._kernel(blocks)(arguments, (blocks, self.num_kv_heads, num_rows), self.shared_bytes(blocks))
+    def _launch(self, arguments: _Params, blocks: int, score_blocks: int, num_rows: int) -> None:
+        module = self._module(blocks, score_blocks > 0)
+        if score_blocks:
+            module.score(arguments, (score_blocks, -(-self.num_kv_heads // SCORE_WARPS), num_rows))
+        module.decode(arguments, (blocks, self.num_kv_heads, num_rows), self.shared_bytes(blocks))
 
 
-@functools.cache
-def _load(defines: tuple[tuple[str, Any], ...]) -> Any:
-    """Compile the source for this process's GPU; a function that launches it."""
-    from cuda.bindings import driver, nvrtc
+class _Module:
+    """The source, compiled for this process's GPU."""
 
-    def checked(result: tuple) -> Any:
-        error, *values = result
+    def __init__(self, defines: tuple[tuple[str, Any], ...]) -> None:
+        from cuda.bindings import nvrtc
+
+        major, minor = torch.cuda.get_device_capability()
+        options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major == 9 else ''}", "--std=c++17"]
+        options.append("--generate-line-info")  # for profilers
+        options.append("--device-as-default-execution-space")  # for `constexpr` functions
+        options += [f"-D{name}={value}" for name, value in defines]
+        program = _checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         if int(error) != 0:
-            name = driver.cuGetErrorName(error)[1] if isinstance(error, driver.CUresult) else error
-            raise RuntimeError(f"{SOURCE.name}: {name}")
-        return values[0] if values else None
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"{SOURCE.name} does not compile:\n{log.decode()}")
+        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+        torch.cuda.current_stream()  # the context exists
+        self._module = _checked(_driver().cuModuleLoadData(cubin))
+        self._decode = self._function(b"spla_fused_decode")
+        self._score = self._function(b"spla_score_units") if dict(defines)["SCORED"] else None
 
-    major, minor = torch.cuda.get_device_capability()
-    options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major == 9 else ''}", "--std=c++17"]
-    options.append("--generate-line-info")  # for profilers
-    options.append("--device-as-default-execution-space")  # for `constexpr` functions
-    options += [f"-D{name}={value}" for name, value in defines]
-    program = checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    if int(error) != 0:
-        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
-        checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{SOURCE.name} does not compile:\n{log.decode()}")
-    cubin = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
-    checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-    torch.cuda.current_stream()  # the context exists
-    module = checked(driver.cuModuleLoadData(cubin))
-    function = checked(driver.cuModuleGetFunction(module, b"spla_fused_decode"))
-    attributes = driver.CUfunction_attribute
-    checked(
-        driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_LIMIT)
-    )
-    checked(driver.cuFuncSetAttribute(function, attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
+    def _function(self, name: bytes) -> Any:
+        driver = _driver()
+        function = _checked(driver.cuModuleGetFunction(self._module, name))
+        attributes = driver.CUfunction_attribute
+        most_shared = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, most_shared, SHARED_LIMIT))
+        any_cluster = attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+        _checked(driver.cuFuncSetAttribute(function, any_cluster, 1))
+        return function
 
-    def configured(grid: tuple[int, int, int], shared: int) -> Any:
+    @staticmethod
+    def _config(grid: tuple[int, int, int], threads: int, shared: int, cluster_size: int) -> Any:
+        driver = _driver()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared
         config.hStream = torch.cuda.current_stream().cuda_stream
         cluster, early = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
         cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = grid[0], 1, 1
+        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = cluster_size, 1, 1
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [cluster, early], 2
         return config
 
-    def max_clusters(blocks: int, shared: int) -> int:
-        return checked(driver.cuOccupancyMaxActiveClusters(function, configured((blocks, 1, 1), shared)))
+    def max_clusters(self, blocks: int, shared: int) -> int:
+        """Clusters of so many thread blocks that run at once."""
+        config = self._config((blocks, 1, 1), THREADS, shared, blocks)
+        return _checked(_driver().cuOccupancyMaxActiveClusters(self._decode, config))
 
-    def launch(arguments: _Params, grid: tuple[int, int, int], shared: int) -> None:
-        config = configured(grid, shared)
+    def decode(self, arguments: _Params, grid: tuple[int, int, int], shared: int) -> None:
+        """Launch `spla_fused_decode`, a cluster a (row, kv head)."""
+        self._launch(self._decode, arguments, self._config(grid, THREADS, shared, grid[0]))
+
+    def score(self, arguments: _Params, grid: tuple[int, int, int]) -> None:
+        """Launch `spla_score_units`."""
+        self._launch(self._score, arguments, self._config(grid, 32 * SCORE_WARPS, 0, 1))
+
+    @staticmethod
+    def _launch(function: Any, arguments: _Params, config: Any) -> None:
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointer), 0))
+        _checked(_driver().cuLaunchKernelEx(config, function, ctypes.addressof(pointer), 0))
 
-    launch.module = module  # type: ignore[attr-defined]  # kept loaded
-    launch.max_clusters = max_clusters  # type: ignore[attr-defined]
-    return launch
+
+_load = functools.cache(_Module)
+
+
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _checked(result: tuple) -> Any:
+    error, *values = result
+    if int(error) != 0:
+        driver = _driver()
+        name = driver.cuGetErrorName(error)[1] if isinstance(error, driver.CUresult) else error
+        raise RuntimeError(f"{SOURCE.name}: {name}")
+    return values[0] if values else None

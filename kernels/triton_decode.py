@@ -593,7 +593,8 @@ class TritonPagedSpla:
         if self.fused and max_query_len == 1 and query.dtype == self.cache_dtype and self.fused.pays(num_rows):
             self.fused.run(
                 query, kv_cache, state_cache, query_start_loc, seq_lens, block_table, state_table, self.gain, output,
-                self.page_table, scratch.count, early=steady,
+                self.page_table, scratch.count, scratch.scores, scratch.mass if self.write_mass else scratch.scores,
+                early=steady,
             )  # fmt: skip
             return
         tuning = self.tuning(num_rows, max_query_len)

@@ -21,7 +21,7 @@ def _compile(defines: tuple) -> ctypes.CDLL:
     command = [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{SOURCE.parent}", *flags]
     subprocess.run([*command, "-o", str(library), str(source)], check=True)
     emulate = ctypes.CDLL(str(library)).emulate
-    emulate.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_size_t]
+    emulate.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
     shutil.rmtree(folder)
     return emulate
 
@@ -30,7 +30,7 @@ class EmulatedDecode(FusedDecode):
     def pays(self, num_rows) -> bool:
         return True
 
-    def _launch(self, arguments, blocks, num_rows) -> None:
-        defines = {**self.defines, "BLOCKS": blocks, "TABLE": int(self._has_table(blocks))}
-        emulate = _compile(tuple(sorted(defines.items())))
-        assert emulate(ctypes.byref(arguments), blocks, self.num_kv_heads, num_rows, self.shared_bytes(blocks)) == 0
+    def _launch(self, arguments, blocks, score_blocks, num_rows) -> None:
+        emulate = _compile(tuple(sorted(self._defines(blocks, score_blocks > 0).items())))
+        shared = self.shared_bytes(blocks)
+        assert emulate(ctypes.byref(arguments), blocks, self.num_kv_heads, num_rows, shared, score_blocks) == 0

@@ -11,11 +11,12 @@ from spla_backend.algorithm.parameters import SplaParameters
 SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_size": 64, "device": "cuda"}
 
 
-def decode(query_len: int, statistics_dtype: str = "auto") -> None:
+def decode(query_len: int, statistics_dtype: str = "auto", score_blocks: int = 0) -> None:
     """Rows beyond the budget, within it and padded: pages completed by the token itself (320), states folded from
     nothing, by one page, and not at all."""
     params = SplaParameters(16, 16, 6, statistics_dtype=statistics_dtype)
     batch = make_batch(params, [319, 200, 40, 0], query_len=query_len, **SHAPE)
+    batch.op.fused._score_blocks = score_blocks
     batch.decode()
     batch.keys[0] = torch.cat([batch.keys[0], batch.keys[0][:1]])
     batch.values[0] = torch.cat([batch.values[0], batch.values[0][:1]])
@@ -39,6 +40,7 @@ if __name__ == "__main__":
         {
             "decode": lambda: decode(1),
             "decode-fp8": lambda: decode(1, "fp8"),
+            "decode-scored-ahead": lambda: decode(1, score_blocks=2),
             "verify": lambda: decode(2),
             "prefill": prefill,
             "prefill-fp8": lambda: prefill("fp8"),

@@ -23,65 +23,77 @@ def fresh() -> int:
     return random.randrange(1 << 30)
 
 
-def emulate(batch, blocks: int) -> None:
+scored = pytest.mark.parametrize("score_blocks", [0, 3], ids=["", "scored-ahead"])
+
+
+def emulate(batch, blocks: int, score_blocks: int = 0) -> None:
     """Let the batch's op decode with the emulated kernel."""
     op = batch.op
+    op._scratch.scores.fill_(float("nan"))
+    op._scratch.mass.fill_(float("nan"))
     op.fused = EmulatedDecode(
         op.params, group=op.group, num_kv_heads=op.num_kv_heads, head_size=op.head_size, cache_dtype=op.cache_dtype,
         scale=op.scale, page_layout=op.page_layout, state_layout=op.state_layout,
-        max_model_len=op.max_pages * op.params.page_size, blocks=blocks,
+        max_model_len=op.max_pages * op.params.page_size, blocks=blocks, score_blocks=score_blocks,
     )  # fmt: skip
 
 
 @emulated
+@scored
 @pytest.mark.parametrize(("blocks", "lengths"), [(1, [16, 97]), (2, [1, 15, 17, 80, 81, 96, 300, 0]), (16, [331])])
-def test_lengths_around_page_and_budget_edges_and_padding(blocks: int, lengths: list[int]) -> None:
+def test_lengths_around_page_and_budget_edges_and_padding(blocks: int, lengths: list[int], score_blocks: int) -> None:
     params = SplaParameters(16, 16, 5)
     batch = make_batch(params, lengths, num_heads=8, num_kv_heads=2, head_size=64, seed=fresh())
-    emulate(batch, blocks)
+    emulate(batch, blocks, score_blocks)
     batch.check(batch.decode(), 2e-3)
     again = batch.decode(steady=True)
     batch.check(again, 2e-3)
 
 
 @emulated
+@scored
 @pytest.mark.parametrize("heads", [1, 2, 7], ids=lambda n: f"group{n}")
-def test_groups(heads: int) -> None:
+def test_groups(heads: int, score_blocks: int) -> None:
     batch = make_batch(
         SplaParameters(32, 32, 4), [331, 128], num_heads=heads, num_kv_heads=1, head_size=128, dtype=torch.bfloat16,
         seed=fresh(), gain=torch.rand(heads) * 2,
     )  # fmt: skip
-    emulate(batch, 4)
+    emulate(batch, 4, score_blocks)
     batch.check(batch.decode(), 1e-2)
 
 
 @emulated
+@scored
 @pytest.mark.parametrize("selector", ["taylor2", "cumulant2", "quest"])
-def test_selectors(selector: str) -> None:
+def test_selectors(selector: str, score_blocks: int) -> None:
     residual = "none" if selector == "quest" else "regression"
     params = SplaParameters(16, 16, 5, selector=selector, residual=residual)
     batch = make_batch(params, [250, 81], num_heads=4, num_kv_heads=1, head_size=64, seed=fresh())
-    emulate(batch, 2)
+    emulate(batch, 2, score_blocks)
     batch.check(batch.decode(), 2e-3)
 
 
 @emulated
+@scored
 @pytest.mark.parametrize("block", [16, 32])
-def test_finer_blocks(block: int) -> None:
+def test_finer_blocks(block: int, score_blocks: int) -> None:
     params = SplaParameters(64, block, 160 // block)
     batch = make_batch(params, [331, 257, 160, 3], num_heads=4, num_kv_heads=2, head_size=64, seed=fresh(), chunk=0)
-    emulate(batch, 2)
+    emulate(batch, 2, score_blocks)
     batch.check(batch.decode(), 2e-3)
 
 
 @emulated
+@scored
 @pytest.mark.parametrize("selector", ["rem", "quest"])
 @pytest.mark.parametrize(
     ("heads", "head_size", "block", "dtype"),
     [(3, 128, 64, torch.bfloat16), (8, 64, 16, torch.float16), (4, 64, 32, torch.bfloat16)],
     ids=["g3-d128-bf16", "g8-d64-b16-fp16", "g4-d64-b32-bf16"],
 )
-def test_statistics_in_fp8(heads: int, head_size: int, block: int, dtype: torch.dtype, selector: str) -> None:
+def test_statistics_in_fp8(
+    heads: int, head_size: int, block: int, dtype: torch.dtype, selector: str, score_blocks: int
+) -> None:
     params = SplaParameters(
         64, block, 256 // block, selector=selector, statistics_dtype="fp8",
         residual="none" if selector == "quest" else "regression",
@@ -90,7 +102,7 @@ def test_statistics_in_fp8(heads: int, head_size: int, block: int, dtype: torch.
         params, [64 * 36 + 5, 331, 3], num_heads=heads, num_kv_heads=1, head_size=head_size, dtype=dtype, seed=fresh(),
         chunk=0,
     )  # fmt: skip
-    emulate(batch, 2)
+    emulate(batch, 2, score_blocks)
     batch.check(batch.decode(), 2e-3 if dtype == torch.float16 else 1e-2)
 
 
@@ -139,8 +151,8 @@ def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype, 
         params, lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, dtype=dtype,
         device="cuda", seed=fresh(), chunk=0, gain=torch.rand(num_heads) * 2,
     )  # fmt: skip
-    for blocks in (1, 2, 8):
-        batch.op.fused._blocks = blocks
+    for blocks, score_blocks in ((1, 0), (2, 5), (8, 0), (8, 40)):
+        batch.op.fused._blocks, batch.op.fused._score_blocks = blocks, score_blocks
         for _ in range(2):  # rebuilds the states, then finds them valid
             output = batch.decode()
             batch.check(output, 2e-3 if dtype == torch.float16 else 1e-2)
@@ -159,7 +171,9 @@ def test_gpu_selectors(selector: str, statistics: str) -> None:
         params, [2300, 577, 70], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device="cuda",
         seed=fresh(), chunk=0,
     )  # fmt: skip
-    batch.check(batch.decode(), 1e-2)
+    for score_blocks in (0, 3):
+        batch.op.fused._score_blocks = score_blocks
+        batch.check(batch.decode(), 1e-2)
 
 
 @needs_gpu
@@ -173,8 +187,8 @@ def test_gpu_finer_blocks(heads: tuple[int, int, int], block: int, statistics: s
         params, [2300, 577, 513, 512, 511, 70, 0], num_heads=num_heads,
         num_kv_heads=num_kv_heads, head_size=head_size, dtype=torch.bfloat16, device="cuda", seed=fresh(), chunk=0,
     )  # fmt: skip
-    for blocks in (1, 2, 8):
-        batch.op.fused._blocks = blocks
+    for blocks, score_blocks in ((1, 0), (2, 5), (8, 0), (8, 40)):
+        batch.op.fused._blocks, batch.op.fused._score_blocks = blocks, score_blocks
         for _ in range(2):  # rebuilds the states, then finds them valid
             batch.check(batch.decode(), 1e-2)
 
@@ -188,17 +202,20 @@ def test_gpu_long_context(length: int, statistics: str) -> None:
         params, [length], num_heads=4, num_kv_heads=1, head_size=128, dtype=torch.bfloat16,
         device="cuda", seed=fresh(), chunk=0,
     )  # fmt: skip
-    for _ in range(2):
+    for score_blocks in (0, 0, 132):  # rebuilds the state, then finds it valid
+        batch.op.fused._score_blocks = score_blocks
         batch.check(batch.decode(), 1e-2)
 
 
 @needs_gpu
-def test_gpu_graph_replay() -> None:
+@scored
+def test_gpu_graph_replay(score_blocks: int) -> None:
     """A graph captured on short rows replays on long ones, bit for bit."""
     batch = make_batch(
         SplaParameters(64, 64, 8), [1500, 900, 700], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16,
         device="cuda", seed=fresh(), chunk=0, max_model_len=4096,
     )  # fmt: skip
+    batch.op.fused._score_blocks = score_blocks
     expected = batch.decode()
     output = torch.full_like(batch.query, float("nan"))
     graph = batch.capture(output)

@@ -53,7 +53,7 @@ static Fiber *current;
 static ucontext_t scheduler;
 static std::vector<std::unique_ptr<Block>> blocks;
 static Meeting cluster;
-static int head, row;
+static int first_block, num_blocks_x, head, row;
 static long progress;
 
 static void yield() { swapcontext(&current->context, &scheduler); }
@@ -84,9 +84,10 @@ template <typename T> static T exchange(T x, int from) {
 }  // namespace emulator
 
 static int thread_id() { return emulator::current->tid; }
-static int block_x() { return emulator::current->block->rank; }
+static int block_x() { return emulator::first_block + emulator::current->block->rank; }
 static int block_y() { return emulator::head; }
 static int block_z() { return emulator::row; }
+static int block_count() { return emulator::num_blocks_x; }
 static float shuffle_xor(float x, int mask) { return emulator::exchange(x, (thread_id() % 32) ^ mask); }
 static float shuffle(float x, int lane) { return emulator::exchange(x, lane); }
 
@@ -240,6 +241,7 @@ static void copy_word(void *to, const void *from) {
     std::memset(to, 0xff, 4);
     emulator::current->open.push_back({to, from, 4});
 }
+static void load_once(unsigned (&x)[4], const void *from) { std::memcpy(x, from, 16); }
 static void close_copies() {
     emulator::current->closed.push_back(std::move(emulator::current->open));
     emulator::current->open.clear();
@@ -252,7 +254,7 @@ template <int N> static void wait_copies() {
 
 static char *shared_memory_base() { return emulator::current->block->base; }
 #define shared_memory shared_memory_base()
-#define KERNEL static void
+#define KERNEL(threads, a_multiprocessor) static void
 #define KERNEL_PARAMS const Params &p
 
 #include "fused_decode.cu"
@@ -260,16 +262,16 @@ static char *shared_memory_base() { return emulator::current->block->base; }
 namespace emulator {
 
 static const spla::Params *parameters;
+static void (*kernel)(const spla::Params &);
 
 static void enter() {
-    spla::spla_fused_decode(*parameters);
+    kernel(*parameters);
     current->done = true;
     progress++;
     swapcontext(&current->context, &scheduler);
 }
 
-static bool run_cluster(int num_blocks, size_t shared_bytes) {
-    constexpr int threads = spla::THREADS;
+static bool run_cluster(int num_blocks, int threads, size_t shared_bytes) {
     blocks.clear();
     cluster = Meeting{num_blocks * threads};
     for (int r = 0; r < num_blocks; r++) {
@@ -310,11 +312,23 @@ static bool run_cluster(int num_blocks, size_t shared_bytes) {
 
 }  // namespace emulator
 
-// 0, or 1 where threads waited for each other in vain.
-extern "C" int emulate(const spla::Params *parameters, int num_blocks, int heads, int rows, size_t shared_bytes) {
+// 0, or 1 where threads waited for each other in vain. `score_blocks` share a row in the launch that scores ahead.
+extern "C" int emulate(
+    const spla::Params *parameters, int num_blocks, int heads, int rows, size_t shared_bytes, int score_blocks) {
+    using namespace emulator;
     emulator::parameters = parameters;
-    for (emulator::row = 0; emulator::row < rows; emulator::row++)
-        for (emulator::head = 0; emulator::head < heads; emulator::head++)
-            if (!emulator::run_cluster(num_blocks, shared_bytes)) return 1;
+#if SCORED
+    kernel = spla::spla_score_units;
+    num_blocks_x = score_blocks;
+    for (row = 0; row < rows; row++)
+        for (head = 0; head < (heads + spla::SCORE_WARPS - 1) / spla::SCORE_WARPS; head++)
+            for (first_block = 0; first_block < score_blocks; first_block++)
+                if (!run_cluster(1, spla::SCORE_WARPS * 32, 0)) return 1;
+    first_block = 0;
+#endif
+    kernel = spla::spla_fused_decode;
+    for (row = 0; row < rows; row++)
+        for (head = 0; head < heads; head++)
+            if (!run_cluster(num_blocks, spla::THREADS, shared_bytes)) return 1;
     return 0;
 }
