@@ -91,8 +91,9 @@ class Pass:
 class Folds:
     """Rows that end within what attends to everything: their state is brought up to date."""
 
-    rows: torch.Tensor  # [folds, 2] int32: row, its complete pages
-    splits: int  # that the pages of each are cut into, for as many programs at a time
+    rows: torch.Tensor  # [folds, 4] int32: row, its complete pages, splits, place of the first split's sums
+    items: torch.Tensor  # [items, 2] int32: fold, split
+    most_splits: int  # of a row
     launches: dict[tuple, list[Launch]] = field(default_factory=dict, compare=False)  # by what layers differ in
 
 
@@ -147,7 +148,7 @@ class PrefillTuning:
     state_warps: int = 4
     fold_slice: int = 128
     fold_stages: int = 4
-    fold_pages: int = 4  # of a split, or more
+    fold_pages: int = 4  # the fewest of a split where a row has several
     fold_sum_slice: int = 8
 
 
@@ -283,11 +284,11 @@ class TritonPrefill:
         state_table = torch.arange(1, len(kv_cache), dtype=torch.int32, device=self.device).repeat(1, 1)
         if state_table.shape[1] == 0:
             state_table = block_table
-        folds = self.plan(0, [0, 1], [params.page_size]).folds
+        # The longest row is cut if any is.
+        pages = min(self.dense_below // params.page_size, base.max_pages)
+        folds = self.plan(0, [0, 1], [pages * params.page_size]).folds if pages else None
         if folds is not None:
-            for splits in {1, min(2, max(1, self._fold_programs // base.num_kv_heads))}:
-                cut = replace(folds, splits=splits, launches={})
-                self.fold(cut, kv_cache, kv_cache, block_table, state_table)
+            self.fold(folds, kv_cache, kv_cache, block_table, state_table)
         # One length for every power of two that `prefill_select_kernel` is compiled for.
         positions = [max(self.dense_below, 1)] if self._sparse else []
         units = triton.next_power_of_2(_round_up(self.dense_below // params.selection_block))
@@ -307,8 +308,9 @@ class TritonPrefill:
     def _shapes(self) -> Shapes:
         folding: Shapes = {"arrivals": ((self._max_num_rows, self.base.num_kv_heads), torch.int32)}
         if self.base.params.residual != "none":
-            partial = self._fold_programs, self._s_rows + 1, self.base.head_size
-            folding["partial"] = partial, torch.float32
+            places = max(1, self._fold_programs // self.base.num_kv_heads)
+            sums = places, self.base.num_kv_heads, self._s_rows + 1, self.base.head_size
+            folding["partial"] = sums, torch.float32
         if not self._sparse:
             return folding
         base, pairs = self.base, self._max_pairs
@@ -422,8 +424,9 @@ class TritonPrefill:
                     _round_up(max(position for *_, position in some) // page * self.base.params.blocks_per_page),
                 )
             )
+        fold_rows, fold_items = self._cut_folds(folds)
         folds_at = _align(numbers)
-        numbers += itertools.chain(*folds)
+        numbers += itertools.chain(*fold_rows, *fold_items)
         host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         buffer = host.to(self.device, non_blocking=True)
         dense_rows = [
@@ -452,12 +455,22 @@ class TritonPrefill:
         ]
         if not folds:
             return PrefillPlan(dense_rows, steps, None)
-        rows = buffer[folds_at : folds_at + 2 * len(folds)].view(-1, 2)
-        splits = min(
-            self._fold_programs // (self.base.num_kv_heads * len(folds)),
-            -(-max(pages for _, pages in folds) // self.tuning.fold_pages),
-        )
-        return PrefillPlan(dense_rows, steps, Folds(rows, max(1, splits)))
+        rows, items = buffer[folds_at:].split([4 * len(fold_rows), 2 * len(fold_items)])
+        most = max(splits for _, _, splits, _ in fold_rows)
+        return PrefillPlan(dense_rows, steps, Folds(rows.view(-1, 4), items.view(-1, 2), most))
+
+    def _cut_folds(self, folds: list[tuple[int, int]]) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """The rows of `Folds` and their splits: as many of all rows together as programs run at a time, and one of each
+        row at least."""
+        programs = max(1, self._fold_programs // self.base.num_kv_heads)
+        share = max(self.tuning.fold_pages, -(-sum(pages for _, pages in folds) // programs))
+        rows, items, place = [], [], 0
+        for fold, (row, pages) in enumerate(folds):
+            splits = max(1, pages // share)
+            rows.append([row, pages, splits, place])
+            items += [(fold, split) for split in range(splits)]
+            place += splits if splits > 1 else 0
+        return rows, items
 
     def _heads(self, num_tiles: int, num_runs: int) -> int:
         """The most kv heads that the scratch takes at a time."""
@@ -585,30 +598,30 @@ class TritonPrefill:
         """Sums over the splits of the pages, and their sum where there are several."""
         base, tuning, pool = self.base, self.tuning, self._pool
         kv_cache, strides, constants = own["kv"], self._state_strides(own), self._state_constants()
-        num_folds, parts = folds.rows.shape[0], self._fold_parts
+        parts = self._fold_parts
         yield Launch(
             fold_pages_kernel,
-            (folds.splits * parts, base.num_kv_heads, num_folds),
+            (parts, base.num_kv_heads, folds.items.shape[0]),
             (
-                "kv", "kv_int", "state", "state_int", "block_table", "state_table", folds.rows, pool["partial"],
-                pool["arrivals"], kv_cache.stride(0), kv_cache.stride(1), *strides, len(kv_cache) - 1,
+                "kv", "kv_int", "state", "state_int", "block_table", "state_table", folds.rows, folds.items,
+                pool["partial"], pool["arrivals"], kv_cache.stride(0), kv_cache.stride(1), *strides, len(kv_cache) - 1,
             ),
             {
                 "PARTS": parts, "SLICE": self._fold_slice, "PAGE": base.params.page_size, "TILE": base._fold_tile,
-                "STAGES": tuning.fold_stages, "LINEAR": self._linear, "ALONE": folds.splits == 1,
+                "STAGES": tuning.fold_stages, "LINEAR": self._linear,
                 "num_warps": 8 if self._fold_slice == 128 else 4, **constants,
             },
             layer,
         )  # fmt: skip
-        if folds.splits == 1:
+        if folds.most_splits == 1:
             return
         parts = triton.cdiv(self._s_rows, tuning.fold_sum_slice)
         yield Launch(
             fold_sum_kernel,
-            (parts, base.num_kv_heads, num_folds),
+            (parts, base.num_kv_heads, folds.rows.shape[0]),
             (
                 "kv_int", "state", "state_int", "block_table", "state_table", folds.rows, pool["partial"],
-                pool["arrivals"], *strides, folds.splits,
+                pool["arrivals"], *strides,
             ),
             {"PARTS": parts, "SLICE": tuning.fold_sum_slice, "num_warps": 4, **constants},
             layer,

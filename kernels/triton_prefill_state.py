@@ -155,8 +155,9 @@ def fold_pages_kernel(
     state_int_ptr,
     block_table_ptr,
     state_table_ptr,
-    folds_ptr,  # [folds, 2] int32: row, its complete pages
-    partial_ptr,  # [folds, G, splits, S_ROWS + 1, D] float32: sums over a split's pages; the last row is z
+    folds_ptr,  # [folds, 4] int32: row, its complete pages, splits, place of the first split's sums
+    items_ptr,  # [items, 2] int32: fold, split
+    partial_ptr,  # [places, G, S_ROWS + 1, D] float32: sums over a split's pages; the last row is z
     arrivals_ptr,  # [folds, G] int32, zero between launches
     page_stride,
     head_stride,
@@ -180,22 +181,22 @@ def fold_pages_kernel(
     S_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     LINEAR: tl.constexpr,
-    ALONE: tl.constexpr,  # one split: its sums go to the state at once
     DEPENDENT: tl.constexpr,
 ):
-    """Grid (splits * PARTS, G, folds)."""
+    """Grid (PARTS, G, items). The sums of a row's only split go to the state at once."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         # Behind the wait: `fold_sum_kernel` knows that everything but this launch has ended.
         tl.extra.cuda.gdc_launch_dependents()
-    part = tl.program_id(0) % PARTS
-    split = tl.program_id(0) // PARTS
-    splits = tl.num_programs(0) // PARTS
+    part = tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
-    fold = tl.program_id(2)
-    row = tl.load(folds_ptr + fold * 2).to(tl.int64)
-    target = tl.load(folds_ptr + fold * 2 + 1)
+    fold = tl.load(items_ptr + tl.program_id(2) * 2)
+    split = tl.load(items_ptr + tl.program_id(2) * 2 + 1)
+    row = tl.load(folds_ptr + fold * 4).to(tl.int64)
+    target = tl.load(folds_ptr + fold * 4 + 1)
+    splits = tl.load(folds_ptr + fold * 4 + 2)
+    place = tl.load(folds_ptr + fold * 4 + 3) + split
     pages = block_table_ptr + row * block_table_stride
     blocks = state_table_ptr + row * state_table_stride
     dtype = kv_ptr.dtype.element_ty
@@ -237,7 +238,7 @@ def fold_pages_kernel(
     sum_v = tl.max(sums_v, axis=0)  # [DP]
     of_s = of_key[:, None] & in_head[None, :]
     of_v = column < tl.where(part == 0, D, 0)
-    if ALONE:
+    if splits == 1:
         if covered < target:
             state = state_ptr + head * block_head_stride
             s_rows = state + state_row_offset(blocks, feature, block_stride, BODY, D, of_key)[:, None] + column[None, :]
@@ -257,22 +258,22 @@ def fold_pages_kernel(
                     block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
                 )  # fmt: skip
     elif begin < end:
-        partial = partial_ptr + ((fold * num_heads + head) * splits + split).to(tl.int64) * (S_ROWS + 1) * D
+        partial = partial_ptr + (place * num_heads + head).to(tl.int64) * (S_ROWS + 1) * D
         tl.store(partial + feature[:, None] * D + column[None, :], s, mask=of_s)
         tl.store(partial + S_ROWS * D + feature, z, mask=of_key)
         if not LINEAR:
             tl.store(partial + D * D + column, sum_v, mask=of_v)
 
 
-@triton.jit(do_not_specialize=["block_table_stride", "state_table_stride", "splits"])
+@triton.jit(do_not_specialize=["block_table_stride", "state_table_stride"])
 def fold_sum_kernel(
     kv_int_ptr,
     state_ptr,
     state_int_ptr,
     block_table_ptr,
     state_table_ptr,
-    folds_ptr,  # [folds, 2] int32: row, its complete pages
-    partial_ptr,  # [folds, G, splits, S_ROWS + 1, D] float32
+    folds_ptr,  # [folds, 4] int32: row, its complete pages, splits, place of the first split's sums
+    partial_ptr,  # [places, G, S_ROWS + 1, D] float32
     arrivals_ptr,  # [folds, G] int32, zero between launches
     int_page_stride,
     int_head_stride,
@@ -280,7 +281,6 @@ def fold_sum_kernel(
     block_head_stride,
     block_table_stride,
     state_table_stride,
-    splits,
     MAGIC: tl.constexpr,
     STAMP_WORD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
@@ -292,13 +292,15 @@ def fold_sum_kernel(
     S_ROWS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Grid (PARTS, G, folds)."""
+    """Grid (PARTS, G, folds). Rows of one split are left alone."""
     part = tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     fold = tl.program_id(2)
-    row = tl.load(folds_ptr + fold * 2).to(tl.int64)
-    target = tl.load(folds_ptr + fold * 2 + 1)
+    row = tl.load(folds_ptr + fold * 4).to(tl.int64)
+    target = tl.load(folds_ptr + fold * 4 + 1)
+    splits = tl.load(folds_ptr + fold * 4 + 2)
+    place = tl.load(folds_ptr + fold * 4 + 3)
     pages = block_table_ptr + row * block_table_stride
     blocks = state_table_ptr + row * state_table_stride
     covered = trusted_pages(
@@ -308,13 +310,13 @@ def fold_sum_kernel(
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()  # for the sums; what was read until here, `fold_pages_kernel` does not write
         tl.extra.cuda.gdc_launch_dependents()
-    if covered < target:
+    if (covered < target) & (splits > 1):
         feature = part * SLICE + tl.arange(0, SLICE)
         in_slice = feature < S_ROWS
         of_key = feature < D
         column = tl.arange(0, DP)
         mask = in_slice[:, None] & (column < D)[None, :]
-        partial = partial_ptr + (fold * num_heads + head).to(tl.int64) * splits * (S_ROWS + 1) * D
+        partial = partial_ptr + (place * num_heads + head).to(tl.int64) * (S_ROWS + 1) * D
         share = tl.cdiv(target - covered, splits)
         filled = tl.cdiv(target - covered, share)  # the splits behind them had no page and wrote nothing
         s = tl.zeros([SLICE, DP], dtype=tl.float32)
@@ -322,7 +324,7 @@ def fold_sum_kernel(
         for first in tl.range(0, filled, 8):
             for i in tl.static_range(8):  # so that eight are on their way at a time
                 end = tl.where(first + i < filled, S_ROWS, 0)
-                of_split = partial + (first + i) * (S_ROWS + 1) * D
+                of_split = partial + (first + i) * num_heads * (S_ROWS + 1) * D
                 s_mask = (feature < end)[:, None] & (column < D)[None, :]
                 s += tl.load(of_split + feature[:, None] * D + column[None, :], mask=s_mask, other=0.0)
                 z += tl.load(of_split + S_ROWS * D + feature, mask=of_key & (feature < end), other=0.0)

@@ -336,19 +336,22 @@ def test_decode_agrees(more: dict) -> None:
 
 
 def fold(batch: Batch, lengths: list[int], splits: int | None = None) -> None:
-    """Bring the states of rows that attend to everything up to date, their pages cut into `splits`."""
+    """Bring the states of rows that attend to everything up to date, the pages of each cut into about `splits`."""
     op = TritonPrefill(
         batch.op, dense_below=1 << 30, max_num_tokens=sum(lengths), max_num_rows=len(lengths), max_model_len=1 << 20,
-        device=torch.device(DEVICE),
+        device=torch.device(DEVICE), tuning=None if splits is None else replace(PrefillTuning(), fold_pages=1),
     )  # fmt: skip
+    if splits is not None:
+        op._fold_programs = splits * len(lengths) * batch.op.num_kv_heads
+        op._pool = {**op._pool, "partial": torch.empty(splits * len(lengths), *op._pool["partial"].shape[1:])}
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
     plan = op.plan(0, starts, lengths)
     assert plan.folds is not None and not plan.passes
+    assert splits in (None, 1) or plan.folds.most_splits > 1
     op._pool["partial"].fill_(float("nan"))
-    folds = plan.folds if splits is None else replace(plan.folds, splits=splits)
-    op.fold(folds, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table)
+    op.fold(plan.folds, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table)
     assert int(op._pool["arrivals"].abs().sum()) == 0
 
 
@@ -438,12 +441,19 @@ def test_splits_fill_the_device_once() -> None:
         base, dense_below=1 << 20, max_num_tokens=8192, max_num_rows=40, max_model_len=1 << 20,
         device=torch.device(DEVICE),
     )  # fmt: skip
-    for count, length, splits in ((1, 8192, 16), (1, 1024, 4), (1, 300, 1), (8, 1024, 2), (40, 200, 1), (1, 64, 1)):
-        starts = [length * i for i in range(count + 1)]
-        folds = op.plan(0, starts, [length] * count).folds
-        assert folds is not None and folds.splits == splits
-        assert folds.rows.tolist() == [[row, length // 64] for row in range(count)]
-        assert splits == 1 or splits * count * 8 <= len(op._pool["partial"])
+    for lengths, splits in (
+        ([8192], [16]), ([1024], [4]), ([300], [1]), ([1024] * 8, [2] * 8), ([200] * 40, [1] * 40), ([64], [1]),
+        ([100] * 20 + [8192] + [100] * 19, [1] * 20 + [11] + [1] * 19), ([70, 63, 8192, 4096], [1, 9, 4]),
+    ):  # fmt: skip
+        starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+        folds = op.plan(0, starts, lengths).folds
+        assert folds is not None and folds.most_splits == max(splits)
+        row, pages, cut, place = folds.rows.T.tolist()
+        assert row == [i for i, length in enumerate(lengths) if length >= 64]
+        assert pages == [length // 64 for length in lengths if length >= 64] and cut == splits
+        assert folds.items.tolist() == [[i, split] for i, n in enumerate(splits) for split in range(n)]
+        places = [p + split for p, n in zip(place, cut, strict=True) if n > 1 for split in range(n)]
+        assert places == list(range(len(places))) and len(places) <= len(op._pool["partial"])
 
 
 # Real sizes
