@@ -334,7 +334,7 @@ class TritonPagedSpla:
         self._salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(device=device, dtype=torch.int32)
         self._counter = torch.zeros(1, dtype=torch.int32, device=device)
         # Layers of one geometry store by the same launch.
-        stored = (device, params, num_kv_heads, head_size, cache_dtype)
+        stored = (device, self.page_layout, params.selector, num_kv_heads, cache_dtype)
         self._store_geometry = self._store_geometries.setdefault(stored, len(self._store_geometries))
         self._dependent = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
         self._launch_early = {"launch_pdl": True} if self._dependent else {}

@@ -343,7 +343,8 @@ def fold(batch: Batch, lengths: list[int], splits: int | None = None) -> None:
     )  # fmt: skip
     if splits is not None:
         op._fold_programs = splits * len(lengths) * batch.op.num_kv_heads
-        op._pool = {**op._pool, "partial": torch.empty(splits * len(lengths), *op._pool["partial"].shape[1:])}
+        shape = splits * len(lengths), *op._pool["partial"].shape[1:]
+        op._pool = {**op._pool, "partial": torch.empty(shape, device=DEVICE)}
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
