@@ -140,6 +140,9 @@ class CudaPagedSpla:
                 steady=plan.prefill is None,
             )
         if plan.prefill is not None:
+            # At once: the tokens that were just stored are still in the second-level cache.
+            if plan.prefill.folds is not None and state_cache is not None and state_table is not None:
+                self._prefill.fold(plan.prefill.folds, kv_cache, state_cache, plan.block_table, state_table)
             for rows in plan.prefill.dense:
                 self._attend_densely(rows, query, kv_cache, plan.block_table, output)
                 if self._decode.params.combine == "double_rmsnorm":
@@ -147,8 +150,6 @@ class CudaPagedSpla:
                     # There is no tail where nothing is left out.
                     weight, eps = self._decode.norm_weights[0], self._decode.params.rms_norm_eps
                     exact.copy_(rms_norm(exact.float(), weight, eps))
-            if plan.prefill.folds is not None and state_cache is not None and state_table is not None:
-                self._prefill.fold(plan.prefill.folds, kv_cache, state_cache, plan.block_table, state_table)
             for step in plan.prefill.passes:
                 self._prefill.run(step, query, kv_cache, state_cache, plan.block_table, state_table, output)
 

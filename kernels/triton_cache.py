@@ -172,15 +172,17 @@ def update_cache_kernel(
         value = tl.load(value_head + (token * value_token_stride)[:, None] + columns[None, :], mask=stored)
         tl.store(row, key.to(dtype), mask=stored)
         tl.store(row + D, value.to(dtype), mask=stored)
-        if tl.max(tl.where(slot >= 0, slot % PAGE, 0), axis=0) == PAGE - 1:
-            for i in tl.range(0, TOKENS):
-                one = tl.load(slot_ptr + first + i, mask=first + i < num_tokens, other=-1)
-                if (one >= 0) & (one % PAGE == PAGE - 1):
-                    _complete_page(
-                        key_ptr, slot_ptr, kv_ptr, kv_int_ptr, salt_ptr, counter_ptr, first + i, head, one,
-                        key_token_stride, key_head_stride, page_stride, head_stride, int_page_stride, int_head_stride,
-                        D, DP, PAGE, UNIT, STRIDE, FP8, TILE, STAMP_WORD, LIMIT, SELECTOR,
-                    )  # fmt: skip
+        place = tl.arange(0, TOKENS)
+        completes = tl.where((slot >= 0) & (slot % PAGE == PAGE - 1), place, TOKENS)
+        here = tl.min(completes, axis=0)
+        while here < TOKENS:
+            one = tl.max(tl.where(place == here, slot, -1), axis=0)
+            _complete_page(
+                key_ptr, slot_ptr, kv_ptr, kv_int_ptr, salt_ptr, counter_ptr, first + here, head, one,
+                key_token_stride, key_head_stride, page_stride, head_stride, int_page_stride, int_head_stride,
+                D, DP, PAGE, UNIT, STRIDE, FP8, TILE, STAMP_WORD, LIMIT, SELECTOR,
+            )  # fmt: skip
+            here = tl.min(tl.where(completes > here, completes, TOKENS), axis=0)
 
 
 @triton.jit

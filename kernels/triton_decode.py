@@ -32,11 +32,13 @@ from .fused_decode import FusedDecode, refusal
 from .layout import STATE_MAGIC, layouts
 from .triton_attend import RESIDUAL_CODES, attend_kernel
 from .triton_cache import SELECTOR_CODES, update_cache_kernel
+from .triton_launch import Launch, current_stream
 from .triton_score import score_units
 from .triton_select import select_units
 from .triton_state import fold_slice
 
-_FEW_TOKENS = 512  # of a step; up to here a program stores one
+_FEW_TOKENS = 128  # of a step; up to here a program stores one
+_TOKENS = 32  # that it stores in larger steps
 _SELECT_ELEMENTS = 32768  # scores that selection keeps in registers; more are gone through in pieces
 
 
@@ -289,6 +291,8 @@ class TritonPagedSpla:
     """
 
     _warm: ClassVar[set[tuple]] = set()
+    _store_launches: ClassVar[dict[tuple, Launch]] = {}
+    _store_geometries: ClassVar[dict[tuple, int]] = {}
 
     def __init__(
         self,
@@ -329,6 +333,9 @@ class TritonPagedSpla:
         self.norm_weights = tuple(w.to(device=device, dtype=torch.float32).contiguous() for w in weights)
         self._salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(device=device, dtype=torch.int32)
         self._counter = torch.zeros(1, dtype=torch.int32, device=device)
+        # Layers of one geometry store by the same launch.
+        stored = (device, self.page_layout, params.selector, num_kv_heads, cache_dtype)
+        self._store_geometry = self._store_geometries.setdefault(stored, len(self._store_geometries))
         self._dependent = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
         self._launch_early = {"launch_pdl": True} if self._dependent else {}
         self._num_sms = 132
@@ -454,43 +461,46 @@ class TritonPagedSpla:
         num_tokens = slot_mapping.shape[0]
         if num_tokens == 0:
             return
-        cache, block = kv_cache.view(torch.int32), self.params.selection_block
+        own = {"key": key, "value": value, "slots": slot_mapping, "kv": kv_cache, "salt": self._salt,
+               "counter": self._counter}  # fmt: skip
+        addresses = {name: tensor.data_ptr() for name, tensor in own.items()}
+        layer = (self._store_geometry, key.stride(), value.stride(), kv_cache.stride(), key.dtype, value.dtype,
+                 slot_mapping.dtype, *(address % 16 for address in addresses.values()))  # fmt: skip
+        launch = self._store_launches.get((num_tokens, layer))
+        if launch is None:
+            if len(self._store_launches) >= 64:  # steps of prompts have any number of tokens
+                self._store_launches.clear()
+            launch = self._store_launch(num_tokens, own, layer)
+            self._store_launches[num_tokens, layer] = launch
+        addresses["kv_int"] = addresses["kv"]
+        launch(addresses, lambda: own | {"kv_int": kv_cache.view(torch.int32)}, current_stream(self.device))
+
+    def _store_launch(self, num_tokens: int, own: dict[str, torch.Tensor], layer: tuple) -> Launch:
+        """Storing so many tokens, for all layers of which `layer` is true."""
+        key, value, kv_cache, block = own["key"], own["value"], own["kv"], self.params.selection_block
+        kv_int = kv_cache.view(torch.int32)
         # Two clusters are made of a selection block at once, everything else of a power of two at a time.
         clusters = self.params.selector == "km2-rem"
         tile = triton.next_power_of_2(block) if clusters else min(64, block & -block)
-        tokens = 1 if num_tokens <= _FEW_TOKENS else 16  # a program
-        update_cache_kernel[(triton.cdiv(num_tokens, tokens), self.num_kv_heads)](
-            key,
-            value,
-            slot_mapping,
-            kv_cache,
-            cache,
-            self._salt,
-            self._counter,
-            num_tokens,
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            kv_cache.stride(0),
-            kv_cache.stride(1),
-            cache.stride(0),
-            cache.stride(1),
-            D=self.head_size,
-            DP=self._dp,
-            PAGE=self.params.page_size,
-            UNIT=block,
-            STRIDE=self.page_layout.statistics_stride,
-            FP8=self.page_layout.formats is not None,
-            TOKENS=tokens,
-            TILE=tile,
-            STAMP_WORD=self._stamp_word,
-            LIMIT=torch.finfo(self.cache_dtype).max,
-            SELECTOR=SELECTOR_CODES[self.params.selector],
-            DEPENDENT=self._dependent,
-            num_warps=8 if tile * self._dp > 8192 else 4 if tile * self._dp >= 4096 else 2,
-            **self._launch_early,
-        )
+        tokens = 1 if num_tokens <= _FEW_TOKENS else _TOKENS  # a program
+        return Launch(
+            update_cache_kernel,
+            (triton.cdiv(num_tokens, tokens), self.num_kv_heads),
+            (
+                "key", "value", "slots", "kv", "kv_int", "salt", "counter", num_tokens, key.stride(0), key.stride(1),
+                value.stride(0), value.stride(1), kv_cache.stride(0), kv_cache.stride(1), kv_int.stride(0),
+                kv_int.stride(1),
+            ),
+            {
+                "D": self.head_size, "DP": self._dp, "PAGE": self.params.page_size, "UNIT": block,
+                "STRIDE": self.page_layout.statistics_stride, "FP8": self.page_layout.formats is not None,
+                "TOKENS": tokens, "TILE": tile, "STAMP_WORD": self._stamp_word,
+                "LIMIT": torch.finfo(self.cache_dtype).max, "SELECTOR": SELECTOR_CODES[self.params.selector],
+                "DEPENDENT": self._dependent, **self._launch_early,
+                "num_warps": 8 if tile * self._dp > 8192 else 4 if tile * self._dp >= 4096 else 2,
+            },
+            layer,
+        )  # fmt: skip
 
     def warm_up(self) -> None:
         """Compile what steps of any number of tokens and of decode rows need, so that no request has to wait for it.

@@ -45,7 +45,7 @@ from .triton_prefill_select import (
     prefill_select_kernel,
     prefill_work_kernel,
 )
-from .triton_prefill_state import prefill_state_kernel
+from .triton_prefill_state import fold_pages_kernel, fold_sum_kernel, prefill_state_kernel
 
 SCRATCH_BYTES = 1 << 30
 """What the parts of a pass may take: a larger pass gives every selection block a longer list of tokens."""
@@ -88,12 +88,22 @@ class Pass:
 
 
 @dataclass(frozen=True)
+class Folds:
+    """Rows that end within what attends to everything: their state is brought up to date."""
+
+    rows: torch.Tensor  # [folds, 4] int32: row, its complete pages, splits, place of the first split's sums
+    items: torch.Tensor  # [items, 2] int32: fold, split
+    most_splits: int  # of a row
+    launches: dict[tuple, list[Launch]] = field(default_factory=dict, compare=False)  # by what layers differ in
+
+
+@dataclass(frozen=True)
 class PrefillPlan:
     """One step's prefill rows; all device memory in one buffer, copied once."""
 
     dense: list[DenseRows]
     passes: list[Pass]
-    folds: Pass | None  # rows that end within what attends to everything: their state is brought up to date
+    folds: Folds | None
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,10 @@ class PrefillTuning:
     state_slice: int = 16
     state_stages: int = 3
     state_warps: int = 4
+    fold_slice: int = 128
+    fold_stages: int = 4
+    fold_pages: int = 4  # the fewest of a split where a row has several
+    fold_sum_slice: int = 8
 
 
 SMALL = PrefillTuning(
@@ -239,6 +253,10 @@ class TritonPrefill:
         self.max_states = max(1, min(limit, scratch_bytes // 4 // state)) if params.residual != "none" else limit
         # Tiles times kv heads that leave multiprocessors idle unless they are cut into small pieces.
         self._small_pairs = base._num_sms * self._merge_tokens // self.tile_tokens // 2
+        # A program of `linear` takes few features: each needs all of a key.
+        self._fold_slice = min(16 if self._linear else self.tuning.fold_slice, self._dp)
+        self._fold_parts = triton.cdiv(d, self._fold_slice)
+        self._fold_programs = base._num_sms * (2 if self._linear else 1) // self._fold_parts
         self._sparse = max_model_len > self.dense_below
         self._max_num_rows = max_num_rows
         self._pool = self._shared_pool()
@@ -266,7 +284,9 @@ class TritonPrefill:
         state_table = torch.arange(1, len(kv_cache), dtype=torch.int32, device=self.device).repeat(1, 1)
         if state_table.shape[1] == 0:
             state_table = block_table
-        folds = self.plan(0, [0, 1], [params.page_size]).folds
+        # The longest row is cut if any is.
+        pages = min(self.dense_below // params.page_size, base.max_pages)
+        folds = self.plan(0, [0, 1], [pages * params.page_size]).folds if pages else None
         if folds is not None:
             self.fold(folds, kv_cache, kv_cache, block_table, state_table)
         # One length for every power of two that `prefill_select_kernel` is compiled for.
@@ -286,9 +306,13 @@ class TritonPrefill:
         return tuple(sorted(self._shapes().items()))
 
     def _shapes(self) -> Shapes:
-        arrivals: Shapes = {"arrivals": ((self._max_num_rows, self.base.num_kv_heads), torch.int32)}
+        folding: Shapes = {"arrivals": ((self._max_num_rows, self.base.num_kv_heads), torch.int32)}
+        if self.base.params.residual != "none":
+            places = max(1, self._fold_programs // self.base.num_kv_heads)
+            sums = places, self.base.num_kv_heads, self._s_rows + 1, self.base.head_size
+            folding["partial"] = sums, torch.float32
         if not self._sparse:
-            return arrivals
+            return folding
         base, pairs = self.base, self._max_pairs
         tokens, m = pairs * self.tile_tokens, self.tile_tokens * self._group_p
         parts = max(1, tokens * self._most_parts)
@@ -300,7 +324,7 @@ class TritonPrefill:
         small = min(pairs, self._small_pairs) * self.tile_tokens * self._most_parts
         small = min(small, small // self._small_attend_tokens + lists)
         entries = max(steps * self._attend_tokens, small * self._small_attend_tokens)
-        return arrivals | {
+        return folding | {
             "out": ((max(parts * base.group * base.head_size, grouped),), base.cache_dtype),
             "part_sum": ((parts, 2, self._group_p), torch.float32),
             "part_tail": ((parts if self._linear else 1, base.group, base.head_size), torch.float32),
@@ -352,7 +376,7 @@ class TritonPrefill:
         numbers: list[int] = []  # everything that goes to the device
         dense: list[list[Any]] = []
         tiles: list[Tile] = []
-        folds: list[Tile] = []
+        folds: list[tuple[int, int]] = []
         for index, seq_len in enumerate(seq_lens):
             row, first, stop = first_row + index, starts[index], starts[index + 1]
             start = seq_len - (stop - first)  # position of the row's first token
@@ -364,7 +388,7 @@ class TritonPrefill:
                 else:
                     dense.append([first, [(row, first, split - start, split)], first + split - start])
             if split == seq_len and seq_len >= page and self.base.params.residual != "none":
-                folds.append((row, first, 0, seq_len))
+                folds.append((row, seq_len // page))
             position = split
             while position < seq_len:
                 end = min(seq_len, position // size * size + size)
@@ -377,7 +401,7 @@ class TritonPrefill:
             numbers += [seq_len for *_, seq_len in members]
             plans.append((at, len(members), (first, stop - first, members)))
         passes: list[tuple[list[int], int, int, int]] = []
-        for some in itertools.chain(self._cut(tiles), [folds] if folds else []):
+        for some in self._cut(tiles):
             runs: list[list[int]] = []
             tile_run, tile_state, states, last = [], [], -1, None
             for number, (row, _, _, position) in enumerate(some):
@@ -400,6 +424,9 @@ class TritonPrefill:
                     _round_up(max(position for *_, position in some) // page * self.base.params.blocks_per_page),
                 )
             )
+        fold_rows, fold_items = self._cut_folds(folds)
+        folds_at = _align(numbers)
+        numbers += itertools.chain(*fold_rows, *fold_items)
         host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         buffer = host.to(self.device, non_blocking=True)
         dense_rows = [
@@ -426,7 +453,24 @@ class TritonPrefill:
             )
             for (tiles_at, run_at, state_at, runs_at), n, r, complete in passes
         ]
-        return PrefillPlan(dense_rows, steps[: len(steps) - bool(folds)], steps[-1] if folds else None)
+        if not folds:
+            return PrefillPlan(dense_rows, steps, None)
+        rows, items = buffer[folds_at:].split([4 * len(fold_rows), 2 * len(fold_items)])
+        most = max(splits for _, _, splits, _ in fold_rows)
+        return PrefillPlan(dense_rows, steps, Folds(rows.view(-1, 4), items.view(-1, 2), most))
+
+    def _cut_folds(self, folds: list[tuple[int, int]]) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """The rows of `Folds` and their splits: as many of all rows together as programs run at a time, and one of each
+        row at least."""
+        programs = max(1, self._fold_programs // self.base.num_kv_heads)
+        share = max(self.tuning.fold_pages, -(-sum(pages for _, pages in folds) // programs))
+        rows, items, place = [], [], 0
+        for fold, (row, pages) in enumerate(folds):
+            splits = max(1, pages // share)
+            rows.append([row, pages, splits, place])
+            items += [(fold, split) for split in range(splits)]
+            place += splits if splits > 1 else 0
+        return rows, items
 
     def _heads(self, num_tiles: int, num_runs: int) -> int:
         """The most kv heads that the scratch takes at a time."""
@@ -487,7 +531,7 @@ class TritonPrefill:
 
     def fold(
         self,
-        step: Pass,
+        folds: Folds,
         kv_cache: torch.Tensor,
         state_cache: torch.Tensor,
         block_table: torch.Tensor,
@@ -496,17 +540,17 @@ class TritonPrefill:
         """Bring the states of a plan's `folds` up to date, so that their first decode steps find them.
 
         Args:
-            step: Whose.
+            folds: Whose.
             kv_cache: `[num_pages, G, page_size + statistics_rows, 2 d]`, this step's tokens already in it.
             state_cache: State blocks of the same geometry.
             block_table: `[rows, pages]` int32 of the whole batch.
             state_table: `[rows, >= K]` int32.
         """
         own = {"kv": kv_cache, "state": state_cache, "block_table": block_table, "state_table": state_table}
-        self._launch(step, own)
+        self._launch(folds, own)
 
-    def _launch(self, step: Pass, own: dict[str, torch.Tensor]) -> None:
-        """A pass for a layer with these tensors; without a query, only its states."""
+    def _launch(self, step: Pass | Folds, own: dict[str, torch.Tensor]) -> None:
+        """A pass, or states alone, of a layer with these tensors."""
         addresses = {name: tensor.data_ptr() for name, tensor in own.items()}
         layer = (self._geometry, len(own["kv"]), *((x.stride(), x.dtype) for x in own.values()),
                  *(address % 16 for address in addresses.values()))  # fmt: skip
@@ -526,36 +570,81 @@ class TritonPrefill:
         for launch in launches:
             launch(addresses, tensors, stream)
 
-    def _bind(self, step: Pass, own: dict[str, torch.Tensor], layer: tuple) -> Iterator[Launch]:
-        """The launches of a pass, for all layers of which `layer` is true."""
+    def _bind(self, step: Pass | Folds, own: dict[str, torch.Tensor], layer: tuple) -> Iterator[Launch]:
+        """The launches for all layers of which `layer` is true."""
+        if isinstance(step, Folds):
+            yield from self._fold_launches(step, own, layer)
+            return
         if self.base.params.residual != "none":
             yield self._state_launch(step, own, layer)
-        if "query" in own:
-            for first_head in range(0, self.base.num_kv_heads, step.heads):
-                yield from self._head_launches(first_head, step, own, layer)
+        for first_head in range(0, self.base.num_kv_heads, step.heads):
+            yield from self._head_launches(first_head, step, own, layer)
+
+    def _state_strides(self, own: dict[str, torch.Tensor]) -> tuple[int, ...]:
+        """Of int32 words of pages and of float32 of state blocks, and of the tables of both."""
+        kv_int, state = own["kv"].view(torch.int32), own["state"].view(torch.float32)
+        return (kv_int.stride(0), kv_int.stride(1), state.stride(0), state.stride(1), own["block_table"].stride(0),
+                own["state_table"].stride(0))  # fmt: skip
+
+    def _state_constants(self) -> dict[str, Any]:
+        base = self.base
+        return {
+            "MAGIC": STATE_MAGIC, "STAMP_WORD": base._stamp_word, "NUM_BLOCKS": base.state_layout.num_blocks,
+            "BODY": base.state_layout.rows_per_block - 1, "D": base.head_size, "DP": self._dp, "S_ROWS": self._s_rows,
+            **self._chain,
+        }  # fmt: skip
+
+    def _fold_launches(self, folds: Folds, own: dict[str, torch.Tensor], layer: tuple) -> Iterator[Launch]:
+        """Sums over the splits of the pages, and their sum where there are several."""
+        base, tuning, pool = self.base, self.tuning, self._pool
+        kv_cache, strides, constants = own["kv"], self._state_strides(own), self._state_constants()
+        parts = self._fold_parts
+        yield Launch(
+            fold_pages_kernel,
+            (parts, base.num_kv_heads, folds.items.shape[0]),
+            (
+                "kv", "kv_int", "state", "state_int", "block_table", "state_table", folds.rows, folds.items,
+                pool["partial"], pool["arrivals"], kv_cache.stride(0), kv_cache.stride(1), *strides, len(kv_cache) - 1,
+            ),
+            {
+                "PARTS": parts, "SLICE": self._fold_slice, "PAGE": base.params.page_size, "TILE": base._fold_tile,
+                "STAGES": tuning.fold_stages, "LINEAR": self._linear,
+                "num_warps": 8 if self._fold_slice == 128 else 4, **constants,
+            },
+            layer,
+        )  # fmt: skip
+        if folds.most_splits == 1:
+            return
+        parts = triton.cdiv(self._s_rows, tuning.fold_sum_slice)
+        yield Launch(
+            fold_sum_kernel,
+            (parts, base.num_kv_heads, folds.rows.shape[0]),
+            (
+                "kv_int", "state", "state_int", "block_table", "state_table", folds.rows, pool["partial"],
+                pool["arrivals"], *strides,
+            ),
+            {"PARTS": parts, "SLICE": tuning.fold_sum_slice, "num_warps": 4, **constants},
+            layer,
+        )  # fmt: skip
 
     def _state_launch(self, step: Pass, own: dict[str, torch.Tensor], layer: tuple) -> Launch:
-        """States of a pass, those of every page put aside where there are queries."""
+        """States at every page of a pass."""
         base, tuning, pool = self.base, self.tuning, self._pool
-        keep = "query" in own
-        kv_cache, kv_int, state = own["kv"], own["kv"].view(torch.int32), own["state"].view(torch.float32)
+        kv_cache = own["kv"]
         parts = triton.cdiv(self._s_rows, tuning.state_slice)
         return Launch(
             prefill_state_kernel,
             (parts, base.num_kv_heads, step.runs.shape[0]),
             (
                 "kv", "kv_int", "state", "state_int", "block_table", "state_table", step.runs, step.tiles,
-                step.tile_state, pool["states"] if keep else "state", pool["arrivals"],
-                kv_cache.stride(0), kv_cache.stride(1), kv_int.stride(0), kv_int.stride(1), state.stride(0),
-                state.stride(1), own["block_table"].stride(0), own["state_table"].stride(0), len(kv_cache) - 1,
+                step.tile_state, pool["states"], pool["arrivals"], kv_cache.stride(0), kv_cache.stride(1),
+                *self._state_strides(own), len(kv_cache) - 1,
             ),
             {
-                "MAGIC": STATE_MAGIC, "STAMP_WORD": base._stamp_word, "NUM_BLOCKS": base.state_layout.num_blocks,
-                "BODY": base.state_layout.rows_per_block - 1, "PARTS": parts, "SLICE": tuning.state_slice,
-                "D": base.head_size, "DP": self._dp, "PAGE": base.params.page_size, "TILE": base._fold_tile,
-                "S_ROWS": self._s_rows, "STAGES": tuning.state_stages, "LINEAR": self._linear, "KEEP": keep,
-                "KEEP_Z": keep and (self._linear or base.page_layout.formats is not None),
-                **self._chain, "num_warps": tuning.state_warps,
+                "PARTS": parts, "SLICE": tuning.state_slice, "PAGE": base.params.page_size, "TILE": base._fold_tile,
+                "STAGES": tuning.state_stages, "LINEAR": self._linear,
+                "KEEP_Z": self._linear or base.page_layout.formats is not None,
+                "num_warps": tuning.state_warps, **self._state_constants(),
             },
             layer,
         )  # fmt: skip

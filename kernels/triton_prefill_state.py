@@ -2,10 +2,14 @@
 
 Plain reference: `reference.recurrent_state` over the complete pages below a page. Source: residual linear attention,
 SPLA (arXiv 2601.22379). The state's blocks are brought up to the first tile's page by the rule that decode follows
-(`trusted_pages`); then each page's state is put aside before the page is folded. Rows that attend to everything only
-have their state brought up to date (not KEEP), so that their first decode step finds it.
+(`trusted_pages`); then each page's state is put aside before the page is folded, one page after the other.
 
-Floor, bytes a page and kv head: `2 B d` elements read, `(F_S + F_z / d) d` float32 written. FLOP: `2 B F_S d`.
+Rows that attend to everything only have their state brought up to date, so that their first decode step finds it. It
+is a sum over pages, which `fold_pages_kernel` cuts into several at a time and `fold_sum_kernel` adds up, in the same
+order whenever the same pages are folded.
+
+Floor, bytes a page and kv head: `2 B d` elements read, `(F_S + F_z / d) d` float32 written where states are put aside.
+FLOP: `2 B F_S d`.
 """
 
 import triton
@@ -49,8 +53,7 @@ def prefill_state_kernel(
     S_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     LINEAR: tl.constexpr,
-    KEEP: tl.constexpr,  # whether states are put aside
-    KEEP_Z: tl.constexpr,  # with their z
+    KEEP_Z: tl.constexpr,  # whether states are put aside with their z
     DEPENDENT: tl.constexpr,
 ):
     """Grid (PARTS, G, runs)."""
@@ -96,15 +99,14 @@ def prefill_state_kernel(
     # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
     page = tl.load(pages + begin)
     for index in tl.range(begin, target, num_stages=STAGES):
-        if KEEP:
-            out = states + (index - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
-            put = feature < tl.where(index >= first_page, S_ROWS, 0)
-            tl.store(out + feature[:, None] * D + column[None, :], s, mask=put[:, None] & in_head[None, :])
-            if KEEP_Z:
-                z_now = z
-                if not LINEAR:
-                    z_now += tl.sum(folded, axis=1)
-                tl.store(out + S_ROWS * D + feature, z_now, mask=put & of_key)
+        out = states + (index - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
+        put = feature < tl.where(index >= first_page, S_ROWS, 0)
+        tl.store(out + feature[:, None] * D + column[None, :], s, mask=put[:, None] & in_head[None, :])
+        if KEEP_Z:
+            z_now = z
+            if not LINEAR:
+                z_now += tl.sum(folded, axis=1)
+            tl.store(out + S_ROWS * D + feature, z_now, mask=put & of_key)
         base = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + head * head_stride
         page = tl.load(pages + tl.minimum(index + 1, target - 1))
         for first in tl.static_range(0, PAGE, TILE):
@@ -119,11 +121,10 @@ def prefill_state_kernel(
                 k = tl.where((feature == D)[:, None], 1.0, k).to(dtype)
             s = tl.dot(k, v, s)
     z += tl.sum(folded, axis=1)
-    if KEEP:
-        out = states + (target - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
-        tl.store(out + feature[:, None] * D + column[None, :], s, mask=in_slice[:, None] & in_head[None, :])
-        if KEEP_Z:
-            tl.store(out + S_ROWS * D + feature, z, mask=of_key)
+    out = states + (target - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
+    tl.store(out + feature[:, None] * D + column[None, :], s, mask=in_slice[:, None] & in_head[None, :])
+    if KEEP_Z:
+        tl.store(out + S_ROWS * D + feature, z, mask=of_key)
     if covered < target:
         tl.store(s_rows, s, mask=in_slice[:, None] & in_head[None, :])
         tl.store(z_row, z, mask=of_key)
@@ -132,6 +133,211 @@ def prefill_state_kernel(
         arrived = tl.atomic_add(arrivals_ptr + run * num_heads + head, 1, sem="acq_rel")
         if arrived == PARTS - 1:
             tl.store(arrivals_ptr + run * num_heads + head, 0)
+            write_headers(
+                kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
+                block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _add_to_rows(rows, x, mask, covered):
+    """Add to stored float32; old bytes must not be used where they are not trusted: they may be NaN."""
+    if covered > 0:
+        x += tl.load(rows, mask=mask, other=0.0)
+    tl.store(rows, x, mask=mask)
+
+
+@triton.jit(do_not_specialize=["block_table_stride", "state_table_stride", "last_page"])
+def fold_pages_kernel(
+    kv_ptr,
+    kv_int_ptr,
+    state_ptr,
+    state_int_ptr,
+    block_table_ptr,
+    state_table_ptr,
+    folds_ptr,  # [folds, 4] int32: row, its complete pages, splits, place of the first split's sums
+    items_ptr,  # [items, 2] int32: fold, split
+    partial_ptr,  # [places, G, S_ROWS + 1, D] float32: sums over a split's pages; the last row is z
+    arrivals_ptr,  # [folds, G] int32, zero between launches
+    page_stride,
+    head_stride,
+    int_page_stride,
+    int_head_stride,
+    block_stride,
+    block_head_stride,
+    block_table_stride,
+    state_table_stride,
+    last_page,
+    MAGIC: tl.constexpr,
+    STAMP_WORD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BODY: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLICE: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    S_ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    LINEAR: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Grid (PARTS, G, items). The sums of a row's only split go to the state at once."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        # Behind the wait: `fold_sum_kernel` knows that everything but this launch has ended.
+        tl.extra.cuda.gdc_launch_dependents()
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    num_heads = tl.num_programs(1)
+    fold = tl.load(items_ptr + tl.program_id(2) * 2)
+    split = tl.load(items_ptr + tl.program_id(2) * 2 + 1)
+    row = tl.load(folds_ptr + fold * 4).to(tl.int64)
+    target = tl.load(folds_ptr + fold * 4 + 1)
+    splits = tl.load(folds_ptr + fold * 4 + 2)
+    place = tl.load(folds_ptr + fold * 4 + 3) + split
+    pages = block_table_ptr + row * block_table_stride
+    blocks = state_table_ptr + row * state_table_stride
+    dtype = kv_ptr.dtype.element_ty
+    feature = part * SLICE + tl.arange(0, SLICE)
+    of_key = feature < D
+    column = tl.arange(0, DP)
+    in_head = column < D
+    token = tl.arange(0, TILE)
+    covered = trusted_pages(
+        kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
+        block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
+    )  # fmt: skip
+    share = tl.cdiv(target - covered, splits)
+    begin = tl.minimum(covered + split * share, target)
+    end = tl.minimum(begin + share, target)
+    s = tl.zeros([SLICE, DP], dtype=tl.float32)
+    # Sums of keys and values are products as well, of the same kind: where anything else reads what a product reads,
+    # Triton 3.6 forgets that `wgmma` runs on, and copies the next page over it.
+    ROWS: tl.constexpr = 64 if SLICE >= 64 else 16
+    v_ones = tl.full([ROWS, TILE], 1.0, dtype=dtype)
+    k_ones = tl.full([TILE, 16], 1.0, dtype=dtype)
+    sums_v = tl.zeros([ROWS, DP], dtype=tl.float32)  # every row is the sum of the values
+    sums_k = tl.zeros([SLICE, 16], dtype=tl.float32)  # every column is z
+    TILES: tl.constexpr = PAGE // TILE
+    page = tl.load(pages + tl.minimum(begin, target - 1))  # fetched a step ahead, as above
+    for index in tl.range(begin * TILES, end * TILES, num_stages=STAGES):
+        base = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + head * head_stride
+        page = tl.load(pages + tl.minimum((index + 1) // TILES, target - 1))
+        rows = base + (index % TILES * TILE + token) * 2 * D  # [TILE]
+        v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
+        if LINEAR:
+            k = softmax_key_features(rows, feature, of_key, column, in_head)  # [SLICE, TILE]
+        else:
+            k = tl.load(rows[None, :] + feature[:, None], mask=of_key[:, None], other=0.0)
+            sums_v = tl.dot(v_ones, v, sums_v)
+        s = tl.dot(k, v, s)
+        sums_k = tl.dot(k, k_ones, sums_k)
+    z = tl.max(sums_k, axis=1)  # [SLICE]
+    sum_v = tl.max(sums_v, axis=0)  # [DP]
+    of_s = of_key[:, None] & in_head[None, :]
+    of_v = column < tl.where(part == 0, D, 0)
+    if splits == 1:
+        if covered < target:
+            state = state_ptr + head * block_head_stride
+            s_rows = state + state_row_offset(blocks, feature, block_stride, BODY, D, of_key)[:, None] + column[None, :]
+            _add_to_rows(s_rows, s, of_s, covered)
+            z_block = tl.maximum(tl.load(blocks + S_ROWS // BODY), 0).to(tl.int64)
+            _add_to_rows(state + z_block * block_stride + (1 + S_ROWS % BODY) * D + feature, z, of_key, covered)
+            if not LINEAR:
+                v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
+                _add_to_rows(state + v_block * block_stride + (1 + D % BODY) * D + column, sum_v, of_v, covered)
+            # All parts have read the headers before the last of them arrives here, so it may replace them.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals_ptr + fold * num_heads + head, 1, sem="acq_rel")
+            if arrived == PARTS - 1:
+                tl.store(arrivals_ptr + fold * num_heads + head, 0)
+                write_headers(
+                    kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
+                    block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
+                )  # fmt: skip
+    elif begin < end:
+        partial = partial_ptr + (place * num_heads + head).to(tl.int64) * (S_ROWS + 1) * D
+        tl.store(partial + feature[:, None] * D + column[None, :], s, mask=of_s)
+        tl.store(partial + S_ROWS * D + feature, z, mask=of_key)
+        if not LINEAR:
+            tl.store(partial + D * D + column, sum_v, mask=of_v)
+
+
+@triton.jit(do_not_specialize=["block_table_stride", "state_table_stride"])
+def fold_sum_kernel(
+    kv_int_ptr,
+    state_ptr,
+    state_int_ptr,
+    block_table_ptr,
+    state_table_ptr,
+    folds_ptr,  # [folds, 4] int32: row, its complete pages, splits, place of the first split's sums
+    partial_ptr,  # [places, G, S_ROWS + 1, D] float32
+    arrivals_ptr,  # [folds, G] int32, zero between launches
+    int_page_stride,
+    int_head_stride,
+    block_stride,
+    block_head_stride,
+    block_table_stride,
+    state_table_stride,
+    MAGIC: tl.constexpr,
+    STAMP_WORD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BODY: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLICE: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S_ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """Grid (PARTS, G, folds). Rows of one split are left alone."""
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    num_heads = tl.num_programs(1)
+    fold = tl.program_id(2)
+    row = tl.load(folds_ptr + fold * 4).to(tl.int64)
+    target = tl.load(folds_ptr + fold * 4 + 1)
+    splits = tl.load(folds_ptr + fold * 4 + 2)
+    place = tl.load(folds_ptr + fold * 4 + 3)
+    pages = block_table_ptr + row * block_table_stride
+    blocks = state_table_ptr + row * state_table_stride
+    covered = trusted_pages(
+        kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
+        block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
+    )  # fmt: skip
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()  # for the sums; what was read until here, `fold_pages_kernel` does not write
+        tl.extra.cuda.gdc_launch_dependents()
+    if (covered < target) & (splits > 1):
+        feature = part * SLICE + tl.arange(0, SLICE)
+        in_slice = feature < S_ROWS
+        of_key = feature < D
+        column = tl.arange(0, DP)
+        mask = in_slice[:, None] & (column < D)[None, :]
+        partial = partial_ptr + (place * num_heads + head).to(tl.int64) * (S_ROWS + 1) * D
+        share = tl.cdiv(target - covered, splits)
+        filled = tl.cdiv(target - covered, share)  # the splits behind them had no page and wrote nothing
+        s = tl.zeros([SLICE, DP], dtype=tl.float32)
+        z = tl.zeros([SLICE], dtype=tl.float32)
+        for first in tl.range(0, filled, 8):
+            for i in tl.static_range(8):  # so that eight are on their way at a time
+                end = tl.where(first + i < filled, S_ROWS, 0)
+                of_split = partial + (first + i) * num_heads * (S_ROWS + 1) * D
+                s_mask = (feature < end)[:, None] & (column < D)[None, :]
+                s += tl.load(of_split + feature[:, None] * D + column[None, :], mask=s_mask, other=0.0)
+                z += tl.load(of_split + S_ROWS * D + feature, mask=of_key & (feature < end), other=0.0)
+        state = state_ptr + head * block_head_stride
+        s_rows = state + state_row_offset(blocks, feature, block_stride, BODY, D, in_slice)[:, None] + column[None, :]
+        _add_to_rows(s_rows, s, mask, covered)
+        z_block = tl.maximum(tl.load(blocks + S_ROWS // BODY), 0).to(tl.int64)
+        _add_to_rows(state + z_block * block_stride + (1 + S_ROWS % BODY) * D + feature, z, of_key, covered)
+        # All slices have read the headers before the last of them arrives here, so it may replace them.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr + fold * num_heads + head, 1, sem="acq_rel")
+        if arrived == PARTS - 1:
+            tl.store(arrivals_ptr + fold * num_heads + head, 0)
             write_headers(
                 kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
                 block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,

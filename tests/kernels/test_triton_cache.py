@@ -20,10 +20,11 @@ def params(selector: str = "rem", page: int = 16, block: int = 16, **others: str
     return SplaParameters(page, block, 4, selector=selector, residual="none", **others)
 
 
-@pytest.fixture(params=[512, 0], ids=["a-token", "16-tokens"])
+@pytest.fixture(params=[512, 0], ids=["a-token", "32-tokens"])
 def of_a_program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How many tokens a program stores."""
     monkeypatch.setattr(triton_decode, "_FEW_TOKENS", request.param)
+    monkeypatch.setattr(triton_decode.TritonPagedSpla, "_store_launches", {})
 
 
 @pytest.mark.usefixtures("of_a_program")
@@ -129,6 +130,7 @@ def test_padding_writes_nothing() -> None:
 def test_pages_of_several_sequences_in_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of two rows side by side, both of which complete a page, and padding between and behind them."""
     monkeypatch.setattr(triton_decode, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(triton_decode.TritonPagedSpla, "_store_launches", {})
     batch = make_batch(params(), [16, 16], chunk=1, **SHAPE)
     stored = batch.kv_cache.clone()
     batch.kv_cache[..., batch.op.params.page_size :, :] = float("nan")
