@@ -4,10 +4,11 @@
 
 Every model is served with the attention it was trained for; the one trained with dense attention, and the start, also
 with those they were not. Prompts select as in decode. One engine a process; with `--parallel` several of them share a
-GPU, which changes no result. Rows are `{trained, attention, budget, kind, ...}`: `perplexity` rows as those of
-`spla-eval perplexity`, paired to the model trained with dense attention; `task` rows with score, standard error and the
-paired difference. Both also pair a residual with the same budget without one (`sparse_difference`): with the model
-trained so, or with the same model where it was trained without SPLA.
+GPU, which changes no result, and `--devices` spreads them over GPUs. What has finished is not served again by a second
+call, so that models can be served while others are still trained (`--models`). Rows are `{trained, attention, budget,
+kind, ...}`: `perplexity` rows as those of `spla-eval perplexity`, paired to the model trained with dense attention;
+`task` rows with score, standard error and the paired difference. Both also pair a residual with the same budget without
+one (`sparse_difference`): with the model trained so, or with the same model where it was trained without SPLA.
 """
 
 import argparse
@@ -36,11 +37,18 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Which model to serve with which attention and budget."""
     untrained = [("dense", None), *((name, b) for name in ("sparse", "regression") for b in args.budgets)]
     jobs = [{"trained": "start", "folder": args.model, "attention": a, "budget": b} for a, b in untrained]
-    for folder in sorted(path for path in args.trained.iterdir() if (path / "training.json").exists()):
+    for folder in finished(args.trained):
         own = untrained if folder.name == "dense" else [("trained", budget) for budget in args.budgets]
         jobs += [{"trained": folder.name, "folder": str(folder), "attention": a, "budget": b} for a, b in own]
+    for job in jobs:
+        job["name"] = "-".join(str(job[key]) for key in ("trained", "attention", "budget"))
     # What everything is compared with goes first, in case time runs out.
     return sorted(jobs, key=lambda job: (job["budget"] or 0, job["trained"] == "start"))
+
+
+def finished(trained: Path) -> list[Path]:
+    """Folders of trained models."""
+    return sorted(path.parent for path in trained.glob("*/training.json"))
 
 
 def run_job(job: dict[str, Any], inputs: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
@@ -91,15 +99,22 @@ def make_inputs(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def write_whole(path: Path, text: str) -> None:
+    """So that nobody reads half of it."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.rename(path)
+
+
 def rows_of(jobs: list[dict[str, Any]], inputs: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The report's rows of the jobs that have finished."""
+    """The report's rows of the jobs that have finished, in this call or before."""
     from spla_backend.evaluate.perplexity import compare
     from spla_backend.evaluate.task_report import mean_and_error
     from spla_backend.evaluate.tasks import score
 
     found = {}
-    for i in range(len(jobs)):
-        path = folder / f"{i}.json"
+    for i, job in enumerate(jobs):
+        path = folder / f"{job['name']}.json"
         if path.exists():
             found[i] = json.loads(path.read_text())
     base = {job["trained"]: i for i, job in enumerate(jobs) if job["attention"] == "dense" and i in found}
@@ -121,13 +136,15 @@ def rows_of(jobs: list[dict[str, Any]], inputs: dict[str, Any], folder: Path) ->
         if job["attention"] in ("regression", "trained"):
             alone = without.get((job["trained"] if job["attention"] == "regression" else "sparse", job["budget"]))
         for kind, losses in done["losses"].items():
+            if not losses:
+                continue
             for start, end in itertools.pairwise(BUCKETS):
                 pair = compare(losses, found[against]["losses"][kind], start, end)
                 if alone not in (None, i):
                     to_sparse = compare(losses, found[alone]["losses"][kind], start, end)
                     pair |= {f"sparse_{name}": to_sparse[name] for name in ("difference", "difference_se")}
                 rows.append(job | {"kind": "perplexity", "text": kind} | pair)
-        for task in [*dict.fromkeys(inputs["tasks"]), "mean"]:
+        for task in [*dict.fromkeys(inputs["tasks"]), "mean"] if inputs["tasks"] else []:
             chosen = [k for k, name in enumerate(inputs["tasks"]) if task in (name, "mean")]
             mean, error = mean_and_error([scores[i][k] for k in chosen])
             difference, difference_error = mean_and_error([scores[i][k] - scores[against][k] for k in chosen])
@@ -175,8 +192,10 @@ def main() -> None:
         "--engine-args", type=json.loads, default={}, metavar="JSON", help="further arguments of vllm.LLM"
     )
     parser.add_argument("--parallel", type=int, default=1, help="engines at a time (%(default)s)")
+    parser.add_argument("--devices", nargs="+", help="GPUs to spread the engines over; default: the first one")
+    parser.add_argument("--models", nargs="+", help="serve these alone: start, dense, ...; default: all there are")
     parser.add_argument("--seconds", type=float, default=3600, help="stop what has not finished by then (%(default)s)")
-    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
     if args.model is None:
         from spla_backend.models import gguf
@@ -187,33 +206,39 @@ def main() -> None:
     if args.job is not None:
         inputs = json.loads((scratch / "inputs.json").read_text())
         arguments = {"max_num_batched_tokens": 2048, "enforce_eager": True} | args.engine_args
-        result = run_job(jobs[args.job], inputs, arguments)
-        (scratch / f"{args.job}.json").write_text(json.dumps(result))
+        result = run_job(next(job for job in jobs if job["name"] == args.job), inputs, arguments)
+        write_whole(scratch / f"{args.job}.json", json.dumps(result))
         return
 
     from spla_backend.evaluate import report
 
     scratch.mkdir(parents=True, exist_ok=True)
     inputs = make_inputs(args)
-    (scratch / "inputs.json").write_text(json.dumps(inputs))
-    waiting = [i for i in range(len(jobs)) if not (scratch / f"{i}.json").exists()]
-    running: dict[int, subprocess.Popen[bytes]] = {}
+    write_whole(scratch / "inputs.json", json.dumps(inputs))
+    chosen = [job for job in jobs if args.models is None or job["trained"] in args.models]
+    waiting = [job["name"] for job in chosen if not (scratch / f"{job['name']}.json").exists()]
+    running: dict[str, tuple[subprocess.Popen[bytes], str | None]] = {}
+    devices: list[str | None] = args.devices or [None]
     begin = time.monotonic()
     while (waiting or running) and time.monotonic() - begin < args.seconds:
         while waiting and len(running) < args.parallel:
-            i = waiting.pop(0)
-            with (scratch / f"{i}.log").open("w") as log:
-                command = [sys.executable, *sys.argv, "--job", str(i), "--model", args.model]
-                running[i] = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        for i in [i for i, process in running.items() if process.poll() is not None]:
-            code = running.pop(i).returncode
-            print(f"{time.monotonic() - begin:5.0f} s {jobs[i]} ended with {code}", file=sys.stderr)
+            name = waiting.pop(0)
+            used = [device for _, device in running.values()]
+            device = min(devices, key=used.count)
+            environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+            with (scratch / f"{name}.log").open("w") as log:
+                command = [sys.executable, *sys.argv, "--job", name, "--model", args.model]
+                process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+            running[name] = process, device
+        for name in [name for name, (process, _) in running.items() if process.poll() is not None]:
+            process, device = running.pop(name)
+            print(f"{time.monotonic() - begin:5.0f} s {name} ended with {process.returncode}", file=sys.stderr)
         time.sleep(0.5)
-    for process in running.values():
+    for process, _ in running.values():
         os.killpg(process.pid, signal.SIGKILL)  # the engine's own processes with it
 
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    training = [json.loads(path.read_text()) for path in sorted(args.trained.glob("*/training.json"))]
+    training = [json.loads((folder / "training.json").read_text()) for folder in finished(args.trained)]
     rows = rows_of(jobs, inputs, scratch)
     result = {**report.header("training", settings), "training": training, "rows": rows}
     result["command"] = shlex.join(["python", *sys.argv])

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import shlex
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -78,6 +79,7 @@ def train(model: Any, steps: list[torch.Tensor], args: argparse.Namespace, name:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = max(1, len(steps) // 20)
     losses: list[float] = []
+    times: list[float] = []
     model.train()
     begin = time.monotonic()
     for step, batch in enumerate(bar := tqdm(steps, desc=name, unit="step")):
@@ -92,6 +94,7 @@ def train(model: Any, steps: list[torch.Tensor], args: argparse.Namespace, name:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(round(total, 4))
+        times.append(time.monotonic() - begin)
         bar.set_postfix(loss=f"{total:.3f}")
         if time.monotonic() - begin > 60 * args.minutes:
             break
@@ -102,6 +105,9 @@ def train(model: Any, steps: list[torch.Tensor], args: argparse.Namespace, name:
         "steps": len(losses),
         "tokens": len(losses) * batch.numel(),
         "seconds": seconds,
+        # The first step compiles.
+        "seconds_a_step": round(statistics.median(np.diff(times)), 4) if len(times) > 1 else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if batch.is_cuda else None,
         "losses": losses,
     }
 
@@ -217,7 +223,9 @@ def main() -> None:
                     parameter.data = parameter.data.to(model.config.dtype)
             save(model, folder)
             load_tokenizer(args.model).save_pretrained(folder)
-            (folder / DONE).write_text(json.dumps(done))
+            partial = folder / f"{DONE}.partial"  # whoever sees DONE sees a complete folder
+            partial.write_text(json.dumps(done))
+            partial.rename(folder / DONE)
             del model
         training.append(json.loads((folder / DONE).read_text()))
     report.write(result, args.output / REPORT)

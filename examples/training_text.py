@@ -2,10 +2,12 @@
 
     python examples/training_text.py --output text.npz
 
-Code is Python's standard library. Prose is technical: docstrings, each module's in one piece, and the Markdown,
-reStructuredText and text files of installed packages. Held out are long documents of both kinds: the language reference
-that `help()` prints (`pydoc_data.topics`), and some of the longest files of the standard library. Much of this a
-language model has seen before: differences between variants mean something here, the perplexities themselves little.
+Code is Python's standard library and installed packages. Prose is technical: docstrings, each module's in one piece,
+and the Markdown, reStructuredText and text files of installed packages. A module whose docstrings are long enough to be
+a piece of prose is not used as code. Held out are long documents of both kinds: the language reference that `help()`
+prints (`pydoc_data.topics`), and some of the longest files of the standard library; what shares many lines with them (a
+package's copy of a module) is left out of the rest. Much of this a language model has seen before: differences between
+variants mean something here, the perplexities themselves little.
 """
 
 import argparse
@@ -22,12 +24,16 @@ from tqdm import tqdm
 
 HELD_OUT_BYTES = 60_000
 """Standard library files of at least this size are candidates for holding out; every third of them is."""
+PIECE = 2000
+"""Characters of the shortest piece from a package."""
+LINE, SHARED_LINES = 30, 20
+"""A text with more than so many different lines of so many characters that are held out too is not trained on."""
 
 
-def docstrings(path: Path) -> str:
+def docstrings(source: str) -> str:
     """All docstrings of a Python file, in order; nothing of a file that is no Python."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return ""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -58,18 +64,32 @@ def code() -> tuple[list[str], list[str]]:
     return kept, held_out
 
 
-def prose() -> Iterator[str]:
-    """Pieces of technical prose."""
+def packages() -> tuple[list[str], list[str]]:
+    """Code and technical prose of installed packages."""
     root = Path(sysconfig.get_paths()["purelib"])
-    seen = set()
+    code_texts, prose_texts, seen = [], [], set()
     for path in shuffled((p for p in root.rglob("*") if p.suffix in (".md", ".rst", ".txt", ".py")), root):
         if "test" in str(path.relative_to(root)) or not path.is_file():
             continue
-        text = docstrings(path) if path.suffix == ".py" else path.read_text(encoding="utf-8", errors="replace")
-        digest = sha256(text[:2000].encode()).digest()  # the same licence comes with many packages
-        if len(text) >= 2000 and digest not in seen:
+        whole = path.read_text(encoding="utf-8", errors="replace")
+        text = docstrings(whole) if path.suffix == ".py" else whole
+        is_prose = len(text) >= PIECE
+        if not is_prose:
+            text = whole
+        digest = sha256(text[:PIECE].encode()).digest()  # the same licence comes with many packages
+        if len(text) >= PIECE and digest not in seen:
             seen.add(digest)
-            yield text
+            (prose_texts if is_prose else code_texts).append(text)
+    return code_texts, prose_texts
+
+
+def long_lines(text: str) -> set[str]:
+    return {line for line in map(str.strip, text.splitlines()) if len(line) >= LINE}
+
+
+def without_copies(texts: list[str], held_out: set[str]) -> list[str]:
+    """Those that share few lines with what is held out."""
+    return [text for text in texts if len(long_lines(text) & held_out) <= SHARED_LINES]
 
 
 def tokenize(texts: Any, tokenizer: Any, limit: int | None, what: str) -> np.ndarray:
@@ -100,7 +120,10 @@ def main() -> None:
     parser.add_argument("--model", help="folder whose tokenizer to use; default: SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, required=True, help="the .npz file to write")
     parser.add_argument(
-        "--tokens", type=int, default=8_000_000, help="tokens to train on, half of them code (%(default)s)"
+        "--tokens",
+        type=int,
+        default=24_000_000,
+        help="tokens to train on, at most, and half of them of each kind (%(default)s)",
     )
     parser.add_argument("--held-out-length", type=int, default=8192, help="tokens a held-out document (%(default)s)")
     args = parser.parse_args()
@@ -113,10 +136,12 @@ def main() -> None:
     if len(tokenizer) > 1 << 16:
         sys.exit(f"a vocabulary of {len(tokenizer)} tokens does not fit into 16 bits: use another model")
     code_texts, held_out_code = code()
+    package_code, prose_texts = packages()
+    held_out = long_lines("\n".join([*held_out_code, *topics.values()]))
     half = args.tokens // 2
     arrays = {
-        "code": tokenize(code_texts, tokenizer, half, "code"),
-        "prose": tokenize(prose(), tokenizer, half, "prose"),
+        "code": tokenize(without_copies(code_texts + package_code, held_out), tokenizer, half, "code"),
+        "prose": tokenize(without_copies(prose_texts, held_out), tokenizer, half, "prose"),
         "held_out_code": documents(held_out_code, tokenizer, args.held_out_length, 2),
         "held_out_prose": documents(["\n\n".join(topics.values())], tokenizer, args.held_out_length, 100),
     }

@@ -15,6 +15,10 @@ Reading = tuple[torch.Tensor, ...]
 """What a query reads from a state, each part linear in the state and `[..., queries or 1, head_size or 1]`."""
 
 
+KERNEL_SIZE = 128
+"""The most features, and elements of a value, of which `kernels/triton_read_blocks.py` holds a block's sums."""
+
+
 class Residual(ABC):
     """What is summed into the state, and how a query reads it.
 
@@ -25,6 +29,7 @@ class Residual(ABC):
 
     s_rows: int
     z_size: int
+    """Also the number of features."""
 
     @abstractmethod
     def contribution(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,9 +39,16 @@ class Residual(ABC):
         """What each of the blocks `[..., blocks, block_size, head_size]` adds to `S` and `z`."""
         return self.contribution(keys, values)
 
+    def query_features(self, q: torch.Tensor) -> torch.Tensor:
+        """What `S` is multiplied with, `[..., queries, features]` of scaled queries `[..., queries, head_size]`."""
+        return q
+
     @abstractmethod
+    def read_sums(self, features: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
+        """The other parts of a reading, arguments as in `read` but for the features of the queries."""
+
     def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
-        """Reading of `n` states side by side.
+        """Reading of `n` states side by side: features times the first rows of `S`, and what `read_sums` adds.
 
         Args:
             q: Scaled queries `[..., queries, head_size]`.
@@ -46,6 +58,8 @@ class Residual(ABC):
         Returns:
             Parts `[..., queries or 1, n * head_size or n]`.
         """
+        features = self.query_features(q)
+        return features @ s[..., : features.shape[-1], :], *self.read_sums(features, s, z)
 
     @abstractmethod
     def token_weights(
@@ -80,6 +94,8 @@ class Residual(ABC):
     def read_blocks(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chosen: torch.Tensor) -> Reading:
         """As `read_tokens` by whole blocks, for many queries: no tensor of the size of the logits is masked.
 
+        What each query reads of each block is made and summed, except by the kernel that `reads_by_kernel`.
+
         Args:
             q: Scaled queries `[..., queries, head_size]`.
             keys: `[..., blocks, block_size, head_size]`, finite everywhere.
@@ -91,14 +107,29 @@ class Residual(ABC):
         s, z = self.block_contributions(keys, values)  # [..., blocks, s_rows, head_size], [..., blocks, z_size]
         blocks = keys.shape[-3]
         weight = chosen.to(q.dtype)  # [..., queries, blocks]
+        side_by_side = s.movedim(-3, -2).flatten(-2), z.mT  # [..., s_rows, blocks * head_size], [..., z_size, blocks]
         parts = []
-        for part in self.read(q, s.movedim(-3, -2).flatten(-2), z.mT):
+        if self.reads_by_kernel(keys):
+            from ..kernels.triton_read_blocks import read_blocks
+
+            features = self.query_features(q)
+            parts.append(read_blocks(features, s[..., : features.shape[-1], :], chosen))
+            read = self.read_sums(features, *side_by_side)
+        else:
+            read = self.read(q, *side_by_side)
+        for part in read:
             part = part.unflatten(-1, (blocks, -1))  # [..., queries or 1, blocks, size]
-            if part.shape[-3] == 1:
+            if part.shape[-1] == 1:
+                parts.append((weight * part.squeeze(-1)).sum(-1, keepdim=True))
+            elif part.shape[-3] == 1:
                 parts.append(weight @ part.squeeze(-3))
             else:
                 parts.append((weight.unsqueeze(-2) @ part).squeeze(-2))
         return tuple(parts)
+
+    def reads_by_kernel(self, keys: torch.Tensor) -> bool:
+        """Whether `read_blocks` leaves products with `S` to a kernel: for float32 on a GPU, heads side by side."""
+        return keys.is_cuda and keys.dtype == torch.float32 and max(keys.shape[-1], self.z_size) <= KERNEL_SIZE
 
     @abstractmethod
     def tail(self, rest: Reading, num_rest: torch.Tensor) -> torch.Tensor:
@@ -120,8 +151,8 @@ class RegressionResidual(Residual):
         s = torch.cat([keys.mT @ values, values.sum(-2, keepdim=True)], -2)
         return s, keys.sum(-2)
 
-    def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
-        return q @ s[..., :-1, :], s[..., -1:, :], q @ z
+    def read_sums(self, features: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
+        return s[..., -1:, :], features @ z
 
     def token_weights(
         self, q: torch.Tensor, keys: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
@@ -170,9 +201,11 @@ class LinearResidual(Residual):
         features = self.features(keys.flatten(-3, -2)).unflatten(-2, keys.shape[-3:-1])
         return features.mT @ values, features.sum(-2)
 
-    def read(self, q: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
-        phi_q = self.features(q)
-        return phi_q @ s, phi_q @ z
+    def query_features(self, q: torch.Tensor) -> torch.Tensor:
+        return self.features(q)
+
+    def read_sums(self, features: torch.Tensor, s: torch.Tensor, z: torch.Tensor) -> Reading:
+        return (features @ z,)
 
     def token_weights(
         self, q: torch.Tensor, keys: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor

@@ -99,8 +99,14 @@ def spla_attention(
             return exact.to(q.dtype)
         exact, lse = (x.to(q.dtype).reshape(rows, group, *x.shape[2:]) for x in (exact, lse))
     if chunk is None:
-        # What a query makes of a block: weights of its tokens, or what it reads of its sums.
-        width = total if residual is None else max(total, total // params.selection_block * d)
+        # What is made of a query: weights of all tokens, what it reads of each block's sums, or a mass of each block.
+        num_blocks = total // params.selection_block
+        if residual is None:
+            width = total
+        elif exact is None or not residual.reads_by_kernel(keys):
+            width = max(total, num_blocks * d)
+        else:
+            width = max(num_blocks, d)
         chunk = max(params.selection_block, _chunk_elements(q.device) // (batch * num_heads * width))
     outputs = []
     for start in range(0, length, chunk):

@@ -1,0 +1,64 @@
+"""Reading of blocks by a kernel against the plain form in float64, and its gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.algorithm.residual import Residual, make_residual
+from spla_backend.algorithm.sequence import spla_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LINEAR = {"residual": "linear", "combine": "double_rmsnorm", "rms_norm_eps": 1.0}
+
+
+@pytest.fixture
+def by_kernel(monkeypatch):
+    """Without a GPU the kernels are interpreted."""
+    monkeypatch.setattr(Residual, "reads_by_kernel", lambda self, keys: keys.dtype == torch.float32)
+
+
+def check(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert got.isfinite().all()
+    assert float((got.double() - expected).norm()) <= tolerance * float(expected.norm())
+
+
+@pytest.mark.parametrize("residual", ["regression", "linear"])
+@pytest.mark.parametrize(("d", "queries", "blocks"), [(64, 300, 5), (24, 128, 3), (128, 90, 2)])
+def test_reads_as_the_plain_form(by_kernel, residual, d, queries, blocks):
+    """Some tiles read nothing of a block, some queries nothing at all."""
+    generator = torch.Generator().manual_seed(d)
+    q, keys, values = (
+        torch.randn(*shape, d, generator=generator) for shape in ((2, queries), (2, blocks, 16), (2, blocks, 16))
+    )
+    chosen = torch.rand(2, queries, blocks, generator=generator) < 0.6
+    chosen[:, :130, 1:] = False
+    chosen[:, 5] = False
+    params = SplaParameters(16, 16, 4, residual=residual)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.detach().to(DEVICE, dtype).requires_grad_() for x in (q, keys, values)]
+        reading = make_residual(params, d).read_blocks(*leaves, chosen.to(DEVICE))
+        weights = [torch.linspace(-1, 2, part.numel(), dtype=dtype, device=DEVICE).view_as(part) for part in reading]
+        sum((part * weight).sum() for part, weight in zip(reading, weights, strict=True)).backward()
+        results.append([*(part.detach() for part in reading), *(x.grad for x in leaves)])
+    for got, expected in zip(*results, strict=True):
+        check(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, LINEAR, {**LINEAR, "combine": "shared_normalizer"}])
+def test_attention_and_gradients(by_kernel, options):
+    params = replace(SplaParameters(16, 16, 4, first_blocks=1, last_blocks=2), **options)
+    generator = torch.Generator().manual_seed(1)
+    heads, kv_heads, length, d = 6, 2, 200, 32
+    shapes = [(2, heads, length, d), *[(2, kv_heads, length, d)] * 2, (heads,), (heads, d), (heads, d)]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        q, k, v, log_gain, *norms = (x.detach().to(DEVICE, dtype).requires_grad_() for x in inputs)
+        output = spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=tuple(norms))
+        (output * torch.linspace(-1, 2, output.numel(), dtype=dtype, device=DEVICE).view_as(output)).sum().backward()
+        results.append([output.detach(), *(x.grad for x in (q, k, v, log_gain, *norms) if x.grad is not None)])
+    for got, expected in zip(*results, strict=True):
+        check(got, expected, 1e-4)
