@@ -1,10 +1,11 @@
 """What every query of a sequence reads from the sums of the blocks that are chosen for it, differentiable (training).
 
-Plain reference: `Residual.read_blocks` in torch, `sum over chosen b of phi(q) S_b`. That writes what every query reads
-of every block, `N blocks E` float32, and reads it again to sum it, several times over with the backward pass. Here it
-stays in registers: a program multiplies a tile of queries with one block's sums after another, leaving out blocks that
-none of the tile reads. The gradient of the queries is the same with transposed sums; that of the sums is a second
-kernel, a program for a block, which goes over the queries. Sums are in float32, products in TF32 where torch's are.
+Plain reference: `Residual.read_blocks` without a reader, `sum over chosen b of phi(q) S_b`. That writes what every
+query reads of every block, `N blocks E` float32, and reads it again to sum it, several times over with the backward
+pass. Here it stays in registers: a program multiplies a tile of queries with one block's sums after another, leaving
+out blocks that none of the tile reads. The gradient of the queries is the same with transposed sums; that of the sums
+is a second kernel, a program for a block, which goes over the queries. Sums are in float32, products in TF32 where
+torch's are.
 
 FLOP: `2 N D E` a block that is read, for each of the three products.
 """
@@ -17,6 +18,8 @@ import triton.language as tl
 
 TILE = 128
 """Queries at a time."""
+MOST = 128
+"""The most features, and elements of a value, of which a block's sums fit registers."""
 
 
 @triton.jit
@@ -139,7 +142,7 @@ def read_blocks(q: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor) -> torch
     """Sum of `q S_b` over the blocks that are chosen for each query.
 
     Args:
-        q: Features of queries `[rows, N, D]` float32, D at most `residual.KERNEL_SIZE`.
+        q: Features of queries `[rows, N, D]` float32, D at most `MOST`.
         s: Sums of each block `[rows, blocks, D, E]` float32, E likewise.
         chosen: `[rows, N, blocks]` bool.
 

@@ -24,6 +24,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from . import learned
 from .algorithm.parameters import SplaParameters
+from .algorithm.residual import BlockReader, make_residual
 from .algorithm.sequence import spla_attention
 from .options import SplaOptions
 
@@ -110,7 +111,18 @@ class LearnedSpla(nn.Module):
                 log_gain=log_gain,
                 norm_weights=norms,
                 feature_weight=own.get("feature_weight"),
+                reader=_block_reader(params, q),
             )
+
+
+def _block_reader(params: SplaParameters, q: Tensor) -> BlockReader | None:
+    """The kernel that reads the blocks of the rest for `q [..., d]`, on a GPU and for sums in float32; else None."""
+    residual = make_residual(params, q.shape[-1])
+    if residual is None or not q.is_cuda or q.dtype == torch.float64:
+        return None
+    from .kernels.triton_read_blocks import MOST, read_blocks  # Triton is needed on a GPU alone
+
+    return read_blocks if max(q.shape[-1], residual.z_size) <= MOST else None
 
 
 def _attend(

@@ -5,6 +5,7 @@ the same sums is subtracted for each query, and the difference speaks for the pa
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 
@@ -14,9 +15,9 @@ from .parameters import SplaParameters
 Reading = tuple[torch.Tensor, ...]
 """What a query reads from a state, each part linear in the state and `[..., queries or 1, head_size or 1]`."""
 
-
-KERNEL_SIZE = 128
-"""The most features, and elements of a value, of which `kernels/triton_read_blocks.py` holds a block's sums."""
+BlockReader = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Sum of `q S_b` over the blocks chosen for each query, of features `[rows, queries, features]`, sums `[rows, blocks,
+features, head_size]` and a choice `[rows, queries, blocks]`: a faster form of what `read_blocks` does in torch."""
 
 
 class Residual(ABC):
@@ -91,16 +92,24 @@ class Residual(ABC):
         weights = self.token_weights(q, keys, q @ keys.mT, mask)
         return self.reading(weights, [w @ values for w in weights])
 
-    def read_blocks(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chosen: torch.Tensor) -> Reading:
+    def read_blocks(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        chosen: torch.Tensor,
+        reader: BlockReader | None = None,
+    ) -> Reading:
         """As `read_tokens` by whole blocks, for many queries: no tensor of the size of the logits is masked.
 
-        What each query reads of each block is made and summed, except by the kernel that `reads_by_kernel`.
+        What each query reads of each block is made and summed, but for the products with `S` where `reader` makes them.
 
         Args:
             q: Scaled queries `[..., queries, head_size]`.
             keys: `[..., blocks, block_size, head_size]`, finite everywhere.
             values: `[..., blocks, block_size, head_size]`, finite everywhere.
             chosen: Bool `[..., queries, blocks]`.
+            reader: What multiplies with `S`, with one leading dimension; None for torch.
         """
         if chosen.shape[-1] == 0:
             return self.read_tokens(q, keys.flatten(-3, -2), values.flatten(-3, -2), chosen)
@@ -109,14 +118,12 @@ class Residual(ABC):
         weight = chosen.to(q.dtype)  # [..., queries, blocks]
         side_by_side = s.movedim(-3, -2).flatten(-2), z.mT  # [..., s_rows, blocks * head_size], [..., z_size, blocks]
         parts = []
-        if self.reads_by_kernel(keys):
-            from ..kernels.triton_read_blocks import read_blocks
-
-            features = self.query_features(q)
-            parts.append(read_blocks(features, s[..., : features.shape[-1], :], chosen))
-            read = self.read_sums(features, *side_by_side)
-        else:
+        if reader is None:
             read = self.read(q, *side_by_side)
+        else:
+            features = self.query_features(q)
+            parts.append(reader(features, s[..., : features.shape[-1], :], chosen))
+            read = self.read_sums(features, *side_by_side)
         for part in read:
             part = part.unflatten(-1, (blocks, -1))  # [..., queries or 1, blocks, size]
             if part.shape[-1] == 1:
@@ -126,10 +133,6 @@ class Residual(ABC):
             else:
                 parts.append((weight.unsqueeze(-2) @ part).squeeze(-2))
         return tuple(parts)
-
-    def reads_by_kernel(self, keys: torch.Tensor) -> bool:
-        """Whether `read_blocks` leaves products with `S` to a kernel: for float32 on a GPU, heads side by side."""
-        return keys.is_cuda and keys.dtype == torch.float32 and max(keys.shape[-1], self.z_size) <= KERNEL_SIZE
 
     @abstractmethod
     def tail(self, rest: Reading, num_rest: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .combine import double_rmsnorm, shared_normalizer
 from .parameters import SplaParameters
-from .residual import Residual, make_residual
+from .residual import BlockReader, Residual, make_residual
 from .selection import forced_blocks, group_scores, select_blocks
 from .selectors import block_statistics, get_selector
 
@@ -36,6 +36,7 @@ def spla_attention(
     log_gain: Tensor | None = None,
     norm_weights: tuple[Tensor, Tensor] | None = None,
     feature_weight: Tensor | None = None,
+    reader: BlockReader | None = None,
     chunk: int | None = None,
 ) -> Tensor:
     """SPLA of the last `L` tokens of sequences of `T` tokens, usually of all of them.
@@ -52,6 +53,7 @@ def spla_attention(
             for 1.
         feature_weight: What queries and keys are multiplied with before the feature map of `linear`, `[G, d, d]`; None
             for neither.
+        reader: What reads the blocks of the rest, in the dtype of the sums; None for torch.
         chunk: Queries at a time; None takes as many as `_chunk_elements` allows.
 
     Returns:
@@ -103,7 +105,7 @@ def spla_attention(
         num_blocks = total // params.selection_block
         if residual is None:
             width = total
-        elif exact is None or not residual.reads_by_kernel(keys):
+        elif exact is None or reader is None:
             width = max(total, num_blocks * d)
         else:
             width = max(num_blocks, d)
@@ -124,7 +126,7 @@ def spla_attention(
             assert exact is not None and lse is not None
             rest = rest_of_all[:, start:end, :num_blocks]
             attended = (exact[:, :, start:end], lse[:, :, start:end])
-        attend = partial(_attend, rest=rest, positions=positions, params=params, residual=residual)
+        attend = partial(_attend, rest=rest, positions=positions, params=params, residual=residual, reader=reader)
         # Also for a single chunk: there are many layers.
         outputs.append(
             checkpoint(attend, part, keys_seen, values_seen, blocks, attended, *weights, use_reentrant=False)
@@ -237,6 +239,7 @@ def _attend(
     positions: Tensor,
     params: SplaParameters,
     residual: Residual | None,
+    reader: BlockReader | None,
 ) -> Tensor:
     """One chunk of queries.
 
@@ -252,6 +255,7 @@ def _attend(
         positions: `[queries]`.
         params: What to compute.
         residual: What stands for the rest.
+        reader: What reads its blocks, as in `spla_attention`.
 
     Returns:
         `[rows, group, queries, d]`.
@@ -268,7 +272,7 @@ def _attend(
         of_heads = rest[:, None].expand(-1, group, -1, -1).flatten(1, 2)  # [rows, group * queries, num_blocks]
         keys, values = (x[:, : rest.shape[-1] * block].unflatten(1, (-1, block)) for x in (k, v))
         # What is read from the state is linear in it: the reading of the rest, without a detour over all - selected.
-        reading = residual.read_blocks(flat, keys, values, of_heads)
+        reading = residual.read_blocks(flat, keys, values, of_heads, reader)
         num_rest = of_heads.sum(-1).to(q.dtype) * block
         tail = residual.tail(reading, num_rest).unflatten(1, (group, -1))
         tail = torch.where(has_rest[..., None], tail, 0.0)

@@ -4,19 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from spla_backend import training
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.algorithm.residual import Residual, make_residual
+from spla_backend.algorithm.residual import make_residual
 from spla_backend.algorithm.sequence import spla_attention
+from spla_backend.kernels.triton_read_blocks import read_blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+READERS = {torch.float32: read_blocks, torch.float64: None}
 LINEAR = {"residual": "linear", "combine": "double_rmsnorm", "rms_norm_eps": 1.0}
-
-
-@pytest.fixture
-def by_kernel(monkeypatch):
-    """Without a GPU the kernels are interpreted."""
-    monkeypatch.setattr(Residual, "reads_by_kernel", lambda self, keys: keys.dtype == torch.float32)
 
 
 def check(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -26,7 +24,7 @@ def check(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("residual", ["regression", "linear"])
 @pytest.mark.parametrize(("d", "queries", "blocks"), [(64, 300, 5), (24, 128, 3), (128, 90, 2)])
-def test_reads_as_the_plain_form(by_kernel, residual, d, queries, blocks):
+def test_reads_as_the_plain_form(residual, d, queries, blocks):
     """Some tiles read nothing of a block, some queries nothing at all."""
     generator = torch.Generator().manual_seed(d)
     q, keys, values = (
@@ -37,9 +35,9 @@ def test_reads_as_the_plain_form(by_kernel, residual, d, queries, blocks):
     chosen[:, 5] = False
     params = SplaParameters(16, 16, 4, residual=residual)
     results = []
-    for dtype in (torch.float32, torch.float64):
+    for dtype, reader in READERS.items():
         leaves = [x.detach().to(DEVICE, dtype).requires_grad_() for x in (q, keys, values)]
-        reading = make_residual(params, d).read_blocks(*leaves, chosen.to(DEVICE))
+        reading = make_residual(params, d).read_blocks(*leaves, chosen.to(DEVICE), reader)
         weights = [torch.linspace(-1, 2, part.numel(), dtype=dtype, device=DEVICE).view_as(part) for part in reading]
         sum((part * weight).sum() for part, weight in zip(reading, weights, strict=True)).backward()
         results.append([*(part.detach() for part in reading), *(x.grad for x in leaves)])
@@ -48,17 +46,28 @@ def test_reads_as_the_plain_form(by_kernel, residual, d, queries, blocks):
 
 
 @pytest.mark.parametrize("options", [{}, LINEAR, {**LINEAR, "combine": "shared_normalizer"}])
-def test_attention_and_gradients(by_kernel, options):
+def test_attention_and_gradients(options):
     params = replace(SplaParameters(16, 16, 4, first_blocks=1, last_blocks=2), **options)
     generator = torch.Generator().manual_seed(1)
     heads, kv_heads, length, d = 6, 2, 200, 32
     shapes = [(2, heads, length, d), *[(2, kv_heads, length, d)] * 2, (heads,), (heads, d), (heads, d)]
     inputs = [torch.randn(shape, generator=generator) for shape in shapes]
     results = []
-    for dtype in (torch.float32, torch.float64):
+    for dtype, reader in READERS.items():
         q, k, v, log_gain, *norms = (x.detach().to(DEVICE, dtype).requires_grad_() for x in inputs)
-        output = spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=tuple(norms))
+        output = spla_attention(q, k, v, params, log_gain=log_gain, norm_weights=tuple(norms), reader=reader)
         (output * torch.linspace(-1, 2, output.numel(), dtype=dtype, device=DEVICE).view_as(output)).sum().backward()
         results.append([output.detach(), *(x.grad for x in (q, k, v, log_gain, *norms) if x.grad is not None)])
     for got, expected in zip(*results, strict=True):
         check(got, expected, 1e-4)
+
+
+def test_training_reads_by_the_kernel():
+    def reader(d, device="cuda", dtype=torch.bfloat16, **options):
+        with FakeTensorMode():
+            return training._block_reader(
+                SplaParameters(16, 16, 4, **options), torch.empty(1, d, dtype=dtype, device=device)
+            )
+
+    assert reader(64) is reader(128, residual="linear") is read_blocks
+    assert reader(256) is reader(64, "cpu") is reader(64, dtype=torch.float64) is reader(64, residual="none") is None
