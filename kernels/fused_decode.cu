@@ -22,7 +22,8 @@
 //
 // Compiled with: D, GROUP, PAGE, UNIT (tokens a selection block), FP16 (0: bf16), FP8 (statistics are bytes), SELECTOR, RESIDUAL (0 none,
 // 1 regression), NUM_BLOCKS, BODY (state blocks a request, body rows a block), STAMP_WORD, MAGIC, LOG_UNIT (log of UNIT),
-// BLOCKS (of a cluster), TABLE (1: the row's block table fits into shared memory, too).
+// BLOCKS (of a cluster), TABLE (1: the row's block table fits into shared memory, too), SCORED (1: step 1 finds the scores made, by
+// `spla_score_units` at the end of this file).
 
 namespace spla {
 
@@ -1647,11 +1648,12 @@ KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
 #if SCORED
 // ---------------------------------------------------------------------------------- scores ahead of the launch above
 
-// Scores of all units of all rows, for long contexts at small batches. The clusters above leave half of the multiprocessors idle,
-// and every kv head's asks for all of a row's pages: addresses of 64 to 2,000 places in memory each, which is what it waits for.
-// Here a warp takes 16 units of one kv head, and the warps of a block the same units of other heads, whose statistics lie near.
-// Statistics go from memory to registers, so that no shared memory keeps the launch above, which waits for this one, from
-// the multiprocessor.
+// Scores of all units of all rows, for long rows in small batches: of one or two the clusters above leave half of the
+// multiprocessors idle, and each takes in so much a microsecond and no more. A warp takes 16 units of one kv head, the warps of
+// a block the same units of other heads, whose statistics stand near. They go from memory to registers, so that the launch above,
+// which waits for this one, finds shared memory free.
+//
+// Floor, bytes a (row, kv head): `2 D` elements, or bytes, and `8 GP` a unit, 4 a page. FLOP: `4 GROUP D` a unit.
 //
 // Grid (blocks that share a row, ceil(G / SCORE_WARPS), rows).
 constexpr int SCORE_WARPS = 4;

@@ -25,7 +25,8 @@ SHARED_LIMIT = 227 << 10  # bytes a thread block may have on Hopper
 PAGE_STEP = 64  # bytes, `STEP` of the source
 SCORE_WARPS = 4  # of a thread block that scores ahead, each of them another kv head's
 SCORE_BLOCKS_AT_ONCE = 264  # two a multiprocessor
-SCORED_FROM = 1 << 30  # units
+SCORED_FROM = 6144  # pages a sequence may have; and
+SCORED_ROWS = 2  # at most, for scores to be made ahead: where that was measured to be faster (`benchmarks/NOTES.md`)
 SHARED_ALONE = 115 << 10  # bytes that keep a second thread block from the multiprocessor, while another is idle
 
 
@@ -135,10 +136,9 @@ class FusedDecode:
         """
         if self._score_blocks is not None:
             return self._score_blocks
-        if self.max_units < SCORED_FROM:
+        if self.params.blocks_per_page > 1 or self.max_units < SCORED_FROM or num_rows > SCORED_ROWS:
             return 0
-        heads = -(-self.num_kv_heads // SCORE_WARPS)
-        return max(1, min(-(-self.max_units // 16), SCORE_BLOCKS_AT_ONCE // (heads * num_rows)))
+        return max(1, SCORE_BLOCKS_AT_ONCE // (-(-self.num_kv_heads // SCORE_WARPS) * num_rows))
 
     @functools.cache  # noqa: B019, an instance lives as long as its engine
     def _choose(self, num_rows: int) -> int:
