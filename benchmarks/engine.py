@@ -5,12 +5,12 @@
 Protocol: one engine after the other in this process, each request batch once to warm up with a short prompt, prompts
 cut from real text (random tokens where the weights are random), prefix caching off, greedy, no early stop. Shapes are
 repeated for some seconds, because whatever is compiled or allocated at its first use counts in the first time; numbers
-are medians. Random
-weights are normal, so that pages weigh differently as in a model; with vLLM's dummy weights, which are tiny, they weigh
-the same, and for that the selection takes several rounds. Times come from the engine's own request statistics: the
-first token's latency, and the time between first and last token divided by the tokens between them. Rows are `{backend,
-batch, context, tpot_ms, ttft_s}`. With `--profile` each shape runs once more under the engine's profiler, and its row
-says where the GPU's time in a decode step and in all prompt steps goes: microseconds by kernel and without any.
+are medians. Random weights are normal, so that pages weigh differently as in a model; with vLLM's dummy weights, which
+are tiny, they weigh the same, and for that the selection takes several rounds. Times come from the engine's own request
+statistics: the first token's latency (of a batch, the first of all), and the time between first and last token divided
+by the tokens between them. Rows are `{backend, batch, context, tpot_ms, ttft_s, runs, ttft_first_s, ...}`. With
+`--profile` each shape runs once more under the engine's profiler, and its row says where the GPU's time in a decode
+step and in all prompt steps goes: microseconds by kernel and without any.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-// SPLA decode of one layer in one launch: a thread block cluster a (row, kv head).
+// SPLA decode of one layer in one launch: a thread block cluster a (row, kv head). For long rows in small batches a launch
+// ahead of it makes the scores, on all multiprocessors (SCORED, `spla_score_units` at the end of this file).
 //
 // The launches of `triton_decode` wait for each other through device memory, and at small batches that is all they do.
 // Here a cluster of up to 16 thread blocks scores its pages, agrees on a selection, attends and merges through
@@ -6,8 +7,8 @@
 // reference is `reference.spla_token`, the plain peer on a GPU `TritonPagedSpla`.
 //
 // Steps of a thread block (docs/design.md, 1 to 6, for what is computed):
-//   1. score the units (selection blocks) of the block's share; meanwhile one warp asks whether the recurrent state is
-//      valid for this sequence. Where it lacks pages, fold them in
+//   1. score the units (selection blocks) of the block's share, or fetch the scores that were made ahead; meanwhile one warp
+//      asks whether the recurrent state is valid for this sequence. Where it lacks pages, fold them in
 //   2. normalisers of all heads are exchanged, then histograms of the group scores; with them every block knows which of its
 //      units are selected but for those near the threshold, and sends both kinds to all blocks, which rank the latter
 //   3. each block attends to its share of the selected tokens, and reads its rows of the state
@@ -22,8 +23,7 @@
 //
 // Compiled with: D, GROUP, PAGE, UNIT (tokens a selection block), FP16 (0: bf16), FP8 (statistics are bytes), SELECTOR, RESIDUAL (0 none,
 // 1 regression), NUM_BLOCKS, BODY (state blocks a request, body rows a block), STAMP_WORD, MAGIC, LOG_UNIT (log of UNIT),
-// BLOCKS (of a cluster), TABLE (1: the row's block table fits into shared memory, too), SCORED (1: step 1 finds the scores made, by
-// `spla_score_units` at the end of this file).
+// BLOCKS (of a cluster), TABLE (1: the row's block table fits into shared memory, too), SCORED (1: scores are made ahead).
 
 namespace spla {
 
@@ -98,7 +98,7 @@ struct Params {
     const int *state_table;  // [rows, NUM_BLOCKS]
     int *table;              // [tokens, G, table_width]: ids of the selected units, ascending, the current one last
     int *count;              // [tokens, G]
-    float *scores, *mass;    // [rows, G, max_units, GP]: what `spla_score_units` writes, where SCORED; the same where they are equal
+    float *scores, *mass;    // [rows, G, max_units, GP]: what `spla_score_units` writes, where SCORED; for TAYLOR2 the same array
     i64 query_token_stride, query_head_stride;
     i64 page_stride, head_stride;              // elements
     i64 state_block_stride, state_head_stride; // float32
@@ -1492,8 +1492,8 @@ DEVICE void load_query(const Shared &s, const Params &p, i64 token, int head, in
     }
 }
 
-// Where scores are made ahead a block of that launch, 128 registers of 128 threads, lives beside one of this: the compiler is
-// told of more threads than there are, so that it takes no more than 192 registers each.
+// Where scores are made ahead a block of that launch, 128 threads of up to 168 registers, lives beside one of this: the
+// compiler is told of more threads than there are, so that it takes no more than 168 registers each here, too.
 constexpr int BOUND = SCORED ? 336 : THREADS;
 
 // Grid (blocks of a cluster, G, rows), clusters of (gridDim.x, 1, 1).
@@ -1648,7 +1648,7 @@ KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
 #if SCORED
 // ---------------------------------------------------------------------------------- scores ahead of the launch above
 
-// Scores of all units of all rows, for long rows in small batches: of one or two the clusters above leave half of the
+// Scores of all units of all rows, for long rows in small batches: the clusters above of one row leave half of the
 // multiprocessors idle, and each takes in so much a microsecond and no more. A warp takes 16 units of one kv head, the warps of
 // a block the same units of other heads, whose statistics stand near. They go from memory to registers, so that the launch above,
 // which waits for this one, finds shared memory free.
@@ -1656,7 +1656,7 @@ KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
 // Floor, bytes a (row, kv head): `2 D` elements, or bytes, and `8 GP` a unit, 4 a page. FLOP: `4 GROUP D` a unit.
 //
 // Grid (blocks that share a row, ceil(G / SCORE_WARPS), rows).
-constexpr int SCORE_WARPS = 4;
+constexpr int SCORE_WARPS = 4;            // `kernels/fused_decode.py` has the same
 constexpr int CHUNK = FP8 ? 64 : 32;      // elements of a half statistic that four lanes load at once, 16 bytes each
 constexpr int CHUNKS = D / CHUNK;         // of a half statistic
 constexpr int EACH = CHUNK / 4;           // elements of a lane

@@ -1,7 +1,9 @@
 """SPLA decode of one layer in one launch, for the shapes that most models have: `fused_decode.cu`, compiled with NVRTC.
 
-The peer of the launches in `triton_decode`, which take over where `refusal` names a reason. It computes the same
-(`reference.spla_token`); the source says how, and what its floor is.
+For long rows in small batches it is two: the scores are made by a launch ahead, on all multiprocessors.
+
+The peer of the launches in `triton_decode`, which take over where `refusal` names a reason or it does not pay. It
+computes the same (`reference.spla_token`); the source says how, and what its floor is.
 """
 
 import ctypes
@@ -23,10 +25,11 @@ WARPS = 8
 MAX_CLUSTER = 16
 SHARED_LIMIT = 227 << 10  # bytes a thread block may have on Hopper
 PAGE_STEP = 64  # bytes, `STEP` of the source
-SCORE_WARPS = 4  # of a thread block that scores ahead, each of them another kv head's
-SCORE_BLOCKS_AT_ONCE = 264  # two a multiprocessor
-SCORED_FROM = 6144  # pages a sequence may have; and
-SCORED_ROWS = 2  # at most, for scores to be made ahead: where that was measured to be faster (`benchmarks/NOTES.md`)
+SCORE_WARPS = 4  # of a thread block that scores ahead, each of them another kv head's; as in the source
+SCORE_BLOCKS_AT_ONCE = 264  # of an H200: two a multiprocessor
+# Scores are made ahead where that was measured to be faster (`benchmarks/NOTES.md`).
+SCORED_FROM = 6144  # the fewest pages that a sequence may have
+SCORED_ROWS = 2  # the most rows
 SHARED_ALONE = 115 << 10  # bytes that keep a second thread block from the multiprocessor, while another is idle
 
 
@@ -83,7 +86,8 @@ class FusedDecode:
         state_layout: Bytes of a state block.
         max_model_len: The most tokens of a sequence.
         blocks: Thread blocks a cluster, for every batch; None chooses by the number of rows.
-        score_blocks: Thread blocks that score a row ahead of the launch, for every batch, 0 for none; None chooses.
+        score_blocks: Thread blocks that share a row, and up to `SCORE_WARPS` kv heads of it, in the launch that scores
+            ahead, for every batch; 0 for no such launch; None chooses by the number of rows.
     """
 
     def __init__(
@@ -101,9 +105,9 @@ class FusedDecode:
         blocks: int | None = None,
         score_blocks: int | None = None,
     ) -> None:
-        self._score_blocks = score_blocks
         self.params, self.group, self.num_kv_heads, self.head_size = params, group, num_kv_heads, head_size
-        self.cache_dtype, self.scale, self._blocks = cache_dtype, scale, blocks
+        self.cache_dtype, self.scale = cache_dtype, scale
+        self._blocks, self._score_blocks = blocks, score_blocks
         self._fp8 = page_layout.formats is not None
         self.max_units = -(-max_model_len // params.page_size) * params.blocks_per_page
         self._group_p = 1 << (group - 1).bit_length()
@@ -130,7 +134,7 @@ class FusedDecode:
         return self._choose(num_rows) if self._blocks is None else self._blocks
 
     def score_blocks(self, num_rows: int) -> int:
-        """Thread blocks that score a row in a launch of their own, ahead; 0 where the clusters score.
+        """Thread blocks that share a row in the launch that scores ahead; 0 where the clusters score.
 
         Worth a launch where clusters leave multiprocessors idle and rows are long (`benchmarks/NOTES.md`).
         """
@@ -220,8 +224,9 @@ class FusedDecode:
             output: `[rows, H, d]`; rows of padding become zero.
             table: `[rows, G, width]` int32, written: the ids of the selected blocks, ascending, the current one last.
             count: `[rows, G]` int32, written.
-            scores: `[rows, G, max_units, group]` float32, the group padded to a power of two: scratch.
-            mass: As `scores`; the same tensor for the selectors `taylor2` and `quest`.
+            scores: `[rows, G, max_units, group]` float32, the group padded to a power of two: scratch of the launch
+                that scores ahead.
+            mass: As `scores`; the same tensor where masses are the scores (`taylor2`) or there are none (no residual).
             early: The launch before this one writes no statistics but those of pages that the rows' own tokens
                 complete, so that the others are read before it has ended.
 

@@ -3,8 +3,8 @@
 `TritonPagedSpla` is the peer of `TorchPagedSpla` for uniform batches of one to `1 + k` query tokens a row (plain decode
 and speculative verification). The plain reference of the whole is `reference.spla_token`.
 
-Where it covers the parameters and pays, a step is the one launch of `fused_decode`. Otherwise its launches are, each
-dependent on the one before:
+Where it covers the parameters and pays, `fused_decode` makes a step in one launch or two. Otherwise its launches are,
+each dependent on the one before:
 
 1. `prepare_kernel`: fold the recurrent state (`triton_state`), score all selection blocks (`triton_score`), and, in the
    last split of a (row, kv head) to arrive, select (`triton_select`). For many query tokens a row or very long
@@ -274,7 +274,7 @@ class TritonPagedSpla:
         max_model_len: The most tokens of a sequence.
         device: Where the cache lives.
         tuning: Launch shapes for every batch, instead of those that `tuning` chooses; these launches then take every
-            batch, and the fused one none.
+            batch, and `fused_decode` none.
         executor: What attends to the selected pages: our own kernel (`spla`) or `flashinfer`.
         largest_budget: Selection blocks that scratch is allocated for: the largest budget of the layers that are to
             share it; None for this layer's.

@@ -5,8 +5,8 @@ SPLA (arXiv 2601.22379). The state's blocks are brought up to the first tile's p
 (`trusted_pages`); then each page's state is put aside before the page is folded, one page after the other.
 
 Rows that attend to everything only have their state brought up to date, so that their first decode step finds it. It
-is a sum over pages, which `fold_pages_kernel` cuts into several at a time and `fold_sum_kernel` adds up, in the same
-order whenever the same pages are folded.
+is a sum over pages, which are cut into splits: `fold_pages_kernel` sums each of them, and `fold_sum_kernel` adds the
+sums up, in the order of the splits whichever program is first. How many there are depends on all rows of the step.
 
 Floor, bytes a page and kv head: `2 B d` elements read, `(F_S + F_z / d) d` float32 written where states are put aside.
 FLOP: `2 B F_S d`.
@@ -308,7 +308,8 @@ def fold_sum_kernel(
         block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
     )  # fmt: skip
     if DEPENDENT:
-        tl.extra.cuda.gdc_wait()  # for the sums; what was read until here, `fold_pages_kernel` does not write
+        # For the sums: of rows with several splits `fold_pages_kernel` writes nothing that was read until here.
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if (covered < target) & (splits > 1):
         feature = part * SLICE + tl.arange(0, SLICE)
