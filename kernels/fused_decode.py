@@ -280,6 +280,7 @@ class FusedDecode:
         """Clusters of so many thread blocks that run at once."""
         return self._module(blocks, False).max_clusters(blocks, self.shared_bytes(blocks))
 
+    @functools.cache  # noqa: B019, as `_choose`
     def _module(self, blocks: int, scored: bool) -> "_Module":
         return _load(tuple(sorted(self._defines(blocks, scored).items())))
 
