@@ -26,10 +26,10 @@ MAX_CLUSTER = 16
 SHARED_LIMIT = 227 << 10  # bytes a thread block may have on Hopper
 PAGE_STEP = 64  # bytes, `STEP` of the source
 SCORE_WARPS = 4  # of a thread block that scores ahead, each of them another kv head's; as in the source
-SCORE_BLOCKS_AT_ONCE = 264  # of an H200: two a multiprocessor
 # Scores are made ahead where that was measured to be faster (`benchmarks/NOTES.md`).
 SCORED_FROM = 6144  # the fewest pages that a sequence may have
 SCORED_ROWS = 2  # the most rows
+SCORED_GROUP = 4  # the most query heads a kv head: more would spill registers
 SHARED_ALONE = 115 << 10  # bytes that keep a second thread block from the multiprocessor, while another is idle
 
 
@@ -134,15 +134,24 @@ class FusedDecode:
         return self._choose(num_rows) if self._blocks is None else self._blocks
 
     def score_blocks(self, num_rows: int) -> int:
-        """Thread blocks that share a row in the launch that scores ahead; 0 where the clusters score.
+        """Thread blocks that share a row in the launch that scores ahead; 0 where the clusters score."""
+        return self._choose_score_blocks(num_rows) if self._score_blocks is None else self._score_blocks
 
-        Worth a launch where clusters leave multiprocessors idle and rows are long (`benchmarks/NOTES.md`).
-        """
-        if self._score_blocks is not None:
-            return self._score_blocks
-        if self.params.blocks_per_page > 1 or self.max_units < SCORED_FROM or num_rows > SCORED_ROWS:
+    @functools.cache  # noqa: B019, as `_choose`
+    def _choose_score_blocks(self, num_rows: int) -> int:
+        """Worth a launch where clusters leave multiprocessors idle and rows are long (`benchmarks/NOTES.md`)."""
+        few_heads = self.group <= SCORED_GROUP and num_rows <= SCORED_ROWS
+        if not few_heads or self.params.blocks_per_page > 1 or self.max_units < SCORED_FROM:
             return 0
-        return max(1, SCORE_BLOCKS_AT_ONCE // (-(-self.num_kv_heads // SCORE_WARPS) * num_rows))
+        # As many as are resident while the clusters of the step before still run, so that all of them ask for their
+        # first pages by then: three an idle multiprocessor, one beside a cluster's block; at most two on average.
+        busy = num_rows * self.num_kv_heads * self.cluster_size(num_rows)
+        at_once = min(2 * self._num_sms, 3 * (self._num_sms - busy) + busy)
+        return max(1, at_once // (-(-self.num_kv_heads // SCORE_WARPS) * num_rows))
+
+    @property
+    def _num_sms(self) -> int:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
     @functools.cache  # noqa: B019, an instance lives as long as its engine
     def _choose(self, num_rows: int) -> int:

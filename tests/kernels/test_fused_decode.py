@@ -8,6 +8,8 @@ from emulated import COMPILER, EmulatedDecode
 from triton_cases import make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.kernels.fused_decode import FusedDecode
+from spla_backend.kernels.layout import layouts
 
 GPU = torch.cuda.is_available()
 
@@ -129,6 +131,26 @@ def test_many_units_about_the_threshold() -> None:
     batch.op.fused.defines["MOST_MEMBERS"] = 2
     batch.check(batch.decode(), 2e-3)
     assert batch.selected(0, 0, 0) == [0, 3, 4, 5, 6, 7, 8, 23, 24]
+
+
+def test_scores_are_made_ahead_for_few_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200, of which 15 clusters of 8 blocks or 33 of 4 take hold at once."""
+    monkeypatch.setattr(FusedDecode, "_max_clusters", lambda self, blocks: {16: 7, 8: 15, 4: 33, 2: 66, 1: 132}[blocks])
+    monkeypatch.setattr(FusedDecode, "_num_sms", 132)
+
+    def blocks(num_rows: int, max_model_len: int = 524288, group: int = 4, **params) -> int:
+        parameters = SplaParameters(64, params.pop("block", 64), 32, **params)
+        page_layout, state_layout = layouts(parameters, 128, torch.bfloat16)
+        op = FusedDecode(
+            parameters, group=group, num_kv_heads=8, head_size=128, cache_dtype=torch.bfloat16, scale=1.0,
+            page_layout=page_layout, state_layout=state_layout, max_model_len=max_model_len,
+        )  # fmt: skip
+        return op.score_blocks(num_rows)
+
+    assert [blocks(num_rows) for num_rows in (1, 2, 3, 8)] == [132, 66, 0, 0]
+    assert blocks(1, statistics_dtype="fp8") == 132
+    assert blocks(1, max_model_len=393216) == 132 and blocks(1, max_model_len=393215 - 64) == 0
+    assert blocks(1, group=8) == 0 and blocks(1, block=16) == 0
 
 
 # Real sizes
