@@ -85,6 +85,7 @@ class FusedDecode:
         page_layout: Bytes of a page.
         state_layout: Bytes of a state block.
         max_model_len: The most tokens of a sequence.
+        num_sms: Multiprocessors of the GPU.
         blocks: Thread blocks a cluster, for every batch; None chooses by the number of rows.
         score_blocks: Thread blocks that share a row, and up to `SCORE_WARPS` kv heads of it, in the launch that scores
             ahead, for every batch; 0 for no such launch; None chooses by the number of rows.
@@ -102,12 +103,13 @@ class FusedDecode:
         page_layout: PageLayout,
         state_layout: StateLayout,
         max_model_len: int,
+        num_sms: int,
         blocks: int | None = None,
         score_blocks: int | None = None,
     ) -> None:
         self.params, self.group, self.num_kv_heads, self.head_size = params, group, num_kv_heads, head_size
         self.cache_dtype, self.scale = cache_dtype, scale
-        self._blocks, self._score_blocks = blocks, score_blocks
+        self._num_sms, self._blocks, self._score_blocks = num_sms, blocks, score_blocks
         self._fp8 = page_layout.formats is not None
         self.max_units = -(-max_model_len // params.page_size) * params.blocks_per_page
         self._group_p = 1 << (group - 1).bit_length()
@@ -148,10 +150,6 @@ class FusedDecode:
         busy = num_rows * self.num_kv_heads * self.cluster_size(num_rows)
         at_once = min(2 * self._num_sms, 3 * (self._num_sms - busy) + busy)
         return max(1, at_once // (-(-self.num_kv_heads // SCORE_WARPS) * num_rows))
-
-    @property
-    def _num_sms(self) -> int:
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
     @functools.cache  # noqa: B019, an instance lives as long as its engine
     def _choose(self, num_rows: int) -> int:

@@ -32,7 +32,7 @@ from .fused_decode import FusedDecode, refusal
 from .layout import STATE_MAGIC, layouts
 from .triton_attend import RESIDUAL_CODES, attend_kernel
 from .triton_cache import SELECTOR_CODES, update_cache_kernel
-from .triton_launch import Launch, current_stream
+from .triton_launch import Launch, current_stream, layer_of
 from .triton_score import score_units
 from .triton_select import select_units
 from .triton_state import fold_slice
@@ -375,6 +375,7 @@ class TritonPagedSpla:
                 page_layout=self.page_layout,
                 state_layout=self.state_layout,
                 max_model_len=max_model_len,
+                num_sms=self._num_sms,
                 group=self.group,
                 head_size=head_size,
                 cache_dtype=cache_dtype,
@@ -463,9 +464,8 @@ class TritonPagedSpla:
             return
         own = {"key": key, "value": value, "slots": slot_mapping, "kv": kv_cache, "salt": self._salt,
                "counter": self._counter}  # fmt: skip
-        addresses = {name: tensor.data_ptr() for name, tensor in own.items()}
-        layer = (self._store_geometry, key.stride(), value.stride(), kv_cache.stride(), key.dtype, value.dtype,
-                 slot_mapping.dtype, *(address % 16 for address in addresses.values()))  # fmt: skip
+        addresses, alike = layer_of(own)
+        layer = (self._store_geometry, *alike)
         launch = self._store_launches.get((num_tokens, layer))
         if launch is None:
             if len(self._store_launches) >= 64:  # steps of prompts have any number of tokens

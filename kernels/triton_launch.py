@@ -79,6 +79,13 @@ class Launch:
         return True
 
 
+def layer_of(own: Mapping[str, torch.Tensor]) -> tuple[dict[str, int], tuple]:
+    """The addresses of a layer's own tensors, and what of them is equal for layers that may share a `Launch`."""
+    addresses = {name: tensor.data_ptr() for name, tensor in own.items()}
+    alike = (*((x.stride(), x.dtype) for x in own.values()), *(address % 16 for address in addresses.values()))
+    return addresses, alike
+
+
 def current_stream(device: torch.device) -> int | None:
     """The stream that launches go to; None on a CPU, where kernels are interpreted."""
     if device.type != "cuda":

@@ -36,7 +36,7 @@ from .layout import STATE_MAGIC
 from .triton_attend import RESIDUAL_CODES
 from .triton_cache import SELECTOR_CODES
 from .triton_decode import TritonPagedSpla
-from .triton_launch import Launch, current_stream
+from .triton_launch import Launch, current_stream, layer_of
 from .triton_prefill_attend import page_attend_kernel, prefill_merge_kernel
 from .triton_prefill_select import (
     MODES,
@@ -551,9 +551,8 @@ class TritonPrefill:
 
     def _launch(self, step: Pass | Folds, own: dict[str, torch.Tensor]) -> None:
         """A pass, or states alone, of a layer with these tensors."""
-        addresses = {name: tensor.data_ptr() for name, tensor in own.items()}
-        layer = (self._geometry, len(own["kv"]), *((x.stride(), x.dtype) for x in own.values()),
-                 *(address % 16 for address in addresses.values()))  # fmt: skip
+        addresses, alike = layer_of(own)
+        layer = (self._geometry, len(own["kv"]), *alike)
         launches = step.launches.get(layer)
         if launches is None:
             launches = list(self._bind(step, own, layer))

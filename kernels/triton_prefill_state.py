@@ -128,15 +128,10 @@ def prefill_state_kernel(
     if covered < target:
         tl.store(s_rows, s, mask=in_slice[:, None] & in_head[None, :])
         tl.store(z_row, z, mask=of_key)
-        # All slices have read the headers before the last of them arrives here, so it may replace them.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr + run * num_heads + head, 1, sem="acq_rel")
-        if arrived == PARTS - 1:
-            tl.store(arrivals_ptr + run * num_heads + head, 0)
-            write_headers(
-                kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
-                block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
-            )  # fmt: skip
+        write_headers(
+            arrivals_ptr + run * num_heads + head, PARTS, kv_int_ptr, state_int_ptr, pages, blocks, head, target,
+            int_page_stride, int_head_stride, block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -145,6 +140,18 @@ def _add_to_rows(rows, x, mask, covered):
     if covered > 0:
         x += tl.load(rows, mask=mask, other=0.0)
     tl.store(rows, x, mask=mask)
+
+
+@triton.jit
+def _add_to_state(
+    s, z, state, blocks, feature, of_s, of_key, column, block_stride, covered,
+    D: tl.constexpr, BODY: tl.constexpr, S_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add to the rows `feature` of S where `of_s`, `s [SLICE, DP]`, and to their z, `z [SLICE]`."""
+    s_rows = state + state_row_offset(blocks, feature, block_stride, BODY, D, of_s)[:, None] + column[None, :]
+    _add_to_rows(s_rows, s, of_s[:, None] & (column < D)[None, :], covered)
+    z_block = tl.maximum(tl.load(blocks + S_ROWS // BODY), 0).to(tl.int64)
+    _add_to_rows(state + z_block * block_stride + (1 + S_ROWS % BODY) * D + feature, z, of_key, covered)
 
 
 @triton.jit(do_not_specialize=["block_table_stride", "state_table_stride", "last_page"])
@@ -241,22 +248,16 @@ def fold_pages_kernel(
     if splits == 1:
         if covered < target:
             state = state_ptr + head * block_head_stride
-            s_rows = state + state_row_offset(blocks, feature, block_stride, BODY, D, of_key)[:, None] + column[None, :]
-            _add_to_rows(s_rows, s, of_s, covered)
-            z_block = tl.maximum(tl.load(blocks + S_ROWS // BODY), 0).to(tl.int64)
-            _add_to_rows(state + z_block * block_stride + (1 + S_ROWS % BODY) * D + feature, z, of_key, covered)
+            _add_to_state(
+                s, z, state, blocks, feature, of_key, of_key, column, block_stride, covered, D, BODY, S_ROWS,
+            )  # fmt: skip
             if not LINEAR:
                 v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
                 _add_to_rows(state + v_block * block_stride + (1 + D % BODY) * D + column, sum_v, of_v, covered)
-            # All parts have read the headers before the last of them arrives here, so it may replace them.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + fold * num_heads + head, 1, sem="acq_rel")
-            if arrived == PARTS - 1:
-                tl.store(arrivals_ptr + fold * num_heads + head, 0)
-                write_headers(
-                    kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
-                    block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
-                )  # fmt: skip
+            write_headers(
+                arrivals_ptr + fold * num_heads + head, PARTS, kv_int_ptr, state_int_ptr, pages, blocks, head, target,
+                int_page_stride, int_head_stride, block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
+            )  # fmt: skip
     elif begin < end:
         partial = partial_ptr + (place * num_heads + head).to(tl.int64) * (S_ROWS + 1) * D
         tl.store(partial + feature[:, None] * D + column[None, :], s, mask=of_s)
@@ -316,7 +317,6 @@ def fold_sum_kernel(
         in_slice = feature < S_ROWS
         of_key = feature < D
         column = tl.arange(0, DP)
-        mask = in_slice[:, None] & (column < D)[None, :]
         partial = partial_ptr + (place * num_heads + head).to(tl.int64) * (S_ROWS + 1) * D
         share = tl.cdiv(target - covered, splits)
         filled = tl.cdiv(target - covered, share)  # the splits behind them had no page and wrote nothing
@@ -330,16 +330,10 @@ def fold_sum_kernel(
                 s += tl.load(of_split + feature[:, None] * D + column[None, :], mask=s_mask, other=0.0)
                 z += tl.load(of_split + S_ROWS * D + feature, mask=of_key & (feature < end), other=0.0)
         state = state_ptr + head * block_head_stride
-        s_rows = state + state_row_offset(blocks, feature, block_stride, BODY, D, in_slice)[:, None] + column[None, :]
-        _add_to_rows(s_rows, s, mask, covered)
-        z_block = tl.maximum(tl.load(blocks + S_ROWS // BODY), 0).to(tl.int64)
-        _add_to_rows(state + z_block * block_stride + (1 + S_ROWS % BODY) * D + feature, z, of_key, covered)
-        # All slices have read the headers before the last of them arrives here, so it may replace them.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr + fold * num_heads + head, 1, sem="acq_rel")
-        if arrived == PARTS - 1:
-            tl.store(arrivals_ptr + fold * num_heads + head, 0)
-            write_headers(
-                kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
-                block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
-            )  # fmt: skip
+        _add_to_state(
+            s, z, state, blocks, feature, in_slice, of_key, column, block_stride, covered, D, BODY, S_ROWS,
+        )  # fmt: skip
+        write_headers(
+            arrivals_ptr + fold * num_heads + head, PARTS, kv_int_ptr, state_int_ptr, pages, blocks, head, target,
+            int_page_stride, int_head_stride, block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
+        )  # fmt: skip

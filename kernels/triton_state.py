@@ -61,6 +61,8 @@ def trusted_pages(
 
 @triton.jit
 def write_headers(
+    arrivals_ptr,  # this row's and head's number of programs that have arrived, zero between launches
+    PARTS: tl.constexpr,
     kv_int_ptr,
     state_int_ptr,
     pages,  # this row's block table
@@ -75,19 +77,25 @@ def write_headers(
     STAMP_WORD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ):
-    """Say that the stored state covers `target` pages; what `trusted_pages` reads."""
-    word = tl.arange(0, 8)
-    last = tl.maximum(tl.load(pages + target - 1), 0).to(tl.int64)
-    stamp = tl.load(
-        kv_int_ptr + last * int_page_stride + head * int_head_stride + STAMP_WORD + word - 2,
-        mask=(word >= 2) & (word < 6),
-        other=0,
-    )
-    for ordinal in tl.static_range(NUM_BLOCKS):
-        block = tl.maximum(tl.load(blocks + ordinal), 0).to(tl.int64)
-        header = tl.where(word == 1, target, tl.where(word == 6, ordinal, stamp))
-        header = tl.where(word == 0, MAGIC, header)
-        tl.store(state_int_ptr + block * block_stride + head * block_head_stride + word, header)
+    """Say that the stored state covers `target` pages, which `trusted_pages` reads: the last of the `PARTS` programs
+    does that each have stored their part of it."""
+    # All of them have read the headers before the last arrives here, so it may replace them.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
+    if arrived == PARTS - 1:
+        tl.store(arrivals_ptr, 0)
+        word = tl.arange(0, 8)
+        last = tl.maximum(tl.load(pages + target - 1), 0).to(tl.int64)
+        stamp = tl.load(
+            kv_int_ptr + last * int_page_stride + head * int_head_stride + STAMP_WORD + word - 2,
+            mask=(word >= 2) & (word < 6),
+            other=0,
+        )
+        for ordinal in tl.static_range(NUM_BLOCKS):
+            block = tl.maximum(tl.load(blocks + ordinal), 0).to(tl.int64)
+            header = tl.where(word == 1, target, tl.where(word == 6, ordinal, stamp))
+            header = tl.where(word == 0, MAGIC, header)
+            tl.store(state_int_ptr + block * block_stride + head * block_head_stride + word, header)
 
 
 @triton.jit
@@ -251,16 +259,11 @@ def fold_slice(
                 tl.store(z_row, z, mask=in_slice)
                 if (part == 0) & (not LINEAR):
                     tl.store(v_row, sum_v, mask=in_head)
-
-                # All slices have read the headers before the last of them arrives here, so it may replace them.
-                tl.debug_barrier()
-                arrived = tl.atomic_add(arrivals_ptr + row * num_kv_heads + head, 1, sem="acq_rel")
-                if arrived == PARTS - 1:
-                    tl.store(arrivals_ptr + row * num_kv_heads + head, 0)
-                    write_headers(
-                        kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
-                        block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
-                    )  # fmt: skip
+                write_headers(
+                    arrivals_ptr + row * num_kv_heads + head, PARTS, kv_int_ptr, state_int_ptr, pages, blocks, head,
+                    target, int_page_stride, int_head_stride, block_stride, block_head_stride, MAGIC, STAMP_WORD,
+                    NUM_BLOCKS,
+                )  # fmt: skip
 
             if reads:
                 first_token = tl.load(query_start_loc_ptr + row)

@@ -36,7 +36,8 @@ def emulate(batch, blocks: int, score_blocks: int = 0) -> None:
     op.fused = EmulatedDecode(
         op.params, group=op.group, num_kv_heads=op.num_kv_heads, head_size=op.head_size, cache_dtype=op.cache_dtype,
         scale=op.scale, page_layout=op.page_layout, state_layout=op.state_layout,
-        max_model_len=op.max_pages * op.params.page_size, blocks=blocks, score_blocks=score_blocks,
+        max_model_len=op.max_pages * op.params.page_size, num_sms=op._num_sms, blocks=blocks,
+        score_blocks=score_blocks,
     )  # fmt: skip
 
 
@@ -136,14 +137,13 @@ def test_many_units_about_the_threshold() -> None:
 def test_scores_are_made_ahead_for_few_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """On an H200, of which 15 clusters of 8 blocks or 33 of 4 take hold at once."""
     monkeypatch.setattr(FusedDecode, "_max_clusters", lambda self, blocks: {16: 7, 8: 15, 4: 33, 2: 66, 1: 132}[blocks])
-    monkeypatch.setattr(FusedDecode, "_num_sms", 132)
 
     def blocks(num_rows: int, max_model_len: int = 524288, group: int = 4, **params) -> int:
         parameters = SplaParameters(64, params.pop("block", 64), 32, **params)
         page_layout, state_layout = layouts(parameters, 128, torch.bfloat16)
         op = FusedDecode(
             parameters, group=group, num_kv_heads=8, head_size=128, cache_dtype=torch.bfloat16, scale=1.0,
-            page_layout=page_layout, state_layout=state_layout, max_model_len=max_model_len,
+            page_layout=page_layout, state_layout=state_layout, max_model_len=max_model_len, num_sms=132,
         )  # fmt: skip
         return op.score_blocks(num_rows)
 
