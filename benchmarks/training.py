@@ -2,13 +2,14 @@
 
     python benchmarks/training.py --trained trained --text text.npz --output benchmarks/results/quality_training.json
 
-Every model is served with the attention it was trained for; the one trained with dense attention, and the start, also
-with those they were not. Prompts select as in decode. One engine a process; with `--parallel` several of them share a
-GPU, which changes no result, and `--devices` spreads them over GPUs. What has finished is not served again by a second
-call, so that models can be served while others are still trained (`--models`). Rows are `{trained, attention, budget,
-kind, ...}`: `perplexity` rows as those of `spla-eval perplexity`, paired to the model trained with dense attention;
-`task` rows with score, standard error and the paired difference. Both also pair a residual with the same budget without
-one (`sparse_difference`): with the model trained so, or with the same model where it was trained without SPLA.
+Every model is served with the attention it was trained for; those trained with dense attention, with sparse attention
+alone and with the default residual, and the start, also with those they were not. Prompts select as in decode. One
+engine a process; with `--parallel` several of them share a GPU, which changes no result, and `--devices` spreads them
+over GPUs. What has finished is not served again by a second call, so that models can be served while others are still
+trained (`--models`). Rows are `{trained, attention, budget, kind, ...}`: `perplexity` rows as those of `spla-eval
+perplexity`, paired to the model trained with dense attention; `task` rows with score, standard error and the paired
+difference. Both are also paired with sparse attention alone at the same budget (`sparse_difference`): of the same model
+where it was trained with dense attention or is the start, else of the model trained so.
 """
 
 import argparse
@@ -27,10 +28,13 @@ BUCKETS = (512, 1024, 2048, 4096, 8191)
 PAGE_SIZE = 64
 ATTENTION: dict[str, dict[str, Any] | None] = {
     "dense": None,
-    "sparse": {"residual": "none", "prefill_dense_below": 0},
+    # Without what was learned for a residual, if the model has it.
+    "sparse": {"residual": "none", "prefill_dense_below": 0, "parameters_file": "none"},
     "regression": {"residual": "regression", "prefill_dense_below": 0},
     "trained": {},  # what the folder's own configuration says
 }
+OTHER = {"sparse": "regression", "regression": "sparse"}
+"""What models trained with SPLA are served with as well: tells what the weights do from what the residual does."""
 
 
 def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -38,7 +42,8 @@ def jobs_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     untrained = [("dense", None), *((name, b) for name in ("sparse", "regression") for b in args.budgets)]
     jobs = [{"trained": "start", "folder": args.model, "attention": a, "budget": b} for a, b in untrained]
     for folder in finished(args.trained):
-        own = untrained if folder.name == "dense" else [("trained", budget) for budget in args.budgets]
+        names = [name for name in ("trained", OTHER.get(folder.name)) if name]
+        own = untrained if folder.name == "dense" else [(name, budget) for name in names for budget in args.budgets]
         jobs += [{"trained": folder.name, "folder": str(folder), "attention": a, "budget": b} for a, b in own]
     for job in jobs:
         job["name"] = "-".join(str(job[key]) for key in ("trained", "attention", "budget"))
@@ -118,10 +123,12 @@ def rows_of(jobs: list[dict[str, Any]], inputs: dict[str, Any], folder: Path) ->
         if path.exists():
             found[i] = json.loads(path.read_text())
     base = {job["trained"]: i for i, job in enumerate(jobs) if job["attention"] == "dense" and i in found}
+    # Served without a residual and not trained with one, by model and budget.
     without = {
         (job["trained"], job["budget"]): i
         for i, job in enumerate(jobs)
-        if i in found and "sparse" in (job["attention"], job["trained"])
+        if i in found
+        and (job["trained"], job["attention"]) in (("start", "sparse"), ("dense", "sparse"), ("sparse", "trained"))
     }
     rows: list[dict[str, Any]] = []
     scores = {
@@ -132,9 +139,7 @@ def rows_of(jobs: list[dict[str, Any]], inputs: dict[str, Any], folder: Path) ->
         job = {key: jobs[i][key] for key in ("trained", "attention", "budget")}
         # The start is compared with itself, what was trained with the model trained with dense attention.
         against = base.get("start" if job["trained"] == "start" else "dense", i)
-        alone = None
-        if job["attention"] in ("regression", "trained"):
-            alone = without.get((job["trained"] if job["attention"] == "regression" else "sparse", job["budget"]))
+        alone = without.get((job["trained"] if job["trained"] in ("start", "dense") else "sparse", job["budget"]))
         for kind, losses in done["losses"].items():
             if not losses:
                 continue

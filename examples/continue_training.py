@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spla_backend.evaluate import report
 from spla_backend.evaluate.documents import load_tokenizer
 from spla_backend.evaluate.perplexity import compare
-from spla_backend.training import attach, fit_norms, save
+from spla_backend.training import attach, fit_norms, save, set_budget
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "dense": None,
@@ -72,6 +72,8 @@ def loss_of(model: Any, ids: torch.Tensor, reduction: str = "mean") -> torch.Ten
 
 def train(model: Any, steps: list[torch.Tensor], args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Train in place; returns what is worth knowing about it."""
+    # The same draw for every variant.
+    budgets = np.random.default_rng(args.seed).choice(args.budget, len(steps)).tolist() if VARIANTS[name] else []
     learned = [p for n, p in model.named_parameters() if ".spla." in n]
     others = [p for n, p in model.named_parameters() if ".spla." not in n]
     groups = [{"params": others, "lr": args.lr}, {"params": learned, "lr": args.lr_learned}]
@@ -85,6 +87,8 @@ def train(model: Any, steps: list[torch.Tensor], args: argparse.Namespace, name:
     for step, batch in enumerate(bar := tqdm(steps, desc=name, unit="step")):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min((step + 1) / warmup, 1 - step / len(steps))
+        if budgets:
+            set_budget(model, budgets[step])
         total = 0.0
         for part in batch.split(args.micro_batch):
             loss = loss_of(model, part) * (len(part) / len(batch))
@@ -109,6 +113,7 @@ def train(model: Any, steps: list[torch.Tensor], args: argparse.Namespace, name:
         "seconds_a_step": round(statistics.median(np.diff(times)), 4) if len(times) > 1 else None,
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if batch.is_cuda else None,
         "losses": losses,
+        "budgets": budgets[: len(losses)],
     }
 
 
@@ -182,7 +187,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096, help="tokens a sequence (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step (%(default)s)")
     parser.add_argument("--micro-batch", type=int, default=2, help="sequences at a time (%(default)s)")
-    parser.add_argument("--budget", type=int, default=512, help="SPLA's budget in training (%(default)s)")
+    parser.add_argument(
+        "--budget", nargs="+", type=int, default=[512], help="SPLA's in training; of several, each step draws one (512)"
+    )
     parser.add_argument("--evaluate-budgets", nargs="+", type=int, default=[512, 1024])
     parser.add_argument("--page-size", type=int, default=64, help="--block-size to serve with (%(default)s)")
     parser.add_argument(
@@ -214,7 +221,7 @@ def main() -> None:
             model = load(args.model, args.device)
             options = VARIANTS[name]
             if options is not None:
-                attach(model, {**options, "budget": args.budget}, args.page_size)
+                attach(model, {**options, "budget": args.budget[0]}, args.page_size)
                 if options.get("combine") == "double_rmsnorm":
                     fit_norms(model, [part for batch in steps[:2] for part in batch.split(args.micro_batch)])
             done = train(model, steps, args, name)

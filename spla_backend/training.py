@@ -248,6 +248,26 @@ def attach(
     model.set_attn_implementation(NAME)
 
 
+def set_budget(model: PreTrainedModel, budget: int) -> None:
+    """Attend within another budget from here on, so that a training loop can draw one for each step.
+
+    Everything else stays: learned parameters, and `spla_config`, with the budget that the saved model is served with.
+    Budgets of `layer_budgets` are set aside, being made for another budget.
+
+    Args:
+        model: With SPLA attached.
+        budget: Tokens, as the option.
+
+    Raises:
+        ValueError: An invalid budget.
+    """
+    options = SplaOptions.from_sources({"budget": budget}, model.config.get_text_config().spla_config)
+    for index, module in attention_layers(model):
+        if hasattr(module, NAME):
+            layer = getattr(module, NAME)
+            layer.params = options.parameters(layer.params.page_size, index)
+
+
 def save(model: PreTrainedModel, folder: str | Path) -> None:
     """Write a model folder for `vllm serve`: weights, `config.json` with `spla_config`, and `spla.safetensors`.
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from spla_backend.training import attach, fit_norms, save
+from spla_backend.training import attach, fit_norms, save, set_budget
 
 OPTIONS = {"budget": 64, "selection_block_size": 16}
 PAPER = {**OPTIONS, "residual": "linear", "combine": "double_rmsnorm", "selector": "taylor2"}
@@ -60,6 +60,24 @@ def test_whole_budget_is_dense(model):
     attach(model, OPTIONS, PAGE)
     differs = (logits(model, ids) - dense).abs().amax((0, 2)) > 1e-3
     assert not differs[:64].any() and differs[100:].float().mean() > 0.9
+
+
+def test_set_budget(model):
+    """Attention is that of a model attached with this budget, learned parameters and the configuration stay."""
+    ids = tokens(150)
+    attach(model, {**OPTIONS, "layer_budgets": {1: 96}}, PAGE)
+    randomise(model)
+    before, config = logits(model, ids), dict(model.config.spla_config)
+    parameters = dict(model.named_parameters())
+    set_budget(model, 112)
+    changed = logits(model, ids)
+    assert model.config.spla_config == config
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    with pytest.raises(ValueError, match="budget"):
+        set_budget(model, 7)
+    attach(model, {**OPTIONS, "budget": 112}, PAGE)  # keeps what is learned
+    torch.testing.assert_close(changed, logits(model, ids))
+    assert (changed - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("options", [OPTIONS, PAPER])
@@ -160,13 +178,15 @@ def test_example_of_continued_training(model, tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "text.npz", **{kind: generator.integers(3, 100, shape) for kind, shape in kinds.items()})
     arguments = (
         f"--model {tmp_path}/start --text {tmp_path}/text.npz --output {tmp_path}/out --length 128 --batch 2 --steps 2 "
-        f"--micro-batch 1 --budget 64 --evaluate-budgets 64 --page-size 16 --documents 2"
+        f"--micro-batch 1 --budget 64 96 --evaluate-budgets 64 --page-size 16 --documents 2"
     )
     monkeypatch.setattr(sys, "argv", ["continue_training.py", *arguments.split()])
     example.main()
     assert "regression" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [t["variant"] for t in report["training"]] == ["dense", "sparse", "regression", "linear"]
+    drawn = [t["budgets"] for t in report["training"]]
+    assert drawn[0] == [] and len(drawn[1]) == 2 and set(drawn[1]) <= {64, 96} and drawn[1] == drawn[2] == drawn[3]
     assert {(row["trained"], row["attention"]) for row in report["rows"]} == {
         *((trained, attention) for trained in ("start", "dense") for attention in ("dense", "sparse", "regression")),
         *((name, name) for name in ("sparse", "regression", "linear")),
