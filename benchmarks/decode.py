@@ -51,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
 from spla_backend.algorithm.selectors import get_selector
+from spla_backend.evaluate.variants import bytes_read
 from spla_backend.kernels import triton_decode
 from spla_backend.kernels.triton_decode import TritonPagedSpla
 
@@ -90,15 +91,19 @@ class Shape:
     def budget_pages(self) -> int:
         return self.budget // self.page
 
+    @property
+    def params(self) -> SplaParameters:
+        return SplaParameters(
+            self.page,
+            self.block,
+            self.budget_blocks,
+            selector=self.selector,
+            statistics_dtype=self.statistics_dtype,
+        )
+
     def op(self, executor: str = "spla") -> TritonPagedSpla:
         return TritonPagedSpla(
-            SplaParameters(
-                self.page,
-                self.block,
-                self.budget_blocks,
-                selector=self.selector,
-                statistics_dtype=self.statistics_dtype,
-            ),
+            self.params,
             num_heads=HEADS,
             num_kv_heads=KV_HEADS,
             head_size=HEAD_SIZE,
@@ -172,14 +177,7 @@ class Pool:
 
 def spla_bytes(shape: Shape) -> int:
     """Bytes that a steady SPLA step must move for one row."""
-    item = DTYPE.itemsize
-    if shape.context <= shape.budget:
-        return KV_HEADS * shape.context * 2 * HEAD_SIZE * item
-    blocks = (shape.context - 1) // shape.page * (shape.page // shape.block)
-    width = get_selector(shape.selector).width(HEAD_SIZE)
-    block_statistics = blocks * width * (1 if shape.statistics_dtype == "fp8" else item)
-    state = (HEAD_SIZE + 2) * HEAD_SIZE * 4
-    return KV_HEADS * (block_statistics + shape.budget * 2 * HEAD_SIZE * item + state)
+    return KV_HEADS * bytes_read(shape.params, shape.context, HEAD_SIZE)
 
 
 def time_steps(run: Run, steps: list[Rows]) -> tuple[float, float, torch.cuda.CUDAGraph, int]:

@@ -276,7 +276,7 @@ class CpuPagedSpla(TorchPagedSpla):
         q = query[tokens.where].float().contiguous()
         out = torch.empty_like(q)
         cache, layout = self._flatten(kv_cache), self.page_layout
-        stored = cache.elements if layout.formats is None else cache.bytes
+        stored = cache.bytes if layout.fp8_statistics else cache.elements
         from_page, from_head, from_row = (step * layout.itemsize // layout.statistics_itemsize for step in cache.steps)
         area = layout.page_size * from_row, from_page, from_head, layout.statistics_stride
         num_read = np.empty((len(tokens.rows), self.num_kv_heads), np.int32)

@@ -110,7 +110,7 @@ class FusedDecode:
         self.params, self.group, self.num_kv_heads, self.head_size = params, group, num_kv_heads, head_size
         self.cache_dtype, self.scale = cache_dtype, scale
         self._num_sms, self._blocks, self._score_blocks = num_sms, blocks, score_blocks
-        self._fp8 = page_layout.formats is not None
+        self._fp8 = page_layout.fp8_statistics
         self.max_units = -(-max_model_len // params.page_size) * params.blocks_per_page
         self._group_p = 1 << (group - 1).bit_length()
         elements = params.page_size * 2 * head_size + page_layout.stamp_offset

@@ -43,9 +43,14 @@ class PageLayout:
         return self.page_size // self.selection_block
 
     @property
+    def fp8_statistics(self) -> bool:
+        """Whether statistics take a byte an element (the option `statistics_dtype: fp8`)."""
+        return self.formats is not None
+
+    @property
     def statistics_itemsize(self) -> int:
         """Bytes of one stored element of statistics."""
-        return self.itemsize if self.formats is None else 1
+        return 1 if self.fp8_statistics else self.itemsize
 
     @property
     def statistics_stride(self) -> int:
@@ -70,7 +75,7 @@ class PageLayout:
     def stored(self, area: torch.Tensor) -> torch.Tensor:
         """Statistics as they are stored, `[..., blocks_per_page, statistics_width]`: a view of an area that begins with
         them and is whole or shorter."""
-        if self.formats is not None:
+        if self.fp8_statistics:
             area = area.view(torch.uint8)
         used = area[..., : self.blocks_per_page * self.statistics_stride]
         return used.unflatten(-1, (self.blocks_per_page, self.statistics_stride))[..., : self.statistics_width]

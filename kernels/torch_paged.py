@@ -464,7 +464,7 @@ class TorchPagedSpla:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the slots `[requests, slots * selection_block, head_size]` float32, finite."""
         ids = table.indices if slots.even else table.indices[slots.where]
-        kv = self._read_blocks(kv_cache, ids.numpy()).view(*slots.visible.shape, 2 * self.head_size)
+        kv = self._gather_blocks(kv_cache, ids.numpy()).view(*slots.visible.shape, 2 * self.head_size)
         # Behind the last token, and in the place of a missing block, stands whatever the page held before.
         if slots.even:
             kv[:, -1].masked_fill_(~slots.visible[:, -1, :, None], 0.0)
@@ -473,7 +473,7 @@ class TorchPagedSpla:
         keys, values = kv.flatten(1, 2).split(self.head_size, -1)
         return keys.float(), values.float()
 
-    def _read_blocks(self, kv_cache: torch.Tensor, ids: NDArray[np.integer]) -> torch.Tensor:
+    def _gather_blocks(self, kv_cache: torch.Tensor, ids: NDArray[np.integer]) -> torch.Tensor:
         """`[n, selection_block * 2 * head_size]` of the page-table ids `ids`, in row-major order."""
         params = self.params
         pages, blocks = np.divmod(ids.astype(np.int64), params.blocks_per_page)
@@ -556,7 +556,7 @@ class TorchPagedSpla:
         slots = torch.where(exists, slots, slots[:, :1])
         page, block = np.divmod(slots.numpy(), per_page)
         ids = (tile.pages[0][page] * heads + self._head) * per_page + block
-        kv = self._read_blocks(kv_cache, ids).view(heads, longest, params.selection_block, 2 * self.head_size)
+        kv = self._gather_blocks(kv_cache, ids).view(heads, longest, params.selection_block, 2 * self.head_size)
         chosen = selected[0].gather(-1, slots[:, None].expand(-1, tile.num_tokens, -1)) & exists[:, None]
         chosen = chosen.repeat_interleave(self.group, 1)  # [kv_heads, tokens * group, slots]
 

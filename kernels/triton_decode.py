@@ -428,7 +428,7 @@ class TritonPagedSpla:
         score_splits = max(1, min(-(-self.max_units // chunk), _power(512 / units), 32))
         # Where statistics are bytes a long row takes twice as many a step; with more columns registers would spill.
         few_columns = self._group_p * query_len <= 8
-        wide = self.page_layout.formats is not None and few_columns and self.max_units >= 32 * chunk * score_splits
+        wide = self.page_layout.fp8_statistics and few_columns and self.max_units >= 32 * chunk * score_splits
         if wide:
             chunk *= 2
         # More splits than tiles would be idle; past 16, merging costs more than reading gains.
@@ -493,7 +493,7 @@ class TritonPagedSpla:
             ),
             {
                 "D": self.head_size, "DP": self._dp, "PAGE": self.params.page_size, "UNIT": block,
-                "STRIDE": self.page_layout.statistics_stride, "FP8": self.page_layout.formats is not None,
+                "STRIDE": self.page_layout.statistics_stride, "FP8": self.page_layout.fp8_statistics,
                 "TOKENS": tokens, "TILE": tile, "STAMP_WORD": self._stamp_word,
                 "LIMIT": torch.finfo(self.cache_dtype).max, "SELECTOR": SELECTOR_CODES[self.params.selector],
                 "DEPENDENT": self._dependent, **self._launch_early,
@@ -681,7 +681,7 @@ class TritonPagedSpla:
             D=self.head_size,
             DP=self._dp,
             STRIDE=self.page_layout.statistics_stride,
-            FP8=self.page_layout.formats is not None,
+            FP8=self.page_layout.fp8_statistics,
             LOG_UNIT=math.log(params.selection_block),
             CHUNK=tuning.chunk,
             STAGES=tuning.score_stages,

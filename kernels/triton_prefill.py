@@ -211,7 +211,7 @@ class TritonPrefill:
             tuning = SMALL if small else PrefillTuning()
             if params.selector == "km2-rem":  # twice the statistics
                 tuning = replace(tuning, normalise_chunk=32)
-            elif base.page_layout.formats is not None and not small:
+            elif base.page_layout.fp8_statistics and not small:
                 # Bytes pass through registers before a matrix product; a tile of few rows has registers for more.
                 if min(32, params.selection_block & -params.selection_block) * base._group_p <= 64:
                     tuning = replace(tuning, share_chunk=64)
@@ -642,7 +642,7 @@ class TritonPrefill:
             {
                 "PARTS": parts, "SLICE": tuning.state_slice, "PAGE": base.params.page_size, "TILE": base._fold_tile,
                 "STAGES": tuning.state_stages, "LINEAR": self._linear,
-                "KEEP_Z": self._linear or base.page_layout.formats is not None,
+                "KEEP_Z": self._linear or base.page_layout.fp8_statistics,
                 "num_warps": tuning.state_warps, **self._state_constants(),
             },
             layer,
@@ -662,7 +662,7 @@ class TritonPrefill:
         strides = query.stride(0), query.stride(1), kv_cache.stride(0), kv_cache.stride(1)
         table_stride, last_page = own["block_table"].stride(0), len(kv_cache) - 1
         unit_p, stride = triton.next_power_of_2(params.selection_block), base.page_layout.statistics_stride
-        fp8 = base.page_layout.formats is not None
+        fp8 = base.page_layout.fp8_statistics
         deep = unit_p * self._dp <= 8192  # whether several selection blocks are in shared memory at a time
         grouped = pool["out"].view(torch.float32)
         shape = {"GROUP": base.group, "GROUP_P": self._group_p, "D": d, "DP": self._dp, "PAGE": params.page_size,

@@ -117,7 +117,7 @@ def _launch_read(q: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor) -> torc
     return out
 
 
-class _ReadBlocks(torch.autograd.Function):
+class _ReadChosenSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(q, s, chosen)
@@ -138,7 +138,7 @@ class _ReadBlocks(torch.autograd.Function):
         return for_q, for_s, None
 
 
-def read_blocks(q: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def read_chosen_sums(q: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Sum of `q S_b` over the blocks that are chosen for each query.
 
     Args:
@@ -149,4 +149,4 @@ def read_blocks(q: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor) -> torch
     Returns:
         `[rows, N, E]` float32.
     """
-    return _ReadBlocks.apply(q.contiguous(), s, chosen.contiguous())
+    return _ReadChosenSums.apply(q.contiguous(), s, chosen.contiguous())

@@ -48,7 +48,7 @@ from spla_backend.calibrate.budgets import Continued, allocate, gradients, head_
 from spla_backend.evaluate import report
 from spla_backend.evaluate.capture import AttentionInputs, CapturingModel, Visit
 from spla_backend.evaluate.documents import Document, cut_documents, load_tokenizer
-from spla_backend.evaluate.fidelity import Point, measure, sample_positions, summary
+from spla_backend.evaluate.fidelity import Point, measure, sample_positions, standard_error, summary
 from spla_backend.evaluate.perplexity import segment_means
 from spla_backend.evaluate.variants import ModelShape
 from spla_backend.models import gguf
@@ -322,9 +322,9 @@ def document_of(row: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
     return row["file"], tuple(row["first_tokens"])
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+def rounded_mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     x = torch.tensor(values, dtype=torch.float64)
-    return round(x.mean().item(), 5), round((x.std() / math.sqrt(len(x))).item(), 5)
+    return round(x.mean().item(), 5), standard_error(x)
 
 
 def loss_rows(segments: Sequence[Mapping[str, Any]], length: int, head_size: int) -> list[dict[str, Any]]:
@@ -343,12 +343,12 @@ def loss_rows(segments: Sequence[Mapping[str, Any]], length: int, head_size: int
         row["decode_us"] = decode_us(selector, block, tokens)
         pairs = [(x, of_default[document_of(x)]) for x in mine if document_of(x) in of_default]
         for key in ("loss", "divergence"):
-            row[key], row[f"{key}_se"] = mean_and_error([x for document in mine for x in document[key]])
+            row[key], row[f"{key}_se"] = rounded_mean_and_error([x for document in mine for x in document[key]])
             if name != f"rem:{PAGE}" and pairs:
                 differences = [x - y for a, b in pairs for x, y in zip(a[key], b[key], strict=True)]
-                row[f"{key}_against_default"], row[f"{key}_against_default_se"] = mean_and_error(differences)
+                row[f"{key}_against_default"], row[f"{key}_against_default_se"] = rounded_mean_and_error(differences)
                 row[f"{key}_shares"] = [round(sum(a[key]) / sum(b[key]), 3) for a, b in pairs]
-        row["loss_of_documents"] = [mean_and_error(document["loss"])[0] for document in mine]
+        row["loss_of_documents"] = [rounded_mean_and_error(document["loss"])[0] for document in mine]
         rows.append(row)
     return rows
 

@@ -53,7 +53,7 @@ def buckets_of(edges: Sequence[int] | None, length: int) -> list[tuple[int, int]
     return list(itertools.pairwise(edges))
 
 
-def mean_and_error(losses: Sequence[Sequence[float]], start: int, end: int) -> tuple[float, float | None]:
+def bucket_mean_and_error(losses: Sequence[Sequence[float]], start: int, end: int) -> tuple[float, float | None]:
     """Mean and standard error of what lies at positions `start .. end - 1`.
 
     Args:
@@ -76,10 +76,11 @@ def mean_and_error(losses: Sequence[Sequence[float]], start: int, end: int) -> t
 def compare(
     losses: Sequence[Sequence[float]], dense: Sequence[Sequence[float]], start: int, end: int
 ) -> dict[str, Any]:
-    """Loss, perplexity and the paired difference to dense in a bucket of positions, arguments as `mean_and_error`."""
-    loss, _ = mean_and_error(losses, start, end)
+    """Loss, perplexity and the paired difference to dense in a bucket of positions, arguments as
+    `bucket_mean_and_error`."""
+    loss, _ = bucket_mean_and_error(losses, start, end)
     differences = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(losses, dense, strict=True)]
-    difference, error = mean_and_error(differences, start, end)
+    difference, error = bucket_mean_and_error(differences, start, end)
     return {
         "start": start,
         "end": end,
@@ -186,8 +187,8 @@ def looks_dense(losses: Sequence[Sequence[float]], dense: Sequence[Sequence[floa
     length = len(distances[0]) + 1
     if length < 2 * budget:
         return False
-    within, _ = mean_and_error(distances, 1, budget)
-    beyond, _ = mean_and_error(distances, 2 * budget, length)
+    within, _ = bucket_mean_and_error(distances, 1, budget)
+    beyond, _ = bucket_mean_and_error(distances, 2 * budget, length)
     return beyond <= 1.5 * within
 
 

@@ -187,8 +187,7 @@ def without_residual(params: SplaParameters) -> SplaParameters:
 
 
 def mean_bytes_read(layers: Mapping[int, SplaParameters], seq_len: int, shape: ModelShape) -> int:
-    """`bytes_read` with a cache of 2-byte elements, the mean over the layers of a model; those not in `layers` are
-    dense."""
+    """`bytes_read`, the mean over the layers of a model; those not in `layers` are dense."""
     of_layers = [bytes_read(layers.get(i), seq_len, shape.head_size) for i in range(shape.num_layers)]
     return round(sum(of_layers) / shape.num_layers)
 
@@ -198,33 +197,28 @@ def smallest_budget(layers: Mapping[int, SplaParameters]) -> int:
     return min(params.budget_blocks * params.selection_block for params in layers.values())
 
 
-def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int, itemsize: int = 2) -> int:
+def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int) -> int:
     """Bytes that attention of one decode token must read, for one layer and kv head: the floor, whatever a kernel does.
 
-    Statistics of every complete page, keys and values of the selected blocks, the float32 recurrent state. With top-p
-    it is what the whole budget reads, an upper bound.
+    Statistics of every complete page, keys and values of the selected blocks, the float32 recurrent state; elements of
+    the cache take 2 bytes. With top-p it is what the whole budget reads, an upper bound.
 
     Args:
         params: What is computed; None for dense attention.
         seq_len: Tokens of the sequence, the current one included.
         head_size: Size of a key and of a value.
-        itemsize: Bytes of an element of the cache.
     """
-    dense = seq_len * 2 * head_size * itemsize
-    if params is None:
-        return dense
-    from ..algorithm.residual import make_residual
-    from ..algorithm.selectors import get_selector
+    of_token = 2 * head_size * 2
+    if params is None or params.budget_blocks > (seq_len - 1) // params.selection_block:
+        return seq_len * of_token
+    import torch
 
-    block = params.selection_block
-    current = (seq_len - 1) // block
-    if params.budget_blocks > current:
-        return dense
+    from ..kernels.layout import layouts
+
+    page, state = layouts(params, head_size, torch.bfloat16)
     num_complete = (seq_len - 1) // params.page_size * params.blocks_per_page
-    of_statistics = 1 if params.statistics_dtype == "fp8" else itemsize  # bytes an element
-    statistics = num_complete * get_selector(params.selector).width(head_size) * of_statistics
+    # Not `statistics_bytes`: that counts what aligns one block's statistics behind another's.
+    statistics = num_complete * page.statistics_width * page.statistics_itemsize
     # The current block, the last of the selected, may be partly filled.
-    selected = ((params.budget_blocks - 1) * block + (seq_len - 1) % block + 1) * 2 * head_size * itemsize
-    residual = make_residual(params, head_size)
-    state = 0 if residual is None else 4 * (residual.s_rows * head_size + residual.z_size)
-    return statistics + selected + state
+    selected = (params.budget_blocks - 1) * params.selection_block + (seq_len - 1) % params.selection_block + 1
+    return statistics + selected * of_token + 4 * (state.s_rows * head_size + state.z_size)

@@ -10,10 +10,10 @@ from spla_backend import training
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.residual import make_residual
 from spla_backend.algorithm.sequence import spla_attention
-from spla_backend.kernels.triton_read_blocks import read_blocks
+from spla_backend.kernels.triton_read_blocks import read_chosen_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-READERS = {torch.float32: read_blocks, torch.float64: None}
+READERS = {torch.float32: read_chosen_sums, torch.float64: None}
 LINEAR = {"residual": "linear", "combine": "double_rmsnorm", "rms_norm_eps": 1.0}
 
 
@@ -69,5 +69,5 @@ def test_training_reads_by_the_kernel():
                 SplaParameters(16, 16, 4, **options), torch.empty(1, d, dtype=dtype, device=device)
             )
 
-    assert reader(64) is reader(128, residual="linear") is read_blocks
+    assert reader(64) is reader(128, residual="linear") is read_chosen_sums
     assert reader(256) is reader(64, "cpu") is reader(64, dtype=torch.float64) is reader(64, residual="none") is None
