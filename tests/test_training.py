@@ -164,12 +164,16 @@ def test_fitted_norms_begin_near_the_model(model):
     assert all(not layer.self_attn.spla.tail_norm.any() for layer in model.model.layers)
 
 
+def script(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).parents[1] / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_example_of_continued_training(model, tmp_path, monkeypatch, capsys):
     """The script trains, evaluates and, called again, goes on with what there is."""
-    path = Path(__file__).parents[1] / "examples" / "continue_training.py"
-    spec = importlib.util.spec_from_file_location("continue_training", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = script("examples/continue_training.py")
     monkeypatch.setattr(example, "load_tokenizer", lambda folder: SimpleNamespace(save_pretrained=lambda folder: None))
     monkeypatch.setattr(example, "BUCKETS", (32, 64, 128))
     model.save_pretrained(tmp_path / "start")
@@ -193,3 +197,37 @@ def test_example_of_continued_training(model, tmp_path, monkeypatch, capsys):
     }
     monkeypatch.setattr(example, "train", None)  # nothing is trained again
     example.main()
+
+
+def test_benchmark_pairs(tmp_path, monkeypatch):
+    """What trained models are served with, and with what each is compared."""
+    benchmark = script("benchmarks/training.py")
+    monkeypatch.setattr(benchmark, "BUCKETS", (1, 3))
+    for name in ("dense", "sparse", "regression", "linear"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training.json").write_text("{}")
+    jobs = benchmark.jobs_of(SimpleNamespace(trained=tmp_path, model="start", budgets=[64]))
+    served = {(job["trained"], job["attention"]) for job in jobs}
+    assert served == {
+        *((trained, attention) for trained in ("start", "dense") for attention in ("dense", "sparse", "regression")),
+        *(("sparse", "trained"), ("sparse", "regression"), ("regression", "trained"), ("regression", "sparse")),
+        ("linear", "trained"),
+    }
+    losses = {}
+    for i, job in enumerate(jobs):
+        losses[job["trained"], job["attention"]] = i
+        done = {"losses": {"code": [[float(i), i + 1.0], [i + 2.0, i + 3.0]]}, "texts": ["7" if i % 2 else ""]}
+        (tmp_path / f"{job['name']}.json").write_text(json.dumps(done))
+    rows = benchmark.rows_of(jobs, {"tasks": ["single"], "answers": [["7"]]}, tmp_path)
+    assert len(rows) == 3 * len(jobs)  # code, the task and the mean over tasks
+    for row in rows:
+        mine, trained = losses[row["trained"], row["attention"]], row["trained"]
+        dense = losses["start" if trained == "start" else "dense", "dense"]
+        sparse = losses[(trained, "sparse") if trained in ("start", "dense") else ("sparse", "trained")]
+        own = row["attention"] == "dense" or mine == sparse
+        if row["kind"] == "perplexity":
+            assert row["difference"] == mine - dense
+            assert row.get("sparse_difference") == (None if own else mine - sparse)
+        else:
+            assert row["score"] == mine % 2 and row["difference"] == mine % 2 - dense % 2
+            assert row.get("sparse_difference") == (None if own else mine % 2 - sparse % 2)

@@ -9,13 +9,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """Draw a report into an image file.
 
     Args:
-        report: What `spla-eval` wrote.
+        report: What `spla-eval`, `benchmarks/training.py` or `examples/continue_training.py` wrote.
         path: The image; its suffix names the format.
 
     Raises:
         ValueError: No report of this project.
     """
-    kinds = {"perplexity": _perplexity, "fidelity": _fidelity, "tasks": _tasks}
+    kinds = {"perplexity": _perplexity, "fidelity": _fidelity, "tasks": _tasks, "training": _training}
     if not isinstance(report, dict) or report.get("kind") not in kinds:
         raise ValueError(f"no report of spla-eval: 'kind' must be one of {', '.join(kinds)}")
     import matplotlib
@@ -150,4 +150,35 @@ def _tasks(report: dict[str, Any]) -> Any:
     axes.legend(fontsize=6)
     for axes in panels[len(tasks) + 1 :]:
         axes.remove()
+    return figure
+
+
+def _training(report: dict[str, Any]) -> Any:
+    """Of trained models, in the last bucket of positions: loss above dense and above sparse attention alone by budget; a
+    row of panels a text."""
+    rows = [row for row in report["rows"] if "text" in row and row["trained"] != "start"]
+    last = max(row["end"] for row in rows)
+    rows = [row for row in rows if row["end"] == last and row["budget"] is not None]
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    pairs = list(dict.fromkeys((row["trained"], row["attention"]) for row in rows))
+    values = {"difference": "above dense", "sparse_difference": "above sparse attention alone"}
+    budgets = sorted({row["budget"] for row in rows})
+    figure, grid = _figure(len(texts), 2, 6, 3.6)
+    for text, panels in zip(texts, grid, strict=True):
+        for axes, (value, against) in zip(panels, values.items(), strict=True):
+            for pair, style in zip(pairs, _styles(len(pairs)), strict=True):
+                of_pair = [row for row in rows if (row["trained"], row["attention"], row["text"]) == (*pair, text)]
+                mine = sorted((row for row in of_pair if value in row), key=lambda row: row["budget"])
+                trained, attention = pair
+                axes.errorbar(
+                    [row["budget"] for row in mine], [row[value] for row in mine],
+                    [row[f"{value}_se"] or 0 for row in mine], capsize=3, **style,
+                    label=trained if attention in ("trained", trained) else f"{trained}, served with {attention}",
+                )  # fmt: skip
+            axes.axhline(0, color="grey", linewidth=0.8)
+            axes.set(xscale="log", title=f"{text}, {against}", xlabel="budget (tokens)", ylabel="nats a token")
+            axes.set_xticks(budgets, [str(budget) for budget in budgets])
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+    grid[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure

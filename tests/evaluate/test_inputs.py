@@ -203,6 +203,20 @@ REPORTS = {
         for selector in ("mean", "rem", "oracle")
         for budget in (512, 1024)
     ],
+    "training": [
+        {
+            "trained": t,
+            "attention": a,
+            "budget": b,
+            "text": "prose",
+            "end": 20,
+            "difference": 0.1,
+            "difference_se": None,
+        }
+        | ({"sparse_difference": 0.01, "sparse_difference_se": 0.001} if a == "trained" else {})
+        for t, a in (("start", "dense"), ("dense", "sparse"), ("regression", "trained"))
+        for b in (512, 1024)
+    ],
 }
 
 
