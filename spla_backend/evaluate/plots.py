@@ -154,7 +154,7 @@ def _tasks(report: dict[str, Any]) -> Any:
 
 
 def _training(report: dict[str, Any]) -> Any:
-    """Of trained models, in the last bucket of positions: loss above dense and above sparse attention alone by budget; a
+    """Trained models in the last bucket of positions: loss above dense and above sparse attention alone by budget; a
     row of panels a text."""
     rows = [row for row in report["rows"] if "text" in row and row["trained"] != "start"]
     last = max(row["end"] for row in rows)
