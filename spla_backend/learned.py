@@ -241,7 +241,7 @@ def check(
 
 
 def read_layer(path: Path, layer: int, *, num_heads: int, num_kv_heads: int, head_size: int) -> LayerParameters:
-    """What a file holds for one layer, of all heads.
+    """What a file holds for one layer, of all heads; nothing where it holds options alone.
 
     Args:
         path: The file.
@@ -251,16 +251,17 @@ def read_layer(path: Path, layer: int, *, num_heads: int, num_kv_heads: int, hea
         head_size: `d`.
 
     Raises:
-        ValueError: Nothing for this layer, or of the wrong shape.
+        ValueError: Something for other layers only, or of the wrong shape.
     """
     tensors = {}
     with _open(path) as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
+        names = file.keys()
+        for name in names:
             index, parameter = _parse(path, name)
             if index == layer:
                 _check_tensor(path, name, file.get_slice(name), num_heads, num_kv_heads, head_size)
                 tensors[parameter] = file.get_tensor(name)
-    if not tensors:
+    if names and not tensors:
         raise ValueError(f"{path} holds nothing for layer {layer} of the model: write the file again with all layers")
     negative = any(tensors[name].amin() < 0 for name in ("gain", "residual_scale") if name in tensors)
     if negative or not all(tensor.isfinite().all() for tensor in tensors.values()):

@@ -64,7 +64,7 @@ class SplaOptions:
         """Merge option mappings, the first that names a key winning.
 
         One that names `budget` and no `layer_budgets` sets aside those of the mappings behind it, which were made for
-        another budget.
+        another budget; one that names `dense_layers` those of these layers.
 
         Raises:
             ValueError: Unknown key, wrong type or value out of range; one sentence naming what is valid.
@@ -77,6 +77,9 @@ class SplaOptions:
                 raise ValueError(f"SPLA options must be a mapping of names to values, not {source!r}")
             if "budget" in source:
                 merged.pop("layer_budgets", None)
+            source = _with_indices(source)
+            if isinstance(dense := source.get("dense_layers"), tuple) and "layer_budgets" in merged:
+                merged["layer_budgets"] = {i: n for i, n in merged["layer_budgets"].items() if i not in dense}
             merged.update(source)
         known = {f.name for f in fields(cls)}
         for key in merged:
@@ -84,10 +87,6 @@ class SplaOptions:
                 near = difflib.get_close_matches(str(key), known, 1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise ValueError(f"unknown SPLA option {key!r}{hint}: valid options are {', '.join(sorted(known))}")
-        if isinstance(merged.get("dense_layers"), list):  # as JSON has it
-            merged["dense_layers"] = tuple(merged["dense_layers"])
-        if "layer_budgets" in merged:
-            merged["layer_budgets"] = _by_index(merged["layer_budgets"])
         options = cls(**merged)
         options._check()
         return options
@@ -240,6 +239,16 @@ class SplaOptions:
                     f"{params.max_forced_blocks * block}"
                 )
         return params
+
+
+def _with_indices(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with indices of layers as they are kept here, not as JSON has them."""
+    options = dict(source)
+    if isinstance(options.get("dense_layers"), list):
+        options["dense_layers"] = tuple(options["dense_layers"])
+    if "layer_budgets" in options:
+        options["layer_budgets"] = _by_index(options["layer_budgets"])
+    return options
 
 
 def _by_index(value: Any) -> dict[int, int]:

@@ -79,6 +79,13 @@ def test_dense_layers_need_no_parameters(tmp_path):
     learned.check(path, layers=[0, 1], dense_layers=[0], combine="shared_normalizer", residual="regression", **SHAPE)
 
 
+def test_a_file_of_options_alone(tmp_path):
+    path = tmp_path / learned.FILE_NAME
+    learned.write(path, {}, {"dense_layers": [1]})
+    assert learned.check(path, layers=[0, 1], combine="double_rmsnorm", residual="linear", **SHAPE) == set()
+    assert learned.read_layer(path, 0, **SHAPE) == LayerParameters()
+
+
 def test_half_a_norm_is_refused(tmp_path):
     path = tmp_path / learned.FILE_NAME
     write_raw(path, {"layers.0.exact_norm": torch.ones(HEADS, SIZE)})

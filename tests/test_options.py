@@ -57,3 +57,12 @@ def test_budgets_come_from_one_source():
     assert alone.layer_budgets == {} and (alone.budget, alone.selector) == (2048, "mean")
     both = SplaOptions.from_sources({"layer_budgets": {"1": 640}}, None, of_file)
     assert both.layer_budgets == {1: 640} and both.budget == 1024
+
+
+def test_dense_layers_go_before_budgets_from_behind():
+    of_file = {"budget": 1024, "layer_budgets": {"0": 512, "1": 2048}, "dense_layers": [2]}
+    mine = SplaOptions.from_sources({"dense_layers": [1]}, None, of_file)
+    assert mine.dense_layers == (1,) and mine.layer_budgets == {0: 512} and mine.budget == 1024
+    assert SplaOptions.from_sources({"dense_layers": []}, of_file).layer_budgets == {0: 512, 1: 2048}
+    with pytest.raises(ValueError, match="both name layer 1"):
+        SplaOptions.from_sources({"dense_layers": [1], "layer_budgets": {"1": 512}})

@@ -44,7 +44,8 @@ from spla_backend.algorithm.selectors import (
     selector_names,
 )
 from spla_backend.algorithm.sequence import spla_attention, unselected_blocks
-from spla_backend.calibrate.budgets import Continued, allocate, gradients, head_groups, loss_of
+from spla_backend.calibrate.budgets import allocate
+from spla_backend.calibrate.costs import Continued, gradients, head_groups, loss_of
 from spla_backend.evaluate import report
 from spla_backend.evaluate.capture import AttentionInputs, CapturingModel, Visit
 from spla_backend.evaluate.documents import Document, cut_documents, load_tokenizer

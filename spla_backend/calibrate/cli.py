@@ -1,4 +1,4 @@
-"""`spla-calibrate`: fit the residual's gains and scales, or budgets of layers, to a model on the user's text."""
+"""`spla-calibrate`: fit gains and scales, dense layers, or budgets of layers to a model on the user's text."""
 
 import argparse
 import os
@@ -9,7 +9,8 @@ from typing import Any
 
 _DESCRIPTION = """\
 Fit gains (by head) and scales (by layer) of SPLA's residual to a frozen model, by distillation from its own dense
-attention on your text; with --budgets, spread the budget over the layers by what it saves there. Write
+attention on your text; with --dense-layers, leave the layers dense that lose most under SPLA; with --budgets, spread
+the budget over the layers by what it saves there. Write
 spla.safetensors, which `vllm serve` picks up from the model's folder. Fetches nothing. A table compares before and
 after on held-out text.
 """
@@ -65,14 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", type=positive, default=4096, help="tokens of a window to fit on, beyond the budget (%(default)s)")
     add("--test-length", type=positive, default=8192, help="tokens of a document to judge on (%(default)s)")
     add("--test-documents", type=positive, metavar="N", help="documents a --test file; default: all that fit")
-    add("--steps", type=count, help="windows to fit gains and scales on, one a step (40, with --budgets 0)")
+    add("--steps", type=count, help="windows to fit gains and scales on, one a step (40; 0 with the next two)")
+    add(
+        "--dense-layers",
+        type=positive,
+        metavar="N",
+        help="first leave the N layers dense whose being sparse costs most: added to the option dense_layers",
+    )
     add(
         "--budgets",
         type=positive,
         nargs="?",
         const=6,
         metavar="N",
-        help="first fit budgets of layers, of the same sum, on N windows (%(const)s): the option layer_budgets",
+        help="first fit budgets of (the other) layers, of the same sum, on N windows (%(const)s): option layer_budgets",
     )
     add("--learning-rate", type=float, default=0.08, help="of Adam (%(default)s)")
     add("--features", action="store_true", help="of the residual 'linear', fit a matrix before the feature map, too")

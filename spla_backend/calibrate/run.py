@@ -1,4 +1,4 @@
-"""What `spla-calibrate` does: cut the text, fit budgets, gains and scales, judge on held-out text, write."""
+"""What `spla-calibrate` does: cut the text, fit layers, gains and scales, judge on held-out text, write."""
 
 import argparse
 import random
@@ -21,10 +21,12 @@ from ..evaluate.fidelity import attention
 from ..evaluate.perplexity import compare, rows_of, segments_of, table
 from ..evaluate.variants import DENSE, ModelShape, smallest_budget, without_residual
 from ..options import SplaOptions
-from .budgets import Continued, fit_budgets
+from .costs import Continued
 from .fit import HeadParameters, fit
+from .layers import FittedLayers, fit_layers
 
 NONE, BEFORE, AFTER = "no residual", "before", "after"
+_WINDOWS = 6  # to choose dense layers on, where budgets do not say how many
 
 
 def run(args: argparse.Namespace) -> str:
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> str:
     params = options.parameters(args.page_size)
     options.check_layers(range(shape.num_layers))
     before = options.layers(args.page_size, range(shape.num_layers))
-    steps = args.steps if args.steps is not None else 0 if args.budgets else 40
+    steps = args.steps if args.steps is not None else 0 if args.budgets or args.dense_layers else 40
     path = _output(args.output or Path(args.model) / learned.FILE_NAME)
     if args.report is not None:
         _output(args.report)
@@ -48,6 +50,7 @@ def run(args: argparse.Namespace) -> str:
             "spla-calibrate fits the residual under a shared normaliser: set the option residual to 'regression' or "
             "'linear', and combine to 'shared_normalizer'"
         )
+    _check_layers(args, len(before), shape.spla_config or {})
     if args.features and params.residual != "linear":
         raise ValueError("--features fits the feature map of the residual 'linear': set the option residual to it")
     test_length = min(args.test_length, shape.max_position)
@@ -61,20 +64,10 @@ def run(args: argparse.Namespace) -> str:
     model = Continued(args.model, getattr(torch, args.dtype), device, head=True)
 
     began = time.monotonic()
-    if args.budgets:
-        some = windows[: args.budgets]
-        with tqdm(total=len(some) * len(before), desc="fitting budgets", unit="layer") as bar:
-            blocks = fit_budgets(
-                model,
-                some,
-                params,
-                before,
-                sum(layer.budget_blocks for layer in before.values()),
-                tail=min(512, args.length // 4),
-                seed=args.seed,
-                report=bar.update,
-            )
-        options = replace(options, layer_budgets={i: n * params.selection_block for i, n in blocks.items()})
+    chosen: FittedLayers | None = None
+    if args.budgets or args.dense_layers:
+        chosen = _fit_layers(args, model, windows[: args.budgets or _WINDOWS], before)
+        options = _chosen_options(options, chosen, params.selection_block)
     after = options.layers(args.page_size, range(shape.num_layers))
     fitted = HeadParameters(
         shape.num_layers,
@@ -104,7 +97,8 @@ def run(args: argparse.Namespace) -> str:
     seconds = round(time.monotonic() - began, 1)
 
     with torch.no_grad():
-        layers = {i: layer for i, layer in fitted.layers().items() if i in after}
+        # Those of dense layers are as they came: whoever leaves fewer layers dense finds all that it takes.
+        layers = fitted.layers() if steps else None
     none = {i: without_residual(layer) for i, layer in before.items()}
     visits = {
         DENSE.name: None,
@@ -126,7 +120,9 @@ def run(args: argparse.Namespace) -> str:
             buckets,
             shape,
         ),
+        "dense_layers": options.dense_layers,
         "layer_budgets": options.layer_budgets,
+        "layer_costs": [{"layer": i, "nats": round(x, 7)} for i, x in chosen.costs.items()] if chosen else [],
         "after_against_before": {key: gained[key] for key in ("difference", "difference_se")},
         "segments": segments_of(losses, files),
         "divergence_of_steps": [round(x, 6) for x in divergences],
@@ -135,14 +131,75 @@ def run(args: argparse.Namespace) -> str:
                 "layer": i,
                 **{name: [round(x, 4) for x in t.tolist()] for name, t in layer.tensors().items() if t.dim() == 1},
             }
-            for i, layer in layers.items()
+            for i, layer in (layers or {}).items()
+            if i in after
         ],
     }
-    learned.write(path, layers, _options_of(options, params))
+    learned.write(path, layers or {}, _options_of(options, params))
     if args.report is not None:
         report.write(result, args.report)
     error = f" +- {gained['difference_se']:.4f}" if gained["difference_se"] is not None else ""
-    return f"{table(result)}\nafter - before: {gained['difference']:+.4f}{error}\nwritten: {path}"
+    ranking = f"{_ranking(chosen)}\n\n" if chosen else ""
+    return f"{ranking}{table(result)}\nafter - before: {gained['difference']:+.4f}{error}\nwritten: {path}"
+
+
+def _check_layers(args: argparse.Namespace, num_layers: int, of_config: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: Layers cannot be chosen, or what is written would not count.
+    """
+    if args.dense_layers and args.dense_layers >= num_layers:
+        raise ValueError(
+            f"--dense-layers {args.dense_layers} leaves SPLA none of the {num_layers} layers that it computes: give "
+            f"at most {num_layers - 1}"
+        )
+    for flag, wanted, name in (
+        ("--dense-layers", args.dense_layers, "dense_layers"),
+        ("--budgets", args.budgets, "layer_budgets"),
+    ):
+        if wanted and name in of_config:
+            raise ValueError(
+                f"{name} of spla_config in the model's config.json goes before what {flag} writes: take it out there"
+            )
+
+
+def _fit_layers(
+    args: argparse.Namespace,
+    model: Continued,
+    windows: Sequence[Sequence[int]],
+    before: Mapping[int, SplaParameters],
+) -> FittedLayers:
+    with tqdm(total=len(windows) * len(before), desc="costs of layers", unit="layer") as bar:
+        return fit_layers(
+            model,
+            windows,
+            before,
+            num_dense=args.dense_layers or 0,
+            budgets=bool(args.budgets),
+            tail=min(512, args.length // 4),
+            seed=args.seed,
+            report=bar.update,
+        )
+
+
+def _chosen_options(options: SplaOptions, chosen: FittedLayers, block: int) -> SplaOptions:
+    """The options with the layers that were chosen added to `dense_layers`, and their budgets if some were fitted."""
+    budgets = {i: n * block for i, n in chosen.budgets.items()} or options.layer_budgets
+    return replace(
+        options,
+        dense_layers=tuple(sorted({*options.dense_layers, *chosen.dense})),
+        layer_budgets={i: n for i, n in budgets.items() if i not in chosen.dense},
+    )
+
+
+def _ranking(chosen: FittedLayers) -> str:
+    """Table of what layers cost, the costliest first."""
+    lines = ["estimated cost by layer under the options' budget, nats a token, and share of all so far"]
+    total, so_far = sum(chosen.costs.values()), 0.0
+    for i, cost in chosen.costs.items():
+        so_far += cost
+        share = so_far / total if total else 1.0
+        lines.append(f"{i:5} {cost:10.6f} {share:5.0%}{' dense' if i in chosen.dense else ''}")
+    return "\n".join(lines)
 
 
 def _output(path: Path) -> Path:
@@ -198,6 +255,8 @@ def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
         fitted_for["dense_layers"] = list(options.dense_layers)
     if options.layer_budgets:
         fitted_for["layer_budgets"] = dict(options.layer_budgets)
+    if params.residual == "regression":  # counts where the file holds none by layer
+        fitted_for["residual_scale"] = params.residual_scale
     if params.residual == "linear":
         fitted_for["feature_map"] = params.feature_map
     return fitted_for
@@ -211,6 +270,7 @@ def _settings(args: argparse.Namespace, steps: int, files: Sequence[str], window
         "windows": windows,
         "length": args.length,
         "steps": steps,
+        "dense_layers": args.dense_layers,
         "budgets": args.budgets,
         "learning_rate": args.learning_rate,
         "features": args.features,

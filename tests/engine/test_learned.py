@@ -16,6 +16,7 @@ from spla_backend import learned  # noqa: E402
 from spla_backend.evaluate.capture import CapturingModel  # noqa: E402
 from spla_backend.evaluate.fidelity import attention  # noqa: E402
 from spla_backend.evaluate.variants import Variant, parameters_of  # noqa: E402
+from spla_backend.options import SplaOptions  # noqa: E402
 
 LAYERS, HEADS, SIZE = LLAMA["num_hidden_layers"], LLAMA["num_attention_heads"], LLAMA["head_dim"]
 PROMPTS = [random_prompt(n, seed=n) for n in (BUDGET + 1, 500)]
@@ -59,6 +60,20 @@ def test_gains(model, start):
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert difference(answer.logprobs, expected(model, prompt, options, parameters)) < 1e-3
     assert difference(answers[1].logprobs, expected(model, PROMPTS[1], options, None)) > 5e-3
+
+
+def test_a_file_of_options_alone(model, start):
+    """Layers as `spla-calibrate` chooses them. Dense layers of the command line go before the file's, and before its
+    budgets."""
+    of_file = {"budget": BUDGET, "dense_layers": [1], "layer_budgets": {"0": 2 * BUDGET}}
+    learned.write(model / learned.FILE_NAME, {}, of_file)
+    for options, layers in (({}, of_file), ({"dense_layers": [0]}, {"budget": BUDGET, "dense_layers": [0]})):
+        with start(str(model), additional_config={"spla": options}) as engine:
+            (answer,) = engine.answer(PROMPTS[1:])
+        params = SplaOptions.from_sources(layers).layers(PAGE, range(LAYERS))
+        wanted = CapturingModel(str(model), head=True).logprobs(PROMPTS[1], partial(attention, params=params))
+        assert difference(answer.logprobs, wanted) < 1e-3
+        assert difference(answer.logprobs, expected(model, PROMPTS[1], {"budget": BUDGET}, None)) > 5e-3
 
 
 def test_no_gain_is_no_residual(model, start):
