@@ -45,10 +45,10 @@ def fit_layers(
         layers: What SPLA computes, by layer; alike but for the budgets.
         num_dense: Layers to leave dense, fewer than there are.
         budgets: Whether to fit budgets of the others, too, which keep the sum that they have.
-        tail: As the remaining arguments: see `layer_costs`.
-        queries: See there.
-        seed: See there.
-        report: See there.
+        tail: As in `layer_costs`, like the rest.
+        queries: Of every document.
+        seed: Of all that is drawn.
+        report: Called after every layer of every document.
     """
     own = {i: params.budget_blocks for i, params in layers.items()}
     grid: list[int] = []
