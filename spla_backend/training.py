@@ -241,7 +241,7 @@ def attach(
         has_features = learn_features or (stored is not None and stored.feature_weight is not None)
         params = resolved.parameters(page_size, index)
         layer = LearnedSpla(params, num_heads, module.head_dim, device, kv_heads if has_features else 0)
-        if stored is not None:
+        if stored is not None and stored.tensors():  # a file may hold options alone
             layer.load(stored)
         setattr(module, NAME, layer)
     config.spla_config = {name: value for name, value in asdict(resolved).items() if value not in (None, (), {})}

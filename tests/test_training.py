@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from spla_backend import learned
 from spla_backend.training import attach, fit_norms, save, set_budget
 
 OPTIONS = {"budget": 64, "selection_block_size": 16}
@@ -141,6 +142,16 @@ def test_side_file_of_other_options(model, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="options that the model was trained with"):
         attach(again, {"combine": "shared_normalizer"}, PAGE)
+
+
+def test_side_file_of_options_alone(model, tmp_path):
+    """As `spla-calibrate --dense-layers` writes it."""
+    model.save_pretrained(tmp_path)
+    learned.write(tmp_path / learned.FILE_NAME, {}, {"dense_layers": [1]})
+    again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    attach(again, OPTIONS, PAGE)
+    attach(model, OPTIONS, PAGE)
+    torch.testing.assert_close(logits(again, tokens(80)), logits(model, tokens(80)))
 
 
 @pytest.mark.parametrize("options", [OPTIONS, PAPER])
