@@ -16,9 +16,10 @@ else
     # others, because it has one thread; what it says comes at the end.
     log=$(mktemp)
     OMP_NUM_THREADS=1 pytest tests/kernels >"$log" 2>&1 &
+    kernels=$!
+    trap 'kill "$kernels" 2>/dev/null; rm -f "$log"' EXIT
     pytest --ignore=tests/kernels || status=1
-    wait $! || status=1
+    wait "$kernels" || status=1
     cat "$log"
-    rm "$log"
 fi
 exit $status
