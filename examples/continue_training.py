@@ -184,13 +184,17 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS)[:4])
     parser.add_argument("--steps", type=int, default=200, help="of every variant (%(default)s)")
     parser.add_argument("--minutes", type=float, default=20, help="stop a variant after so long (%(default)s)")
-    parser.add_argument("--length", type=int, default=4096, help="tokens a sequence (%(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step (%(default)s)")
+    parser.add_argument("--length", type=int, default=8192, help="tokens a sequence (%(default)s)")
+    parser.add_argument("--batch", type=int, default=2, help="sequences a step (%(default)s)")
     parser.add_argument("--micro-batch", type=int, default=2, help="sequences at a time (%(default)s)")
     parser.add_argument(
-        "--budget", nargs="+", type=int, default=[512], help="SPLA's in training; of several, each step draws one (512)"
+        "--budget",
+        nargs="+",
+        type=int,
+        default=[512, 1024, 2048],
+        help="SPLA's in training, one drawn for each step: those to be served, the first by default (%(default)s)",
     )
-    parser.add_argument("--evaluate-budgets", nargs="+", type=int, default=[512, 1024])
+    parser.add_argument("--evaluate-budgets", nargs="+", type=int, default=[512, 1024, 2048])
     parser.add_argument("--page-size", type=int, default=64, help="--block-size to serve with (%(default)s)")
     parser.add_argument(
         "--documents", type=int, default=12, help="held-out documents of each kind, 0 for none (%(default)s)"
