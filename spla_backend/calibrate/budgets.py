@@ -1,6 +1,6 @@
 """Budgets of layers, of a given sum, that cost the least: which to try, and how to share the sum out.
 
-Measured in docs/evaluate.md, beside budgets by head and by captured mass.
+Measured in docs/quality.md, beside budgets by head and by captured mass.
 """
 
 import itertools
