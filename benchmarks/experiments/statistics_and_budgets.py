@@ -163,7 +163,7 @@ def fidelity(args: argparse.Namespace, shape: ModelShape, documents: list[Docume
     points += [Point(parameters("rem", block, residual="none"), True, False) for block in sorted({b for _, b in kinds})]
     positions = sample_positions(args.length // 2, args.length, args.queries, args.seed)
     model, found = CapturingModel(args.model), []
-    with tqdm(total=len(documents) * shape.num_layers, unit="layer") as bar:
+    with tqdm(total=len(documents) * len(shape.attention_layers), unit="layer") as bar:
         for document in documents:
             of_layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -195,7 +195,7 @@ def fit(args: argparse.Namespace, shape: ModelShape, documents: list[Document]) 
     groups, start = shape.num_kv_heads, args.length - args.tail
     budgets = [Point(parameters(budget_blocks=n)) for n in GRID]
     shares = [Point(parameters(budget_blocks=GRID[-1], top_p=p)) for p in TOP_P]
-    lost = torch.zeros(shape.num_layers, groups, len(GRID))
+    lost = torch.zeros(len(shape.attention_layers), groups, len(GRID))
     cost = torch.zeros_like(lost)
     blocks = torch.zeros(len(TOP_P))
     model = Continued(args.model, head=True)
@@ -210,7 +210,7 @@ def fit(args: argparse.Namespace, shape: ModelShape, documents: list[Document]) 
                 for i, point in enumerate(shares):
                     blocks[i] += (positions // PAGE + 1 - group.select(point).sum(-1)).float().mean()
     lost, cost = lost / len(documents), cost / len(documents)
-    blocks /= len(documents) * shape.num_layers * groups
+    blocks /= len(documents) * len(shape.attention_layers) * groups
     mean = BUDGET // PAGE
     i = int((blocks < mean).sum())
     t = ((mean - blocks[i - 1]) / (blocks[i] - blocks[i - 1])).item()
@@ -227,7 +227,7 @@ def fit(args: argparse.Namespace, shape: ModelShape, documents: list[Document]) 
         ],
         "fit": [
             {"layer": layer, "lost_mass": _rounded(lost[layer]), "loss_times_1e6": _rounded(cost[layer] * 1e6)}
-            for layer in range(shape.num_layers)
+            for layer in range(len(shape.attention_layers))
         ],
         "top_p": [{"top_p": p, "blocks": round(n, 2)} for p, n in zip(TOP_P, blocks.tolist(), strict=True)],
     }
@@ -272,7 +272,7 @@ def budgets_of(name: str, fitted: Sequence[Mapping[str, Any]], shape: ModelShape
             [parameters(selector, block, budget_blocks=n * PAGE // block) for n in layer] for layer in row["blocks"]
         ]
     more = {"budget_blocks": GRID[-1], "top_p": row["top_p"]} if row else {}
-    return [[parameters(selector, block, **more)] * shape.num_kv_heads] * shape.num_layers
+    return [[parameters(selector, block, **more)] * shape.num_kv_heads] * len(shape.attention_layers)
 
 
 def loss(

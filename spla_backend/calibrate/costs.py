@@ -7,6 +7,7 @@ saw what another changed.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -34,9 +35,9 @@ class Continued(CapturingModel):
         ids = torch.tensor([list(tokens)], device=self._model.device)
         self._visit = visit
         try:
-            return self._model(input_ids=ids, past_key_values=self._cache, use_cache=True).logits[0]
+            # A copy: what layers with windows have dropped could not be brought back.
+            return self._model(input_ids=ids, past_key_values=deepcopy(self._cache), use_cache=True).logits[0]
         finally:
-            self._cache.crop(-len(tokens))
             self._visit = None
 
 

@@ -29,7 +29,7 @@ class HeadParameters:
     """What is fitted: a gain for every head of every layer, a scale for every layer, matrices before the feature map.
 
     Args:
-        num_layers: Layers of the model.
+        layers: Indices of the layers of full attention.
         num_heads: Query heads.
         params: What SPLA computes; a residual whose direction has no scale gets gains alone.
         device: Where the model is.
@@ -38,22 +38,22 @@ class HeadParameters:
 
     def __init__(
         self,
-        num_layers: int,
+        layers: Sequence[int],
         num_heads: int,
         params: SplaParameters,
         device: torch.device | str,
         features: tuple[int, int] | None = None,
     ) -> None:
-        shape = num_layers, num_heads
-        self.log_gain = torch.zeros(shape, device=device, requires_grad=True)
+        self._indices = tuple(layers)
+        self.log_gain = torch.zeros(len(layers), num_heads, device=device, requires_grad=True)
         self.scale: torch.Tensor | None = None
         if params.residual == "regression":
-            self.scale = torch.full((num_layers, 1), float(params.residual_scale), device=device, requires_grad=True)
+            self.scale = torch.full((len(layers), 1), float(params.residual_scale), device=device, requires_grad=True)
 
         self.feature_weight: torch.Tensor | None = None
         if features is not None:
             num_kv_heads, size = features
-            weight = torch.eye(size, device=device).repeat(num_layers, num_kv_heads, 1, 1)
+            weight = torch.eye(size, device=device).repeat(len(layers), num_kv_heads, 1, 1)
             self.feature_weight = weight.requires_grad_()
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
@@ -65,6 +65,7 @@ class HeadParameters:
         return groups
 
     def _layer(self, i: int) -> LayerParameters:
+        """Of the `i`-th of these layers."""
         return LayerParameters(
             gain=self.log_gain[i].exp(),
             residual_scale=None if self.scale is None else self.scale[i],
@@ -72,8 +73,8 @@ class HeadParameters:
         )
 
     def layers(self) -> dict[int, LayerParameters]:
-        """Of all layers, differentiable where gradients are enabled."""
-        return {i: self._layer(i) for i in range(self.log_gain.shape[0])}
+        """By index of the model's layers, differentiable where gradients are enabled."""
+        return {layer: self._layer(i) for i, layer in enumerate(self._indices)}
 
     def clamp(self) -> None:
         """Keep what is fitted where it means something."""

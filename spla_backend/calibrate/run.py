@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> str:
     shape = ModelShape.of(args.model)
     options = SplaOptions.from_sources(args.options, shape.spla_config)
     params = options.parameters(args.page_size)
-    options.check_layers(range(shape.num_layers))
-    before = options.layers(args.page_size, range(shape.num_layers))
+    options.check_layers(shape.attention_layers)
+    before = options.layers(args.page_size, shape.attention_layers)
     steps = args.steps if args.steps is not None else 0 if args.budgets or args.dense_layers else 40
     path = _output(args.output or Path(args.model) / learned.FILE_NAME)
     if args.report is not None:
@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> str:
     if args.budgets or args.dense_layers:
         chosen = _fit_layers(args, model, windows[: args.budgets or _WINDOWS], before)
         options = _chosen_options(options, chosen, params.selection_block)
-    after = options.layers(args.page_size, range(shape.num_layers))
+    after = options.layers(args.page_size, shape.attention_layers)
     fitted = HeadParameters(
-        shape.num_layers,
+        shape.attention_layers,
         shape.num_heads,
         params,
         device,

@@ -34,7 +34,7 @@ def points_of(variants: Sequence[Variant], page_size: int, shape: ModelShape, ou
     """A point for each variant, then an oracle for every block size, budget and set of forced blocks among them."""
     for variant in variants:
         layers = layers_of(variant, page_size, shape)
-        if len(layers) < shape.num_layers:
+        if len(layers) < len(shape.attention_layers):
             raise ValueError(
                 f"{variant.name} leaves layers dense and fidelity looks at every layer: drop the option dense_layers, "
                 "and choose layers with --layers"
@@ -63,9 +63,12 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
     start = length // 2 if args.start is None else args.start
     if not 0 <= start < length:
         raise ValueError(f"--start {start} is outside documents of {length} tokens: give a smaller one")
-    layers = set(range(shape.num_layers)) if args.layers is None else set(args.layers)
-    if not layers <= set(range(shape.num_layers)):
-        raise ValueError(f"--layers must be among 0 to {shape.num_layers - 1}: {args.model!r} has no others")
+    layers = set(shape.attention_layers if args.layers is None else args.layers)
+    if not layers <= set(shape.attention_layers):
+        raise ValueError(
+            f"--layers must be among {', '.join(map(str, shape.attention_layers))}: {args.model!r} has no others of "
+            "full attention"
+        )
     for selector in args.selectors or []:
         get_selector(selector)
     if args.options:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .. import learned
@@ -30,10 +31,14 @@ DENSE = Variant("dense")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the bytes of a model's cache depend on."""
+    """What the bytes of a model's cache depend on.
+
+    `attention_layers` are the indices of those of full attention: layers with windows, or without attention, are not
+    SPLA's.
+    """
 
     model: str
-    num_layers: int
+    attention_layers: tuple[int, ...]
     num_heads: int
     num_kv_heads: int
     head_size: int
@@ -58,9 +63,13 @@ class ModelShape:
         heads = getattr(text, "num_attention_heads", None)
         if heads is None:
             raise ValueError(f"the configuration of {model!r} names no attention heads: SPLA does not apply to it")
+        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        layers = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+        if not layers:
+            raise ValueError(f"no layer of {model!r} has full attention: SPLA does not apply to it")
         return cls(
             model=model,
-            num_layers=text.num_hidden_layers,
+            attention_layers=layers,
             num_heads=heads,
             num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
@@ -102,7 +111,7 @@ class ModelShape:
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
         )
-        return {i: of_layer(i) for i in range(self.num_layers) if i not in dense}
+        return {i: of_layer(i) for i in self.attention_layers if i not in dense}
 
 
 def parse_variants(texts: Sequence[str], page_size: int, shape: ModelShape | None) -> list[Variant]:
@@ -160,7 +169,7 @@ def parameters_of(variant: Variant, page_size: int, shape: ModelShape | None) ->
     """
     options = SplaOptions.from_sources(variant.options) if shape is None else shape.options(variant.options)
     if shape is not None:
-        options.check_layers(range(shape.num_layers))
+        options.check_layers(shape.attention_layers)
     return options.parameters(page_size)
 
 
@@ -168,7 +177,7 @@ def layers_of(variant: Variant, page_size: int, shape: ModelShape) -> dict[int, 
     """What a variant computes in each layer that it does not leave dense: nothing, for the one that is dense."""
     if variant.options is None:
         return {}
-    return shape.options(variant.options).layers(page_size, range(shape.num_layers))
+    return shape.options(variant.options).layers(page_size, shape.attention_layers)
 
 
 def without_residual(params: SplaParameters) -> SplaParameters:
@@ -187,9 +196,8 @@ def without_residual(params: SplaParameters) -> SplaParameters:
 
 
 def mean_bytes_read(layers: Mapping[int, SplaParameters], seq_len: int, shape: ModelShape) -> int:
-    """`bytes_read`, the mean over the layers of a model; those not in `layers` are dense."""
-    of_layers = [bytes_read(layers.get(i), seq_len, shape.head_size) for i in range(shape.num_layers)]
-    return round(sum(of_layers) / shape.num_layers)
+    """`bytes_read`, the mean over the layers of full attention; those not in `layers` are dense."""
+    return round(fmean(bytes_read(layers.get(i), seq_len, shape.head_size) for i in shape.attention_layers))
 
 
 def smallest_budget(layers: Mapping[int, SplaParameters]) -> int:

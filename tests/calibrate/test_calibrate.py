@@ -25,7 +25,7 @@ PARAMS = SplaParameters(page_size=16, selection_block=16, budget_blocks=4, selec
 
 
 def random_parameters(params=PARAMS) -> HeadParameters:
-    fitted = HeadParameters(LAYERS, HEADS, params, "cpu")
+    fitted = HeadParameters(range(LAYERS), HEADS, params, "cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         fitted.log_gain.copy_(torch.randn(LAYERS, HEADS, generator=generator))
@@ -67,7 +67,7 @@ def test_gradients(tmp_path):
 def test_fit_lowers_the_divergence(tmp_path):
     model = CapturingModel(save(tmp_path), head=True)  # noqa: F811
     documents = [random_tokens(150, seed) for seed in range(2)]
-    fitted, seen = HeadParameters(LAYERS, HEADS, PARAMS, "cpu"), []
+    fitted, seen = HeadParameters(range(LAYERS), HEADS, PARAMS, "cpu"), []
     fit(model, documents, dict.fromkeys(range(LAYERS), PARAMS), fitted, steps=16, learning_rate=0.1, report=seen.append)
     assert sum(seen[-4:]) < 0.97 * sum(seen[:4])
     assert all(torch.isfinite(t).all() for t in fitted.groups(1.0)[0]["params"])
@@ -77,7 +77,7 @@ def test_fitted_features_lower_it_further(tmp_path):
     model = CapturingModel(save(tmp_path), head=True)  # noqa: F811
     params, ends = replace(PARAMS, residual="linear"), {}
     for features in (None, (2, 32)):
-        fitted, seen = HeadParameters(LAYERS, HEADS, params, "cpu", features), []
+        fitted, seen = HeadParameters(range(LAYERS), HEADS, params, "cpu", features), []
         layers = dict.fromkeys(range(LAYERS), params)
         fit(model, [random_tokens(150, 0)], layers, fitted, steps=12, learning_rate=0.4, report=seen.append)
         ends[features] = seen[-1]

@@ -104,6 +104,41 @@ def test_all_at_once(model, text, tmp_path, capsys):  # noqa: F811
     assert options.dense_layers == (1 - dense,) and options.layer_budgets == {}
 
 
+def test_layers_with_windows_are_not_splas(model, text, tmp_path, capsys):  # noqa: F811
+    """Gemma 3: only layers of full attention are ranked, fitted and written."""
+    folder = shutil.copytree(model, tmp_path / "mixed")
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    save(
+        folder,
+        architectures=["Gemma3ForCausalLM"],
+        model_type="gemma3_text",
+        num_hidden_layers=4,
+        layer_types=kinds,
+        sliding_window=48,
+        query_pre_attn_scalar=32,
+    )
+    arguments = [*ARGUMENTS, "--options", OPTIONS, "--dense-layers", "1", "--steps", "1"]
+    output, result = calibrated(str(folder), text, tmp_path, capsys, *arguments)
+    assert {row["layer"] for row in result["layer_costs"]} == {1, 3} and set(result["dense_layers"]) < {1, 3}
+    assert all(row["nats"] > 0 for row in result["layer_costs"])
+    kept = learned.check(
+        output,
+        layers=[1, 3],
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=32,
+        combine="shared_normalizer",
+        residual="regression",
+    )
+    assert kept
+    shape = ModelShape.of(str(folder))
+    assert shape.attention_layers == (1, 3) and sorted(shape.learned({"parameters_file": str(output)})) == [
+        i for i in (1, 3) if i not in result["dense_layers"]
+    ]
+    with pytest.raises(ValueError, match="layer"):
+        shape.options({"dense_layers": [0]}).check_layers(shape.attention_layers)
+
+
 def test_layers_that_are_named_stay_dense():
     options = SplaOptions.from_sources({"budget": 96, "dense_layers": [3], "layer_budgets": {"0": 192, "1": 64}})
     chosen = _chosen_options(options, FittedLayers({}, (1,), {}), 16)

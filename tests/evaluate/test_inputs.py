@@ -59,7 +59,7 @@ def test_documents_refused(tmp_path):
 
 
 def test_variants(tmp_path):
-    shape = ModelShape("no/model", 1, 4, 2, 64, 8192, {"residual": "none"})
+    shape = ModelShape("no/model", (0,), 4, 2, 64, 8192, {"residual": "none"})
     path = tmp_path / "sets.json"
     path.write_text(json.dumps({"fine": {"selection_block_size": 16}, "paper": {"selector": "taylor2"}}))
     variants = parse_variants(['{"budget": 1024, "selector": "mean"}', str(path)], 64, shape)
@@ -109,7 +109,7 @@ def test_bytes_read():
 
 
 def test_bytes_of_dense_layers():
-    shape = ModelShape("no/model", 4, 4, 2, 64, 8192, {"dense_layers": [0]})
+    shape = ModelShape("no/model", (0, 1, 2, 3), 4, 2, 64, 8192, {"dense_layers": [0]})
     layers = layers_of(Variant("x", {"layer_budgets": {"1": 1024}}), 64, shape)
     assert list(layers) == [1, 2, 3] and layers[2] == layers[3] == parameters_of(Variant("x", {}), 64, shape)
     of_layers = [bytes_read(params, 8000, 64) for params in (None, *layers.values())]

@@ -166,7 +166,7 @@ def test_tasks(model, tmp_path, answers, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fidelity", "--layers", "7"], "--layers must be among 0 to 1"),
+        (["fidelity", "--layers", "7"], "--layers must be among 0, 1"),
         (["fidelity", "--start", "256"], "--start 256 is outside documents of 256 tokens"),
         (["fidelity", "--selectors", "best"], "unknown selector 'best'"),
         (["fidelity", "--options", '{"budget": 32}'], "must be at least"),
