@@ -259,13 +259,14 @@ def set_budget(model: PreTrainedModel, budget: int) -> None:
         budget: Tokens, as the option.
 
     Raises:
-        ValueError: An invalid budget.
+        ValueError: An invalid budget, or a model without SPLA.
     """
+    layers = [(index, getattr(module, NAME)) for index, module in attention_layers(model) if hasattr(module, NAME)]
+    if not layers:
+        raise ValueError("this model has no SPLA whose budget could change: call spla_backend.training.attach first")
     options = SplaOptions.from_sources({"budget": budget}, model.config.get_text_config().spla_config)
-    for index, module in attention_layers(model):
-        if hasattr(module, NAME):
-            layer = getattr(module, NAME)
-            layer.params = options.parameters(layer.params.page_size, index)
+    for index, layer in layers:
+        layer.params = options.parameters(layer.params.page_size, index)
 
 
 def save(model: PreTrainedModel, folder: str | Path) -> None:

@@ -66,6 +66,8 @@ def test_whole_budget_is_dense(model):
 def test_set_budget(model):
     """Attention is that of a model attached with this budget, learned parameters and the configuration stay."""
     ids = tokens(150)
+    with pytest.raises(ValueError, match="attach first"):
+        set_budget(model, 112)
     attach(model, {**OPTIONS, "layer_budgets": {1: 96}}, PAGE)
     randomise(model)
     before, config = logits(model, ids), dict(model.config.spla_config)

@@ -155,6 +155,7 @@ def _check_layers(args: argparse.Namespace, num_layers: int, of_config: Mapping[
     for flag, wanted, name in (
         ("--dense-layers", args.dense_layers, "dense_layers"),
         ("--budgets", args.budgets, "layer_budgets"),
+        ("--budgets", args.budgets, "budget"),  # sets budgets of layers aside
     ):
         if wanted and name in of_config:
             raise ValueError(

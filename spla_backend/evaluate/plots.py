@@ -13,7 +13,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         path: The image; its suffix names the format.
 
     Raises:
-        ValueError: No report of this project.
+        ValueError: No report of this project, or one of tasks alone of trained models.
     """
     kinds = {"perplexity": _perplexity, "fidelity": _fidelity, "tasks": _tasks, "training": _training}
     if not isinstance(report, dict) or report.get("kind") not in kinds:
@@ -156,9 +156,11 @@ def _tasks(report: dict[str, Any]) -> Any:
 def _training(report: dict[str, Any]) -> Any:
     """Trained models in the last bucket of positions: loss above dense and above sparse attention alone by budget; a
     row of panels a text."""
-    rows = [row for row in report["rows"] if "text" in row and row["trained"] != "start"]
+    rows = [row for row in report["rows"] if "text" in row and row["trained"] != "start" and row["budget"] is not None]
+    if not rows:
+        raise ValueError("nothing to draw: this report has no perplexity of a trained model under SPLA")
     last = max(row["end"] for row in rows)
-    rows = [row for row in rows if row["end"] == last and row["budget"] is not None]
+    rows = [row for row in rows if row["end"] == last]
     texts = list(dict.fromkeys(row["text"] for row in rows))
     pairs = list(dict.fromkeys((row["trained"], row["attention"]) for row in rows))
     values = {"difference": "above dense", "sparse_difference": "above sparse attention alone"}

@@ -145,14 +145,18 @@ def test_layers_that_are_named_stay_dense():
     assert chosen.dense_layers == (1, 3) and chosen.layer_budgets == {0: 192}
 
 
-def test_config_that_names_dense_layers(model, text, tmp_path, capsys):  # noqa: F811
-    """It would go before the file that is written."""
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [({"dense_layers": []}, "--dense-layers"), ({"layer_budgets": {}}, "--budgets"), ({"budget": 96}, "--budgets")],
+)
+def test_config_that_goes_before_what_is_written(model, text, tmp_path, capsys, config, flag):  # noqa: F811
     folder = shutil.copytree(model, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"spla_config": {"dense_layers": []}}))
+    of_model = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(of_model | {"spla_config": config}))
     arguments = ["--model", str(folder), "--text", text, *ARGUMENTS, "--options", OPTIONS, "--test-length", "200"]
-    assert cli.main([*arguments, "--dense-layers", "1"]) == 1
-    assert "dense_layers of spla_config in the model's config.json goes before what" in capsys.readouterr().err
+    assert cli.main([*arguments, flag, "1"]) == 1
+    message = f"{next(iter(config))} of spla_config in the model's config.json goes before what {flag} writes"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

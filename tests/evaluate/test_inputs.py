@@ -231,6 +231,13 @@ def test_plot(kind, tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plot_of_trained_models_tasks_alone(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({"kind": "training", "rows": [{"trained": "sparse", "budget": 512, "kind": "task"}]}))
+    assert "nothing to draw" in refused(capsys, "plot", str(path), str(tmp_path / "x.png"))
+
+
 def test_plot_needs_matplotlib_before_the_work(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(cli, "_module", lambda command: SimpleNamespace(run=pytest.fail))
