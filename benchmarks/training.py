@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=12, help="held-out documents of each kind (%(default)s)")
     parser.add_argument("--samples", type=int, default=20, help="of each task (%(default)s)")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a task (%(default)s)")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[512, 1024, 2048], help="to serve with (%(default)s)")
     parser.add_argument(
         "--engine-args", type=json.loads, default={}, metavar="JSON", help="further arguments of vllm.LLM"
     )

@@ -194,7 +194,7 @@ def main() -> None:
         default=[512, 1024, 2048],
         help="SPLA's in training, one drawn for each step: those to be served, the first by default (%(default)s)",
     )
-    parser.add_argument("--evaluate-budgets", nargs="+", type=int, default=[512, 1024, 2048])
+    parser.add_argument("--evaluate-budgets", nargs="+", type=int, default=[512, 1024, 2048], help="%(default)s")
     parser.add_argument("--page-size", type=int, default=64, help="--block-size to serve with (%(default)s)")
     parser.add_argument(
         "--documents", type=int, default=12, help="held-out documents of each kind, 0 for none (%(default)s)"

@@ -240,6 +240,16 @@ def check(
     return set(found)
 
 
+def holds_parameters(path: Path) -> bool:
+    """Whether a file holds more than options.
+
+    Raises:
+        ValueError: Not such a file.
+    """
+    with _open(path) as file:
+        return bool(file.keys())
+
+
 def read_layer(path: Path, layer: int, *, num_heads: int, num_kv_heads: int, head_size: int) -> LayerParameters:
     """What a file holds for one layer, of all heads; nothing where it holds options alone.
 

@@ -206,7 +206,8 @@ def attach(
 
     Args:
         model: A causal language model of transformers.
-        options: SPLA options (docs/options.md), which go before the `spla_config` of the model.
+        options: SPLA options (docs/options.md), which go before the `spla_config` of the model, and that before the
+            options in its side file.
         page_size: Tokens a page: the `--block-size` that the model is to be served with.
         learn_features: Learn a matrix for each kv head that queries and keys are multiplied with before the feature map
             of the `linear` residual, beginning with the identity. A side file that holds one brings it anyway.
@@ -215,13 +216,14 @@ def attach(
         ValueError: Invalid options, a model without ordinary attention, or a side file that does not fit them.
     """
     config = model.config.get_text_config()
-    resolved = SplaOptions.from_sources(options, getattr(config, "spla_config", None), {"prefill_dense_below": 0})
+    side_file = Path(model.config._name_or_path or "-") / learned.FILE_NAME
+    of_file = learned.read_options(side_file) if side_file.is_file() else None
+    of_config = getattr(config, "spla_config", None)
+    resolved = SplaOptions.from_sources(options, of_config, of_file, {"prefill_dense_below": 0})
     params = resolved.parameters(page_size)  # but for the budgets of `layer_budgets`
     layers = list(attention_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no attention layer that SPLA could replace")
-    folder = Path(model.config._name_or_path or "-")
-    side_file = folder / learned.FILE_NAME
     resolved.check_layers([index for index, _ in layers])
     if learn_features and params.residual != "linear":
         raise ValueError("learn_features is for the option residual 'linear', whose feature map it changes")

@@ -152,8 +152,9 @@ def test_side_file_of_options_alone(model, tmp_path):
     learned.write(tmp_path / learned.FILE_NAME, {}, {"dense_layers": [1]})
     again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     attach(again, OPTIONS, PAGE)
-    attach(model, OPTIONS, PAGE)
+    attach(model, {**OPTIONS, "dense_layers": [1]}, PAGE)
     torch.testing.assert_close(logits(again, tokens(80)), logits(model, tokens(80)))
+    assert again.config.spla_config["dense_layers"] == (1,)
 
 
 @pytest.mark.parametrize("options", [OPTIONS, PAPER])

@@ -66,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", type=positive, default=4096, help="tokens of a window to fit on, beyond the budget (%(default)s)")
     add("--test-length", type=positive, default=8192, help="tokens of a document to judge on (%(default)s)")
     add("--test-documents", type=positive, metavar="N", help="documents a --test file; default: all that fit")
-    add("--steps", type=count, help="windows to fit gains and scales on, one a step (40; 0 with the next two)")
+    add(
+        "--steps",
+        type=count,
+        help="windows to fit gains and scales on, one a step (40; 0 with --dense-layers, --budgets)",
+    )
     add(
         "--dense-layers",
         type=positive,
@@ -83,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--learning-rate", type=float, default=0.08, help="of Adam (%(default)s)")
     add("--features", action="store_true", help="of the residual 'linear', fit a matrix before the feature map, too")
-    add("--seed", type=int, default=0, help="of the order of windows (%(default)s)")
+    add("--seed", type=int, default=0, help="of the order of windows and all that is drawn (%(default)s)")
     add("--device", help="default: the GPU if there is one")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen model (%(default)s)")
     add("--output", type=Path, metavar="FILE", help="default: spla.safetensors in the model's folder")

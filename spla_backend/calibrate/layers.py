@@ -49,6 +49,9 @@ def fit_layers(
         queries: Of every document.
         seed: Of all that is drawn.
         report: Called after every layer of every document.
+
+    Returns:
+        Costs of all layers, those to leave dense, and budgets of the others where asked for.
     """
     own = {i: params.budget_blocks for i, params in layers.items()}
     grid: list[int] = []

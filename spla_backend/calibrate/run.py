@@ -53,6 +53,13 @@ def run(args: argparse.Namespace) -> str:
     _check_layers(args, len(before), shape.spla_config or {})
     if args.features and params.residual != "linear":
         raise ValueError("--features fits the feature map of the residual 'linear': set the option residual to it")
+    if args.features and not steps:
+        raise ValueError("--features is fitted in steps, and there are none: give --steps as well")
+    if not steps and path.is_file() and learned.holds_parameters(path):
+        raise ValueError(
+            f"{path} holds learned parameters, and without --steps a file of options alone would take its place: name "
+            "another file by --output, or give --steps to fit them anew"
+        )
     test_length = min(args.test_length, shape.max_position)
     if min(args.length, test_length) < budget + args.page_size:
         raise ValueError(
@@ -271,6 +278,7 @@ def _settings(args: argparse.Namespace, steps: int, files: Sequence[str], window
         "windows": windows,
         "length": args.length,
         "steps": steps,
+        "cost_windows": min(windows, args.budgets or _WINDOWS) if args.budgets or args.dense_layers else 0,
         "dense_layers": args.dense_layers,
         "budgets": args.budgets,
         "learning_rate": args.learning_rate,

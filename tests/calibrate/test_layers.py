@@ -104,6 +104,17 @@ def test_all_at_once(model, text, tmp_path, capsys):  # noqa: F811
     assert options.dense_layers == (1 - dense,) and options.layer_budgets == {}
 
 
+def test_learned_parameters_are_not_lost(model, text, tmp_path, capsys):  # noqa: F811
+    """Options alone take no place of a file with gains."""
+    arguments = [*ARGUMENTS, "--options", OPTIONS, "--dense-layers", "1"]
+    output, result = calibrated(model, text, tmp_path, capsys, *arguments, "--steps", "1")
+    before = output.read_bytes()
+    command = ["--model", model, "--text", text, "--output", str(output), "--test-length", "200", *arguments]
+    assert cli.main(command) == 1
+    assert "holds learned parameters, and without --steps" in capsys.readouterr().err and output.read_bytes() == before
+    assert result["settings"]["cost_windows"] == min(6, result["settings"]["windows"]) > 0
+
+
 def test_layers_with_windows_are_not_splas(model, text, tmp_path, capsys):  # noqa: F811
     """Gemma 3: only layers of full attention are ranked, fitted and written."""
     folder = shutil.copytree(model, tmp_path / "mixed")
@@ -166,6 +177,10 @@ def test_config_that_goes_before_what_is_written(model, text, tmp_path, capsys, 
         (
             ["--dense-layers", "1", "--options", '{"budget": 96, "dense_layers": [0]}'],
             "--dense-layers 1 leaves SPLA none of the 1 layers",
+        ),
+        (
+            ["--dense-layers", "1", "--features", "--options", '{"budget": 96, "residual": "linear"}'],
+            "--features is fitted in steps, and there are none",
         ),
     ],
 )
