@@ -241,6 +241,13 @@ class SplaOptions:
         return params
 
 
+def full_attention_layers(text: Any) -> list[int]:
+    """Indices by a text configuration of transformers; layers with windows, in models that mix them with full
+    attention, are not SPLA's."""
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+
+
 def _with_indices(source: Mapping[str, Any]) -> dict[str, Any]:
     """Options with indices of layers as they are kept here, not as JSON has them."""
     options = dict(source)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import learned
-from ..options import SplaOptions
+from ..options import SplaOptions, full_attention_layers
 from ..plugin import backend_member
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def check_parameters(vllm_config: "VllmConfig", options: SplaOptions) -> None:
     learned.check_place(path)
     found = learned.check(
         path,
-        layers=_full_attention_layers(text),
+        layers=full_attention_layers(text),
         num_heads=text.num_attention_heads,
         num_kv_heads=model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),
@@ -91,13 +91,7 @@ def check_layers(vllm_config: "VllmConfig", options: SplaOptions) -> None:
     ValueError: Options name layers that this model has not, or leave all that it has dense.
     """
     if (options.dense_layers or options.layer_budgets) and vllm_config.model_config is not None:
-        options.check_layers(_full_attention_layers(_text_config(vllm_config)))
-
-
-def _full_attention_layers(text: Any) -> list[int]:
-    """Indices; layers with windows, in models that mix them with full attention, are not SPLA's."""
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        options.check_layers(full_attention_layers(_text_config(vllm_config)))
 
 
 def check_vllm_version(version: str) -> None:

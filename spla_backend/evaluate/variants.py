@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import learned
 from ..algorithm.parameters import SplaParameters
-from ..options import SplaOptions
+from ..options import SplaOptions, full_attention_layers
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ class ModelShape:
         heads = getattr(text, "num_attention_heads", None)
         if heads is None:
             raise ValueError(f"the configuration of {model!r} names no attention heads: SPLA does not apply to it")
-        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-        layers = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+        layers = tuple(full_attention_layers(text))
         if not layers:
             raise ValueError(f"no layer of {model!r} has full attention: SPLA does not apply to it")
         return cls(
