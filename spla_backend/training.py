@@ -217,7 +217,8 @@ def attach(
     """
     config = model.config.get_text_config()
     side_file = Path(model.config._name_or_path or "-") / learned.FILE_NAME
-    of_file = learned.read_options(side_file) if side_file.is_file() else None
+    has_file = side_file.is_file()
+    of_file = learned.read_options(side_file) if has_file else None
     of_config = getattr(config, "spla_config", None)
     resolved = SplaOptions.from_sources(options, of_config, of_file, {"prefill_dense_below": 0})
     params = resolved.parameters(page_size)  # but for the budgets of `layer_budgets`
@@ -227,6 +228,7 @@ def attach(
     resolved.check_layers([index for index, _ in layers])
     if learn_features and params.residual != "linear":
         raise ValueError("learn_features is for the option residual 'linear', whose feature map it changes")
+    has_parameters = has_file and learned.holds_parameters(side_file)  # a file may hold options alone
     for index, module in layers:
         if index in resolved.dense_layers:
             if hasattr(module, NAME):
@@ -237,13 +239,13 @@ def attach(
         stored = None
         if hasattr(module, NAME):
             stored = getattr(module, NAME).parameters_of_layer()
-        elif side_file.is_file():
+        elif has_parameters:
             shape = {"num_heads": num_heads, "num_kv_heads": kv_heads, "head_size": module.head_dim}
             stored = learned.read_layer(side_file, index, **shape)
         has_features = learn_features or (stored is not None and stored.feature_weight is not None)
         params = resolved.parameters(page_size, index)
         layer = LearnedSpla(params, num_heads, module.head_dim, device, kv_heads if has_features else 0)
-        if stored is not None and stored.tensors():  # a file may hold options alone
+        if stored is not None:
             layer.load(stored)
         setattr(module, NAME, layer)
     config.spla_config = {name: value for name, value in asdict(resolved).items() if value not in (None, (), {})}

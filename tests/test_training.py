@@ -157,6 +157,13 @@ def test_side_file_of_options_alone(model, tmp_path):
     assert again.config.spla_config["dense_layers"] == (1,)
 
 
+def test_attached_again_with_other_parameters(model):
+    """What is attached has none of the parameters that are asked for."""
+    attach(model, {**OPTIONS, "residual": "none"}, PAGE)
+    with pytest.raises(ValueError, match="options that the model was trained with"):
+        attach(model, {**OPTIONS, "residual": "regression"}, PAGE)
+
+
 @pytest.mark.parametrize("options", [OPTIONS, PAPER])
 def test_learned_parameters_train(model, options):
     attach(model, options, PAGE)
