@@ -122,14 +122,7 @@ def rows_of(jobs: list[dict[str, Any]], inputs: dict[str, Any], folder: Path) ->
         path = folder / f"{job['name']}.json"
         if path.exists():
             found[i] = json.loads(path.read_text())
-    base = {job["trained"]: i for i, job in enumerate(jobs) if job["attention"] == "dense" and i in found}
-    # Served without a residual and not trained with one, by model and budget.
-    without = {
-        (job["trained"], job["budget"]): i
-        for i, job in enumerate(jobs)
-        if i in found
-        and (job["trained"], job["attention"]) in (("start", "sparse"), ("dense", "sparse"), ("sparse", "trained"))
-    }
+    place = {(jobs[i]["trained"], jobs[i]["attention"], jobs[i]["budget"]): i for i in found}
     rows: list[dict[str, Any]] = []
     scores = {
         i: [score(text, answers) for text, answers in zip(done["texts"], inputs["answers"], strict=True)]
@@ -138,8 +131,10 @@ def rows_of(jobs: list[dict[str, Any]], inputs: dict[str, Any], folder: Path) ->
     for i, done in found.items():
         job = {key: jobs[i][key] for key in ("trained", "attention", "budget")}
         # The start is compared with itself, what was trained with the model trained with dense attention.
-        against = base.get("start" if job["trained"] == "start" else "dense", i)
-        alone = without.get((job["trained"] if job["trained"] in ("start", "dense") else "sparse", job["budget"]))
+        against = place.get(("start" if job["trained"] == "start" else "dense", "dense", None), i)
+        # Sparse attention alone, of the same model unless this one was trained with SPLA.
+        served = (job["trained"], "sparse") if job["trained"] in ("start", "dense") else ("sparse", "trained")
+        alone = place.get((*served, job["budget"]))
         for kind, losses in done["losses"].items():
             if not losses:
                 continue

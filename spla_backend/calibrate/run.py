@@ -72,8 +72,9 @@ def run(args: argparse.Namespace) -> str:
 
     began = time.monotonic()
     chosen: FittedLayers | None = None
-    if args.budgets or args.dense_layers:
-        chosen = _fit_layers(args, model, windows[: args.budgets or _WINDOWS], before)
+    some = windows[: args.budgets or _WINDOWS] if args.budgets or args.dense_layers else []
+    if some:
+        chosen = _fit_layers(args, model, some, before)
         options = _chosen_options(options, chosen, params.selection_block)
     after = options.layers(args.page_size, shape.attention_layers)
     fitted = HeadParameters(
@@ -105,20 +106,22 @@ def run(args: argparse.Namespace) -> str:
 
     with torch.no_grad():
         # Those of dense layers are as they came: whoever leaves fewer layers dense finds all that it takes.
-        layers = fitted.layers() if steps else None
+        layers = fitted.layers() if steps else {}
     none = {i: without_residual(layer) for i, layer in before.items()}
     visits = {
         DENSE.name: None,
         NONE: partial(attention, params=none),
         BEFORE: partial(attention, params=before),
-        AFTER: partial(attention, params=after, learned=layers),
+        AFTER: partial(attention, params=after, learned=layers or None),
     }
     losses = _losses(model, tests, visits)
     first = smallest_budget(after)
     buckets = [(first, budget), (budget, test_length)] if first < budget else [(budget, test_length)]
     gained = compare(losses[AFTER], losses[BEFORE], budget, test_length)
     result: dict[str, Any] = {
-        **report.header("calibration", _settings(args, steps, files, len(windows), device), "spla-calibrate"),
+        **report.header(
+            "calibration", _settings(args, steps, files, len(windows), len(some), device), "spla-calibrate"
+        ),
         "fit_seconds": seconds,
         "rows": rows_of(
             losses,
@@ -138,11 +141,11 @@ def run(args: argparse.Namespace) -> str:
                 "layer": i,
                 **{name: [round(x, 4) for x in t.tolist()] for name, t in layer.tensors().items() if t.dim() == 1},
             }
-            for i, layer in (layers or {}).items()
+            for i, layer in layers.items()
             if i in after
         ],
     }
-    learned.write(path, layers or {}, _options_of(options, params))
+    learned.write(path, layers, _options_of(options, params))
     if args.report is not None:
         report.write(result, args.report)
     error = f" +- {gained['difference_se']:.4f}" if gained["difference_se"] is not None else ""
@@ -270,7 +273,9 @@ def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
     return fitted_for
 
 
-def _settings(args: argparse.Namespace, steps: int, files: Sequence[str], windows: int, device: str) -> dict[str, Any]:
+def _settings(
+    args: argparse.Namespace, steps: int, files: Sequence[str], windows: int, cost_windows: int, device: str
+) -> dict[str, Any]:
     return {
         "model": args.model,
         "options": args.options,
@@ -278,7 +283,7 @@ def _settings(args: argparse.Namespace, steps: int, files: Sequence[str], window
         "windows": windows,
         "length": args.length,
         "steps": steps,
-        "cost_windows": min(windows, args.budgets or _WINDOWS) if args.budgets or args.dense_layers else 0,
+        "cost_windows": cost_windows,
         "dense_layers": args.dense_layers,
         "budgets": args.budgets,
         "learning_rate": args.learning_rate,
