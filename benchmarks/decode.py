@@ -52,8 +52,8 @@ from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
 from spla_backend.algorithm.selectors import get_selector
 from spla_backend.evaluate.variants import bytes_read
-from spla_backend.kernels import triton_decode
-from spla_backend.kernels.triton_decode import TritonPagedSpla
+from spla_backend.kernels.gpu.decode import steps as triton_decode
+from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 GROUP = HEADS // KV_HEADS

@@ -40,8 +40,8 @@ from decode import DTYPE, HEAD_SIZE, HEADS, KV_HEADS, SCALE, Pool, copy_bandwidt
 from spla_backend.algorithm import reference
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import forced_blocks, spla_token
-from spla_backend.kernels.triton_decode import TritonPagedSpla, _Scratch
-from spla_backend.kernels.triton_prefill import SCRATCH_BYTES, Pass, PrefillTuning, TritonPrefill
+from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla, _Scratch
+from spla_backend.kernels.gpu.prefill.passes import SCRATCH_BYTES, Pass, PrefillTuning, TritonPrefill
 
 TOLERANCE = 2e-2
 """Relative error of a token in bf16; an exchanged page makes more."""

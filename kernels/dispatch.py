@@ -1,5 +1,5 @@
 """Kernels by device. All implementations share one interface: `plan`, `plan_key`, `run`, `update_cache`,
-`page_layout`, `state_layout` (see `torch_paged.TorchPagedSpla`)."""
+`page_layout`, `state_layout` (see `cpu/vectorised.TorchPagedSpla`)."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,7 +47,7 @@ def check_cuda(
     Raises:
         ValueError: These parameters, by name.
     """
-    from .triton_decode import _check
+    from .gpu.decode.steps import _check
 
     try:
         _check(params, num_heads, num_kv_heads, head_size, cache_dtype, max_query_len, max_model_len, executor)
@@ -73,7 +73,7 @@ def dense_below(device: torch.device, chosen: int | None, params: SplaParameters
         return chosen
     if device.type == "cpu":
         return 0
-    from .cuda import default_dense_below
+    from .gpu.attention import default_dense_below
 
     return default_dense_below(params, max_model_len)
 
@@ -110,7 +110,7 @@ def make(
     """
     if device.type == "cpu":
         check_cpu(executor)
-        from .cpu import CpuPagedSpla
+        from .cpu.attention import CpuPagedSpla
 
         if dense:  # a budget that holds everything
             pages = limits.max_model_len // params.page_size + 1
@@ -124,8 +124,8 @@ def make(
             shape |= {"gain": None, "norm_weights": None, "feature_weight": None}
         return CpuPagedSpla(params, prefill_dense_below=limits.prefill_dense_below, **shape)
     if device.type == "cuda":
-        from .cuda import CudaPagedSpla
-        from .cuda_dense import CudaDense
+        from .gpu.attention import CudaPagedSpla
+        from .gpu.dense_layer import CudaDense
 
         if shape.pop("feature_weight", None) is not None:
             raise ValueError("SPLA has no CUDA kernels for feature maps with weights: use the CPU engine")

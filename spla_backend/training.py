@@ -120,7 +120,7 @@ def _block_reader(params: SplaParameters, q: Tensor) -> BlockReader | None:
     residual = make_residual(params, q.shape[-1])
     if residual is None or not q.is_cuda or q.dtype == torch.float64:
         return None
-    from .kernels.triton_read_blocks import MOST, read_chosen_sums  # Triton is needed on a GPU alone
+    from .kernels.training.read_blocks import MOST, read_chosen_sums  # Triton is needed on a GPU alone
 
     return read_chosen_sums if max(q.shape[-1], residual.z_size) <= MOST else None
 

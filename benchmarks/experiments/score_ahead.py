@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import decode  # noqa: E402
 
 from spla_backend.evaluate.report import hardware, versions  # noqa: E402
-from spla_backend.kernels.fused_decode import _Module  # noqa: E402
+from spla_backend.kernels.gpu.decode.fused import _Module  # noqa: E402
 
 CASES = ((524288, 1), (524288, 2), (393216, 1), (262144, 1), (131072, 1))
 SCORE_BLOCKS = (0, 33, 66, 100, 120, 132, 150, 198)

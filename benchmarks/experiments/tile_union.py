@@ -2,7 +2,7 @@
 
     python benchmarks/experiments/tile_union.py --out tile_union.json
 
-The shipped road (`kernels/triton_prefill_attend.py`) goes page by page: a page gathers the tokens that selected it, and
+The shipped road (`kernels/gpu/prefill/attend.py`) goes page by page: a page gathers the tokens that selected it, and
 their parts are merged. Here a tile of 32 tokens attends to every page that any of them selected, each token masked to
 its own; nothing is gathered, written apart or merged, but a page costs the whole tile. Both compute the same
 selection, tail and state, by the package's kernels, and both are checked against the float64 reference. `union` is
@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from prefill import HEAD_SIZE, TOLERANCE, Pool, check, inputs, make_op, numbers, stored, union
 
-from spla_backend.kernels.triton_launch import Launch, current_stream
-from spla_backend.kernels.triton_prefill import Pass, TritonPrefill
-from spla_backend.kernels.triton_prefill_select import LOG2E, tile_queries
+from spla_backend.kernels.gpu.launch import Launch, current_stream
+from spla_backend.kernels.gpu.prefill.passes import Pass, TritonPrefill
+from spla_backend.kernels.gpu.prefill.select import LOG2E, tile_queries
 
 
 @triton.jit

@@ -26,9 +26,9 @@ from spla_backend.algorithm.residual import make_residual
 from spla_backend.algorithm.selection import group_scores, select_blocks
 from spla_backend.algorithm.selectors import get_selector, selector_names
 from spla_backend.algorithm.statistics_format import COUNT, E4M3, E5M2, decode, encode
-from spla_backend.kernels import numba_decode
-from spla_backend.kernels.cpu import CpuPagedSpla, FlatCache
-from spla_backend.kernels.torch_paged import TorchPagedSpla
+from spla_backend.kernels.cpu import compiled as numba_decode
+from spla_backend.kernels.cpu.attention import CpuPagedSpla, FlatCache
+from spla_backend.kernels.cpu.vectorised import TorchPagedSpla
 
 torch.set_num_threads(1)
 

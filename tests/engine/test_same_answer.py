@@ -51,7 +51,7 @@ def plain(tiny_llama):
 
 
 def folded_pages(engine):
-    from spla_backend.kernels.torch_paged import TorchPagedSpla
+    from spla_backend.kernels.cpu.vectorised import TorchPagedSpla
 
     folded = []
     original = TorchPagedSpla._add_pages
@@ -176,7 +176,7 @@ def test_poisoned_memory(tiny_llama, start, alone):
 
 def test_stale_state_would_be_caught(tiny_llama, start, alone, monkeypatch):
     """A state that is believed whatever its stamp says gives another answer in a reused block."""
-    from spla_backend.kernels.torch_paged import TorchPagedSpla
+    from spla_backend.kernels.cpu.vectorised import TorchPagedSpla
 
     with start(tiny_llama, num_gpu_blocks_override=40) as engine:
         # The pool is small, so that blocks come round again; with the rule in force nothing changes ...

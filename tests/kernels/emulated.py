@@ -1,4 +1,4 @@
-"""`kernels/fused_decode.cu` on a CPU, through `emulator/emulator.cpp`."""
+"""`kernels/gpu/decode/fused.cu` on a CPU, through `emulator/emulator.cpp`."""
 
 import ctypes
 import functools
@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from spla_backend.kernels.fused_decode import SOURCE, FusedDecode
+from spla_backend.kernels.gpu.decode.fused import SOURCE, FusedDecode
 
 COMPILER = shutil.which("g++")
 

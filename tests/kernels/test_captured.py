@@ -11,8 +11,8 @@ from triton_cases import Batch, make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
-from spla_backend.kernels.cpu import CpuPagedSpla
-from spla_backend.kernels.torch_paged import TorchPagedSpla
+from spla_backend.kernels.cpu.attention import CpuPagedSpla
+from spla_backend.kernels.cpu.vectorised import TorchPagedSpla
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

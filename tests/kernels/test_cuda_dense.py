@@ -9,9 +9,9 @@ pytest.importorskip("triton")
 
 from spla_backend.algorithm.combine import rms_norm
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.kernels.cuda import CudaPagedSpla, Plan
-from spla_backend.kernels.cuda_dense import CudaDense
-from spla_backend.kernels.triton_prefill import DenseRows
+from spla_backend.kernels.gpu.attention import CudaPagedSpla, Plan
+from spla_backend.kernels.gpu.dense_layer import CudaDense
+from spla_backend.kernels.gpu.prefill.passes import DenseRows
 
 HEADS, SIZE, EPS = 4, 8, 0.1
 

@@ -11,7 +11,7 @@ import torch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import complete_statistics, spla_token
-from spla_backend.kernels.cuda import CudaPagedSpla
+from spla_backend.kernels.gpu.attention import CudaPagedSpla
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
 SCALE = HEAD_SIZE**-0.5

@@ -8,8 +8,8 @@ import torch
 from triton_cases import Batch, make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.kernels import flashinfer_decode
-from spla_backend.kernels.triton_decode import TritonPagedSpla, Tuning, _Scratch
+from spla_backend.kernels.gpu.decode import flashinfer as flashinfer_decode
+from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla, Tuning, _Scratch
 
 GPU = torch.cuda.is_available()
 FLASHINFER = importlib.util.find_spec("flashinfer") is not None
@@ -46,7 +46,7 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain reader in FlashInfer's place, for head sizes that are quick to interpret."""
     monkeypatch.setattr(_Scratch, "_instances", {})
     monkeypatch.setattr(flashinfer_decode, "plan_flashinfer", plain_reader)
-    monkeypatch.setattr("spla_backend.kernels.triton_decode.check_flashinfer", lambda head_size: None)
+    monkeypatch.setattr("spla_backend.kernels.gpu.decode.steps.check_flashinfer", lambda head_size: None)
 
 
 def small(params: SplaParameters, lengths: list[int], **arguments: object) -> Batch:

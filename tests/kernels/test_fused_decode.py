@@ -8,7 +8,7 @@ from emulated import COMPILER, EmulatedDecode
 from triton_cases import make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.kernels.fused_decode import FusedDecode
+from spla_backend.kernels.gpu.decode.fused import FusedDecode
 from spla_backend.kernels.layout import layouts
 
 GPU = torch.cuda.is_available()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.kernels.cpu import CpuPagedSpla
-from spla_backend.kernels.torch_paged import TorchPagedSpla
+from spla_backend.kernels.cpu.attention import CpuPagedSpla
+from spla_backend.kernels.cpu.vectorised import TorchPagedSpla
 
 HEADS, KV_HEADS, HEAD_SIZE, LENGTH = 6, 2, 64, 700
 

@@ -9,8 +9,8 @@ from triton_cases import make_batch
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import complete_statistics
 from spla_backend.algorithm.statistics_format import encode
-from spla_backend.kernels import triton_decode
-from spla_backend.kernels.triton_cache import decode_e4m3, decode_e5m2
+from spla_backend.kernels.gpu.decode import steps as triton_decode
+from spla_backend.kernels.gpu.page import decode_e4m3, decode_e5m2
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {"num_heads": 2, "num_kv_heads": 2, "head_size": 32, "device": DEVICE}

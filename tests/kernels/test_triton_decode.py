@@ -7,8 +7,8 @@ import torch
 from triton_cases import make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.kernels.fused_decode import FusedDecode
-from spla_backend.kernels.triton_decode import TritonPagedSpla, Tuning
+from spla_backend.kernels.gpu.decode.fused import FusedDecode
+from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla, Tuning
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -8,9 +8,9 @@ from triton_cases import Batch, make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import apply_feature_map, key_features, recurrent_state, spla_token
+from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla
+from spla_backend.kernels.gpu.prefill.passes import PrefillTuning, TritonPrefill
 from spla_backend.kernels.layout import STATE_MAGIC
-from spla_backend.kernels.triton_decode import TritonPagedSpla
-from spla_backend.kernels.triton_prefill import PrefillTuning, TritonPrefill
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

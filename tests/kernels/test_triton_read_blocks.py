@@ -10,7 +10,7 @@ from spla_backend import training
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.residual import make_residual
 from spla_backend.algorithm.sequence import spla_attention
-from spla_backend.kernels.triton_read_blocks import read_chosen_sums
+from spla_backend.kernels.training.read_blocks import read_chosen_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 READERS = {torch.float32: read_chosen_sums, torch.float64: None}

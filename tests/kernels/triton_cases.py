@@ -6,7 +6,7 @@ import torch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
-from spla_backend.kernels.triton_decode import TritonPagedSpla, Tuning
+from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla, Tuning
 
 
 @dataclass

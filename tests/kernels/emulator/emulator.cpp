@@ -1,4 +1,4 @@
-// Runs `kernels/fused_decode.cu` on a CPU: every CUDA thread is a fiber, every primitive of the hardware that the source
+// Runs `kernels/gpu/decode/fused.cu` on a CPU: every CUDA thread is a fiber, every primitive of the hardware that the source
 // uses has a plain meaning here. Shared memory starts as NaN; asynchronous copies arrive as late as the wait for them, their
 // target NaN until then; threads that wait for each other in vain end the program.
 
@@ -257,7 +257,7 @@ static char *shared_memory_base() { return emulator::current->block->base; }
 #define KERNEL(threads, a_multiprocessor) static void
 #define KERNEL_PARAMS const Params &p
 
-#include "fused_decode.cu"
+#include "fused.cu"
 
 namespace emulator {
 

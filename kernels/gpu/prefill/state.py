@@ -15,7 +15,7 @@ FLOP: `2 B F_S d`.
 import triton
 import triton.language as tl
 
-from .triton_state import softmax_key_features, state_row_offset, trusted_pages, write_headers
+from ..state import softmax_key_features, state_row_offset, trusted_pages, write_headers
 
 
 @triton.jit(do_not_specialize=["block_table_stride", "state_table_stride", "last_page"])

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..algorithm.parameters import SplaParameters
-from .cuda import CudaPagedSpla
-from .triton_prefill import DenseRows
+from ...algorithm.parameters import SplaParameters
+from .attention import CudaPagedSpla
+from .prefill.passes import DenseRows
 
 
 @dataclass(frozen=True)

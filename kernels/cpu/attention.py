@@ -1,6 +1,6 @@
 """SPLA over paged memory on a CPU: `TorchPagedSpla` with its two hot paths compiled.
 
-Single query tokens, of decode rows and of the sparse part of prefill rows alike, go through `numba_decode`. Query
+Single query tokens, of decode rows and of the sparse part of prefill rows alike, go through `compiled`. Query
 tokens of a prefill whose every block fits into the budget go through vLLM's own dense CPU kernel, so that a budget
 which holds everything gives the very numbers of CPU_ATTN. Parameters that are not compiled (feature maps, selectors of
 a user's own, double RMSNorm) stay with the tensor operations.
@@ -15,12 +15,12 @@ import torch
 from numba.np.ufunc import parallel
 from numpy.typing import NDArray
 
-from ..algorithm import selectors
-from ..algorithm.parameters import SplaParameters
-from ..patches import llvmlite_wrapper
-from . import cpu_dense, numba_decode
-from .layout import STAMP_WORDS
-from .torch_paged import Plan, PrefillRow, StatePlan, TorchPagedSpla
+from ...algorithm import selectors
+from ...algorithm.parameters import SplaParameters
+from ...patches import llvmlite_wrapper
+from ..layout import STAMP_WORDS
+from . import compiled, dense
+from .vectorised import Plan, PrefillRow, StatePlan, TorchPagedSpla
 
 llvmlite_wrapper.apply()  # numba, which was just imported, brings llvmlite
 if not parallel._is_initialized:
@@ -67,7 +67,7 @@ class FlatCache:
 
 @dataclass(frozen=True)
 class StateBodies:
-    """Where the bodies of the states of some query tokens are; see `numba_decode.attend`."""
+    """Where the bodies of the states of some query tokens are; see `compiled.attend`."""
 
     floats: NDArray[np.float32]
     steps: tuple[int, int]
@@ -75,10 +75,10 @@ class StateBodies:
 
 
 def is_compiled(params: SplaParameters) -> bool:
-    """Whether `numba_decode` computes `params`."""
+    """Whether `compiled` computes `params`."""
     selector = selectors.get_selector(params.selector)
     return (
-        params.selector in numba_decode.SELECTORS
+        params.selector in compiled.SELECTORS
         and type(selector).__module__ == selectors.__name__  # nobody registered another one under its name
         and params.residual in ("none", "regression")
         and params.combine == "shared_normalizer"
@@ -93,14 +93,14 @@ class CpuPagedSpla(TorchPagedSpla):
         self._compiled = is_compiled(params)
         if self._compiled:
             self._rule = (
-                numba_decode.SELECTORS.index(params.selector),
+                compiled.SELECTORS.index(params.selector),
                 params.budget_blocks,
                 params.first_blocks,
                 params.last_blocks,
             )
         self._sizes = params.page_size, params.selection_block
         formats = self.page_layout.formats or ()
-        parts = [(numba_decode.FORMATS.index(kind), size) for kind, size in formats]
+        parts = [(compiled.FORMATS.index(kind), size) for kind, size in formats]
         self._formats = np.array(parts, np.int64).reshape(-1, 2)
         # All of the mass takes all of the budget, whatever the rounding.
         self._mass_wanted = np.inf if params.top_p is None or params.top_p >= 1 else float(params.top_p)
@@ -146,7 +146,7 @@ class CpuPagedSpla(TorchPagedSpla):
         cache, slots = self._flatten(kv_cache), slot_mapping.numpy()
         elements = _AS_NUMPY[key.dtype]
         page_size = self.params.page_size
-        numba_decode.store(
+        compiled.store(
             key.view(elements).numpy(), value.view(elements).numpy(), cache.elements, cache.steps, slots, page_size
         )
         finished = slots[(slots % page_size == page_size - 1) & (slots >= 0)]
@@ -222,7 +222,7 @@ class CpuPagedSpla(TorchPagedSpla):
         """See `TorchPagedSpla._up_to_date`."""
         cache, states = self._flatten(kv_cache), self._flatten(state_cache)
         stale = np.empty(len(wanted.rows), np.bool_)
-        numba_decode.find_stale(
+        compiled.find_stale(
             cache.words,
             cache.word_steps,
             self._stamp_word,
@@ -272,7 +272,7 @@ class CpuPagedSpla(TorchPagedSpla):
         bodies: StateBodies,
         output: torch.Tensor,
     ) -> NDArray[np.int32]:
-        """`numba_decode.attend` on tokens of the batch; returns the blocks read `[tokens, kv_heads]`."""
+        """`compiled.attend` on tokens of the batch; returns the blocks read `[tokens, kv_heads]`."""
         q = query[tokens.where].float().contiguous()
         out = torch.empty_like(q)
         cache, layout = self._flatten(kv_cache), self.page_layout
@@ -280,7 +280,7 @@ class CpuPagedSpla(TorchPagedSpla):
         from_page, from_head, from_row = (step * layout.itemsize // layout.statistics_itemsize for step in cache.steps)
         area = layout.page_size * from_row, from_page, from_head, layout.statistics_stride
         num_read = np.empty((len(tokens.rows), self.num_kv_heads), np.int32)
-        numba_decode.attend(
+        compiled.attend(
             q.numpy(),
             self.scale,
             cache.elements,
@@ -307,6 +307,6 @@ class CpuPagedSpla(TorchPagedSpla):
 
     def _causal(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """See `TorchPagedSpla._causal`."""
-        if not cpu_dense.is_available():
+        if not dense.is_available():
             return super()._causal(query, keys, values)
-        return cpu_dense.causal_attention(query, keys, values, self.scale, self.params.page_size)
+        return dense.causal_attention(query, keys, values, self.scale, self.params.page_size)

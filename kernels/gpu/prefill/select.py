@@ -1,7 +1,7 @@
 """Block selection for the tokens of a prefill: scores, selection, and what the units left out weigh.
 
 Plain reference: `reference.selection_score`, `share_in_group`, `select_blocks`, `mass_score`. Sources: SPLA (arXiv
-2601.22379) and those of `triton_score`. A token chooses the units (selection blocks) that it would choose in decode.
+2601.22379) and those of `gpu/decode/score`. A token chooses the units (selection blocks) that it would in decode.
 
 A *tile* is up to `TQ` <= 32 query tokens of one unit of one row: they share their complete pages, their forced units
 and the recurrent state. The `M = TQ * GROUP_P` rows of a tile's
@@ -26,9 +26,9 @@ Floor: `2 * 4 d` FLOP a (token, unit of a complete page, head), twice that for `
 import triton
 import triton.language as tl
 
-from .triton_cache import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2, as_factor, load_vectors
-from .triton_score import cluster_counts
-from .triton_select import _middle
+from ..decode.score import cluster_counts
+from ..decode.select import _middle
+from ..page import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2, as_factor, load_vectors
 
 NORMALISE = tl.constexpr(0)
 SHARE = tl.constexpr(1)
@@ -443,7 +443,7 @@ def prefill_select_kernel(
             selected, key = _largest(grouped.to(tl.int32, bitcast=True), complete, forced, index, num_complete, wanted)
 
             if TOP_P > 0:
-                # As in `triton_select`: bisect for the least key with too little mass above it. Every head's shares
+                # As in `gpu/decode/select`: bisect for the least key with too little mass above it. Every head's shares
                 # of all units make 1.
                 enough = TOP_P * GROUP * tl.exp2(SHIFT)
                 chosen = tl.where(selected, grouped, 0.0)

@@ -3,13 +3,13 @@
 `TritonPagedSpla` is the peer of `TorchPagedSpla` for uniform batches of one to `1 + k` query tokens a row (plain decode
 and speculative verification). The plain reference of the whole is `reference.spla_token`.
 
-Where it covers the parameters and pays, `fused_decode` makes a step in one launch or two. Otherwise its launches are,
+Where it covers the parameters and pays, `fused` makes a step in one launch or two. Otherwise its launches are,
 each dependent on the one before:
 
-1. `prepare_kernel`: fold the recurrent state (`triton_state`), score all selection blocks (`triton_score`), and, in the
-   last split of a (row, kv head) to arrive, select (`triton_select`). For many query tokens a row or very long
+1. `prepare_kernel`: fold the recurrent state (`gpu/state`), score all selection blocks (`score`), and, in the
+   last split of a (row, kv head) to arrive, select (`select`). For many query tokens a row or very long
    contexts selection is a launch of its own.
-2. `attend_kernel`: selected blocks, residual, merge, combination (`triton_attend`).
+2. `attend_kernel`: selected blocks, residual, merge, combination (`attend`).
 
 Grids depend on shapes only; lengths, validity of states, and which rows are dense are decided on the device. Nothing
 allocates or synchronises, so that a step can be captured in a CUDA graph.
@@ -25,17 +25,17 @@ import triton
 import triton.language as tl
 from tqdm import tqdm
 
-from ..algorithm.parameters import SplaParameters
-from ..algorithm.statistics_format import MAX_COUNT, STATISTICS_DTYPES
-from .flashinfer_decode import FlashInferDecode, check_flashinfer
-from .fused_decode import FusedDecode, refusal
-from .layout import STATE_MAGIC, layouts
-from .triton_attend import RESIDUAL_CODES, attend_kernel
-from .triton_cache import SELECTOR_CODES, update_cache_kernel
-from .triton_launch import Launch, current_stream, layer_of
-from .triton_score import score_units
-from .triton_select import select_units
-from .triton_state import fold_slice
+from ....algorithm.parameters import SplaParameters
+from ....algorithm.statistics_format import MAX_COUNT, STATISTICS_DTYPES
+from ...layout import STATE_MAGIC, layouts
+from ..launch import Launch, current_stream, layer_of
+from ..page import SELECTOR_CODES, update_cache_kernel
+from ..state import fold_slice
+from .attend import RESIDUAL_CODES, attend_kernel
+from .flashinfer import FlashInferDecode, check_flashinfer
+from .fused import FusedDecode, refusal
+from .score import score_units
+from .select import select_units
 
 _FEW_TOKENS = 128  # of a step; up to here a program stores one
 _TOKENS = 32  # that it stores in larger steps
@@ -274,7 +274,7 @@ class TritonPagedSpla:
         max_model_len: The most tokens of a sequence.
         device: Where the cache lives.
         tuning: Launch shapes for every batch, instead of those that `tuning` chooses; these launches then take every
-            batch, and `fused_decode` none.
+            batch, and `fused` none.
         executor: What attends to the selected pages: our own kernel (`spla`) or `flashinfer`.
         largest_budget: Selection blocks that scratch is allocated for: the largest budget of the layers that are to
             share it; None for this layer's.

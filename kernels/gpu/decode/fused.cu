@@ -1,9 +1,9 @@
 // SPLA decode of one layer in one launch: a thread block cluster a (row, kv head). For long rows in small batches a launch
 // ahead of it makes the scores, on all multiprocessors (SCORED, `spla_score_units` at the end of this file).
 //
-// The launches of `triton_decode` wait for each other through device memory, and at small batches that is all they do.
+// The launches of `gpu/decode/steps` wait for each other through device memory, and at small batches that is all they do.
 // Here a cluster of up to 16 thread blocks scores its pages, agrees on a selection, attends and merges through
-// distributed shared memory. `fused_decode.py` compiles (NVRTC) and launches it, and says what it covers; the plain
+// distributed shared memory. `gpu/decode/fused.py` compiles (NVRTC) and launches it, and says what it covers; the plain
 // reference is `reference.spla_token`, the plain peer on a GPU `TritonPagedSpla`.
 //
 // Steps of a thread block (docs/design.md, 1 to 6, for what is computed):
@@ -356,7 +356,7 @@ struct Shared {
 // Units of a block's share.
 DEVICE int share_of(int units) { return (ceil_div(units, BLOCKS) + 3) / 4 * 4; }
 
-// `kernels/fused_decode.py: shared_bytes` adds up the same.
+// `kernels/gpu/decode/fused.py: shared_bytes` adds up the same.
 DEVICE Shared carve(char *base, const Params &p) {
     Shared s;
     char *at = base;
@@ -1656,7 +1656,7 @@ KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
 // Floor, bytes a (row, kv head): `2 D` elements, or bytes, and `8 GP` a unit, 4 a page. FLOP: `4 GROUP D` a unit.
 //
 // Grid (blocks that share a row, ceil(G / SCORE_WARPS), rows).
-constexpr int SCORE_WARPS = 4;            // `kernels/fused_decode.py` has the same
+constexpr int SCORE_WARPS = 4;            // `kernels/gpu/decode/fused.py` has the same
 constexpr int CHUNK = FP8 ? 64 : 32;      // elements of a half statistic that four lanes load at once, 16 bytes each
 constexpr int CHUNKS = D / CHUNK;         // of a half statistic
 constexpr int EACH = CHUNK / 4;           // elements of a lane

@@ -17,7 +17,7 @@ registers, exactly; so do the queries, whatever the dtype of the cache.
 import triton
 import triton.language as tl
 
-from .triton_cache import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2, as_factor, load_vectors
+from ..page import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2, as_factor, load_vectors
 
 
 @triton.jit

@@ -13,7 +13,7 @@ With `C` the heads of a group, padded, the `N = 4 C` columns of `W` are
     2C .. 3C-1    low part of the same: two numbers of the cache dtype keep the digits of `state - selected`
     3C            ones                                                 -> the sum of the selected values
 
-The last program of a (token, kv head) to arrive merges the splits, takes the state's share from `triton_state`, and
+The last program of a (token, kv head) to arrive merges the splits, takes the state's share from `gpu/state`, and
 combines. Programs beside the splits sum the mass of the units that were not selected.
 
 Floor, bytes a (token, kv head): `2 d` elements a selected token, 5 bytes a unit and head for mass and flag, `GROUP d`
@@ -23,7 +23,7 @@ output elements. FLOP: `4 N d` a selected token.
 import triton
 import triton.language as tl
 
-from .triton_state import softmax_features
+from ..state import softmax_features
 
 NO_RESIDUAL = tl.constexpr(0)
 REGRESSION = tl.constexpr(1)

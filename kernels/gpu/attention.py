@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ..algorithm.combine import rms_norm
-from ..algorithm.parameters import SplaParameters
-from .triton_decode import TritonPagedSpla
-from .triton_prefill import DenseRows, PrefillPlan, TritonPrefill
+from ...algorithm.combine import rms_norm
+from ...algorithm.parameters import SplaParameters
+from .decode.steps import TritonPagedSpla
+from .prefill.passes import DenseRows, PrefillPlan, TritonPrefill
 
 DENSE_BELOW = {(64, False): 16384, (64, True): 24576, (32, False): 32768, (16, False): 98304}
 """Position from which a sparse prompt token costs less than a dense one at a budget of 2048 tokens, by tokens of a

@@ -6,7 +6,7 @@ most on calls and copies. Here every selected key and value is read once, from t
 
 The cache arrives as a flat array whose dtype stands for what it holds: uint16 for bfloat16, int16 for float16, float32
 for itself; where statistics are stored in bytes, it comes as uint8, too. All arithmetic is float32. Built-in selectors
-and residuals without a feature map are compiled; `kernels/cpu.py` leaves everything else to `TorchPagedSpla`.
+and residuals without a feature map are compiled; `kernels/cpu/attention.py` leaves everything else to `TorchPagedSpla`.
 """
 
 import math
@@ -17,8 +17,8 @@ from numba import njit, prange, types
 from numba.core.extending import overload
 from numba.extending import intrinsic
 
-from ..algorithm.statistics_format import COUNT, E4M3, E5M2
-from .layout import STAMP_WORDS
+from ...algorithm.statistics_format import COUNT, E4M3, E5M2
+from ..layout import STAMP_WORDS
 
 SELECTORS = ("mean", "taylor2", "cumulant2", "rem", "quest", "km2-rem")
 """The selectors that are compiled; `attend` knows them by their place here."""

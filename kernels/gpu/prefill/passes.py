@@ -1,10 +1,10 @@
 """SPLA prefill over the engine's paged cache on a GPU: what a step needs, and the launches of one layer.
 
 Every token selects for itself the pages that it would select in decode. Tokens below `dense_below` attend to
-everything, through FlashAttention (`kernels/cuda.py`); all others go through the passes planned here, whatever rows
+everything, through FlashAttention (`gpu/attention.py`); all others go through the passes planned here, whatever rows
 and chunks they come in. The plain reference of the whole is `reference.spla_sequence`.
 
-A pass is a number of tiles (`triton_prefill_select`) that fits into the scratch. Its launches, for some kv heads at
+A pass is a number of tiles (`select`) that fits into the scratch. Its launches, for some kv heads at
 a time:
 
 1. `prefill_state_kernel`, for all kv heads: the recurrent state at every page
@@ -14,7 +14,7 @@ a time:
 4. `page_attend_kernel`, `prefill_merge_kernel`
 
 A short chunk is a small pass: its scores are cut into more splits, its merge into more programs, and the launches are
-bound once a step for all layers (`triton_launch`), because the host would take longer than the device.
+bound once a step for all layers (`gpu/launch`), because the host would take longer than the device.
 
 Where the scratch does not take all kv heads, they run for some of them after the others rather than for fewer tokens:
 the more tokens chose a block, the more often is it used once it is on chip.
@@ -32,20 +32,20 @@ import torch
 import triton
 from tqdm import tqdm
 
-from .layout import STATE_MAGIC
-from .triton_attend import RESIDUAL_CODES
-from .triton_cache import SELECTOR_CODES
-from .triton_decode import TritonPagedSpla
-from .triton_launch import Launch, current_stream, layer_of
-from .triton_prefill_attend import page_attend_kernel, prefill_merge_kernel
-from .triton_prefill_select import (
+from ...layout import STATE_MAGIC
+from ..decode.attend import RESIDUAL_CODES
+from ..decode.steps import TritonPagedSpla
+from ..launch import Launch, current_stream, layer_of
+from ..page import SELECTOR_CODES
+from .attend import page_attend_kernel, prefill_merge_kernel
+from .select import (
     MODES,
     prefill_list_kernel,
     prefill_score_kernel,
     prefill_select_kernel,
     prefill_work_kernel,
 )
-from .triton_prefill_state import fold_pages_kernel, fold_sum_kernel, prefill_state_kernel
+from .state import fold_pages_kernel, fold_sum_kernel, prefill_state_kernel
 
 SCRATCH_BYTES = 1 << 30
 """What the parts of a pass may take: a larger pass gives every selection block a longer list of tokens."""

@@ -25,9 +25,9 @@ Floor, bytes a (token, kv head, selected unit): `2 GROUP d` elements written and
 import triton
 import triton.language as tl
 
-from .triton_attend import LINEAR, NO_RESIDUAL, REGRESSION
-from .triton_prefill_select import LOG2E, tile_queries, tile_units
-from .triton_state import softmax_features
+from ..decode.attend import LINEAR, NO_RESIDUAL, REGRESSION
+from ..state import softmax_features
+from .select import LOG2E, tile_queries, tile_units
 
 
 @triton.jit

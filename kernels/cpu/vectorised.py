@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ..algorithm.attention import masked_attention
-from ..algorithm.combine import double_rmsnorm, shared_normalizer
-from ..algorithm.page_table import (
+from ...algorithm.attention import masked_attention
+from ...algorithm.combine import double_rmsnorm, shared_normalizer
+from ...algorithm.page_table import (
     PaddedSlots,
     PageTablePlan,
     SparsePageTable,
@@ -29,11 +29,11 @@ from ..algorithm.page_table import (
     pad_slots,
     plan_page_table,
 )
-from ..algorithm.parameters import SplaParameters
-from ..algorithm.residual import Reading, make_residual
-from ..algorithm.selection import forced_blocks, group_scores, select_blocks
-from ..algorithm.selectors import get_selector
-from .layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, layouts
+from ...algorithm.parameters import SplaParameters
+from ...algorithm.residual import Reading, make_residual
+from ...algorithm.selection import forced_blocks, group_scores, select_blocks
+from ...algorithm.selectors import get_selector
+from ..layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, layouts
 
 _FOLD_PAGES = 64  # pages folded at a time: bounds the scratch of a rebuild
 _DECODE_ELEMENTS = 1 << 21  # keys and values of decode rows attended to at a time: their float32 stays in the cache

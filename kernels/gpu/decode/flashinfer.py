@@ -13,14 +13,14 @@ Every (query token, kv head) is a request of FlashInfer's with one query token a
 So no step plans, copies tables, or waits for the host, and steps can be captured in CUDA graphs. (Programmatic
 dependent launch stays off: FlashInfer reads the lengths before it waits for the launch that wrote them.)
 
-After `prepare` and selection (`triton_decode`), a step launches
+After `prepare` and selection (`steps`), a step launches
 
 1. `pack_kernel`: query tokens side by side, and the lengths;
 2. FlashInfer's attention, in two kernels where it splits: outputs in the cache dtype, and the LSE to base 2;
-3. `subtract_kernel`: `phi(q) S_selected` over the same pages, then the combination of `triton_attend`, to which
+3. `subtract_kernel`: `phi(q) S_selected` over the same pages, then the combination of `attend`, to which
    FlashInfer's result is the exact part of the first split.
 
-Plain reference: as `triton_attend`. Floor: as there, plus the selected pages a second time (from L2) where there is a
+Plain reference: as `attend`. Floor: as there, plus the selected pages a second time (from L2) where there is a
 residual. Source: FlashInfer, `BatchDecodeWithPagedKVCacheWrapper` with CUDA graphs (arXiv 2501.01005).
 """
 
@@ -32,11 +32,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_attend import LINEAR, NO_RESIDUAL, clear_padding, mass_of_rest, merge_splits
-from .triton_state import softmax_features
+from ..state import softmax_features
+from .attend import LINEAR, NO_RESIDUAL, clear_padding, mass_of_rest, merge_splits
 
 if TYPE_CHECKING:
-    from .triton_decode import TritonPagedSpla, Tuning
+    from .steps import TritonPagedSpla, Tuning
 
 HEAD_SIZES = (64, 128, 256)
 
@@ -129,7 +129,7 @@ def _subtract_split(
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """One split as `triton_attend.attend_split` leaves it, but for the exact part, which is FlashInfer's."""
+    """One split as `attend.attend_split` leaves it, but for the exact part, which is FlashInfer's."""
     dtype = kv_ptr.dtype.element_ty
     n = tl.arange(0, N)
     column = tl.arange(0, DP)
@@ -356,7 +356,7 @@ def plan_flashinfer(
 
 
 class FlashInferDecode:
-    """What stands in for `triton_attend.attend_kernel` in a step of `TritonPagedSpla`; layers of one geometry share it.
+    """What stands in for `attend.attend_kernel` in a step of `TritonPagedSpla`; layers of one geometry share it.
 
     Args:
         op: A layer's kernels, for their geometry and scratch.

@@ -1,8 +1,8 @@
-"""SPLA decode of one layer in one launch, for the shapes that most models have: `fused_decode.cu`, compiled with NVRTC.
+"""SPLA decode of one layer in one launch, for the shapes that most models have: `fused.cu`, compiled with NVRTC.
 
 For long rows in small batches it is two: the scores are made by a launch ahead, on all multiprocessors.
 
-The peer of the launches in `triton_decode`, which take over where `refusal` names a reason or it does not pay. It
+The peer of the launches in `steps`, which take over where `refusal` names a reason or it does not pay. It
 computes the same (`reference.spla_token`); the source says how, and what its floor is.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from ..algorithm.parameters import SplaParameters
-from .layout import STATE_MAGIC, PageLayout, StateLayout
+from ....algorithm.parameters import SplaParameters
+from ...layout import STATE_MAGIC, PageLayout, StateLayout
 
-SOURCE = Path(__file__).with_name("fused_decode.cu")
+SOURCE = Path(__file__).with_name("fused.cu")
 SELECTORS = {"taylor2": 1, "cumulant2": 2, "rem": 3, "quest": 4}
 RESIDUALS = {"none": 0, "regression": 1}
 THREADS = 256
