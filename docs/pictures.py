@@ -1,6 +1,6 @@
 """Draw the README's two pictures: how it works, and the headline figures. Needs matplotlib.
 
-    python docs/pictures.py
+python docs/pictures.py
 """
 
 import json
@@ -21,12 +21,18 @@ STATE = "#d97b29"
 def box(axes: pyplot.Axes, x: float, y: float, width: float, height: float, text: str, color: str) -> None:
     """A rounded box with text in its middle."""
     style = "round,pad=0,rounding_size=0.12"
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor="white", edgecolor=color, linewidth=1.6))
+    axes.add_patch(
+        FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor="white", edgecolor=color, linewidth=1.6)
+    )
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9.5, color=INK)
 
 
 def arrow(axes: pyplot.Axes, start: tuple[float, float], end: tuple[float, float], color: str = INK) -> None:
-    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, linewidth=1.4, color=color, shrinkA=0, shrinkB=0))
+    axes.add_patch(
+        FancyArrowPatch(
+            start, end, arrowstyle="-|>", mutation_scale=12, linewidth=1.4, color=color, shrinkA=0, shrinkB=0
+        )
+    )
 
 
 def how_it_works(path: Path) -> None:
@@ -46,8 +52,24 @@ def how_it_works(path: Path) -> None:
         axes.add_patch(Rectangle((x, top), width - 0.12, 1.3, facecolor=SPLA if chosen else GREY, edgecolor="none"))
         axes.add_patch(Rectangle((x, top - 0.85), width - 0.12, 0.45, facecolor="#9cc3ff", edgecolor="none"))
     axes.text(left, top + 1.55, "first page:\nalways selected", fontsize=8.5, va="bottom", color=SPLA)
-    axes.text(left + pages * width - 0.12, top + 1.55, "newest pages:\nalways selected", fontsize=8.5, va="bottom", ha="right", color=SPLA)
-    axes.text(left + 6.5 * width, top + 1.55, "grey: not selected, never read", fontsize=8.5, va="bottom", ha="center", color="#5b6570")
+    axes.text(
+        left + pages * width - 0.12,
+        top + 1.55,
+        "newest pages:\nalways selected",
+        fontsize=8.5,
+        va="bottom",
+        ha="right",
+        color=SPLA,
+    )
+    axes.text(
+        left + 6.5 * width,
+        top + 1.55,
+        "grey: not selected, never read",
+        fontsize=8.5,
+        va="bottom",
+        ha="center",
+        color="#5b6570",
+    )
 
     box(axes, 0.2, 5.0, 2.4, 1.3, "query of the\nnew token", INK)
     box(axes, 4.0, 5.0, 4.4, 1.3, "1  score every page\nby its summary", SPLA)

@@ -92,7 +92,13 @@ def test_sdist_holds_what_builds_and_tests_the_wheel(sdist: Path) -> None:
         members = {member.name.partition("/")[2]: member for member in archive}
     assert not [name for name, member in members.items() if not (member.isfile() or member.isdir())]
     assert set(MODULES) <= set(members)
-    wanted = {"spla_backend/kernels/gpu/decode/fused.cu", "pyproject.toml", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md"}
+    wanted = {
+        "spla_backend/kernels/gpu/decode/fused.cu",
+        "pyproject.toml",
+        "LICENSE",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    }
     for folder in ("tests", "scripts", "requirements", "examples", "benchmarks"):
         files = [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()]
         wanted |= {str(path) for path in files if not {"__pycache__", "results"} & set(path.parts)}
