@@ -1,10 +1,13 @@
-"""Draw the README's two pictures: how it works, and the headline figures. Needs matplotlib.
+"""Draw the README's two pictures into docs/images: how it works, and the headline figures.
 
-python docs/pictures.py
+    python docs/pictures.py
+
+Needs matplotlib.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
 DENSE, SPLA, GREY, INK = "#8c96a3", "#1f6feb", "#e8ebef", "#20262e"
-STATE = "#d97b29"
+STATE, MUTED = "#d97b29", "#5b6570"
 
 
 def box(axes: pyplot.Axes, x: float, y: float, width: float, height: float, text: str, color: str) -> None:
@@ -51,25 +54,10 @@ def how_it_works(path: Path) -> None:
         chosen = i in selected
         axes.add_patch(Rectangle((x, top), width - 0.12, 1.3, facecolor=SPLA if chosen else GREY, edgecolor="none"))
         axes.add_patch(Rectangle((x, top - 0.85), width - 0.12, 0.45, facecolor="#9cc3ff", edgecolor="none"))
-    axes.text(left, top + 1.55, "first page:\nalways selected", fontsize=8.5, va="bottom", color=SPLA)
-    axes.text(
-        left + pages * width - 0.12,
-        top + 1.55,
-        "newest pages:\nalways selected",
-        fontsize=8.5,
-        va="bottom",
-        ha="right",
-        color=SPLA,
-    )
-    axes.text(
-        left + 6.5 * width,
-        top + 1.55,
-        "grey: not selected, never read",
-        fontsize=8.5,
-        va="bottom",
-        ha="center",
-        color="#5b6570",
-    )
+    above: dict[str, Any] = {"y": top + 1.55, "fontsize": 8.5, "va": "bottom"}
+    axes.text(left, s="first page:\nalways selected", color=SPLA, **above)
+    axes.text(left + pages * width - 0.12, s="newest pages:\nalways selected", ha="right", color=SPLA, **above)
+    axes.text(left + 6.5 * width, s="grey: not selected, never read", ha="center", color=MUTED, **above)
 
     box(axes, 0.2, 5.0, 2.4, 1.3, "query of the\nnew token", INK)
     box(axes, 4.0, 5.0, 4.4, 1.3, "1  score every page\nby its summary", SPLA)
@@ -90,7 +78,7 @@ def how_it_works(path: Path) -> None:
     arrow(axes, (17.4, 5.0), (17.4, 3.2), SPLA)
     arrow(axes, (17.4, 1.7), (17.4, 0.75))
     axes.text(17.4, 0.35, "output", ha="center", va="center", fontsize=9.5)
-    axes.text(6.2, 1.35, "updated once per completed page", ha="center", va="top", fontsize=8.5, color="#5b6570")
+    axes.text(6.2, 1.35, "updated once per completed page", ha="center", va="top", fontsize=8.5, color=MUTED)
     figure.savefig(path, dpi=140, bbox_inches="tight", pad_inches=0.08, facecolor="white")
 
 

@@ -11,7 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md")]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 RESULTS = ROOT / "benchmarks" / "results"
-FOLDERS = r"(?:benchmarks|docs|examples|kernels|patches|requirements|scripts|spla_backend|tests|algorithm|calibrate|engine|evaluate|models)"
+FOLDERS = (
+    r"(?:benchmarks|docs|examples|kernels|patches|requirements|scripts|spla_backend|tests"
+    r"|algorithm|calibrate|engine|evaluate|models)"
+)
 
 
 def exists(path: Path) -> bool:
@@ -49,12 +52,12 @@ def test_what_a_document_names_exists(document: Path) -> None:
 
 
 def test_tests_named_in_the_table_exist() -> None:
-    missing, folder = [], ROOT / "tests"
-    for line in (folder / "README.md").read_text().splitlines():
-        for file, function in re.findall(r"`([\w/]+\.py)?::(\w+)`", line):
-            path = folder / file if file else path  # the file of the name before
-            if f"def {function}(" not in path.read_text():
-                missing.append(f"{path.name}::{function}")
+    missing, path = [], ROOT / "tests"
+    for file, function in re.findall(r"`([\w/]+\.py)?::(\w+)`", (path / "README.md").read_text()):
+        if file:  # else the file of the name before
+            path = ROOT / "tests" / file
+        if f"def {function}(" not in path.read_text():
+            missing.append(f"{path.name}::{function}")
     assert not missing
 
 
