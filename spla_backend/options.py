@@ -1,7 +1,7 @@
 """Options of the backend: where they come from, what they default to, what is refused.
 
-`--additional-config '{"spla": {...}}'` goes before `spla_config` in the model's config.json, that before the options
-that learned parameters bring (`learned.py`), those before the defaults. `docs/options.md` lists them for users.
+`--additional-config '{"spla": {...}}'` takes precedence over `spla_config` in the model's config.json, that over the
+options that learned parameters bring (`learned.py`), those over the defaults. `docs/options.md` lists them for users.
 """
 
 import difflib

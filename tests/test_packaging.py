@@ -1,8 +1,9 @@
-"""What is installed, under which names: by wheel, by `pip install`, editable, and in a checkout."""
+"""What is installed, under which names: by a wheel from the sdist, by `pip install`, editable, and in a checkout."""
 
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -14,13 +15,15 @@ PIP = [sys.executable, "-m", "pip"]
 OFFLINE = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
 # What the source says must be importable: every module, those behind the two links included.
 MODULES = sorted(
-    f"{prefix}/{path.relative_to(folder).as_posix()}"
-    for prefix, folder in (
-        ("spla_backend", ROOT / "spla_backend"),
-        ("spla_backend/kernels", ROOT / "kernels"),
-        ("spla_backend/patches", ROOT / "patches"),
-    )
-    for path in folder.rglob("*.py")
+    {  # once: in an unpacked sdist the links are folders
+        f"{prefix}/{path.relative_to(folder).as_posix()}"
+        for prefix, folder in (
+            ("spla_backend", ROOT / "spla_backend"),
+            ("spla_backend/kernels", ROOT / "spla_backend" / "kernels"),
+            ("spla_backend/patches", ROOT / "spla_backend" / "patches"),
+        )
+        for path in folder.rglob("*.py")
+    }
 )
 # Prints where modules come from; `-I -S` keeps the checkout and the installed package out of `sys.path`.
 FIND = """
@@ -31,6 +34,9 @@ for name in [*ours, "kernels", "patches", "tests", "benchmarks"]:
     spec = importlib.util.find_spec(name)
     print(name, spec and spec.origin)
 """
+
+
+HOOK = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -48,27 +54,61 @@ def found_in(site: Path) -> dict[str, str]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout with its links, so that building leaves nothing in the real one."""
     copy = tmp_path_factory.mktemp("source") / "vllm-spla"
-    copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("spla_backend", "kernels", "patches", "tests", "benchmarks", "examples"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "results")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
     return copy
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-c", HOOK.format("sdist"), folder, cwd=source)
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel_file(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("pip")
     folder = tmp_path_factory.mktemp("wheel")
-    run(*PIP, "wheel", *OFFLINE, "--wheel-dir", folder, ".", cwd=source)
+    run(*PIP, "wheel", *OFFLINE, "--wheel-dir", folder, sdist, cwd=folder)
     (path,) = folder.iterdir()
-    return zipfile.ZipFile(path)
+    return path
 
 
+@pytest.fixture(scope="module")
+def wheel(wheel_file: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(wheel_file)
+
+
+@pytest.mark.skipif(not (ROOT / "kernels").exists(), reason="an unpacked sdist, in which the links are folders")
 def test_links_are_links() -> None:
     assert (ROOT / "spla_backend" / "kernels").readlink() == Path("../kernels")
     assert (ROOT / "spla_backend" / "patches").readlink() == Path("../patches")
+
+
+def test_sdist_holds_what_builds_and_tests_the_wheel(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive}
+    assert not [name for name, member in members.items() if not (member.isfile() or member.isdir())]
+    assert set(MODULES) <= set(members)
+    wanted = {
+        "spla_backend/kernels/gpu/decode/fused.cu",
+        "pyproject.toml",
+        "LICENSE",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    }
+    for folder in ("tests", "scripts", "requirements", "examples", "benchmarks"):
+        files = [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()]
+        wanted |= {str(path) for path in files if not {"__pycache__", "results"} & set(path.parts)}
+    assert wanted <= set(members)
+
+
+def test_wheel_from_the_sdist_is_imported(wheel_file: Path, tmp_path: Path) -> None:
+    run(*PIP, "install", *OFFLINE, "--target", tmp_path, wheel_file, cwd=tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import spla_backend.options as o; print(o.__file__)"
+    assert Path(run(sys.executable, "-P", "-c", code, cwd=tmp_path).strip()).is_relative_to(tmp_path)
 
 
 def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
@@ -107,14 +147,13 @@ def test_install_into_a_folder(source: Path, tmp_path: Path) -> None:
 
 
 def test_editable_install_exposes_our_name_only(source: Path, tmp_path: Path) -> None:
-    hook = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
-    run(sys.executable, "-c", hook, tmp_path, cwd=source)
+    run(sys.executable, "-c", HOOK.format("editable"), tmp_path, cwd=source)
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     found = found_in(site)
-    assert Path(found["spla_backend.kernels.layout"]).resolve() == source / "kernels/layout.py"
-    assert Path(found["spla_backend.patches.platform"]).resolve() == source / "patches/platform.py"
+    for name in ("spla_backend.kernels.layout", "spla_backend.patches.platform"):
+        assert Path(found[name]).resolve() == (source / name.replace(".", "/")).with_suffix(".py").resolve()
     assert found["kernels"] == found["patches"] == found["tests"] == found["benchmarks"] == "None"
 
 
