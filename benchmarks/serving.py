@@ -247,7 +247,7 @@ def server(model: str, arguments: dict[str, Any], log: Path) -> Iterator[str]:
     # For `/collective_rpc`, by which the weights are drawn.
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
     command = [*VLLM, "serve", model, *flags(arguments | {"host": "127.0.0.1", "port": port})]
-    print(f"server: {shlex.join(command[2:])}\nits log: {log}", flush=True)
+    print(f"server: vllm {shlex.join(command[len(VLLM) :])}\nits log: {log}", flush=True)
     with log.open("w") as file:
         process = subprocess.Popen(
             command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -416,8 +416,8 @@ def main() -> None:
     if args.merge:
         merge(result, json.loads(args.merge.read_text()))
     if not args.small:
-        seconds = {b: sum(setup.scenarios[n].expected_s[b] for n in names) for b in args.backends}
-        print(f"on an H200 about {seconds} s, and a minute for each start of an engine and for warming up", flush=True)
+        seconds = sum(setup.scenarios[name].expected_s[backend] for name in names for backend in args.backends)
+        print(f"about {seconds} s on an H200, and a minute for each engine to start and to warm up", flush=True)
     # A limit of time ends this by a signal: the server must go, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
 
