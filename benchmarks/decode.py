@@ -52,8 +52,10 @@ from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
 from spla_backend.algorithm.selectors import get_selector
 from spla_backend.evaluate.variants import bytes_read
-from spla_backend.kernels.gpu.decode import steps as triton_decode
-from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla
+from spla_backend.kernels.gpu.decode.steps import DecodeSteps
+from spla_backend.kernels.gpu.layer import GpuLayer
+from spla_backend.kernels.gpu.scratch import forget_scratch
+from spla_backend.kernels.interface import Layer, Limits
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
 GROUP = HEADS // KV_HEADS
@@ -65,6 +67,7 @@ SECONDS = 0.12  # a measurement, where that is enough for 7 replays
 CHECKED_CONTEXT = 131072  # beyond it the reference takes seconds: one shape is checked there
 TOLERANCE = 1e-2
 DEVICE = "cuda"
+LAYER = Layer(HEADS, KV_HEADS, HEAD_SIZE, DTYPE, SCALE)
 
 DENSE = ("fa3", "flashinfer_dense")
 IMPLS = (*DENSE, "flashinfer_sparse", "spla", "spla_mixed")
@@ -101,19 +104,16 @@ class Shape:
             statistics_dtype=self.statistics_dtype,
         )
 
-    def op(self, executor: str = "spla") -> TritonPagedSpla:
-        return TritonPagedSpla(
-            self.params,
-            num_heads=HEADS,
-            num_kv_heads=KV_HEADS,
-            head_size=HEAD_SIZE,
-            cache_dtype=DTYPE,
-            scale=SCALE,
+    def op(self, executor: str = "spla") -> DecodeSteps:
+        limits = Limits(
             max_num_rows=self.batch,
+            max_query_len=1,
             max_model_len=max(self.context, 131072),  # an engine's limit does not follow the length of its rows
-            device=DEVICE,
-            executor=executor,
+            max_num_tokens=self.batch,
+            prefill_dense_below=0,
+            largest_budget=self.budget_blocks,
         )
+        return DecodeSteps(GpuLayer(self.params, LAYER, DEVICE), limits, executor=executor)
 
 
 @dataclass
@@ -132,24 +132,24 @@ class Pool:
     """A cache of random pages with statistics and stamps in place, in random order.
 
     Args:
-        op: Whose pages.
+        layer: Whose pages.
         context: Tokens a row.
         num_rows: Rows.
         num_states: Recurrent states, for when the pages are cut into more rows.
     """
 
-    def __init__(self, op: TritonPagedSpla, context: int, num_rows: int, num_states: int = 1) -> None:
-        self.op, layout, page = op, op.page_layout, op.params.page_size
-        per_row, num_blocks = -(-context // page), op.state_layout.num_blocks
+    def __init__(self, layer: GpuLayer, context: int, num_rows: int, num_states: int = 1) -> None:
+        self.layer, layout, page = layer, layer.page_layout, layer.params.page_size
+        per_row, num_blocks = -(-context // page), layer.state_layout.num_blocks
         num_states = max(num_rows, num_states)
         num_pages = num_rows * per_row + num_states * num_blocks
         self.kv_cache = torch.empty(num_pages, KV_HEADS, layout.rows, 2 * HEAD_SIZE, dtype=DTYPE, device=DEVICE)
         words = self.kv_cache.view(torch.int32).flatten(2)  # [num_pages, G, words]
-        selector = get_selector(op.params.selector)
+        selector = get_selector(layer.params.selector)
         for start in range(0, num_pages, 1024):
             part = self.kv_cache[start : start + 1024]
             part.normal_()
-            keys = part[:, :, :page, :HEAD_SIZE].float().unflatten(2, (-1, op.params.selection_block))
+            keys = part[:, :, :page, :HEAD_SIZE].float().unflatten(2, (-1, layer.params.selection_block))
             layout.store(layout.area(part), selector.statistics(keys))
             ids = torch.arange(start, start + len(part), dtype=torch.int32, device=DEVICE)
             words[start : start + 1024, :, -4:] = ids[:, None, None]
@@ -227,7 +227,7 @@ def kernel_times(graph: torch.cuda.CUDAGraph, num_steps: int) -> dict[str, float
 # Implementations. Whatever they plan or compile is done before the function that they return is timed.
 
 
-def spla(op: TritonPagedSpla, pool: Pool, shape: Shape, steady: bool = True) -> Run:
+def spla(op: DecodeSteps, pool: Pool, shape: Shape, steady: bool = True) -> Run:
     starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)
     lengths = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE)
 
@@ -348,20 +348,22 @@ def check_exact(pool: Pool, shape: Shape, rows: Rows, impl: str) -> None:
             raise WrongOutputError(f"{impl} {shape}: relative error {error}")
 
 
-def check_spla(op: TritonPagedSpla, pool: Pool, shape: Shape, rows: Rows) -> None:
+def check_spla(op: DecodeSteps, pool: Pool, shape: Shape, rows: Rows) -> None:
     """The first row's first kv head against the float64 reference."""
     pages = rows.block_table[0].long()
     kv = pool.kv_cache[pages, :1].cpu()  # [pages, 1, B + r, 2 d]
     tokens = kv[:, :, : shape.page].transpose(1, 2).flatten(0, 1)[: shape.context].double()
     keys, values = tokens.split(HEAD_SIZE, -1)  # [L, 1, d]
     complete = kv[: (shape.context - 1) // shape.page]
-    block_statistics = op.page_layout.statistics(complete).transpose(1, 2).flatten(0, 1).double()
+    block_statistics = op.layer.page_layout.statistics(complete).transpose(1, 2).flatten(0, 1).double()
     query = rows.query[0, :GROUP].cpu().double() * SCALE
-    want = spla_token(query, keys, values, op.params, statistics=block_statistics)
+    want = spla_token(query, keys, values, op.layer.params, statistics=block_statistics)
     error = float(relative_error(rows.output[0, :GROUP].cpu(), want.output))
     if error > TOLERANCE:
         scores = want.group_scores[0].sort(descending=True).values
-        free = shape.budget_blocks - op.params.max_forced_blocks  # forced blocks may be among the best: look around
+        free = (
+            shape.budget_blocks - op.layer.params.max_forced_blocks
+        )  # forced blocks may be among the best: look around
         gap = float(scores[max(free - 1, 0) : shape.budget_blocks + 1].diff().abs().min()) if len(scores) > free else 1
         if gap > 1e-5:  # where float32 cannot tell two blocks apart, either may be selected
             raise WrongOutputError(f"spla {shape}: relative error {error}")
@@ -449,7 +451,7 @@ class Benchmark:
             check_exact(pool, shape, steps[0], "flashinfer_sparse")
             self.measure("flashinfer_sparse", run, steps, shape)
 
-    def _check(self, op: TritonPagedSpla, pool: Pool, steps: list[Rows], shape: Shape, check: bool) -> None:
+    def _check(self, op: DecodeSteps, pool: Pool, steps: list[Rows], shape: Shape, check: bool) -> None:
         """The first row against the reference; all rows that were computed alone against those."""
         if check:
             check_spla(op, pool, shape, steps[0])
@@ -488,14 +490,16 @@ class Benchmark:
         """`kinds`: page, selection block, selector, dtype of the statistics. `rows`: of the longest context that the
         cache has pages for, 0 as many as are of use."""
         for kind in kinds:
-            triton_decode._Scratch._instances.clear()
+            forget_scratch()
             pool = None  # before the next one
             torch.cuda.empty_cache()
-            op, longest = Shape(max(batches), max(contexts), budgets[0], *kind).op(), max(contexts)
-            row_bytes = longest * KV_HEADS * op.page_layout.rows // kind[0] * 2 * HEAD_SIZE * DTYPE.itemsize
+            largest, longest = Shape(max(batches), max(contexts), budgets[0], *kind), max(contexts)
+            layer = GpuLayer(largest.params, LAYER, DEVICE)
+            largest.op()  # its scratch, which stays, is there when the pool takes what is left
+            row_bytes = longest * KV_HEADS * layer.page_layout.rows // kind[0] * 2 * HEAD_SIZE * DTYPE.itemsize
             free = torch.cuda.mem_get_info()[0] - 6e9
             num_rows = min(int(free / row_bytes), rows or max(2 * max(batches), MAX_STEPS))
-            pool = Pool(op, longest, num_rows, num_states=MAX_STEPS * max(batches))
+            pool = Pool(layer, longest, num_rows, num_states=MAX_STEPS * max(batches))
             for context in contexts:
                 self._alone.clear()
                 for batch in batches:
@@ -518,10 +522,9 @@ def compile_shape(executors: list[str], shape: Shape) -> None:
     """Run a step of a shape on next to nothing, so that its kernels are compiled and cached on disk."""
     for executor in executors:
         op = shape.op(executor)
-        blocks = op.state_layout.num_blocks
-        pages = 3 + blocks
-        cache = torch.zeros(pages, KV_HEADS, op.page_layout.rows, 2 * HEAD_SIZE, dtype=DTYPE, device=DEVICE)
-        query = torch.zeros(shape.batch, HEADS, HEAD_SIZE, dtype=DTYPE, device=DEVICE)
+        blocks = op.layer.state_layout.num_blocks
+        cache = op.layer.empty_pages(3 + blocks)
+        query = op.layer.zeros(shape.batch, HEADS, HEAD_SIZE)
         width = -(-shape.context // shape.page)
         tables = (torch.zeros(shape.batch, n, dtype=torch.int32, device=DEVICE) for n in (width, blocks))
         starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE)

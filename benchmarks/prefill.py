@@ -35,13 +35,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from decode import DTYPE, HEAD_SIZE, HEADS, KV_HEADS, SCALE, Pool, copy_bandwidth
+from decode import DTYPE, HEAD_SIZE, HEADS, KV_HEADS, LAYER, SCALE, Pool, copy_bandwidth
 
 from spla_backend.algorithm import reference
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import forced_blocks, spla_token
-from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla, _Scratch
-from spla_backend.kernels.gpu.prefill.passes import SCRATCH_BYTES, Pass, PrefillTuning, TritonPrefill
+from spla_backend.kernels.gpu.layer import GpuLayer
+from spla_backend.kernels.gpu.prefill.passes import SCRATCH_BYTES, Pass, PrefillPasses, PrefillTuning
+from spla_backend.kernels.gpu.scratch import forget_scratch
+from spla_backend.kernels.interface import Limits
 
 TOLERANCE = 2e-2
 """Relative error of a token in bf16; an exchanged page makes more."""
@@ -100,7 +102,7 @@ def captured(pool: Pool, context: int) -> torch.Tensor:
     bits = numpy.bitwise_xor.accumulate(record["change"], axis=1)
     chosen = torch.from_numpy(numpy.unpackbits(bits, axis=-1)[..., : int(record["pages"])]).cuda()  # [G, 1024, n]
     heads, length, number = chosen.shape
-    page, pages, group = pool.op.params.page_size, pool.block_table.shape[1], HEADS // KV_HEADS
+    page, pages, group = pool.layer.params.page_size, pool.block_table.shape[1], HEADS // KV_HEADS
     directions = torch.nn.functional.normalize(torch.randn(heads, pages, HEAD_SIZE, device="cuda"), dim=-1)
     cache, table = pool.kv_cache, pool.block_table[0].long()
     for place in range(0, pages, 256):  # keys, and their mean
@@ -126,22 +128,22 @@ def inputs(pool: Pool, context: int, kind: str) -> torch.Tensor:
     return captured(pool, context) if kind == "captured" else queries(context, kind)
 
 
-def union(op: TritonPrefill, step: Pass) -> float:
+def union(op: PrefillPasses, step: Pass) -> float:
     """Pages in the union over a tile of neighbouring tokens, over the pages of one token, forced ones aside, in the
     last kv heads of the pass that ran last; selection blocks are pages."""
-    params = op.base.params
+    params = op.layer.params
     forced = params.first_blocks + params.last_blocks - 1  # complete pages that every token selects
     pairs, tokens = len(step.tiles) * step.heads, op.tile_tokens
-    table = op._pool["table"].flatten()[: pairs * tokens * op._slots].view(pairs, tokens, op._slots)
+    table = op.scratch["table"].flatten()[: pairs * tokens * op.slots].view(pairs, tokens, op.slots)
     whole = (step.tiles[:, 2] == tokens).repeat_interleave(step.heads)
     pages = table[whole][..., forced:].flatten(1).sort(1).values
-    return float(1 + (pages.diff(dim=1) != 0).sum(1).float().mean()) / (op._slots - forced)
+    return float(1 + (pages.diff(dim=1) != 0).sum(1).float().mean()) / (op.slots - forced)
 
 
 def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0, row: int = 0) -> Callable[[], object]:
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    page = pool.op.params.page_size
+    page = pool.layer.params.page_size
     keys, values = (x.transpose(1, 2) for x in pool.kv_cache[:, :, :page].split(HEAD_SIZE, -1))  # [pages, B, G, d]
     starts = torch.tensor([0, len(query)], dtype=torch.int32, device="cuda")
     lengths = torch.tensor([start + len(query)], dtype=torch.int32, device="cuda")
@@ -153,7 +155,7 @@ def fa3(pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0, r
 
 
 def spla(
-    op: TritonPrefill, pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0
+    op: PrefillPasses, pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0
 ) -> Callable[[], None]:
     """One layer of a step, which is planned once for all layers; the dense beginning through FA3."""
     plan = op.plan(0, [0, len(query)], [start + len(query)])
@@ -192,14 +194,14 @@ def compare(got: torch.Tensor, *arguments: object, **more: object) -> tuple[floa
 
 def stored(pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
     """What the reference reads of kv head 1 of row 0, float64: keys and values `[tokens, 1, 2 d]`, statistics."""
-    layout = pool.op.page_layout
+    layout = pool.layer.page_layout
     kv = pool.kv_cache[pool.block_table[0].long(), 1:2].cpu()  # [pages, 1, B + r, 2 d]
     tokens = kv[:, :, : layout.page_size].transpose(1, 2).flatten(0, 1).double()
     return tokens, layout.statistics(kv).transpose(1, 2).flatten(0, 1).double()  # [blocks, 1, width]
 
 
 def check(
-    op: TritonPrefill,
+    op: PrefillPasses,
     known: tuple[torch.Tensor, torch.Tensor],
     query: torch.Tensor,
     output: torch.Tensor,
@@ -208,7 +210,7 @@ def check(
     many: bool = True,
 ) -> tuple[float, int]:
     """Worst relative error of sampled tokens, one kv head, and how many of them are near-ties; `known` is `stored`."""
-    (tokens, statistic), base, group = known, op.base, HEADS // KV_HEADS
+    (tokens, statistic), params, group = known, op.layer.params, HEADS // KV_HEADS
     worst, ties = 0.0, 0
     first = max(op.dense_below, start)
     end = start + len(query)
@@ -218,8 +220,7 @@ def check(
         heads = slice(group, 2 * group)
         error, tie = compare(
             output[position - start, heads].cpu().double(), query[position - start, heads].cpu().double() * SCALE,
-            keys, values, base.params,
-            statistics=statistic[: position // base.params.page_size * base.params.blocks_per_page],
+            keys, values, params, statistics=statistic[: position // params.page_size * params.blocks_per_page],
         )  # fmt: skip
         worst, ties = max(worst, error), ties + tie
     return worst, ties
@@ -234,17 +235,15 @@ class Layers:
         context: The most tokens of a row.
     """
 
-    def __init__(self, op: TritonPrefill, context: int) -> None:
-        self.op, self.pool = op, Pool(op.base, context, LAYERS)
+    def __init__(self, op: PrefillPasses, context: int) -> None:
+        self.op, self.context, self.pool = op, context, Pool(op.layer, context, LAYERS)
         self._blocks = self.pool.state_table.flatten().long()
         self.stored = stored(self.pool)
 
     def states(self, start: int) -> torch.Tensor:
         """State blocks of all layers as a chunk at `start` finds them."""
         # Rows that attend densely leave such states.
-        dense = TritonPrefill(
-            self.op.base, dense_below=1 << 30, max_num_tokens=1, max_num_rows=1, max_model_len=1, device=self.op.device
-        )
+        dense = PrefillPasses(self.op.layer, limits(self.context, max_num_tokens=1, dense_below=1 << 30))
         step = dense.plan(0, [0, 1], [start]).folds
         cache = self.pool.kv_cache
         if step is not None:
@@ -303,7 +302,7 @@ class Layers:
 
 
 def time_chunks(
-    op: TritonPrefill, lengths: list[int], starts: list[int], record: Callable[..., None], breakdown: bool
+    op: PrefillPasses, lengths: list[int], starts: list[int], record: Callable[..., None], breakdown: bool
 ) -> None:
     """Chunks of a prompt far into it, dense and sparse."""
     layers = Layers(op, max(starts) + max(lengths))
@@ -312,9 +311,9 @@ def time_chunks(
         for length in lengths:
             query = queries(length, "uniform")
             output = torch.full_like(query, float("nan"))
-            page, block = op.base.params.page_size, op.base.params.selection_block
+            page, block = op.layer.params.page_size, op.layer.params.selection_block
             where = {"batch": 1, "context": start + length, "chunk": length, "page": page, "block": block,
-                     "budget": op.base.params.budget_blocks * block}  # fmt: skip
+                     "budget": op.layer.params.budget_blocks * block}  # fmt: skip
             record("fa3", **layers.time(layers.dense(query, output, start), states), **where)
             for _ in range(2):  # as Triton launches it, and as it was bound then
                 layers.pool.kv_cache[layers._blocks] = states
@@ -341,8 +340,8 @@ def print_kernels(run: Callable[[], object], layers: int = 1) -> None:
         print(f"    {time_ms:9.3f} ms {count:5d}  {item.key[:70]}")
 
 
-def floor_ms(op: TritonPrefill, context: int, flops: float, bandwidth: float) -> float:
-    block, budget = op.base.params.selection_block, op.base.params.budget_blocks * op.base.params.selection_block
+def floor_ms(op: PrefillPasses, context: int, flops: float, bandwidth: float) -> float:
+    block, budget = op.layer.params.selection_block, op.layer.params.budget_blocks * op.layer.params.selection_block
     first = min(op.dense_below, context)
     scored = (context**2 - first**2) / 2 / block  # (token, block) pairs
     products = scored * HEADS * 2 * HEAD_SIZE * 8 + (context - first) * HEADS * budget * 4 * HEAD_SIZE
@@ -382,19 +381,18 @@ def make_op(
     scratch: int = SCRATCH_BYTES >> 20,
     options: dict | None = None,
     tuning: PrefillTuning | None = None,
-) -> TritonPrefill:
+) -> PrefillPasses:
     """The op of one row; scratch of others is given back."""
-    _Scratch._instances.clear()
-    TritonPrefill._pools.clear()
+    forget_scratch()
     torch.cuda.empty_cache()
-    base = TritonPagedSpla(
-        SplaParameters(page, block, budget // block, **(options or {})), num_heads=HEADS, num_kv_heads=KV_HEADS,
-        head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE, max_num_rows=1, max_model_len=context, device="cuda",
-    )  # fmt: skip
-    return TritonPrefill(
-        base, dense_below=dense_below, max_num_tokens=max_num_tokens, max_num_rows=1, max_model_len=1 << 30,
-        device=torch.device("cuda"), tuning=tuning, scratch_bytes=scratch << 20,
-    )  # fmt: skip
+    layer = GpuLayer(SplaParameters(page, block, budget // block, **(options or {})), LAYER, "cuda")
+    sizes = limits(context, max_num_tokens=max_num_tokens, dense_below=dense_below)
+    return PrefillPasses(layer, sizes, tuning=tuning, scratch_bytes=scratch << 20)
+
+
+def limits(max_model_len: int, *, max_num_tokens: int, dense_below: int) -> Limits:
+    """Of one row."""
+    return Limits(1, 1, max_model_len, max_num_tokens, dense_below, largest_budget=0)
 
 
 def numbers(text: str) -> list[int]:
@@ -451,7 +449,7 @@ def main() -> None:
             result = {"command": " ".join(["python", *sys.argv]), "versions": versions, "hardware": hardware}
             args.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
 
-    def make(context: int, budget: int, max_num_tokens: int) -> TritonPrefill:
+    def make(context: int, budget: int, max_num_tokens: int) -> PrefillPasses:
         return make_op(
             context, budget, max_num_tokens, page=args.page, block=block, dense_below=args.dense_below,
             scratch=args.scratch, options=json.loads(args.options), tuning=tuning,
@@ -468,7 +466,7 @@ def main() -> None:
     for context in numbers(args.contexts):
         for budget in budgets:
             op = make(context, budget, context)
-            pool = Pool(op.base, context, 1)
+            pool = Pool(op.layer, context, 1)
             where = {"batch": 1, "context": context, "budget": budget, "page": args.page, "block": block}
             print(f"{where}: scratch {op.scratch_bytes / 2**20:.0f} MiB, {op.max_tiles} tiles a pass", flush=True)
             record("floor", floor_ms(op, context, flops, bandwidth), 0.0, **where)

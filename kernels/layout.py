@@ -106,6 +106,11 @@ class PageLayout:
         """First element of the stamp within the flat statistics area."""
         return self.statistics_rows * 2 * self.head_size - STAMP_WORDS * 4 // self.itemsize
 
+    @property
+    def stamp_word(self) -> int:
+        """First int32 of the stamp within a page of one kv head."""
+        return self.rows * 2 * self.head_size * self.itemsize // 4 - STAMP_WORDS
+
 
 @dataclass(frozen=True)
 class StateLayout:

@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import decode  # noqa: E402
 
 from spla_backend.evaluate.report import hardware, versions  # noqa: E402
+from spla_backend.kernels.gpu.store import Store  # noqa: E402
 
 LAYERS = 8
 HIDDEN, INTERMEDIATE = 4096, 14336
@@ -74,7 +75,7 @@ def main() -> None:
     for context in args.contexts:
         shape = decode.Shape(1, context, budget=2048, page=64, block=64)
         op = shape.op()
-        pool = decode.Pool(op, context, LAYERS)
+        pool, store = decode.Pool(op.layer, context, LAYERS), Store(op.layer)
         steps = pool.steps(shape)[:LAYERS]
         spla, fa3 = decode.spla(op, pool, shape), decode.fa3(pool, shape)
         key, value = torch.randn(2, 1, decode.KV_HEADS, decode.HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
@@ -82,7 +83,7 @@ def main() -> None:
         slots = {id(r): r.block_table[0, (context - 1) // 64].long().view(1) * 64 + 30 for r in steps}
 
         def update(r: decode.Rows) -> None:
-            op.update_cache(key, value, pool.kv_cache, slots[id(r)])  # noqa: B023, called before the next context
+            store.update_cache(key, value, pool.kv_cache, slots[id(r)])  # noqa: B023, called before the next context
 
         def update_and(attend: Attention) -> Attention:
             return lambda r: (update(r), attend(r))  # noqa: B023

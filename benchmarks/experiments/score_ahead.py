@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import decode  # noqa: E402
 
 from spla_backend.evaluate.report import hardware, versions  # noqa: E402
-from spla_backend.kernels.gpu.decode.fused import _Module  # noqa: E402
+from spla_backend.kernels.gpu.decode.fused import Module  # noqa: E402
 
 CASES = ((524288, 1), (524288, 2), (393216, 1), (262144, 1), (131072, 1))
 SCORE_BLOCKS = (0, 33, 66, 100, 120, 132, 150, 198)
@@ -48,9 +48,9 @@ def main() -> None:
             if op.fused is None or not op.fused.pays(batch):
                 continue
             if pool is None:
-                row_bytes = context * decode.KV_HEADS * op.page_layout.rows // 64 * 4 * decode.HEAD_SIZE
+                row_bytes = context * decode.KV_HEADS * op.layer.page_layout.rows // 64 * 4 * decode.HEAD_SIZE
                 num_rows = min(int((torch.cuda.mem_get_info()[0] - 8e9) / row_bytes), 64)
-                pool = decode.Pool(op, context, num_rows, num_states=64)
+                pool = decode.Pool(op.layer, context, num_rows, num_states=64)
             steps = pool.steps(shape)
             about = {
                 "batch": batch,
@@ -73,7 +73,7 @@ def main() -> None:
             for score_blocks in SCORE_BLOCKS:
                 if batch * score_blocks > 264:
                     continue
-                op.fused._score_blocks = score_blocks
+                op.fused.fixed_score_blocks = score_blocks
                 for step in steps:
                     step.output.fill_(float("nan"))
                     run(step)
@@ -84,10 +84,10 @@ def main() -> None:
                 if wrong > 0.02:
                     sys.exit(f"{shape}, {score_blocks} thread blocks: {wrong:.1%} of the heads differ")
                 note("spla", decode.time_steps(run, steps)[0], score_blocks)
-            with mock.patch.object(_Module, "decode", nothing):
-                note("spla_score", decode.time_steps(run, steps)[0], op.fused._score_blocks)
-            with mock.patch.object(_Module, "score", nothing):
-                note("spla_rest", decode.time_steps(run, steps)[0], op.fused._score_blocks)
+            with mock.patch.object(Module, "decode", nothing):
+                note("spla_score", decode.time_steps(run, steps)[0], op.fused.fixed_score_blocks)
+            with mock.patch.object(Module, "score", nothing):
+                note("spla_rest", decode.time_steps(run, steps)[0], op.fused.fixed_score_blocks)
     about_run = {"command": " ".join(["python", *sys.argv]), "versions": versions(), "hardware": hardware()}
     args.out.write_text(json.dumps(about_run | {"rows": rows}, indent=1) + "\n")
 

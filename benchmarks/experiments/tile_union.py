@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from prefill import HEAD_SIZE, TOLERANCE, Pool, check, inputs, make_op, numbers, stored, union
 
 from spla_backend.kernels.gpu.launch import Launch, current_stream
-from spla_backend.kernels.gpu.prefill.passes import Pass, TritonPrefill
+from spla_backend.kernels.gpu.prefill.passes import Pass, PrefillPasses
 from spla_backend.kernels.gpu.prefill.select import LOG2E, tile_queries
 
 
@@ -153,15 +153,15 @@ def tile_union_kernel(
 
 
 def union_lists(
-    op: TritonPrefill, step: Pass, block_table: torch.Tensor
+    op: PrefillPasses, step: Pass, block_table: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pages and token bits `[tiles, heads, width]` int32 of every tile, and how many there are `[tiles, heads]`."""
     pairs, tokens = len(step.tiles) * step.heads, op.tile_tokens
-    table = op._pool["table"].flatten()[: pairs * tokens * op._slots].view(pairs, tokens, op._slots).long()
-    count = op._pool["count"][: pairs * tokens].view(pairs, tokens)
+    table = op.scratch["table"].flatten()[: pairs * tokens * op.slots].view(pairs, tokens, op.slots).long()
+    count = op.scratch["count"][: pairs * tokens].view(pairs, tokens)
     exists = torch.arange(tokens, device=table.device) < step.tiles[:, 2:3]  # [tiles, tokens]
     exists = exists[:, None].expand(-1, step.heads, -1).reshape(pairs, tokens)
-    valid = (torch.arange(op._slots, device=table.device) < count[..., None]) & exists[..., None]
+    valid = (torch.arange(op.slots, device=table.device) < count[..., None]) & exists[..., None]
     bit = (1 << torch.arange(tokens, device=table.device))[None, :, None].expand_as(table)
     # What is not valid goes to a place of its own.
     place = torch.where(valid, table, step.max_complete).flatten(1)
@@ -202,20 +202,20 @@ def launch_all(tensors: dict[str, torch.Tensor], stream: int | None, launches: l
 
 
 def run_both(
-    op: TritonPrefill, pool: Pool, query: torch.Tensor, shipped: torch.Tensor, united: torch.Tensor, start: int
+    op: PrefillPasses, pool: Pool, query: torch.Tensor, shipped: torch.Tensor, united: torch.Tensor, start: int
 ) -> tuple[dict[str, float], list[float]]:
     """All passes of the tokens `query` from `start` on, by both roads; times, and the unions of some passes."""
-    base, clock, overlaps = op.base, Clock(), []
+    layer, clock, overlaps = op.layer, Clock(), []
     cache, stream = pool.kv_cache, current_stream(op.device)
     own = {"query": query, "kv": cache, "state": cache, "block_table": pool.block_table,
            "state_table": pool.state_table, "output": shipped}  # fmt: skip
     for step in op.plan(0, [0, len(query)], [start + len(query)]).passes:
-        states, *launches = op._bind(step, own, ())
-        tensors = own | op._weights | {"kv_int": cache.view(torch.int32), "state_int": cache.view(torch.int32),
+        states, *launches = op.bind(step, own, ())
+        tensors = own | op.weights | {"kv_int": cache.view(torch.int32), "state_int": cache.view(torch.int32),
                                        "state": cache.view(torch.float32)}  # fmt: skip
         launch = functools.partial(launch_all, tensors, stream)
         launch([states])
-        for index, first_head in enumerate(range(0, base.num_kv_heads, step.heads)):
+        for index, first_head in enumerate(range(0, layer.num_kv_heads, step.heads)):
             score, share, select, work, lists, attend, merge = launches[7 * index : 7 * index + 7]
             with clock.part("scores and selection"):
                 launch([score, share, select])
@@ -230,12 +230,37 @@ def run_both(
             overlaps.append(union(op, step))
             with clock.part("union: attention"):
                 tile_union_kernel[(step.heads, len(step.tiles))](
-                    query, cache, pool.block_table, step.tiles, step.tile_state, op._pool["count"], op._pool["tail"],
-                    op._pool["states"], pages, bits, number, united, *query.stride()[:2], *united.stride()[:2],
-                    *cache.stride()[:2], base.num_kv_heads, first_head, pages.shape[-1], base.scale,
-                    base.params.residual_scale, GROUP=base.group, GROUP_P=op._group_p, TQ=op.tile_tokens, D=HEAD_SIZE,
-                    PAGE=base.params.page_size, STAGES=2, num_warps=8,
-                )  # fmt: skip
+                    query_ptr=query,
+                    kv_ptr=cache,
+                    block_table_ptr=pool.block_table,
+                    tiles_ptr=step.tiles,
+                    tile_state_ptr=step.tile_state,
+                    count_ptr=op.scratch["count"],
+                    tail_ptr=op.scratch["tail"],
+                    state_ptr=op.scratch["states"],
+                    page_ptr=pages,
+                    bits_ptr=bits,
+                    number_ptr=number,
+                    output_ptr=united,
+                    query_token_stride=query.stride(0),
+                    query_head_stride=query.stride(1),
+                    output_token_stride=united.stride(0),
+                    output_head_stride=united.stride(1),
+                    page_stride=cache.stride(0),
+                    head_stride=cache.stride(1),
+                    num_kv_heads=layer.num_kv_heads,
+                    first_head=first_head,
+                    width=pages.shape[-1],
+                    scale=layer.scale,
+                    residual_scale=layer.params.residual_scale,
+                    GROUP=layer.group,
+                    GROUP_P=layer.group_p,
+                    TQ=op.tile_tokens,
+                    D=HEAD_SIZE,
+                    PAGE=layer.params.page_size,
+                    STAGES=2,
+                    num_warps=8,
+                )
     return clock.times(), overlaps
 
 
@@ -248,7 +273,7 @@ def main() -> None:
     rows: list[dict] = []
     for context in numbers(args.contexts):
         op = make_op(context, 2048, context, dense_below=2048)
-        pool = Pool(op.base, context, 1)
+        pool = Pool(op.layer, context, 1)
         start = 16384  # where the backend begins to select
         for kind in args.kinds.split(","):
             query = inputs(pool, context, kind)[start:]

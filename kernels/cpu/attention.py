@@ -1,4 +1,4 @@
-"""SPLA over paged memory on a CPU: `TorchPagedSpla` with its two hot paths compiled.
+"""SPLA over paged memory on a CPU: `VectorisedAttention` with its two hot paths compiled.
 
 Single query tokens, of decode rows and of the sparse part of prefill rows alike, go through `compiled`. Query
 tokens of a prefill whose every block fits into the budget go through vLLM's own dense CPU kernel, so that a budget
@@ -6,7 +6,7 @@ which holds everything gives the very numbers of CPU_ATTN. Parameters that are n
 a user's own, double RMSNorm) stay with the tensor operations.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numba
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from ...algorithm import selectors
 from ...algorithm.parameters import SplaParameters
 from ...patches import llvmlite_wrapper
-from ..layout import STAMP_WORDS
+from ..interface import Layer, Limits, Step
 from . import compiled, dense
-from .vectorised import Plan, PrefillRow, StatePlan, TorchPagedSpla
+from .vectorised import CpuPlan, PrefillRow, StatePlan, VectorisedAttention
 
 llvmlite_wrapper.apply()  # numba, which was just imported, brings llvmlite
 if not parallel._is_initialized:
@@ -85,11 +85,11 @@ def is_compiled(params: SplaParameters) -> bool:
     )
 
 
-class CpuPagedSpla(TorchPagedSpla):
-    """As `TorchPagedSpla`, arguments included; compiles, or reads the compiled code from disk, when constructed."""
+class CpuAttention(VectorisedAttention):
+    """As `VectorisedAttention`; compiles, or reads the compiled code from disk, when constructed."""
 
-    def __init__(self, params: SplaParameters, **arguments: Any) -> None:
-        super().__init__(params, **arguments)
+    def __init__(self, params: SplaParameters, layer: Layer, prefill_dense_below: int = 0) -> None:
+        super().__init__(params, layer, prefill_dense_below)
         self._compiled = is_compiled(params)
         if self._compiled:
             self._rule = (
@@ -106,15 +106,13 @@ class CpuPagedSpla(TorchPagedSpla):
         self._mass_wanted = np.inf if params.top_p is None or params.top_p >= 1 else float(params.top_p)
         gain = torch.zeros(self.num_heads) if self._log_gain is None else self._log_gain
         self._flat_log_gain = gain.reshape(-1).numpy()
-        stamp = self.page_layout.rows * 2 * self.head_size * self.page_layout.itemsize // 4 - STAMP_WORDS
-        self._stamp_word = stamp
         self._flat: dict[int, FlatCache] = {}
         self._warm_up()
 
     def _warm_up(self) -> None:
         """Store one token and attend to it: what has to be compiled is compiled now and not for the first request."""
-        cache = torch.zeros(1, self.num_kv_heads, self.page_layout.rows, 2 * self.head_size, dtype=self._cache_dtype)
-        row = torch.zeros(1, self.num_kv_heads, 2 * self.head_size, dtype=self._cache_dtype)
+        cache = torch.zeros(1, self.num_kv_heads, self.page_layout.rows, 2 * self.head_size, dtype=self.cache_dtype)
+        row = torch.zeros(1, self.num_kv_heads, 2 * self.head_size, dtype=self.cache_dtype)
         key, value = row.split(self.head_size, -1)
         self.update_cache(key, value, cache, torch.zeros(1, dtype=torch.int64))
         if self.residual is not None:
@@ -123,8 +121,8 @@ class CpuPagedSpla(TorchPagedSpla):
             self._up_to_date(wanted, cache, cache, torch.zeros(1, self.state_layout.num_blocks, dtype=torch.int32))
         if self._compiled:
             query = torch.zeros(1, self.num_heads, self.head_size)
-            starts, lens = torch.tensor([0, 1]), torch.tensor([1])
-            self.forward(query, cache, None, starts, lens, torch.zeros(1, 1, dtype=torch.int32), None, query)
+            step = Step.of(torch.tensor([0, 1]), torch.tensor([1]), torch.zeros(1, 1, dtype=torch.int32))
+            self.run(self.plan(step), query, cache, None, None, query)
         self._flat.clear()
 
     def _flatten(self, cache: torch.Tensor) -> FlatCache:
@@ -139,7 +137,7 @@ class CpuPagedSpla(TorchPagedSpla):
     def update_cache(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        """See `TorchPagedSpla.update_cache`."""
+        """See `PagedAttention.update_cache`."""
         if not key.dtype == value.dtype == kv_cache.dtype:
             super().update_cache(key, value, kv_cache, slot_mapping)
             return
@@ -178,14 +176,14 @@ class CpuPagedSpla(TorchPagedSpla):
 
     def run(
         self,
-        plan: Plan,
+        plan: CpuPlan,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         state_cache: torch.Tensor | None,
         state_table: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        """See `TorchPagedSpla.run`."""
+        """See `PagedAttention.run`."""
         if not self._compiled:
             super().run(plan, query, kv_cache, state_cache, state_table, output)
             return
@@ -219,13 +217,13 @@ class CpuPagedSpla(TorchPagedSpla):
     def _up_to_date(
         self, wanted: StatePlan, kv_cache: torch.Tensor, state_cache: torch.Tensor, state_table: torch.Tensor
     ) -> NDArray[np.bool_]:
-        """See `TorchPagedSpla._up_to_date`."""
+        """See `VectorisedAttention._up_to_date`."""
         cache, states = self._flatten(kv_cache), self._flatten(state_cache)
         stale = np.empty(len(wanted.rows), np.bool_)
         compiled.find_stale(
             cache.words,
             cache.word_steps,
-            self._stamp_word,
+            self.page_layout.stamp_word,
             wanted.last_pages,
             states.words,
             states.word_steps,
@@ -238,7 +236,7 @@ class CpuPagedSpla(TorchPagedSpla):
     def _sparse(
         self,
         row: PrefillRow,
-        plan: Plan,
+        plan: CpuPlan,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         state_cache: torch.Tensor | None,
@@ -306,7 +304,21 @@ class CpuPagedSpla(TorchPagedSpla):
         return num_read
 
     def _causal(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """See `TorchPagedSpla._causal`."""
+        """See `VectorisedAttention._causal`."""
         if not dense.is_available():
             return super()._causal(query, keys, values)
         return dense.causal_attention(query, keys, values, self.scale, self.params.page_size)
+
+
+def dense_layer(params: SplaParameters, layer: Layer, limits: Limits) -> CpuAttention:
+    """A layer that attends to everything, beside layers that compute `params`: a budget that holds everything."""
+    pages = limits.max_model_len // params.page_size + 1
+    params = replace(
+        params,
+        budget_blocks=max(params.budget_blocks, pages * params.blocks_per_page),
+        residual="none",
+        combine="shared_normalizer",
+        top_p=None,
+    )
+    layer = replace(layer, gain=None, norm_weights=None, feature_weight=None)
+    return CpuAttention(params, layer, limits.prefill_dense_below)

@@ -6,7 +6,8 @@ most on calls and copies. Here every selected key and value is read once, from t
 
 The cache arrives as a flat array whose dtype stands for what it holds: uint16 for bfloat16, int16 for float16, float32
 for itself; where statistics are stored in bytes, it comes as uint8, too. All arithmetic is float32. Built-in selectors
-and residuals without a feature map are compiled; `kernels/cpu/attention.py` leaves everything else to `TorchPagedSpla`.
+and residuals without a feature map are compiled; `kernels/cpu/attention.py` leaves everything else to
+`VectorisedAttention`.
 """
 
 import math

@@ -10,6 +10,7 @@ made in `plan`, numpy for arithmetic on a few indices, and leading dimensions of
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -33,6 +34,7 @@ from ...algorithm.parameters import SplaParameters
 from ...algorithm.residual import Reading, make_residual
 from ...algorithm.selection import forced_blocks, group_scores, select_blocks
 from ...algorithm.selectors import get_selector
+from ..interface import Layer, Plan, Step
 from ..layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, layouts
 
 _FOLD_PAGES = 64  # pages folded at a time: bounds the scratch of a rebuild
@@ -61,7 +63,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CpuPlan(Plan):
     """One step's geometry, shared by all layers."""
 
     block_table: torch.Tensor  # [rows, max_pages] int64
@@ -130,70 +132,44 @@ def _gather(
     return slices.index_select(0, torch.from_numpy(np.asarray(start).reshape(-1)))
 
 
-class TorchPagedSpla:
-    """Plan and run SPLA attention of one layer shape over the engine's paged cache.
+class VectorisedAttention:
+    """`PagedAttention` of one layer on a CPU.
 
     Args:
         params: What to compute.
-        num_heads: Query heads `H`.
-        num_kv_heads: Kv heads `G`.
-        head_size: `d`.
-        cache_dtype: Dtype of the cache; statistics are stored in it, states in float32.
-        scale: Softmax scale; queries arrive unscaled.
-        gain: Per-head weight of the tail, `[H]`; 1 where None.
-        norm_weights: `(exact [H, d], tail [H, d])` of the double RMSNorm; 1 where None.
-        feature_weight: What queries and keys are multiplied with before the feature map, `[G, d, d]`; None for neither.
+        layer: Of which layer.
         prefill_dense_below: Prefill tokens at positions below it attend to everything, as those below the budget do.
     """
 
-    def __init__(
-        self,
-        params: SplaParameters,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        cache_dtype: torch.dtype,
-        scale: float,
-        gain: torch.Tensor | None = None,
-        norm_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
-        feature_weight: torch.Tensor | None = None,
-        prefill_dense_below: int = 0,
-    ) -> None:
+    scratch_bytes = 0
+
+    def __init__(self, params: SplaParameters, layer: Layer, prefill_dense_below: int = 0) -> None:
         self.params = params
-        self._dense_below = max(prefill_dense_below, params.budget_blocks * params.selection_block)
-        self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
-        self.group = num_heads // num_kv_heads
-        self.scale = scale
-        self._cache_dtype = cache_dtype
-        self._log_gain = None if gain is None else self._by_kv_head(gain.float().log())
-        ones = torch.ones(num_heads, head_size)
-        self.norm_weights = (ones, ones) if norm_weights is None else norm_weights
+        self.prefill_dense_below = max(prefill_dense_below, params.budget_blocks * params.selection_block)
+        self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
+        self.group = layer.num_heads // layer.num_kv_heads
+        self.scale = layer.scale
+        self.cache_dtype = layer.cache_dtype
+        self._log_gain = None if layer.gain is None else self._by_kv_head(layer.gain.float().log())
+        ones = torch.ones(layer.num_heads, layer.head_size)
+        self.norm_weights = (ones, ones) if layer.norm_weights is None else layer.norm_weights
         self.selector = get_selector(params.selector)
-        self.residual = make_residual(params, head_size, feature_weight)
-        self.page_layout, self.state_layout = layouts(params, head_size, cache_dtype)
+        self.residual = make_residual(params, layer.head_size, layer.feature_weight)
+        self.page_layout, self.state_layout = layouts(params, layer.head_size, layer.cache_dtype)
         body = torch.arange(self.state_layout.body_rows)
         rows = self.state_layout.rows_per_block - 1
         self._body_block, self._body_row = body // rows, 1 + body % rows
-        self._head = np.arange(num_kv_heads)[:, None]
+        self._head = np.arange(layer.num_kv_heads)[:, None]
         self._salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
         self._counter = 0
         self.blocks_read: NDArray[np.int32] | None = None
-        """`[rows, kv_heads]`, selection blocks that the exact part of the last decode rows read."""
 
     # Writing ----------------------------------------------------------------------------------------------------
 
     def update_cache(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        """Store keys and values; make statistics and stamp of every page whose last slot was written.
-
-        Args:
-            key: `[tokens, kv_heads, head_size]`.
-            value: `[tokens, kv_heads, head_size]`.
-            kv_cache: `[num_pages, kv_heads, page_size + statistics_rows, 2 * head_size]`.
-            slot_mapping: `[tokens]` int64, `page * page_size + offset`, -1 for padding.
-        """
+        """See `PagedAttention.update_cache`."""
         slots = slot_mapping.numpy()
         if (slots < 0).any():
             used = torch.from_numpy(slots >= 0)
@@ -221,21 +197,16 @@ class TorchPagedSpla:
     # Planning ---------------------------------------------------------------------------------------------------
 
     @property
-    def plan_key(self) -> Any:
-        """Layers of one model whose keys are equal share their plans."""
+    def plan_key(self) -> Hashable:
+        """See `PagedAttention.plan_key`."""
         return self.params.budget_blocks, self.params.top_p, self.params.residual, self.params.combine
 
-    def plan(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> Plan:
-        """What a step needs whatever the layer.
-
-        Args:
-            query_start_loc: `[rows + 1]` int, offsets of each row's query tokens.
-            seq_lens: `[rows]` int, tokens of each row including this step's; 0 marks padding.
-            block_table: `[rows, max_pages]` int, page ids.
-        """
-        starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+    def plan(self, step: Step) -> CpuPlan:
+        """See `PagedAttention.plan`. Everything is on the host: rows of one query token are decode rows wherever they
+        stand."""
+        starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
         query_lens = [b - a for a, b in pairwise(starts)]
-        table = block_table.long()
+        table = step.block_table.long()
         params = self.params
         budget_tokens = params.budget_blocks * params.selection_block
         decode_rows, prefill, targets = [], [], []
@@ -249,7 +220,7 @@ class TorchPagedSpla:
             if seq_len > budget_tokens and seq_len - query_len >= params.page_size:
                 targets.append((row, (seq_len - query_len) // params.page_size))
         decode = self._plan_decodes(decode_rows, starts, lens, table)
-        return Plan(table, decode, prefill, self._plan_states(targets, table))
+        return CpuPlan(table, decode, prefill, self._plan_states(targets, table))
 
     def _plan_decodes(
         self, batch_rows: list[int], starts: list[int], lens: list[int], table: torch.Tensor
@@ -295,7 +266,7 @@ class TorchPagedSpla:
     def _plan_prefill(self, row: int, first_token: int, start: int, end: int, table: torch.Tensor) -> PrefillRow:
         params = self.params
         page_size = params.page_size
-        dense_end = max(start, min(end, self._dense_below))
+        dense_end = max(start, min(end, self.prefill_dense_below))
         tiles = []
         position = dense_end
         while position < end:
@@ -344,39 +315,16 @@ class TorchPagedSpla:
 
     # Running ----------------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        state_cache: torch.Tensor | None,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        state_table: torch.Tensor | None,
-        output: torch.Tensor,
-    ) -> None:
-        """`plan` and `run` in one."""
-        self.run(self.plan(query_start_loc, seq_lens, block_table), query, kv_cache, state_cache, state_table, output)
-
     def run(
         self,
-        plan: Plan,
+        plan: CpuPlan,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         state_cache: torch.Tensor | None,
         state_table: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        """Attention of one layer.
-
-        Args:
-            plan: The step's plan.
-            query: `[tokens, heads, head_size]`, unscaled.
-            kv_cache: `[num_pages, kv_heads, rows, 2 * head_size]`, this step's tokens already in it.
-            state_cache: As `kv_cache`, recurrent-state blocks; None without a residual.
-            state_table: `[rows, >= K]` int, state blocks of each row.
-            output: `[tokens, heads, head_size]`, written for every query token of the plan.
-        """
+        """See `PagedAttention.run`."""
         if plan.states is not None:
             assert state_cache is not None and state_table is not None
             self._fold(plan, plan.states, kv_cache, state_cache, state_table)
@@ -395,7 +343,7 @@ class TorchPagedSpla:
                     states = (torch.zeros_like(states[0]), torch.zeros_like(states[1]))
             self._prefill(row, query, kv_cache, states, output)
 
-    def _grouped(self, query: torch.Tensor, tile: Tile) -> torch.Tensor:
+    def grouped(self, query: torch.Tensor, tile: Tile) -> torch.Tensor:
         """Scaled float32 queries `[requests, tokens * group, head_size]`."""
         q = query[tile.tokens].float() * self.scale  # [rows * tokens, heads, head_size]
         if tile.num_tokens == 1:
@@ -411,7 +359,7 @@ class TorchPagedSpla:
         num_blocks = tile.pages.shape[1] * layout.blocks_per_page
         return layout.load(area).view(-1, num_blocks, layout.statistics_width)
 
-    def _select(self, tile: Tile, q: torch.Tensor, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def select(self, tile: Tile, q: torch.Tensor, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Selected complete blocks `[rows, kv_heads, tokens, num_blocks]` and the log mass of the others
         `[requests, tokens * group]` (None where nothing asks for it)."""
         if not tile.sparse:
@@ -439,8 +387,8 @@ class TorchPagedSpla:
         output: torch.Tensor,
     ) -> None:
         tile = rows.tile
-        q = self._grouped(query, tile)  # [requests, group, head_size]
-        selected, log_mass = self._select(tile, q, kv_cache)
+        q = self.grouped(query, tile)  # [requests, group, head_size]
+        selected, log_mass = self.select(tile, q, kv_cache)
         table = fill_page_table(rows.table, selected[:, :, 0])
         slots = rows.slots
         if slots is None:
@@ -545,8 +493,8 @@ class TorchPagedSpla:
         output: torch.Tensor,
     ) -> None:
         params, per_page, heads = self.params, self.params.blocks_per_page, self.num_kv_heads
-        q = self._grouped(query, tile)  # [kv_heads, tokens * group, head_size]
-        selected, log_mass = self._select(tile, q, kv_cache)
+        q = self.grouped(query, tile)  # [kv_heads, tokens * group, head_size]
+        selected, log_mass = self.select(tile, q, kv_cache)
         # Neighbouring tokens choose much the same blocks: gather the union once, mask per token.
         union = selected[0].any(1)  # [kv_heads, num_blocks]
         longest = int(union.sum(-1).max())
@@ -660,7 +608,7 @@ class TorchPagedSpla:
 
     def _fold(
         self,
-        plan: Plan,
+        plan: CpuPlan,
         wanted: StatePlan,
         kv_cache: torch.Tensor,
         state_cache: torch.Tensor,
@@ -698,14 +646,14 @@ class TorchPagedSpla:
     ) -> None:
         """Bring the state in `blocks` to the first `target` of `pages`."""
         layout = self.state_layout
-        covered = self._covered(rows_view, blocks, target, kv_cache, pages)
+        covered = self.covered_pages(rows_view, blocks, target, kv_cache, pages)
         if covered:
             s, z = self._read_body(rows_view, blocks)
         else:
             s = torch.zeros(self.num_kv_heads, layout.s_rows, self.head_size)
             z = torch.zeros(self.num_kv_heads, layout.z_size)
         for first in range(covered, target, _FOLD_PAGES):
-            self._add_pages(s, z, kv_cache, pages[first : min(first + _FOLD_PAGES, target)])
+            self.add_pages(s, z, kv_cache, pages[first : min(first + _FOLD_PAGES, target)])
         self._write_state(rows_view, blocks, target, self._stamp(kv_cache, pages[target - 1 : target])[0], s, z)
 
     def _read_bodies(
@@ -724,7 +672,7 @@ class TorchPagedSpla:
         z = body[:, layout.s_rows : layout.body_rows].flatten(1)
         return body[:, : layout.s_rows], z[:, : layout.z_size]
 
-    def _covered(
+    def covered_pages(
         self, rows_view: torch.Tensor, blocks: torch.Tensor, target: int, kv_cache: torch.Tensor, pages: torch.Tensor
     ) -> int:
         """Pages that the stored state covers for this very sequence; 0 where it cannot be trusted."""
@@ -761,7 +709,7 @@ class TorchPagedSpla:
         header[..., 2 + STAMP_WORDS] = torch.arange(blocks.numel())[:, None]
         rows_view[blocks, :, 0, :STATE_HEADER_WORDS] = header.view(torch.float32)
 
-    def _add_pages(self, s: torch.Tensor, z: torch.Tensor, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
+    def add_pages(self, s: torch.Tensor, z: torch.Tensor, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
         """Add whole pages to `s [kv_heads, s_rows, d]` and `z [kv_heads, z_size]` in place."""
         assert self.residual is not None
         kv = kv_cache[pages, :, : self.params.page_size].float().transpose(0, 1).flatten(1, 2)
@@ -780,5 +728,5 @@ class TorchPagedSpla:
         """Add to a prefill row's state the pages that this very step completed, up to the first `needed`."""
         covered = row.start // self.params.page_size if covered is None else covered
         if needed > covered:
-            self._add_pages(*states, kv_cache, row.pages[covered:needed])
+            self.add_pages(*states, kv_cache, row.pages[covered:needed])
         return needed

@@ -1,15 +1,19 @@
-"""SPLA over paged memory on a CUDA GPU: Triton kernels for decode rows and for the tokens of a prefill, FlashAttention
-for the prefill tokens that attend to everything."""
+"""SPLA over paged memory on a GPU: decode rows, sparse prefill tokens, and FlashAttention for the prefill tokens that
+attend to everything."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ...algorithm.combine import rms_norm
 from ...algorithm.parameters import SplaParameters
-from .decode.steps import TritonPagedSpla
-from .prefill.passes import DenseRows, PrefillPlan, TritonPrefill
+from ..interface import Layer, Limits, Plan, Step
+from .decode.steps import DecodeSteps
+from .dense import attend_densely
+from .layer import GpuLayer
+from .prefill.passes import PrefillPasses, PrefillPlan
+from .store import Store
 
 DENSE_BELOW = {(64, False): 16384, (64, True): 24576, (32, False): 32768, (16, False): 98304}
 """Position from which a sparse prompt token costs less than a dense one at a budget of 2048 tokens, by tokens of a
@@ -32,151 +36,109 @@ def default_dense_below(params: SplaParameters, max_model_len: int) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One step's geometry: decode rows stand before prefill rows."""
+class GpuPlan(Plan):
+    """One step's geometry: decode rows stand before prefill rows. Lengths on the device are read by no one here."""
 
-    num_decodes: int
-    num_decode_tokens: int
-    decode_query_len: int
-    query_start_loc: torch.Tensor  # [rows + 1] int32
-    seq_lens: torch.Tensor  # [rows] int32
-    block_table: torch.Tensor  # [rows, max_pages] int32
+    step: Step
     prefill: PrefillPlan | None
 
 
-class CudaPagedSpla:
-    """The interface of `TorchPagedSpla` on a GPU.
+class GpuAttention:
+    """`PagedAttention` of one layer on a GPU.
 
     Args:
         params: What to compute.
-        max_num_tokens: The most tokens of a step.
-        prefill_dense_below: Prefill tokens at positions below it attend to everything, as those below the budget do.
-        arguments: See `TritonPagedSpla`.
+        layer: Of which layer.
+        limits: The largest step.
+        device: Where the cache lives.
+        executor: What attends to the selected pages in decode, see `SplaOptions`.
     """
 
+    blocks_read = None
+
     def __init__(
-        self, params: SplaParameters, *, max_num_tokens: int, prefill_dense_below: int, **arguments: Any
+        self, params: SplaParameters, layer: Layer, limits: Limits, device: torch.device, executor: str = "spla"
     ) -> None:
-        self._decode = TritonPagedSpla(params, **arguments)
-        self._prefill = TritonPrefill(
-            self._decode,
-            dense_below=prefill_dense_below,
-            max_num_tokens=max_num_tokens,
-            max_num_rows=arguments["max_num_rows"],
-            max_model_len=arguments["max_model_len"],
-            device=torch.device(arguments["device"]),
-        )
-        self.page_layout, self.state_layout = self._decode.page_layout, self._decode.state_layout
-        self.update_cache = self._decode.update_cache
-        self._decode.warm_up()
-        self._prefill.warm_up()
+        self.layer = GpuLayer(params, layer, device)
+        self.page_layout, self.state_layout = self.layer.page_layout, self.layer.state_layout
+        store = Store(self.layer)
+        self.update_cache = store.update_cache
+        self.steps = DecodeSteps(self.layer, limits, executor=executor)
+        self.passes = PrefillPasses(self.layer, limits)
+        for part in (store, self.steps, self.passes):
+            part.warm_up()
 
     @property
     def prefill_dense_below(self) -> int:
-        """Position below which prompt tokens attend to everything."""
-        return self._prefill.dense_below
+        """See `PagedAttention.prefill_dense_below`."""
+        return self.passes.dense_below
 
     @property
     def scratch_bytes(self) -> int:
-        """Bytes of scratch, shared by all layers of one geometry."""
-        return self._decode.scratch_bytes + self._prefill.scratch_bytes
+        """See `PagedAttention.scratch_bytes`."""
+        return self.steps.scratch_bytes + self.passes.scratch_bytes
 
     @property
-    def plan_key(self) -> Any:
-        """See `TorchPagedSpla.plan_key`. Passes are as large as the scratch, which all layers share, allows."""
-        return self._prefill.dense_below
+    def plan_key(self) -> Hashable:
+        """See `PagedAttention.plan_key`. Passes are as large as the scratch, which all layers share, allows."""
+        return self.passes.dense_below
 
-    def plan(
-        self,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        *,
-        num_decodes: int,
-        num_decode_tokens: int,
-        decode_query_len: int,
-        prefill_starts: list[int],
-        prefill_lens: list[int],
-    ) -> Plan:
-        """What a step needs whatever the layer; lengths on the device are read by no one here.
-
-        Args:
-            query_start_loc: `[rows + 1]` int32.
-            seq_lens: `[rows]` int32.
-            block_table: `[rows, max_pages]` int32.
-            num_decodes: Leading rows of at most `decode_query_len` query tokens, padding included.
-            num_decode_tokens: Their tokens, padding included.
-            decode_query_len: Query tokens of a decode row.
-            prefill_starts: Offsets of the other rows' query tokens in the batch, and the end of the last.
-            prefill_lens: Tokens of the other rows' sequences, this step's included.
-        """
-        prefill = self._prefill.plan(num_decodes, prefill_starts, prefill_lens) if prefill_lens else None
-        return Plan(
-            num_decodes, num_decode_tokens, decode_query_len, query_start_loc, seq_lens, block_table, prefill
-        )  # fmt: skip
+    def plan(self, step: Step) -> GpuPlan:
+        """See `PagedAttention.plan`."""
+        prefill = None
+        if step.prefill_lens:
+            prefill = self.passes.plan(step.num_decodes, step.prefill_starts, step.prefill_lens)
+        return GpuPlan(step, prefill)
 
     def run(
         self,
-        plan: Plan,
+        plan: GpuPlan,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         state_cache: torch.Tensor | None,
         state_table: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        """Attention of one layer; see `TorchPagedSpla.run`."""
-        n, tokens = plan.num_decodes, plan.num_decode_tokens
+        """See `PagedAttention.run`."""
+        step = plan.step
+        n, tokens = step.num_decodes, step.num_decode_tokens
         if n:
-            self._decode.decode(
+            self.steps.decode(
                 query[:tokens],
                 kv_cache,
                 state_cache,
-                plan.query_start_loc[: n + 1],
-                plan.seq_lens[:n],
-                plan.block_table[:n],
+                step.query_start_loc[: n + 1],
+                step.seq_lens[:n],
+                step.block_table[:n],
                 None if state_table is None else state_table[:n],
                 output[:tokens],
-                plan.decode_query_len,
+                step.decode_query_len,
                 steady=plan.prefill is None,
             )
         if plan.prefill is not None:
-            # At once: the tokens that were just stored are still in the second-level cache.
-            if plan.prefill.folds is not None and state_cache is not None and state_table is not None:
-                self._prefill.fold(plan.prefill.folds, kv_cache, state_cache, plan.block_table, state_table)
-            for rows in plan.prefill.dense:
-                self._attend_densely(rows, query, kv_cache, plan.block_table, output)
-                if self._decode.params.combine == "double_rmsnorm":
-                    exact = output[rows.first_token : rows.first_token + rows.num_tokens]
-                    # There is no tail where nothing is left out.
-                    weight, eps = self._decode.norm_weights[0], self._decode.params.rms_norm_eps
-                    exact.copy_(rms_norm(exact.float(), weight, eps))
-            for step in plan.prefill.passes:
-                self._prefill.run(step, query, kv_cache, state_cache, plan.block_table, state_table, output)
+            run_prefill(self.passes, plan.prefill, query, kv_cache, state_cache, step.block_table, state_table, output)
 
-    def _attend_densely(
-        self,
-        rows: DenseRows,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-        d, page_size = self._decode.head_size, self._decode.params.page_size
-        pages = kv_cache[:, :, :page_size].transpose(1, 2)  # [num_pages, page_size, kv_heads, 2 d]
-        tokens = slice(rows.first_token, rows.first_token + rows.num_tokens)
-        flash_attn_varlen_func(
-            q=query[tokens],
-            k=pages[..., :d],
-            v=pages[..., d:],
-            out=output[tokens],
-            cu_seqlens_q=rows.start_loc,
-            max_seqlen_q=rows.max_query_len,
-            seqused_k=rows.seq_lens,
-            max_seqlen_k=rows.max_seq_len,
-            softmax_scale=self._decode.scale,
-            causal=True,
-            block_table=block_table[rows.first_row : rows.first_row + rows.seq_lens.shape[0]],
-            fa_version=get_flash_attn_version(head_size=d),
-        )
+def run_prefill(
+    passes: PrefillPasses,
+    plan: PrefillPlan,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    state_cache: torch.Tensor | None,
+    block_table: torch.Tensor,
+    state_table: torch.Tensor | None,
+    output: torch.Tensor,
+) -> None:
+    """The prefill rows of a step of one layer: their states, their dense tokens, their sparse ones."""
+    layer = passes.layer
+    # At once: the tokens that were just stored are still in the second-level cache.
+    if plan.folds is not None and state_cache is not None and state_table is not None:
+        passes.fold(plan.folds, kv_cache, state_cache, block_table, state_table)
+    for rows in plan.dense:
+        attend_densely(layer, rows, query, kv_cache, block_table, output)
+        if layer.params.combine == "double_rmsnorm":
+            exact = output[rows.first_token : rows.first_token + rows.num_tokens]
+            # There is no tail where nothing is left out.
+            exact.copy_(rms_norm(exact.float(), layer.norm_weights[0], layer.params.rms_norm_eps))
+    for part in plan.passes:
+        passes.run(part, query, kv_cache, state_cache, block_table, state_table, output)

@@ -1,79 +1,55 @@
-"""A layer that attends to everything beside layers of SPLA on a CUDA GPU: FlashAttention over the same pages."""
+"""A layer that attends to everything beside layers of SPLA on a GPU: FlashAttention over the same pages."""
 
 import itertools
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ...algorithm.parameters import SplaParameters
-from .attention import CudaPagedSpla
-from .prefill.passes import DenseRows
+from ..interface import Layer, Limits, Plan, Step
+from .dense import DenseRows, attend_densely
+from .layer import GpuLayer
+from .store import Store
 
 
 @dataclass(frozen=True)
-class DensePlan:
+class DensePlan(Plan):
     """One step's geometry."""
 
     rows: list[DenseRows]  # decode rows, then prefill rows, where there are any
     block_table: torch.Tensor  # [rows, max_pages] int32
 
 
-class CudaDense(CudaPagedSpla):
-    """The interface of `CudaPagedSpla`, whose pages it fills alike, statistics included; selects nothing and has no
-    state. It records no lengths of the host but the most tokens of a row, so that CUDA graphs replay it."""
+class GpuDenseAttention:
+    """`PagedAttention` that selects nothing and has no state. Its pages are as `GpuAttention`'s, statistics included.
 
-    def __init__(self, params: SplaParameters, **arguments: Any) -> None:
-        super().__init__(params, **arguments)
-        self._max_model_len = arguments["max_model_len"]
+    It records no lengths of the host but the most tokens of a row, so that CUDA graphs replay it.
 
-    @property
-    def plan_key(self) -> Any:
-        """See `TorchPagedSpla.plan_key`."""
-        return "dense"
+    Args:
+        params: What the other layers compute.
+        layer: Which layer this is.
+        limits: The largest step.
+        device: Where the cache lives.
+    """
 
-    def plan(  # type: ignore[override]
-        self,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        *,
-        num_decodes: int,
-        num_decode_tokens: int,
-        decode_query_len: int,
-        prefill_starts: list[int],
-        prefill_lens: list[int],
-    ) -> DensePlan:
-        """See `CudaPagedSpla.plan`."""
-        n, rows = num_decodes, []
-        if n:
-            rows.append(
-                DenseRows(
-                    first_token=0,
-                    num_tokens=num_decode_tokens,
-                    first_row=0,
-                    start_loc=query_start_loc[: n + 1],
-                    seq_lens=seq_lens[:n],
-                    max_query_len=decode_query_len,
-                    max_seq_len=self._max_model_len,
-                )
-            )
-        if prefill_lens:
-            end = n + len(prefill_lens)
-            rows.append(
-                DenseRows(
-                    first_token=prefill_starts[0],
-                    num_tokens=prefill_starts[-1] - prefill_starts[0],
-                    first_row=n,
-                    start_loc=query_start_loc[n : end + 1] - prefill_starts[0],
-                    seq_lens=seq_lens[n:end],
-                    max_query_len=max(b - a for a, b in itertools.pairwise(prefill_starts)),
-                    max_seq_len=max(prefill_lens),
-                )
-            )
-        return DensePlan(rows, block_table)
+    scratch_bytes = 0
+    blocks_read = None
+    plan_key: Hashable = "dense"
 
-    def run(  # type: ignore[override]
+    def __init__(self, params: SplaParameters, layer: Layer, limits: Limits, device: torch.device) -> None:
+        self.layer = GpuLayer(params, layer, device)
+        self.page_layout, self.state_layout = self.layer.page_layout, self.layer.state_layout
+        self.prefill_dense_below = self._max_model_len = limits.max_model_len
+        store = Store(self.layer)
+        self.update_cache = store.update_cache
+        store.warm_up()
+
+    def plan(self, step: Step) -> DensePlan:
+        """See `PagedAttention.plan`."""
+        return plan_dense(step, self._max_model_len)
+
+    def run(
         self,
         plan: DensePlan,
         query: torch.Tensor,
@@ -82,6 +58,37 @@ class CudaDense(CudaPagedSpla):
         state_table: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        """Attention of one layer; see `TorchPagedSpla.run`. The states are not looked at."""
+        """See `PagedAttention.run`. The states are not looked at."""
         for rows in plan.rows:
-            self._attend_densely(rows, query, kv_cache, plan.block_table, output)
+            attend_densely(self.layer, rows, query, kv_cache, plan.block_table, output)
+
+
+def plan_dense(step: Step, max_model_len: int) -> DensePlan:
+    """Decode rows and prefill rows in a call of their own each."""
+    n, starts, lens, rows = step.num_decodes, step.prefill_starts, step.prefill_lens, []
+    if n:
+        rows.append(
+            DenseRows(
+                first_token=0,
+                num_tokens=step.num_decode_tokens,
+                first_row=0,
+                start_loc=step.query_start_loc[: n + 1],
+                seq_lens=step.seq_lens[:n],
+                max_query_len=step.decode_query_len,
+                max_seq_len=max_model_len,
+            )
+        )
+    if lens:
+        end = n + len(lens)
+        rows.append(
+            DenseRows(
+                first_token=starts[0],
+                num_tokens=starts[-1] - starts[0],
+                first_row=n,
+                start_loc=step.query_start_loc[n : end + 1] - starts[0],
+                seq_lens=step.seq_lens[n:end],
+                max_query_len=max(b - a for a, b in itertools.pairwise(starts)),
+                max_seq_len=max(lens),
+            )
+        )
+    return DensePlan(rows, step.block_table)

@@ -28,22 +28,28 @@ class Launch:
     Args:
         kernel: What `triton.jit` made.
         grid: Programs, of up to three dimensions.
-        arguments: By name, without compile-time constants. A string stands for a tensor that each layer has of its
-            own; other tensors are 16-byte aligned, as torch allocates them.
-        constants: Compile-time constants by name, and launch options such as `num_warps`.
+        arguments: By the kernel's names, without compile-time constants. A string stands for a tensor that each layer
+            has of its own; other tensors are 16-byte aligned, as torch allocates them.
+        constants: Compile-time constants by the kernel's names, and launch options such as `num_warps`.
         layer: Strides, dtypes and alignment of the layers' own tensors: layers for which it is equal may share the
             launch.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: Mapping[str, Any], layer: tuple
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: Mapping[str, Any],
+        constants: Mapping[str, Any],
+        layer: tuple,
     ) -> None:
         self._kernel, self._grid = kernel, grid + (1,) * (3 - len(grid))
         self._arguments, self._constants = arguments, constants
-        self._key = (kernel, layer, *map(_specialised, arguments), *constants.items())
-        self._own = [(index, name) for index, name in enumerate(arguments) if isinstance(name, str)]
+        specialised = ((name, _specialised(x)) for name, x in arguments.items())
+        self._key = (kernel, layer, *specialised, *constants.items())
         self._run: Any = None
         self._values: list[Any] = []
+        self._own: list[tuple[int, str]] = []  # places of the layer's own tensors among the values
 
     def __call__(
         self, addresses: Mapping[str, int], tensors: Callable[[], Mapping[str, torch.Tensor]], stream: int | None
@@ -57,8 +63,8 @@ class Launch:
         """
         if self._run is None and not self._bind():
             own = tensors()
-            arguments = (own[x] if isinstance(x, str) else x for x in self._arguments)
-            compiled = self._kernel[self._grid](*arguments, **self._constants)
+            arguments = {name: own[x] if isinstance(x, str) else x for name, x in self._arguments.items()}
+            compiled = self._kernel[self._grid](**arguments, **self._constants)
             if stream is not None:
                 _compiled[self._key] = compiled
             return
@@ -73,9 +79,10 @@ class Launch:
         if compiled is None:
             return False
         self._run = compiled[self._grid]
-        self._values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in self._arguments]
         # A compiled kernel takes its constants too, in their places, and does not look at them.
-        self._values += [None] * (len(self._kernel.arg_names) - len(self._values))
+        values = [self._arguments.get(name) for name in self._kernel.arg_names]
+        self._values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in values]
+        self._own = [(place, x) for place, x in enumerate(values) if isinstance(x, str)]
         return True
 
 

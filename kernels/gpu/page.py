@@ -1,6 +1,6 @@
 """Store keys and values in the paged cache; make statistics and stamp of the pages that this completes.
 
-Plain reference: `TorchPagedSpla.update_cache` (`kernels/cpu/vectorised.py`), and for the statistics
+Plain reference: `VectorisedAttention.update_cache` (`kernels/cpu/vectorised.py`), and for the statistics
 `reference.block_statistics`. Layout: docs/design.md, 5. Sources: mean and diagonal variance, SPLA (arXiv 2601.22379,
 second-order Taylor selection) and COBS (arXiv 2607.09052); kmin and kmax, Quest (arXiv 2406.10774); two clusters,
 Lloyd's k-means. A page has one set of statistics for each of its selection blocks of `UNIT` tokens.
@@ -319,7 +319,6 @@ def _page_keys(
         other=0.0,
     )
     dtype = base.dtype.element_ty
-    in_cache = (exists & ~in_batch)[:, None] & in_head
     in_cache = (exists & ~in_batch)[:, None] & in_head
     old = tl.load(base + rows[:, None] * 2 * D + columns[None, :], mask=in_cache, other=0.0)
     return tl.where(in_batch[:, None], new.to(dtype).to(tl.float32), old.to(tl.float32)), exists

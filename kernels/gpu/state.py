@@ -1,7 +1,7 @@
 """Fold complete pages into the recurrent state of a request, until the state is valid (docs/design.md, 6).
 
 Plain reference: `reference.recurrent_state` over `reference.key_features` of the complete pages; header rules as in
-`TorchPagedSpla._fold`. Source: residual linear attention, SPLA (arXiv 2601.22379); the undecayed sum is what makes
+`VectorisedAttention._fold`. Source: residual linear attention, SPLA (arXiv 2601.22379); the undecayed sum is what makes
 subtracting the selected blocks exact. `regression` takes `phi(k) = [k, 1]`.
 
 The program that has a slice of the state at hand also reads it for the row's query tokens (`phi(q) S`, `phi(q) . z`),

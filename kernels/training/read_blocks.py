@@ -113,7 +113,19 @@ def _launch_read(q: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor) -> torc
     blocks, e = s.shape[1], s.shape[3]
     out = torch.empty(rows, n, e, dtype=q.dtype, device=q.device)
     with torch.cuda.device_of(q):
-        _read[(triton.cdiv(n, TILE), rows)](q, s, chosen, out, n, blocks, *s.stride(), **_constants(d, e))
+        _read[(triton.cdiv(n, TILE), rows)](
+            q_ptr=q,
+            s_ptr=s,
+            chosen_ptr=chosen,
+            out_ptr=out,
+            n_queries=n,
+            n_blocks=blocks,
+            s_row_stride=s.stride(0),
+            s_block_stride=s.stride(1),
+            s_d_stride=s.stride(2),
+            s_e_stride=s.stride(3),
+            **_constants(d, e),
+        )
     return out
 
 
@@ -134,7 +146,15 @@ class _ReadChosenSums(torch.autograd.Function):
             rows, blocks, d, e = s.shape
             for_s = torch.empty(rows, blocks, d, e, dtype=s.dtype, device=s.device)
             with torch.cuda.device_of(q):
-                _sum_outer[(blocks, rows)](q, gradient, chosen, for_s, q.shape[1], blocks, **_constants(d, e))
+                _sum_outer[(blocks, rows)](
+                    q_ptr=q,
+                    g_ptr=gradient,
+                    chosen_ptr=chosen,
+                    out_ptr=for_s,
+                    n_queries=q.shape[1],
+                    n_blocks=blocks,
+                    **_constants(d, e),
+                )
         return for_q, for_s, None
 
 

@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from .. import learned
 from ..algorithm.parameters import SplaParameters
 from ..kernels import dispatch
+from ..kernels.interface import Layer, Limits, PagedAttention
 from .backend import get_options, set_options
 from .checks import check_hybrid_manager, parameters_file, refuse_arguments, resolve_options
 from .logger import logger
@@ -58,7 +59,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         check_hybrid_manager(self.vllm_config, options)
         set_options(options)
         self.index = -1  # until the layer's name is known
-        self.op: Any = None
+        self.op: PagedAttention | None = None  # until `bind`
         self.bound: tuple[int, torch.dtype] | None = None
         self.learned: learned.LayerParameters | None = None
         logger.info_once("SPLA options: %s", options)
@@ -112,16 +113,16 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             return params
         return replace(params, residual_scale=float(self.learned.residual_scale))
 
-    def bind(self, page_size: int, cache_dtype: torch.dtype, device: torch.device | str) -> None:
+    def bind(self, page_size: int, cache_dtype: torch.dtype, device: torch.device | str) -> PagedAttention:
         """Make the kernels; the metadata builder calls it again with the final page geometry."""
-        if self.bound == (page_size, cache_dtype):
-            return
+        if self.op is not None and self.bound == (page_size, cache_dtype):
+            return self.op
         self.bound = (page_size, cache_dtype)
         assert self.learned is not None, "weights are loaded before caches are made"
         options, device, scheduler = get_options(), torch.device(device), self.vllm_config.scheduler_config
         max_model_len = self.vllm_config.model_config.max_model_len
         common = options.parameters(page_size)
-        limits = dispatch.Limits(
+        limits = Limits(
             max_num_rows=scheduler.max_num_seqs,
             max_query_len=max_decode_query_len(self.vllm_config),
             max_model_len=max_model_len,
@@ -131,13 +132,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         )
         if device.type == "cpu":
             logger.info_once("SPLA loads its CPU kernels; the first time they are compiled, for half a minute")
-        params = self._parameters(page_size)
-        self.op = dispatch.make(
-            device,
-            params,
-            limits,
-            executor=options.executor,
-            dense=self.is_dense,
+        layer = Layer(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
@@ -147,10 +142,13 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             norm_weights=self.learned.norm_weights,
             feature_weight=self.learned.feature_weight,
         )
-        if hasattr(self.op, "prefill_dense_below"):
+        params = self._parameters(page_size)
+        self.op = dispatch.make(device, params, layer, limits, executor=options.executor, dense=self.is_dense)
+        if not self.is_dense:
             logger.info_once("SPLA prompt tokens below position %d attend densely", self.op.prefill_dense_below)
-        if hasattr(self.op, "scratch_bytes"):
+        if self.op.scratch_bytes:
             logger.info_once("SPLA scratch for all layers: %.1f MiB", self.op.scratch_bytes / 2**20)
+        return self.op
 
     def do_kv_cache_update(
         self,
@@ -169,8 +167,9 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             kv_cache: `[num_pages, num_kv_heads, page_size + statistics_rows, 2 * head_size]`.
             slot_mapping: `[num_tokens]` int64, -1 for padding.
         """
-        num_tokens = slot_mapping.shape[0]
-        self.op.update_cache(key[:num_tokens], value[:num_tokens], kv_cache, slot_mapping)
+        num_tokens, op = slot_mapping.shape[0], self.op
+        assert op is not None, "kernels are made before caches are filled"
+        op.update_cache(key[:num_tokens], value[:num_tokens], kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -207,8 +206,10 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             raise NotImplementedError("SPLA does not support fused output quantisation")
         if attn_metadata is None:
             return output.zero_()
+        op = self.op
+        assert op is not None, "kernels are made before steps are planned"
         state_cache, state_table = self._state(layer)
-        self.op.run(attn_metadata.plans[self.op.plan_key], query, kv_cache, state_cache, state_table, output)
+        op.run(attn_metadata.plans[op.plan_key], query, kv_cache, state_cache, state_table, output)
         return output
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Metadata of a step: what block selection and attention need, made once for all layers."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from vllm.config import get_layers_from_vllm_config
@@ -15,6 +16,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from ..kernels.interface import PagedAttention, Plan, Step
 from .impl import SplaImpl
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 class SplaMetadata(AttentionMetadata):
     """One step of one group of layers."""
 
-    plans: dict[Any, Any]
-    """What the kernels planned for this step, by their `plan_key`; see `spla_backend.kernels`."""
+    plans: dict[Hashable, Plan]
+    """What the kernels planned for this step, by their `plan_key`; see `kernels/interface.py`."""
 
 
 class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
@@ -42,20 +44,17 @@ class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = [layer.impl for layer in layers.values() if isinstance(layer.impl, SplaImpl)]
         # Only now are page size, cache dtype and memory limits final.
-        for impl in impls:
-            impl.bind(kv_cache_spec.block_size, kv_cache_spec.dtype, device)
-        self.ops = {impl.op.plan_key: impl.op for impl in impls}  # any layer's of each kind
+        ops = [impl.bind(kv_cache_spec.block_size, kv_cache_spec.dtype, device) for impl in impls]
+        self.ops: dict[Hashable, PagedAttention] = {op.plan_key: op for op in ops}  # any layer's of each kind
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> SplaMetadata:
         """See `AttentionMetadataBuilder.build`."""
-        common = common_attn_metadata
-        split = {} if self.device.type == "cpu" else self._split(common)
-        batch = common.query_start_loc, common.seq_lens, common.block_table_tensor
-        return SplaMetadata({key: op.plan(*batch, **split) for key, op in self.ops.items()})
+        step = self._step(common_attn_metadata)
+        return SplaMetadata({key: op.plan(step) for key, op in self.ops.items()})
 
-    def _split(self, common: CommonAttentionMetadata) -> dict[str, Any]:
+    def _step(self, common: CommonAttentionMetadata) -> Step:
         """Decode rows, which vLLM puts first, and prefill rows, from what the host knows."""
         threshold = self.reorder_batch_threshold
         assert threshold is not None
@@ -64,18 +63,22 @@ class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
         )
         prefill_lens: list[int] = []
         if num_prefills:
-            if common.seq_lens_cpu_upper_bound is None:
+            # Exact for rows of a prefill.
+            seq_lens = common.seq_lens if self.device.type == "cpu" else common.seq_lens_cpu_upper_bound
+            if seq_lens is None:
                 raise RuntimeError(
                     "SPLA plans prefill on the host and this model runner does not say how long the sequences are: "
                     "use vLLM's own model runner"
                 )
-            # Exact for rows of a prefill.
-            prefill_lens = common.seq_lens_cpu_upper_bound[num_decodes : common.num_reqs].tolist()
-        return {
-            "prefill_starts": common.query_start_loc_cpu[num_decodes : common.num_reqs + 1].tolist(),
-            "prefill_lens": prefill_lens,
-            "num_decodes": num_decodes,
-            "num_decode_tokens": num_decode_tokens,
+            prefill_lens = seq_lens[num_decodes : common.num_reqs].tolist()
+        return Step(
+            common.query_start_loc,
+            common.seq_lens,
+            common.block_table_tensor,
+            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
             # Rows of a mixed batch may be shorter than a verification row, never longer.
-            "decode_query_len": threshold if num_prefills else min(threshold, common.max_query_len),
-        }
+            decode_query_len=threshold if num_prefills else min(threshold, common.max_query_len),
+            prefill_starts=common.query_start_loc_cpu[num_decodes : common.num_reqs + 1].tolist(),
+            prefill_lens=prefill_lens,
+        )

@@ -2,6 +2,11 @@
 
 from typing import Any
 
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+
+from .impl import SplaImpl
+
 
 class ReadStatistics:
     """Extension of vLLM's workers, in whatever process they are.
@@ -15,11 +20,9 @@ class ReadStatistics:
     def spla_pages_read(self) -> float | None:
         """Pages' worth of keys and values that the exact part of the last decode step read: counted by the kernels,
         mean over its rows, kv heads and SPLA layers. None where the kernels do not count (on a GPU)."""
-        layers = self.model_runner.vllm_config.compilation_config.static_forward_context.values()
+        layers = get_layers_from_vllm_config(self.model_runner.vllm_config, Attention).values()
         pages = []
-        for layer in layers:
-            op = getattr(getattr(layer, "impl", None), "op", None)
-            blocks_read = getattr(op, "blocks_read", None)
-            if op is not None and blocks_read is not None:
-                pages.append(float(blocks_read.mean()) / op.params.blocks_per_page)
+        for op in (layer.impl.op for layer in layers if isinstance(layer.impl, SplaImpl)):
+            if op is not None and op.blocks_read is not None:
+                pages.append(float(op.blocks_read.mean()) / op.page_layout.blocks_per_page)
         return sum(pages) / len(pages) if pages else None

@@ -27,8 +27,10 @@ from spla_backend.algorithm.selection import group_scores, select_blocks
 from spla_backend.algorithm.selectors import get_selector, selector_names
 from spla_backend.algorithm.statistics_format import COUNT, E4M3, E5M2, decode, encode
 from spla_backend.kernels.cpu import compiled as numba_decode
-from spla_backend.kernels.cpu.attention import CpuPagedSpla, FlatCache
-from spla_backend.kernels.cpu.vectorised import TorchPagedSpla
+from spla_backend.kernels.cpu.attention import CpuAttention, FlatCache
+from spla_backend.kernels.cpu.vectorised import VectorisedAttention
+from spla_backend.kernels.interface import Layer as LayerSizes
+from spla_backend.kernels.interface import Step
 
 torch.set_num_threads(1)
 
@@ -55,7 +57,7 @@ class Shape:
     heads_outermost: bool  # strides of the cache: [kv_heads, pages, ...] in memory instead of [pages, kv_heads, ...]
     query_std: float
     seed: int
-    implementation: type[TorchPagedSpla] = TorchPagedSpla
+    implementation: type[VectorisedAttention] = VectorisedAttention
 
     @property
     def heads(self) -> int:
@@ -63,9 +65,11 @@ class Shape:
 
 
 @st.composite
-def shapes(draw: st.DrawFn, max_page: int = 128, implementation: type[TorchPagedSpla] = TorchPagedSpla) -> Shape:
+def shapes(
+    draw: st.DrawFn, max_page: int = 128, implementation: type[VectorisedAttention] = VectorisedAttention
+) -> Shape:
     """Any supported layer; of those that are compiled, where the compiled implementation is asked for."""
-    compiled = implementation is CpuPagedSpla
+    compiled = implementation is CpuAttention
     page = 16 * draw(st.integers(1, max_page // 16), label="page / 16")
     block = draw(st.sampled_from([b for b in (16, 32, page) if page % b == 0]), label="selection block")
     first, last = draw(st.integers(0, 2)), draw(st.integers(1, 3))
@@ -136,13 +140,7 @@ class Layer:
         self.norm_weights = (self.normal(heads, d), self.normal(heads, d))
         self.op = shape.implementation(
             self.params,
-            num_heads=heads,
-            num_kv_heads=shape.kv_heads,
-            head_size=d,
-            cache_dtype=dtype,
-            scale=self.scale,
-            gain=self.gain,
-            norm_weights=self.norm_weights,
+            LayerSizes(heads, shape.kv_heads, d, dtype, self.scale, self.gain, self.norm_weights),
         )
         per_sequence = [-(-length // self.params.page_size) for length in seq_lens]
         num_states = max(1, self.op.state_layout.num_blocks)
@@ -215,16 +213,8 @@ class Layer:
             used = -(-end // self.params.page_size)
             block_table[i, :used] = sequence.pages[:used]
             state_table[i] = sequence.state
-        self.op.forward(
-            query,
-            self.kv_cache,
-            self.state_cache,
-            starts.to(torch.int32),
-            torch.tensor(seq_lens, dtype=torch.int32),
-            block_table.to(torch.int32),
-            state_table,
-            output,
-        )
+        step = Step.of(starts.to(torch.int32), torch.tensor(seq_lens, dtype=torch.int32), block_table.to(torch.int32))
+        self.op.run(self.op.plan(step), query, self.kv_cache, self.state_cache, state_table, output)
         assert bool(output[int(starts[-1]) :].isnan().all()), "a token that no row owns was written"
         return [output[starts[i] : starts[i + 1]] for i in range(len(rows))]
 
@@ -428,7 +418,7 @@ def test_group_scores(data: st.DataObject) -> None:
 
 # The whole
 
-both = pytest.mark.parametrize("implementation", [TorchPagedSpla, CpuPagedSpla])
+both = pytest.mark.parametrize("implementation", [VectorisedAttention, CpuAttention])
 
 
 @settings(PROFILE, max_examples=40)
@@ -460,7 +450,7 @@ def test_statistics_in_the_page(shape: Shape, data: st.DataObject) -> None:
 @both
 @settings(PROFILE, max_examples=150)
 @given(data=st.data())
-def test_decode(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
+def test_decode(implementation: type[VectorisedAttention], data: st.DataObject) -> None:
     """One query token on a context that somebody else wrote: the state is folded from nothing."""
     shape = data.draw(shapes(implementation=implementation))
     length = data.draw(lengths(shape.params), label="length")
@@ -473,7 +463,7 @@ def test_decode(implementation: type[TorchPagedSpla], data: st.DataObject) -> No
 @both
 @settings(PROFILE, max_examples=100)
 @given(data=st.data())
-def test_prefill(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
+def test_prefill(implementation: type[VectorisedAttention], data: st.DataObject) -> None:
     """A chunk of query tokens, from the start of the sequence or on an older context."""
     shape = data.draw(shapes(max_page=64, implementation=implementation))
     length = data.draw(lengths(shape.params), label="length")
@@ -487,7 +477,7 @@ def test_prefill(implementation: type[TorchPagedSpla], data: st.DataObject) -> N
 @both
 @settings(PROFILE, max_examples=70)
 @given(data=st.data())
-def test_batch(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
+def test_batch(implementation: type[VectorisedAttention], data: st.DataObject) -> None:
     """Decode, prefill, short and padded rows in any order."""
     shape = data.draw(shapes(max_page=48, implementation=implementation))
     seq_lens = data.draw(st.lists(lengths(shape.params), min_size=2, max_size=4), label="lengths")
@@ -509,7 +499,7 @@ def test_batch(implementation: type[TorchPagedSpla], data: st.DataObject) -> Non
 @both
 @settings(PROFILE, max_examples=60)
 @given(data=st.data())
-def test_any_steps_give_the_same_answer(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
+def test_any_steps_give_the_same_answer(implementation: type[VectorisedAttention], data: st.DataObject) -> None:
     """A sequence in random steps over one state: chunks, single tokens, preemption, and tokens that are taken back."""
     shape = data.draw(shapes(max_page=48, implementation=implementation))
     length = data.draw(lengths(shape.params), label="length")
@@ -609,7 +599,7 @@ def test_every_position_of_a_prefill(start: int, combine: str) -> None:
 @both
 @settings(PROFILE, max_examples=60)
 @given(data=st.data())
-def test_decode_with_a_bfloat16_cache(implementation: type[TorchPagedSpla], data: st.DataObject) -> None:
+def test_decode_with_a_bfloat16_cache(implementation: type[VectorisedAttention], data: st.DataObject) -> None:
     """On what the cache holds, keys and statistics rounded, decode is as exact as with a float32 cache."""
     shape = data.draw(shapes(implementation=implementation))
     length = data.draw(lengths(shape.params), label="length")

@@ -51,21 +51,21 @@ def plain(tiny_llama):
 
 
 def folded_pages(engine):
-    from spla_backend.kernels.cpu.vectorised import TorchPagedSpla
+    from spla_backend.kernels.cpu.vectorised import VectorisedAttention
 
     folded = []
-    original = TorchPagedSpla._add_pages
+    original = VectorisedAttention.add_pages
 
     def counted(self, s, z, kv_cache, pages):
         folded.append(pages.numel())
         return original(self, s, z, kv_cache, pages)
 
     engine.answer([PROMPTS[8]], max_tokens=1)
-    TorchPagedSpla._add_pages = counted
+    VectorisedAttention.add_pages = counted
     try:
         engine.answer([PROMPTS[8]], max_tokens=3 * PAGE, logprobs=False)
     finally:
-        TorchPagedSpla._add_pages = original
+        VectorisedAttention.add_pages = original
     return folded
 
 
@@ -176,13 +176,13 @@ def test_poisoned_memory(tiny_llama, start, alone):
 
 def test_stale_state_would_be_caught(tiny_llama, start, alone, monkeypatch):
     """A state that is believed whatever its stamp says gives another answer in a reused block."""
-    from spla_backend.kernels.cpu.vectorised import TorchPagedSpla
+    from spla_backend.kernels.cpu.vectorised import VectorisedAttention
 
     with start(tiny_llama, num_gpu_blocks_override=40) as engine:
         # The pool is small, so that blocks come round again; with the rule in force nothing changes ...
         assert_same([engine.answer([PROMPTS[i]])[0] for i in (9, 8, 7, 9)], [alone[i] for i in (9, 8, 7, 9)])
 
-        monkeypatch.setattr(TorchPagedSpla, "_covered", _trusting_covered)
+        monkeypatch.setattr(VectorisedAttention, "covered_pages", _trusting_covered)
         # ... and without it the second request reads the first one's state.
         answers = [engine.answer([PROMPTS[i]])[0] for i in (9, 8, 7, 9)]
     with pytest.raises(AssertionError, match="differ"):

@@ -17,7 +17,7 @@ def decode(query_len: int, statistics_dtype: str = "auto", score_blocks: int = 0
     params = SplaParameters(16, 16, 6, statistics_dtype=statistics_dtype)
     batch = make_batch(params, [319, 200, 40, 0], query_len=query_len, **SHAPE)
     if score_blocks:
-        batch.op.fused._score_blocks = score_blocks
+        batch.op.fused.fixed_score_blocks = score_blocks
     batch.decode()
     batch.keys[0] = torch.cat([batch.keys[0], batch.keys[0][:1]])
     batch.values[0] = torch.cat([batch.values[0], batch.values[0][:1]])

@@ -11,8 +11,9 @@ from triton_cases import Batch, make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
-from spla_backend.kernels.cpu.attention import CpuPagedSpla
-from spla_backend.kernels.cpu.vectorised import TorchPagedSpla
+from spla_backend.kernels.cpu.attention import CpuAttention
+from spla_backend.kernels.cpu.vectorised import VectorisedAttention
+from spla_backend.kernels.interface import Layer, Step
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -64,13 +65,11 @@ def test_prefill(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("implementation", [TorchPagedSpla, CpuPagedSpla])
-def test_cpu(implementation: type[TorchPagedSpla], kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("implementation", [VectorisedAttention, CpuAttention])
+def test_cpu(implementation: type[VectorisedAttention], kind: str, dtype: torch.dtype) -> None:
     """All tokens: the last as a step of decode, those before it as a chunk of prefill."""
     params = SplaParameters(64, 32, 16, **KINDS[kind])
-    op = implementation(
-        params, num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, cache_dtype=dtype, scale=HEAD_SIZE**-0.5
-    )
+    op = implementation(params, Layer(HEADS, KV_HEADS, HEAD_SIZE, dtype, HEAD_SIZE**-0.5))
     keys, values, query = (x.to(dtype) for x in captured(len(INPUTS["k"]), 64))
     length, page = len(keys), params.page_size
     num_pages, num_blocks = -(-length // page), op.state_layout.num_blocks
@@ -84,10 +83,8 @@ def test_cpu(implementation: type[TorchPagedSpla], kind: str, dtype: torch.dtype
         op.update_cache(keys[start:stop], values[start:stop], kv_cache, slots[start:stop])
         if start:
             rows = slice(start - length + 64, stop - length + 64)
-            op.forward(
-                query[rows], kv_cache, kv_cache, torch.tensor([0, stop - start]), torch.tensor([stop]), table,
-                state_table, output[rows],
-            )  # fmt: skip
+            step = Step.of(torch.tensor([0, stop - start]), torch.tensor([stop]), table)
+            op.run(op.plan(step), query[rows], kv_cache, kv_cache, state_table, output[rows])
     complete = (length - 1) // page
     per_page = op.page_layout.blocks_per_page
     statistics = op.page_layout.statistics(kv_cache[table[0, :complete].long()])

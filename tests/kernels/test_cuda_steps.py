@@ -1,4 +1,4 @@
-"""`CudaPagedSpla` through an engine's steps, interpreted: chunks of prompts beside decode rows, in pages and state
+"""`GpuAttention` through an engine's steps, interpreted: chunks of prompts beside decode rows, in pages and state
 blocks that other requests have used, in one layer or in several that differ in their budgets. Every token that selects
 is compared with the float64 reference."""
 
@@ -11,7 +11,9 @@ import torch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import complete_statistics, spla_token
-from spla_backend.kernels.gpu.attention import CudaPagedSpla
+from spla_backend.kernels.gpu import attention
+from spla_backend.kernels.gpu.attention import GpuAttention
+from spla_backend.kernels.interface import Layer, Limits, Step
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
 SCALE = HEAD_SIZE**-0.5
@@ -50,18 +52,19 @@ class Engine:
         self, layers: list[SplaParameters], monkeypatch: pytest.MonkeyPatch, *, dense_below: int, tokens: int, rows: int
     ) -> None:
         self.tokens, self.rows, self.page_size = tokens, rows, layers[0].page_size
-        largest = max(params.budget_blocks for params in layers)
-        self.ops = [
-            CudaPagedSpla(
-                params, max_num_tokens=tokens, prefill_dense_below=dense_below, num_heads=HEADS, num_kv_heads=KV_HEADS,
-                head_size=HEAD_SIZE, cache_dtype=DTYPE, scale=SCALE, max_num_rows=rows, max_model_len=256, device="cpu",
-                largest_budget=largest,
-            )
-            for params in layers
-        ]  # fmt: skip
+        limits = Limits(
+            max_num_rows=rows,
+            max_query_len=1,
+            max_model_len=256,
+            max_num_tokens=tokens,
+            prefill_dense_below=dense_below,
+            largest_budget=max(params.budget_blocks for params in layers),
+        )
+        layer = Layer(HEADS, KV_HEADS, HEAD_SIZE, DTYPE, SCALE)
+        self.ops = [GpuAttention(params, layer, limits, torch.device("cpu")) for params in layers]
+        monkeypatch.setattr(attention, "attend_densely", self._attend_densely)
         for op in self.ops:
-            monkeypatch.setattr(op, "_attend_densely", self._attend_densely)
-            monkeypatch.setattr(op._decode, "decode", partial(self._decode, op._decode.decode))
+            monkeypatch.setattr(op.steps, "decode", partial(self._decode, op.steps.decode))
         self.num_states = self.ops[0].state_layout.num_blocks
         num_pages = rows * (256 // self.page_size + self.num_states)
         shape = (num_pages, KV_HEADS, self.ops[0].page_layout.rows, 2 * HEAD_SIZE)
@@ -104,13 +107,7 @@ class Engine:
         slots = tables[rows, position // page] * page + position % page
         query = of("query")
         self.only_decodes = num_decodes == len(work)
-        plans = {
-            op.plan_key: op.plan(
-                starts, lengths, tables, num_decodes=num_decodes, num_decode_tokens=num_decodes, decode_query_len=1,
-                prefill_starts=starts[num_decodes:].tolist(), prefill_lens=lengths[num_decodes:].tolist(),
-            )
-            for op in self.ops
-        }  # fmt: skip
+        plans = {op.plan_key: op.plan(Step.of(starts, lengths, tables)) for op in self.ops}
         self.num_plans = len(plans)
         for op, cache in zip(self.ops, self.caches, strict=True):
             op.update_cache(of("key"), of("value"), cache, slots)
@@ -133,7 +130,7 @@ class Engine:
         self.steady += steady
         decode(*arguments, steady=steady)
 
-    def _attend_densely(self, rows, query, kv_cache, block_table, output) -> None:
+    def _attend_densely(self, layer, rows, query, kv_cache, block_table, output) -> None:
         for index, seq_len in enumerate(rows.seq_lens.tolist()):
             start, stop = (rows.first_token + x for x in rows.start_loc[index : index + 2].tolist())
             pages = kv_cache[block_table[rows.first_row + index].long(), :, : self.page_size]
@@ -145,9 +142,9 @@ class Engine:
             output[start:stop] = (weights @ values).transpose(0, 1).to(DTYPE)
 
     def _check(
-        self, op: CudaPagedSpla, cache: torch.Tensor, request: Request, position: int, output: torch.Tensor
+        self, op: GpuAttention, cache: torch.Tensor, request: Request, position: int, output: torch.Tensor
     ) -> None:
-        stop, params = position + 1, op._decode.params
+        stop, params = position + 1, op.layer.params
         complete = position // self.page_size
         stored = op.page_layout.statistics(cache[request.pages[:complete]]).transpose(1, 2).flatten(0, 1)
         expected = spla_token(
@@ -187,8 +184,8 @@ def test_layers_of_several_budgets(dense_below: int, num_plans: int, monkeypatch
     layers = [SplaParameters(16, 16, n) for n in (6, 4)]
     engine = Engine(layers, monkeypatch, dense_below=dense_below, tokens=100, rows=2)
     for layer in engine.ops[1:]:
-        assert layer._decode._scratch is engine.ops[0]._decode._scratch
-        assert layer._prefill._pool is engine.ops[0]._prefill._pool
+        assert layer.steps.scratch is engine.ops[0].steps.scratch
+        assert layer.passes.scratch is engine.ops[0].passes.scratch
     engine.waiting = [draw(*lengths, 16) for lengths in [(101, 2), (70, 2)]]
     while engine.waiting or engine.running:
         engine.step()

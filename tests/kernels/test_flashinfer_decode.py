@@ -5,11 +5,14 @@ import random
 
 import pytest
 import torch
-from triton_cases import Batch, make_batch
+from triton_cases import Batch, limits, make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.kernels.gpu.decode import flashinfer as flashinfer_decode
-from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla, Tuning, _Scratch
+from spla_backend.kernels.gpu.decode.steps import DecodeSteps
+from spla_backend.kernels.gpu.decode.tuning import Tuning
+from spla_backend.kernels.gpu.layer import GpuLayer
+from spla_backend.kernels.interface import Layer
 
 GPU = torch.cuda.is_available()
 FLASHINFER = importlib.util.find_spec("flashinfer") is not None
@@ -44,15 +47,14 @@ def plain_reader(sizes, indptr, indices, last_page_len, *, group, head_size, pag
 @pytest.fixture
 def reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain reader in FlashInfer's place, for head sizes that are quick to interpret."""
-    monkeypatch.setattr(_Scratch, "_instances", {})
     monkeypatch.setattr(flashinfer_decode, "plan_flashinfer", plain_reader)
-    monkeypatch.setattr("spla_backend.kernels.gpu.decode.steps.check_flashinfer", lambda head_size: None)
+    monkeypatch.setattr("spla_backend.kernels.gpu.checks.check_flashinfer", lambda head_size: None)
 
 
 def small(params: SplaParameters, lengths: list[int], **arguments: object) -> Batch:
     shape = {"num_heads": 4, "num_kv_heads": 2, "head_size": 32}
     batch = make_batch(params, lengths, device="cpu", seed=fresh(), executor="flashinfer", **{**shape, **arguments})
-    assert batch.op._flashinfer is not None
+    assert batch.op.flashinfer is not None
     return batch
 
 
@@ -83,12 +85,9 @@ def test_top_p_verification_and_splits(reader: None) -> None:
 
 
 def test_refused_where_flashinfer_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = {"num_heads": 2, "num_kv_heads": 1, "cache_dtype": torch.float16, "scale": 1.0, "max_num_rows": 1}
-
-    def make(head_size: int, executor: str = "flashinfer") -> TritonPagedSpla:
-        return TritonPagedSpla(
-            SplaParameters(16, 16, 5), head_size=head_size, max_model_len=64, device="cpu", executor=executor, **shape
-        )
+    def make(head_size: int, executor: str = "flashinfer") -> DecodeSteps:
+        layer = GpuLayer(SplaParameters(16, 16, 5), Layer(2, 1, head_size, torch.float16, 1.0), "cpu")
+        return DecodeSteps(layer, limits(1, 64), executor=executor)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ValueError, match="executor 'flashinfer' has no kernel for head_size 80, only"):

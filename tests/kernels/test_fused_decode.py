@@ -9,7 +9,8 @@ from triton_cases import make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.kernels.gpu.decode.fused import FusedDecode
-from spla_backend.kernels.layout import layouts
+from spla_backend.kernels.gpu.layer import GpuLayer
+from spla_backend.kernels.interface import Layer
 
 GPU = torch.cuda.is_available()
 
@@ -30,15 +31,8 @@ scored = pytest.mark.parametrize("score_blocks", [0, 3], ids=["", "scored-ahead"
 
 def emulate(batch, blocks: int, score_blocks: int = 0) -> None:
     """Let the batch's op decode with the emulated kernel."""
-    op = batch.op
-    op._scratch.scores.fill_(float("nan"))
-    op._scratch.mass.fill_(float("nan"))
-    op.fused = EmulatedDecode(
-        op.params, group=op.group, num_kv_heads=op.num_kv_heads, head_size=op.head_size, cache_dtype=op.cache_dtype,
-        scale=op.scale, page_layout=op.page_layout, state_layout=op.state_layout,
-        max_model_len=op.max_pages * op.params.page_size, num_sms=op._num_sms, blocks=blocks,
-        score_blocks=score_blocks,
-    )  # fmt: skip
+    longest = batch.op.sizes.max_pages * batch.layer.params.page_size
+    batch.op.fused = EmulatedDecode(batch.layer, longest, fixed_blocks=blocks, fixed_score_blocks=score_blocks)
 
 
 @emulated
@@ -136,16 +130,12 @@ def test_many_units_about_the_threshold() -> None:
 
 def test_scores_are_made_ahead_for_few_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """On an H200, of which 15 clusters of 8 blocks or 33 of 4 take hold at once."""
-    monkeypatch.setattr(FusedDecode, "_max_clusters", lambda self, blocks: {16: 7, 8: 15, 4: 33, 2: 66, 1: 132}[blocks])
+    monkeypatch.setattr(FusedDecode, "max_clusters", lambda self, blocks: {16: 7, 8: 15, 4: 33, 2: 66, 1: 132}[blocks])
 
     def blocks(num_rows: int, max_model_len: int = 524288, group: int = 4, **params) -> int:
         parameters = SplaParameters(64, params.pop("block", 64), 32, **params)
-        page_layout, state_layout = layouts(parameters, 128, torch.bfloat16)
-        op = FusedDecode(
-            parameters, group=group, num_kv_heads=8, head_size=128, cache_dtype=torch.bfloat16, scale=1.0,
-            page_layout=page_layout, state_layout=state_layout, max_model_len=max_model_len, num_sms=132,
-        )  # fmt: skip
-        return op.score_blocks(num_rows)
+        layer = GpuLayer(parameters, Layer(8 * group, 8, 128, torch.bfloat16, 1.0), "cpu")
+        return FusedDecode(layer, max_model_len).score_blocks(num_rows)
 
     assert [blocks(num_rows) for num_rows in (1, 2, 3, 8)] == [132, 66, 0, 0]
     assert blocks(1, statistics_dtype="fp8") == 132
@@ -174,7 +164,7 @@ def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype, 
         device="cuda", seed=fresh(), chunk=0, gain=torch.rand(num_heads) * 2,
     )  # fmt: skip
     for blocks, score_blocks in ((1, 0), (2, 5), (8, 0), (8, 40)):
-        batch.op.fused._blocks, batch.op.fused._score_blocks = blocks, score_blocks
+        batch.op.fused.fixed_blocks, batch.op.fused.fixed_score_blocks = blocks, score_blocks
         for _ in range(2):  # rebuilds the states, then finds them valid
             output = batch.decode()
             batch.check(output, 2e-3 if dtype == torch.float16 else 1e-2)
@@ -194,7 +184,7 @@ def test_gpu_selectors(selector: str, statistics: str) -> None:
         seed=fresh(), chunk=0,
     )  # fmt: skip
     for score_blocks in (0, 3):
-        batch.op.fused._score_blocks = score_blocks
+        batch.op.fused.fixed_score_blocks = score_blocks
         batch.check(batch.decode(), 1e-2)
 
 
@@ -210,7 +200,7 @@ def test_gpu_finer_blocks(heads: tuple[int, int, int], block: int, statistics: s
         num_kv_heads=num_kv_heads, head_size=head_size, dtype=torch.bfloat16, device="cuda", seed=fresh(), chunk=0,
     )  # fmt: skip
     for blocks, score_blocks in ((1, 0), (2, 5), (8, 0), (8, 40)):
-        batch.op.fused._blocks, batch.op.fused._score_blocks = blocks, score_blocks
+        batch.op.fused.fixed_blocks, batch.op.fused.fixed_score_blocks = blocks, score_blocks
         for _ in range(2):  # rebuilds the states, then finds them valid
             batch.check(batch.decode(), 1e-2)
 
@@ -225,7 +215,7 @@ def test_gpu_long_context(length: int, statistics: str) -> None:
         device="cuda", seed=fresh(), chunk=0,
     )  # fmt: skip
     for score_blocks in (0, 0, 132):  # rebuilds the state, then finds it valid
-        batch.op.fused._score_blocks = score_blocks
+        batch.op.fused.fixed_score_blocks = score_blocks
         batch.check(batch.decode(), 1e-2)
 
 
@@ -237,7 +227,7 @@ def test_gpu_graph_replay(score_blocks: int) -> None:
         SplaParameters(64, 64, 8), [1500, 900, 700], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16,
         device="cuda", seed=fresh(), chunk=0, max_model_len=4096,
     )  # fmt: skip
-    batch.op.fused._score_blocks = score_blocks
+    batch.op.fused.fixed_score_blocks = score_blocks
     expected = batch.decode()
     output = torch.full_like(batch.query, float("nan"))
     graph = batch.capture(output)

@@ -1,14 +1,18 @@
 """The whole of a decode step against the float64 reference, on fresh random rows and NaN-poisoned buffers."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import make_batch
+from triton_cases import limits, make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.kernels.gpu.decode.fused import FusedDecode
-from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla, Tuning
+from spla_backend.kernels.gpu.decode.steps import DecodeSteps
+from spla_backend.kernels.gpu.decode.tuning import Tuning
+from spla_backend.kernels.gpu.layer import GpuLayer
+from spla_backend.kernels.interface import Layer
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -51,9 +55,8 @@ def test_lengths_around_page_and_budget_edges_and_padding() -> None:
     batch.check(batch.decode(), 2e-3)
 
 
-@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "own-launch"])
-def test_splits(fuse: bool) -> None:
-    tuning = Tuning(3, 3, chunk=16, tile=16, fuse_select=fuse)
+def test_splits() -> None:
+    tuning = Tuning(3, 3, chunk=16, tile=16)
     batch = make_batch(params(), [200, 90, 30, 0], seed=fresh(), tuning=tuning, **SMALL)
     batch.check(batch.decode(), 2e-3)
 
@@ -92,8 +95,8 @@ def test_ties_go_to_the_lower_page() -> None:
 def test_selection_in_pieces() -> None:
     """As where a long context and a large group do not fit into the registers of one program."""
     batch = make_batch(params(), [500, 90], seed=fresh(), **SMALL)
-    batch.op._width = 16
-    batch.op._scratch.grouped = torch.empty(2, 2, batch.op.max_pages, device=DEVICE)
+    batch.op.sizes = replace(batch.op.sizes, width=16)
+    batch.op.scratch = {**batch.op.scratch, "grouped": torch.empty(2, 2, batch.op.sizes.max_pages, device=DEVICE)}
     batch.check(batch.decode(), 2e-3)
 
 
@@ -217,10 +220,8 @@ def test_refusals_name_the_cause(change: dict, message: str) -> None:
     values = {"page_size": 16, "selection_block": 16, "budget_blocks": 5} | change
     longest = values.pop("max_model_len", 64)
     with pytest.raises(ValueError, match=message):
-        TritonPagedSpla(
-            SplaParameters(**values), num_heads=2, num_kv_heads=1, head_size=32, cache_dtype=torch.float16, scale=1.0,
-            max_num_rows=1, max_query_len=2, max_model_len=longest, device="cpu",
-        )  # fmt: skip
+        layer = GpuLayer(SplaParameters(**values), Layer(2, 1, 32, torch.float16, 1.0), "cpu")
+        DecodeSteps(layer, limits(1, longest, 2))
 
 
 # Real sizes
@@ -435,15 +436,12 @@ def test_what_is_compiled_at_start_up(residual: str) -> None:
     params = SplaParameters(16, 16, 6, residual=residual)
     batch = make_batch(params, [200, 97, 40], num_heads=4, num_kv_heads=2, head_size=32, query_len=2)
     expected, op = batch.decode(), batch.op
-    steps = op._different_steps()
+    steps = op.different_steps()
     shapes = {(op.tuning(rows, query_len), query_len) for rows, query_len in steps}
     assert shapes == {(op.tuning(rows, query_len), query_len) for rows in (1, 2, 3) for query_len in (1, 2)}
-    op._store_padding()
+    batch.store.store_padding()
     for num_rows, query_len in steps:
-        op._decode_padding(num_rows, query_len)
+        op.decode_padding(num_rows, query_len)
     assert torch.equal(batch.decode(), expected)
-    many = TritonPagedSpla(
-        params, num_heads=32, num_kv_heads=8, head_size=128, cache_dtype=torch.float16, scale=1.0, max_num_rows=256,
-        max_model_len=4096, device="cpu",
-    )  # fmt: skip
-    assert 1 < len(many._different_steps()) < 12
+    many = DecodeSteps(GpuLayer(params, Layer(32, 8, 128, torch.float16, 1.0), "cpu"), limits(256, 4096))
+    assert 1 < len(many.different_steps()) < 12

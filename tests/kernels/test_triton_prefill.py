@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import Batch, make_batch
+from triton_cases import Batch, limits, make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import apply_feature_map, key_features, recurrent_state, spla_token
-from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla
-from spla_backend.kernels.gpu.prefill.passes import PrefillTuning, TritonPrefill
+from spla_backend.kernels.gpu.layer import GpuLayer
+from spla_backend.kernels.gpu.prefill.passes import PrefillPasses, PrefillTuning
+from spla_backend.kernels.interface import Layer
 from spla_backend.kernels.layout import STATE_MAGIC
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,29 +24,21 @@ def attend(
     tuning: PrefillTuning | None = None,
     seed: int = 1,
     captured: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, TritonPrefill]:
+) -> tuple[torch.Tensor, torch.Tensor, PrefillPasses]:
     """Prefill the positions `ranges` of the batch's rows; queries (random, or `captured [tokens, H, d]`), NaN-poisoned
     outputs, and the op.
 
     The keys and values of those tokens, and of no later ones, are in the cache. The launch shapes of large and of small
     passes take turns.
     """
-    base = batch.op
-    op = TritonPrefill(
-        base,
-        dense_below=0,
-        max_num_tokens=sum(b - a for a, b in ranges),
-        max_num_rows=len(ranges),
-        max_model_len=1 << 30,
-        device=torch.device(DEVICE),
-        tuning=tuning,
-    )
+    layer, total = batch.layer, sum(b - a for a, b in ranges)
+    longest = max(batch.lengths)
+    op = PrefillPasses(layer, limits(len(ranges), longest, max_num_tokens=total), tuning=tuning)
     if max_tiles is not None:
         op.max_tiles = max_tiles
     generator = torch.Generator().manual_seed(seed)
-    total = sum(b - a for a, b in ranges)
-    joint = 2 * torch.randn(total, base.num_heads + 2, base.head_size, generator=generator)
-    query = joint.to(DEVICE, base.cache_dtype)[:, : base.num_heads]
+    joint = 2 * torch.randn(total, layer.num_heads + 2, layer.head_size, generator=generator)
+    query = joint.to(DEVICE, layer.cache_dtype)[:, : layer.num_heads]
     if captured is not None:
         query.copy_(captured)
     output = torch.full_like(query, float("nan"))
@@ -53,21 +46,21 @@ def attend(
     for a, b in ranges:
         starts.append(starts[-1] + b - a)
     plan = op.plan(0, starts, [b for _, b in ranges])
-    for name, buffer in op._pool.items():
+    for name, buffer in op.scratch.items():
         if name != "arrivals":
             buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
     for number, planned in enumerate(plan.passes):
         step = replace(planned, small=number % 2 == 1)
         op.run(step, query, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table, output)
-    assert int(op._pool["arrivals"].abs().sum()) == 0
+    assert int(op.scratch["arrivals"].abs().sum()) == 0
     return query, output, op
 
 
 def check(batch: Batch, ranges: list[tuple[int, int]], tolerance: float, sample: int = 1, **arguments: object) -> None:
     """Compare every `sample`-th sparse token with the reference; dense ones must not have been touched."""
     query, output, op = attend(batch, ranges, **arguments)
-    base, params = batch.op, batch.op.params
-    norm_weights = tuple(w.double().cpu() for w in base.norm_weights)
+    layer, params = batch.layer, batch.layer.params
+    norm_weights = tuple(w.double().cpu() for w in layer.norm_weights)
     at, compared = 0, 0
     for row, (start, stop) in enumerate(ranges):
         statistics = batch.statistics(row, (stop - 1) // params.page_size)
@@ -80,17 +73,17 @@ def check(batch: Batch, ranges: list[tuple[int, int]], tolerance: float, sample:
             if (position - start) % sample:
                 continue
             expected = spla_token(
-                query[token].double().cpu() * base.scale,
+                query[token].double().cpu() * layer.scale,
                 keys[: position + 1],
                 values[: position + 1],
                 params,
                 statistics=statistics[: position // params.page_size * params.blocks_per_page],
-                gain=base.gain.double().cpu(),
+                gain=layer.gain.double().cpu(),
                 norm_weights=norm_weights,
             )
             got, want = output[token].double().cpu(), expected.output
-            for head in range(base.num_kv_heads):
-                heads = slice(head * base.group, (head + 1) * base.group)
+            for head in range(layer.num_kv_heads):
+                heads = slice(head * layer.group, (head + 1) * layer.group)
                 error = float((got[heads] - want[heads]).norm() / want[heads].norm())
                 if not error < tolerance:
                     gap = near_tie(expected.group_scores[head], expected.selected[head])
@@ -116,9 +109,7 @@ def in_chunks(batch: Batch, query: torch.Tensor, start: int, size: int) -> torch
     On a GPU a layer of the same geometry goes before in each step, so that its launches are bound, and leaves a state
     that covers too much.
     """
-    op = TritonPrefill(
-        batch.op, dense_below=0, max_num_tokens=size, max_num_rows=1, max_model_len=1 << 30, device=torch.device(DEVICE)
-    )
+    op = PrefillPasses(batch.layer, limits(1, max(batch.lengths), max_num_tokens=size))
     output, other = (torch.full_like(query, float("nan")) for _ in range(2))
     for first in range(0, len(query), size):
         some = slice(first, min(first + size, len(query)))
@@ -339,28 +330,26 @@ def test_decode_agrees(more: dict) -> None:
 
 def fold(batch: Batch, lengths: list[int], splits: int | None = None) -> None:
     """Bring the states of rows that attend to everything up to date, the pages of each cut into about `splits`."""
-    op = TritonPrefill(
-        batch.op, dense_below=1 << 30, max_num_tokens=sum(lengths), max_num_rows=len(lengths), max_model_len=1 << 20,
-        device=torch.device(DEVICE), tuning=None if splits is None else replace(PrefillTuning(), fold_pages=1),
-    )  # fmt: skip
+    sizes = limits(len(lengths), 1 << 20, max_num_tokens=sum(lengths), dense_below=1 << 30)
+    op = PrefillPasses(batch.layer, sizes, tuning=None if splits is None else replace(PrefillTuning(), fold_pages=1))
     if splits is not None:
-        op._fold_programs = splits * len(lengths) * batch.op.num_kv_heads
-        shape = splits * len(lengths), *op._pool["partial"].shape[1:]
-        op._pool = {**op._pool, "partial": torch.empty(shape, device=DEVICE)}
+        op.fold_programs = splits * len(lengths) * batch.layer.num_kv_heads
+        shape = splits * len(lengths), *op.scratch["partial"].shape[1:]
+        op.scratch = {**op.scratch, "partial": torch.empty(shape, device=DEVICE)}
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
     plan = op.plan(0, starts, lengths)
     assert plan.folds is not None and not plan.passes
     assert splits in (None, 1) or plan.folds.most_splits > 1
-    op._pool["partial"].fill_(float("nan"))
+    op.scratch["partial"].fill_(float("nan"))
     op.fold(plan.folds, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table)
-    assert int(op._pool["arrivals"].abs().sum()) == 0
+    assert int(op.scratch["arrivals"].abs().sum()) == 0
 
 
 def check_states(batch: Batch, lengths: list[int]) -> None:
     """States cover every complete page, as a decode step would have left them."""
-    base, layout, size = batch.op, batch.op.state_layout, batch.op.params.page_size
+    layer, layout, size = batch.layer, batch.layer.state_layout, batch.layer.params.page_size
     words = batch.kv_cache.view(torch.int32)
     for row, length in enumerate(lengths):
         covered, blocks = length // size, batch.state_table[row].long()
@@ -369,14 +358,14 @@ def check_states(batch: Batch, lengths: list[int]) -> None:
             continue
         last = int(batch.block_table[row, covered - 1])
         for ordinal, block in enumerate(blocks.tolist()):
-            for head in range(base.num_kv_heads):
+            for head in range(layer.num_kv_heads):
                 stamp = words[last, head].flatten()[-4:].tolist()
                 assert words[block, head, 0, :8].tolist() == [STATE_MAGIC, covered, *stamp, ordinal, 0]
         body = batch.kv_cache[blocks].view(torch.float32)[:, :, 1 : layout.rows_per_block].transpose(0, 1).flatten(1, 2)
-        for head in range(base.num_kv_heads):
+        for head in range(layer.num_kv_heads):
             keys, values = (x[row][: covered * size, head].double().cpu() for x in (batch.keys, batch.values))
-            linear = base.params.residual == "linear"
-            features = apply_feature_map("softmax", keys) if linear else key_features(keys, base.params)
+            linear = layer.params.residual == "linear"
+            features = apply_feature_map("softmax", keys) if linear else key_features(keys, layer.params)
             s, z = recurrent_state(features, values)
             got = body[head].double().cpu()
             for what, want in ((got[: layout.s_rows], s), (got[layout.s_rows].flatten(), z[: layout.z_size])):
@@ -436,14 +425,8 @@ def test_states_of_chunks_and_cached_prefixes(splits: int) -> None:
 
 def test_splits_fill_the_device_once() -> None:
     params = SplaParameters(64, 64, 32)
-    base = TritonPagedSpla(
-        params, num_heads=32, num_kv_heads=8, head_size=128, cache_dtype=torch.bfloat16, scale=1.0, max_num_rows=1,
-        max_model_len=64, device=DEVICE,
-    )  # fmt: skip
-    op = TritonPrefill(
-        base, dense_below=1 << 20, max_num_tokens=8192, max_num_rows=40, max_model_len=1 << 20,
-        device=torch.device(DEVICE),
-    )  # fmt: skip
+    layer = GpuLayer(params, Layer(32, 8, 128, torch.bfloat16, 1.0), DEVICE)
+    op = PrefillPasses(layer, limits(40, 1 << 20, max_num_tokens=8192, dense_below=1 << 20))
     for lengths, splits in (
         ([8192], [16]), ([1024], [4]), ([300], [1]), ([1024] * 8, [2] * 8), ([200] * 40, [1] * 40), ([64], [1]),
         ([100] * 20 + [8192] + [100] * 19, [1] * 20 + [11] + [1] * 19), ([70, 63, 8192, 4096], [1, 9, 4]),
@@ -456,7 +439,7 @@ def test_splits_fill_the_device_once() -> None:
         assert pages == [length // 64 for length in lengths if length >= 64] and cut == splits
         assert folds.items.tolist() == [[i, split] for i, n in enumerate(splits) for split in range(n)]
         places = [p + split for p, n in zip(place, cut, strict=True) if n > 1 for split in range(n)]
-        assert places == list(range(len(places))) and len(places) <= len(op._pool["partial"])
+        assert places == list(range(len(places))) and len(places) <= len(op.scratch["partial"])
 
 
 # Real sizes

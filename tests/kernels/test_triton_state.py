@@ -18,7 +18,7 @@ def make(residual: str = "regression", length: int = 100, head_size: int = 32) -
 
 def body(batch: Batch) -> torch.Tensor:
     """`[G, body_rows, d]` float32."""
-    layout, d = batch.op.state_layout, batch.op.head_size
+    layout, d = batch.layer.state_layout, batch.layer.head_size
     blocks = batch.kv_cache.view(torch.float32)[batch.state_table[0, : layout.num_blocks].long()]
     rows = blocks.unflatten(-1, (-1, d)).flatten(2, 3)  # [K, G, R, d]
     return rows[:, :, 1:].transpose(0, 1).flatten(1, 2)[:, : layout.body_rows].cpu()
@@ -29,15 +29,15 @@ def header(batch: Batch) -> torch.Tensor:
 
 
 def check(batch: Batch, tolerance: float = 1e-5) -> None:
-    op = batch.op
-    covered = (batch.lengths[0] - 1) // op.params.page_size
-    layout, tokens = op.state_layout, covered * op.params.page_size
-    for head in range(op.num_kv_heads):
+    layer = batch.layer
+    covered = (batch.lengths[0] - 1) // layer.params.page_size
+    layout, tokens = layer.state_layout, covered * layer.params.page_size
+    for head in range(layer.num_kv_heads):
         keys, values = (x[0][:tokens, head].double().cpu() for x in (batch.keys, batch.values))
-        if op.params.residual == "linear":
+        if layer.params.residual == "linear":
             features = apply_feature_map("softmax", keys)
         else:
-            features = key_features(keys, op.params)
+            features = key_features(keys, layer.params)
         s, z = recurrent_state(features, values)
         got = body(batch)[head].double()
         assert float((got[: layout.s_rows] - s).norm() / s.norm()) < tolerance
@@ -46,7 +46,7 @@ def check(batch: Batch, tolerance: float = 1e-5) -> None:
     stamp = batch.kv_cache.view(torch.int32).flatten(2)[int(batch.block_table[0, covered - 1]), :, -4:].cpu()
     heads = header(batch)
     for ordinal in range(layout.num_blocks):
-        for head in range(op.num_kv_heads):
+        for head in range(layer.num_kv_heads):
             expected = [STATE_MAGIC, covered, *stamp[head].tolist(), ordinal, 0]
             assert heads[ordinal, head].tolist() == expected
 

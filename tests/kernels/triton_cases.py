@@ -6,14 +6,20 @@ import torch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
-from spla_backend.kernels.gpu.decode.steps import TritonPagedSpla, Tuning
+from spla_backend.kernels.gpu.decode.steps import DecodeSteps
+from spla_backend.kernels.gpu.decode.tuning import Tuning
+from spla_backend.kernels.gpu.layer import GpuLayer
+from spla_backend.kernels.gpu.store import Store
+from spla_backend.kernels.interface import Layer, Limits
 
 
 @dataclass
 class Batch:
     """Rows of some lengths over one cache, everything not written NaN."""
 
-    op: TritonPagedSpla
+    layer: GpuLayer
+    store: Store
+    op: DecodeSteps
     keys: list[torch.Tensor]  # of each row: [L, G, d]
     values: list[torch.Tensor]
     query: torch.Tensor  # [rows * query_len, H, d]
@@ -27,14 +33,14 @@ class Batch:
 
     def slots(self, row: int, start: int, stop: int) -> torch.Tensor:
         position = torch.arange(start, stop)
-        page = self.op.params.page_size
+        page = self.layer.params.page_size
         return self.block_table[row].cpu()[position // page].long() * page + position % page
 
     def write(self, row: int, start: int, stop: int) -> None:
         """Store the tokens `start .. stop - 1` of a row, as one batch."""
         slots = self.slots(row, start, stop).to(self.query.device)
         keys, values = self.keys[row][start:stop], self.values[row][start:stop]
-        self.op.update_cache(keys, values, self.kv_cache, slots)
+        self.store.update_cache(keys, values, self.kv_cache, slots)
 
     def run(self, output: torch.Tensor, steady: bool = False) -> None:
         """Run the op."""
@@ -64,35 +70,32 @@ class Batch:
     def decode(self, steady: bool = False) -> torch.Tensor:
         """Run the op on NaN-poisoned output and scratch."""
         output = torch.full_like(self.query, float("nan"))
-        scratch = self.op._scratch
-        names = ["scores", "mass", "lse", "grouped", "part_out", "part_sum", "rest_mass"]
-        for name in [*names, "read", "read_z", "read_v"]:
-            getattr(scratch, name).fill_(float("nan"))
-        between = self.op._flashinfer
+        arrivals = ("fold_arrivals", "attend_arrivals")
+        for name, buffer in self.op.scratch.items():
+            if name not in arrivals:
+                buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
+        between = self.op.flashinfer
         if between is not None:
-            for buffer in (between._packed, between._exact, between._lse):
+            for buffer in (between.packed, between.exact, between.lse):
                 buffer.fill_(float("nan"))
-            between._last_page_len.fill_(-1)
-        scratch.table.fill_(-1)
-        scratch.count.fill_(-1)
-        scratch.flags.fill_(-1)
+            between.last_page_len.fill_(-1)
         self.run(output, steady)
-        for name in ("fold_arrivals", "score_arrivals", "attend_arrivals"):
-            assert int(getattr(scratch, name).abs().sum()) == 0, name
+        for name in arrivals:
+            assert int(self.op.scratch[name].abs().sum()) == 0, name
         if between is not None:  # it was FlashInfer that attended
-            heads = self.op.num_kv_heads * int(self.query_start_loc[-1])
-            assert not bool(between._lse[:heads].isnan().any())
+            heads = self.layer.num_kv_heads * int(self.query_start_loc[-1])
+            assert not bool(between.lse[:heads].isnan().any())
         return output
 
     def statistics(self, row: int, num_pages: int) -> torch.Tensor:
         """Stored statistics `[num_pages * blocks_per_page, G, width]` float64."""
         pages = self.kv_cache[self.block_table[row, :num_pages].long()]
-        return self.op.page_layout.statistics(pages).transpose(1, 2).flatten(0, 1).double().cpu()
+        return self.layer.page_layout.statistics(pages).transpose(1, 2).flatten(0, 1).double().cpu()
 
     def check(self, output: torch.Tensor, tolerance: float, rows: list[int] | None = None) -> float:
         """Compare with the reference; returns the largest relative error of a token."""
-        op, worst = self.op, 0.0
-        norm_weights = tuple(w.double().cpu() for w in op.norm_weights)
+        layer, worst = self.layer, 0.0
+        norm_weights = tuple(w.double().cpu() for w in layer.norm_weights)
         for row in range(len(self.lengths)) if rows is None else rows:
             if self.lengths[row] == 0:
                 assert torch.equal(output[row * self.query_len :][: self.query_len].float().abs().sum().cpu(),
@@ -101,21 +104,21 @@ class Batch:
             for t in range(self.query_len):
                 token, stop = row * self.query_len + t, self.lengths[row] - self.query_len + t + 1
                 expected = spla_token(
-                    self.query[token].double().cpu() * op.scale,
+                    self.query[token].double().cpu() * layer.scale,
                     self.keys[row][:stop].double().cpu(),
                     self.values[row][:stop].double().cpu(),
-                    op.params,
-                    statistics=self.statistics(row, (stop - 1) // op.params.page_size),
-                    gain=op.gain.double().cpu(),
+                    layer.params,
+                    statistics=self.statistics(row, (stop - 1) // layer.params.page_size),
+                    gain=layer.gain.double().cpu(),
                     norm_weights=norm_weights,
                 )
-                agrees = torch.ones(op.num_heads, dtype=torch.bool)
-                for head in range(op.num_kv_heads):
+                agrees = torch.ones(layer.num_heads, dtype=torch.bool)
+                for head in range(layer.num_kv_heads):
                     got = self.selected(token, row, head)
                     want = expected.selected[head]
                     if got != want:
                         self._near_tie(got, want, expected.group_scores[head])
-                        agrees[head * op.group : (head + 1) * op.group] = False
+                        agrees[head * layer.group : (head + 1) * layer.group] = False
                 got, want = output[token].double().cpu()[agrees], expected.output[agrees]
                 if want.numel():
                     error = float((got - want).norm() / want.norm())
@@ -125,19 +128,26 @@ class Batch:
 
     def selected(self, token: int, row: int, head: int) -> list[int]:
         """Selection blocks of a page table, in its order."""
-        op, per_page = self.op, self.op.params.blocks_per_page
-        count = int(op.page_counts[token, head])
-        ids = op.page_table[token, head, :count].cpu()
-        assert bool((ids // per_page % op.num_kv_heads == head).all())
+        per_page, kv_heads = self.layer.params.blocks_per_page, self.layer.num_kv_heads
+        count = int(self.op.page_counts[token, head])
+        ids = self.op.page_table[token, head, :count].cpu()
+        assert bool((ids // per_page % kv_heads == head).all())
         logical = {int(page): index for index, page in enumerate(self.block_table[row].tolist())}
-        return [logical[int(i) // per_page // op.num_kv_heads] * per_page + int(i) % per_page for i in ids]
+        return [logical[int(i) // per_page // kv_heads] * per_page + int(i) % per_page for i in ids]
 
     def _near_tie(self, got: list[int], want: list[int], scores: torch.Tensor) -> None:
         """Selections may differ where float32 cannot tell the scores apart, and only there."""
-        assert got == sorted(got) and (len(got) == len(want) or self.op.params.top_p), (got, want)
+        assert got == sorted(got) and (len(got) == len(want) or self.layer.params.top_p), (got, want)
         differing = sorted(set(got) ^ set(want))
         gap = float(scores[differing].max() - scores[differing].min())
         assert gap < 1e-3, f"selected {got}, expected {want}: scores differ by {gap}"
+
+
+def limits(
+    max_num_rows: int, max_model_len: int, max_query_len: int = 1, *, max_num_tokens: int = 1, dense_below: int = 0
+) -> Limits:
+    """Of a layer that shares its scratch with none of another budget."""
+    return Limits(max_num_rows, max_query_len, max_model_len, max_num_tokens, dense_below, largest_budget=0)
 
 
 def make_batch(
@@ -168,29 +178,15 @@ def make_batch(
     """
     generator = torch.Generator().manual_seed(seed)
     page, longest = params.page_size, max(max(lengths), max_model_len, 1)
-    op = TritonPagedSpla(
-        params,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        cache_dtype=dtype,
-        scale=head_size**-0.5,
-        gain=gain,
-        norm_weights=norm_weights,
-        max_num_rows=len(lengths),
-        max_query_len=query_len,
-        max_model_len=longest,
-        device=device,
-        tuning=tuning,
-        executor=executor,
-    )
-    layout, rows = op.page_layout, len(lengths)
+    sizes = Layer(num_heads, num_kv_heads, head_size, dtype, head_size**-0.5, gain, norm_weights)
+    layer, rows = GpuLayer(params, sizes, device), len(lengths)
+    op = DecodeSteps(layer, limits(rows, longest, query_len), executor=executor, tuning=tuning)
     width = -(-longest // page)
-    num_state = max(1, op.state_layout.num_blocks)
+    num_state = max(1, layer.state_layout.num_blocks)
     ids = torch.randperm(rows * (width + num_state) + 3, generator=generator).int()
     block_table = ids[: rows * width].view(rows, width).clone()
     state_table = ids[rows * width : rows * (width + num_state)].view(rows, num_state).clone()
-    shape = (len(ids), num_kv_heads, layout.rows, 2 * head_size)
+    shape = (len(ids), num_kv_heads, layer.page_layout.rows, 2 * head_size)
     if token_major:  # another order of the first two dimensions
         kv_cache = torch.full((shape[1], shape[0], *shape[2:]), float("nan"), dtype=dtype, device=device)
         kv_cache = kv_cache.transpose(0, 1)
@@ -218,6 +214,8 @@ def make_batch(
         real = sum(length > 0 for length in lengths)
         starts[real:] = real * query_len
     batch = Batch(
+        layer,
+        Store(layer),
         op,
         keys,
         values,

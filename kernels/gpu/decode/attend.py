@@ -20,15 +20,15 @@ Floor, bytes a (token, kv head): `2 d` elements a selected token, 5 bytes a unit
 output elements. FLOP: `4 N d` a selected token.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from ..layer import GpuLayer
+from ..residual import LINEAR, NO_RESIDUAL, REGRESSION, RESIDUAL_CODES
 from ..state import softmax_features
-
-NO_RESIDUAL = tl.constexpr(0)
-REGRESSION = tl.constexpr(1)
-LINEAR = tl.constexpr(2)
-RESIDUAL_CODES = {"none": 0, "regression": 1, "linear": 2}
+from .tuning import DecodeSizes, Tuning
 
 
 @triton.jit
@@ -113,7 +113,6 @@ def attend_split(
     num_splits,  # splits of this row
     token,
     head,
-    count,  # units in the table
     limit,  # tokens of the table that exist
     num_subtract,  # tokens of the table that the state covers
     query_ptr,
@@ -463,7 +462,7 @@ def attend_kernel(
                 works = split >= SPLITS
         if split < splits:
             attend_split(
-                split, splits, token, head, count, limit, num_subtract, query_ptr, kv_ptr, table_ptr,
+                split, splits, token, head, limit, num_subtract, query_ptr, kv_ptr, table_ptr,
                 part_out_ptr, part_sum_ptr, part + split,
                 query_token_stride, query_head_stride, page_stride, head_stride, last_page, num_kv_heads, scale,
                 GROUP, C, N, D, DP, PAGE, UNIT, BUDGET, TILE, STAGES, RESIDUAL,
@@ -485,3 +484,31 @@ def attend_kernel(
             split, tl.program_id(2), head, query_start_loc_ptr, num_rows, output_ptr, output_token_stride,
             output_head_stride, GROUP, D, DP,
         )  # fmt: skip
+
+
+def mass_programs(layer: GpuLayer, tuning: Tuning) -> int:
+    """Programs a (token, kv head) that add up the mass of what is not selected."""
+    return tuning.mass_parts if layer.has_mass else 0
+
+
+def attend_constants(layer: GpuLayer, sizes: DecodeSizes, tuning: Tuning) -> dict[str, Any]:
+    """What the launches that attend and combine have in common, whichever executor's they are."""
+    return {
+        "GROUP": layer.group,
+        "GROUP_P": layer.group_p,
+        "C": sizes.columns,
+        "N": sizes.attend_n,
+        "D": layer.head_size,
+        "DP": layer.dp,
+        "PAGE": layer.params.page_size,
+        "BUDGET": sizes.budget,
+        "TILE": tuning.tile,
+        "STAGES": tuning.attend_stages,
+        "PARTS": sizes.slices,
+        "RESIDUAL": RESIDUAL_CODES[layer.params.residual],
+        "HAS_MASS": layer.has_mass,
+        "MASS_PARTS": mass_programs(layer, tuning),
+        "MASS_WIDTH": max(64, 1024 // layer.group_p),
+        "DOUBLE_NORM": layer.params.combine == "double_rmsnorm",
+        "num_warps": tuning.attend_warps,
+    }

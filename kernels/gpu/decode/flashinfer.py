@@ -24,31 +24,19 @@ Plain reference: as `attend`. Floor: as there, plus the selected pages a second 
 residual. Source: FlashInfer, `BatchDecodeWithPagedKVCacheWrapper` with CUDA graphs (arXiv 2501.01005).
 """
 
-import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import triton
 import triton.language as tl
 
+from ..layer import GpuLayer
+from ..residual import LINEAR, NO_RESIDUAL
 from ..state import softmax_features
-from .attend import LINEAR, NO_RESIDUAL, clear_padding, mass_of_rest, merge_splits
-
-if TYPE_CHECKING:
-    from .steps import TritonPagedSpla, Tuning
-
-HEAD_SIZES = (64, 128, 256)
-
-
-def check_flashinfer(head_size: int) -> None:
-    """Raises:
-    ValueError: FlashInfer is not installed, or has no kernel for this head size.
-    """
-    if importlib.util.find_spec("flashinfer") is None:
-        raise ValueError("executor 'flashinfer' needs the package flashinfer-python, which is not installed")
-    if head_size not in HEAD_SIZES:
-        raise ValueError(f"executor 'flashinfer' has no kernel for head_size {head_size}, only {HEAD_SIZES}")
+from .attend import attend_constants, clear_padding, mass_of_rest, mass_programs, merge_splits
+from .tuning import DecodeSizes, Tuning
 
 
 @triton.jit
@@ -109,7 +97,7 @@ def _subtract_split(
     table_ptr,
     exact_ptr,  # [slots, H, D] in the cache dtype
     lse_ptr,  # [slots, H] float32, to base 2
-    part_out_ptr,  # as in triton_attend
+    part_out_ptr,  # as in `attend.attend_split`
     part_sum_ptr,
     part,
     query_token_stride,
@@ -356,49 +344,64 @@ def plan_flashinfer(
 
 
 class FlashInferDecode:
-    """What stands in for `attend.attend_kernel` in a step of `TritonPagedSpla`; layers of one geometry share it.
+    """What stands in for `attend.attend_kernel` in a step of `DecodeSteps`; layers of one geometry share it.
 
     Args:
-        op: A layer's kernels, for their geometry and scratch.
+        layer: A layer of the geometry.
+        page_table: `[tokens, G, budget]` int32, where selection writes.
     """
 
-    def __init__(self, op: "TritonPagedSpla") -> None:
-        kv_heads, d = op.num_kv_heads, op.head_size
-        tokens, budget = op.page_table.shape[0], op.page_table.shape[2]
+    _shared: ClassVar[WeakValueDictionary[tuple, "FlashInferDecode"]] = WeakValueDictionary()
+
+    def __init__(self, layer: GpuLayer, page_table: torch.Tensor) -> None:
+        self._page_table = page_table
+        tokens, kv_heads, budget = page_table.shape
         # The sizes that vLLM captures, as far as batches go; a step takes the next larger one.
         sizes = {1, 2, 4, *range(8, 256, 8), *range(256, tokens, 64)}
         self._sizes = [*sorted(n for n in sizes if n < tokens), tokens]
-        requests, device = tokens * kv_heads, op.device
+        requests, device = tokens * kv_heads, layer.device
         self._indptr = torch.arange(requests + 1, dtype=torch.int32, device=device) * budget
-        self._last_page_len = torch.zeros(requests, dtype=torch.int32, device=device)
-        self._packed = torch.zeros(requests, op.group, d, dtype=op.cache_dtype, device=device)
-        self._exact = torch.zeros_like(self._packed)
-        self._lse = torch.zeros(requests, op.group, dtype=torch.float32, device=device)
+        self.last_page_len = torch.zeros(requests, dtype=torch.int32, device=device)
+        self.packed = torch.zeros(requests, layer.group, layer.head_size, dtype=layer.cache_dtype, device=device)
+        self.exact = torch.zeros_like(self.packed)
+        self.lse = torch.zeros(requests, layer.group, dtype=torch.float32, device=device)
         self._attends, planned = plan_flashinfer(
             [n * kv_heads for n in self._sizes],
             self._indptr,
-            op.page_table.view(-1),
-            self._last_page_len,
-            group=op.group,
-            head_size=d,
-            page_size=op.params.page_size,
-            dtype=op.cache_dtype,
-            scale=op.scale,
+            page_table.view(-1),
+            self.last_page_len,
+            group=layer.group,
+            head_size=layer.head_size,
+            page_size=layer.params.page_size,
+            dtype=layer.cache_dtype,
+            scale=layer.scale,
         )
-        buffers = (self._indptr, self._last_page_len, self._packed, self._exact, self._lse)
+        buffers = (self._indptr, self.last_page_len, self.packed, self.exact, self.lse)
         self.nbytes = planned + sum(buffer.nbytes for buffer in buffers)
         # FlashInfer loads kernels and makes constants at its first run, which must not be in a capture. No tokens.
-        self._last_page_len.fill_(-(budget - 1) * op.params.page_size)
-        self._run(kv_heads, torch.zeros(1, 1, op.params.page_size, 2 * d, dtype=op.cache_dtype, device=device))
+        self.last_page_len.fill_(-(budget - 1) * layer.params.page_size)
+        self._run(kv_heads, layer.zeros(1, 1, layer.params.page_size, 2 * layer.head_size))
+
+    @classmethod
+    def shared(cls, layer: GpuLayer, page_table: torch.Tensor) -> "FlashInferDecode":
+        """That of all layers of this geometry whose selection writes there."""
+        key = (page_table.data_ptr(), page_table.shape, layer.params.page_size, layer.head_size, layer.group,
+               layer.cache_dtype, layer.scale)  # fmt: skip
+        planned = cls._shared.get(key)
+        if planned is None:
+            planned = cls._shared[key] = cls(layer, page_table)
+        return planned
 
     def _run(self, requests: int, pages: torch.Tensor) -> None:
         keys, values = pages.split(pages.shape[-1] // 2, -1)
-        self._attends[requests](self._packed[:requests], keys, values, self._exact[:requests], self._lse[:requests])
+        self._attends[requests](self.packed[:requests], keys, values, self.exact[:requests], self.lse[:requests])
 
     def attend(
         self,
-        op: "TritonPagedSpla",
-        tuning: "Tuning",
+        layer: GpuLayer,
+        decode: DecodeSizes,
+        scratch: dict[str, torch.Tensor],
+        tuning: Tuning,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         query_start_loc: torch.Tensor,
@@ -406,77 +409,75 @@ class FlashInferDecode:
         output: torch.Tensor,
         max_query_len: int,
     ) -> None:
-        """Attend to the selected pages and combine; arguments as `TritonPagedSpla.decode`, whose selection is done.
+        """Attend to the selected pages and combine: a step of `layer` whose selection is done, `scratch` and launch
+        shapes its own, the others as `DecodeSteps.decode` has them.
 
         Raises:
             ValueError: The kv heads of a page do not follow each other in memory, as FlashInfer needs them to.
         """
-        params, scratch, kv_heads, num_rows = op.params, op._scratch, op.num_kv_heads, seq_lens.shape[0]
+        params, kv_heads, num_rows = layer.params, layer.num_kv_heads, seq_lens.shape[0]
         if kv_cache.stride(0) != kv_heads * kv_cache.stride(1):
             raise ValueError("executor 'flashinfer' needs a cache of head-major pages, one after the other")
         tokens = num_rows * max_query_len
         size = next(n for n in self._sizes if n >= tokens)
-        shared = {
-            "GROUP": op.group,
-            "GROUP_P": op._group_p,
-            "QUERY_LEN": max_query_len,
-            "D": op.head_size,
-            "DP": op._dp,
-            "PAGE": params.page_size,
-            "BUDGET": params.budget_blocks,
-        }
         pack_kernel[(kv_heads, size)](
-            query,
-            self._packed,
-            query_start_loc,
-            seq_lens,
-            scratch.count,
-            self._last_page_len,
-            num_rows,
-            query.stride(0),
-            query.stride(1),
-            kv_heads,
+            query_ptr=query,
+            packed_ptr=self.packed,
+            query_start_loc_ptr=query_start_loc,
+            seq_lens_ptr=seq_lens,
+            count_ptr=scratch["count"],
+            last_page_len_ptr=self.last_page_len,
+            num_rows=num_rows,
+            query_token_stride=query.stride(0),
+            query_head_stride=query.stride(1),
+            num_kv_heads=kv_heads,
+            GROUP=layer.group,
+            GROUP_P=layer.group_p,
+            QUERY_LEN=max_query_len,
+            D=layer.head_size,
+            DP=layer.dp,
+            PAGE=params.page_size,
+            BUDGET=decode.budget,
             num_warps=1,
-            **shared,
         )
         pages = kv_cache.view(-1, 1, *kv_cache.shape[2:])[:, :, : params.page_size]  # [pages * G, 1, B, 2 d]
         self._run(size * kv_heads, pages)
-        splits = tuning.attend_splits if op._parts else 1
-        subtract_kernel[(splits + op.mass_parts(tuning), kv_heads, tokens)](
-            query,
-            kv_cache,
-            query_start_loc,
-            seq_lens,
-            op.page_table,
-            scratch.count,
-            scratch.flags,
-            scratch.mass if op.write_mass else scratch.scores,
-            self._exact,
-            self._lse,
-            scratch.part_out,
-            scratch.part_sum,
-            scratch.rest_mass,
-            scratch.read,
-            scratch.read_z,
-            scratch.read_v,
-            scratch.attend_arrivals,
-            op.gain,
-            op.norm_weights[0],
-            op.norm_weights[1],
-            output,
-            num_rows,
-            query.stride(0),
-            query.stride(1),
-            output.stride(0),
-            output.stride(1),
-            kv_cache.stride(0),
-            kv_cache.stride(1),
-            op.max_units,
-            kv_heads,
-            op.scale,
-            params.residual_scale,
-            params.rms_norm_eps,
+        splits = tuning.attend_splits if decode.slices else 1
+        subtract_kernel[(splits + mass_programs(layer, tuning), kv_heads, tokens)](
+            query_ptr=query,
+            kv_ptr=kv_cache,
+            query_start_loc_ptr=query_start_loc,
+            seq_lens_ptr=seq_lens,
+            table_ptr=self._page_table,
+            count_ptr=scratch["count"],
+            flags_ptr=scratch["flags"],
+            mass_ptr=scratch["mass"] if decode.write_mass else scratch["scores"],
+            exact_ptr=self.exact,
+            lse_ptr=self.lse,
+            part_out_ptr=scratch["part_out"],
+            part_sum_ptr=scratch["part_sum"],
+            rest_mass_ptr=scratch["rest_mass"],
+            read_ptr=scratch["read"],
+            read_z_ptr=scratch["read_z"],
+            read_v_ptr=scratch["read_v"],
+            arrivals_ptr=scratch["attend_arrivals"],
+            gain_ptr=layer.gain,
+            exact_weight_ptr=layer.norm_weights[0],
+            tail_weight_ptr=layer.norm_weights[1],
+            output_ptr=output,
+            num_rows=num_rows,
+            query_token_stride=query.stride(0),
+            query_head_stride=query.stride(1),
+            output_token_stride=output.stride(0),
+            output_head_stride=output.stride(1),
+            page_stride=kv_cache.stride(0),
+            head_stride=kv_cache.stride(1),
+            max_units=decode.max_units,
+            num_kv_heads=kv_heads,
+            scale=layer.scale,
+            residual_scale=params.residual_scale,
+            norm_eps=params.rms_norm_eps,
+            QUERY_LEN=max_query_len,
             SPLITS=splits,
-            **op.attend_constants(tuning),
-            **shared,
+            **attend_constants(layer, decode, tuning),
         )

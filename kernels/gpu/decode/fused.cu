@@ -4,7 +4,7 @@
 // The launches of `gpu/decode/steps` wait for each other through device memory, and at small batches that is all they do.
 // Here a cluster of up to 16 thread blocks scores its pages, agrees on a selection, attends and merges through
 // distributed shared memory. `gpu/decode/fused.py` compiles (NVRTC) and launches it, and says what it covers; the plain
-// reference is `reference.spla_token`, the plain peer on a GPU `TritonPagedSpla`.
+// reference is `reference.spla_token`, the plain peer on a GPU `DecodeSteps`.
 //
 // Steps of a thread block (docs/design.md, 1 to 6, for what is computed):
 //   1. score the units (selection blocks) of the block's share, or fetch the scores that were made ahead; meanwhile one warp

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ....algorithm.parameters import SplaParameters
-from ...layout import STATE_MAGIC, PageLayout, StateLayout
+from ...layout import STATE_MAGIC
+from ..layer import GpuLayer
 
 SOURCE = Path(__file__).with_name("fused.cu")
 SELECTORS = {"taylor2": 1, "cumulant2": 2, "rem": 3, "quest": 4}
@@ -76,79 +77,62 @@ class FusedDecode:
     """The fused launch for one layer shape.
 
     Args:
-        params: What to compute; `refusal` names nothing.
-        group: Query heads a kv head.
-        num_kv_heads: Kv heads `G`.
-        head_size: `d`.
-        cache_dtype: Dtype of cache, queries and output.
-        scale: Softmax scale; queries arrive unscaled.
-        page_layout: Bytes of a page.
-        state_layout: Bytes of a state block.
+        layer: Which layer; `refusal` names nothing.
         max_model_len: The most tokens of a sequence.
-        num_sms: Multiprocessors of the GPU.
-        blocks: Thread blocks a cluster, for every batch; None chooses by the number of rows.
-        score_blocks: Thread blocks that share a row, and up to `SCORE_WARPS` kv heads of it, in the launch that scores
-            ahead, for every batch; 0 for no such launch; None chooses by the number of rows.
+        fixed_blocks: Thread blocks a cluster, for every batch; None chooses by the number of rows.
+        fixed_score_blocks: Thread blocks that share a row, and up to `SCORE_WARPS` kv heads of it, in the launch that
+            scores ahead, for every batch; 0 for no such launch; None chooses by the number of rows.
     """
 
     def __init__(
         self,
-        params: SplaParameters,
-        *,
-        group: int,
-        num_kv_heads: int,
-        head_size: int,
-        cache_dtype: torch.dtype,
-        scale: float,
-        page_layout: PageLayout,
-        state_layout: StateLayout,
+        layer: GpuLayer,
         max_model_len: int,
-        num_sms: int,
-        blocks: int | None = None,
-        score_blocks: int | None = None,
+        *,
+        fixed_blocks: int | None = None,
+        fixed_score_blocks: int | None = None,
     ) -> None:
-        self.params, self.group, self.num_kv_heads, self.head_size = params, group, num_kv_heads, head_size
-        self.cache_dtype, self.scale = cache_dtype, scale
-        self._num_sms, self._blocks, self._score_blocks = num_sms, blocks, score_blocks
-        self._fp8 = page_layout.fp8_statistics
+        self.layer, self.params, self.num_kv_heads = layer, layer.params, layer.num_kv_heads
+        self.fixed_blocks, self.fixed_score_blocks = fixed_blocks, fixed_score_blocks
+        params = layer.params
+        self._fp8 = layer.page_layout.fp8_statistics
         self.max_units = -(-max_model_len // params.page_size) * params.blocks_per_page
-        self._group_p = 1 << (group - 1).bit_length()
-        elements = params.page_size * 2 * head_size + page_layout.stamp_offset
         has_state = params.residual != "none"
         self.defines = {
-            "D": head_size,
-            "GROUP": group,
+            "D": layer.head_size,
+            "GROUP": layer.group,
             "PAGE": params.page_size,
             "UNIT": params.selection_block,
             "LOG_UNIT": f"{math.log(params.selection_block):.9g}f",
-            "FP16": int(cache_dtype == torch.float16),
+            "FP16": int(layer.cache_dtype == torch.float16),
             "FP8": int(self._fp8),
             "SELECTOR": SELECTORS[params.selector],
             "RESIDUAL": RESIDUALS[params.residual],
-            "NUM_BLOCKS": state_layout.num_blocks if has_state else 1,
-            "BODY": state_layout.rows_per_block - 1,
-            "STAMP_WORD": elements * page_layout.itemsize // 4,
+            "NUM_BLOCKS": layer.state_layout.num_blocks if has_state else 1,
+            "BODY": layer.state_layout.rows_per_block - 1,
+            "STAMP_WORD": layer.page_layout.stamp_word,
             "MAGIC": STATE_MAGIC,
         }
 
     def cluster_size(self, num_rows: int) -> int:
         """Thread blocks a (row, kv head)."""
-        return self._choose(num_rows) if self._blocks is None else self._blocks
+        return self._choose(num_rows) if self.fixed_blocks is None else self.fixed_blocks
 
     def score_blocks(self, num_rows: int) -> int:
         """Thread blocks that share a row in the launch that scores ahead; 0 where the clusters score."""
-        return self._choose_score_blocks(num_rows) if self._score_blocks is None else self._score_blocks
+        fixed = self.fixed_score_blocks
+        return self._choose_score_blocks(num_rows) if fixed is None else fixed
 
     @functools.cache  # noqa: B019, as `_choose`
     def _choose_score_blocks(self, num_rows: int) -> int:
         """Worth a launch where clusters leave multiprocessors idle and rows are long (`benchmarks/NOTES.md`)."""
-        few_heads = self.group <= SCORED_GROUP and num_rows <= SCORED_ROWS
+        few_heads = self.layer.group <= SCORED_GROUP and num_rows <= SCORED_ROWS
         if not few_heads or self.params.blocks_per_page > 1 or self.max_units < SCORED_FROM:
             return 0
         # As many as are resident while the clusters of the step before still run, so that all of them ask for their
         # first pages by then: three an idle multiprocessor, one beside a cluster's block; at most two on average.
         busy = num_rows * self.num_kv_heads * self.cluster_size(num_rows)
-        at_once = min(2 * self._num_sms, 3 * (self._num_sms - busy) + busy)
+        at_once = min(2 * self.layer.num_sms, 3 * (self.layer.num_sms - busy) + busy)
         return max(1, at_once // (-(-self.num_kv_heads // SCORE_WARPS) * num_rows))
 
     @functools.cache  # noqa: B019, an instance lives as long as its engine
@@ -159,10 +143,10 @@ class FusedDecode:
         """
         clusters = num_rows * self.num_kv_heads
         for blocks in (16, 8, 4, 2):
-            if self.shared_bytes(blocks) <= SHARED_LIMIT and clusters <= self._max_clusters(blocks):
+            if self.shared_bytes(blocks) <= SHARED_LIMIT and clusters <= self.max_clusters(blocks):
                 return blocks
         if self.shared_bytes(1) <= SHARED_LIMIT:
-            at_once = self._max_clusters(1)
+            at_once = self.max_clusters(1)
             if clusters >= 0.9 * at_once * -(-clusters // at_once):
                 return 1
         return 0
@@ -183,12 +167,12 @@ class FusedDecode:
         return self._bytes_without_table(blocks) + self._table_bytes <= SHARED_LIMIT
 
     def _bytes_without_table(self, blocks: int) -> int:
-        group, d = self._group_p, self.head_size
+        group, d = self.layer.group_p, self.layer.head_size
         share = (-(-self.max_units // blocks) + 3) // 4 * 4
         has_residual = self.params.residual != "none"
         rows = 4096 // d  # of a warp's ring
         ring = WARPS * rows * max(4 * d + 16, 2 * (2 * d + 16) if self._fp8 else 0)
-        queries = 4 if self._fp8 and self.cache_dtype != torch.float16 else 3
+        queries = 4 if self._fp8 and self.layer.cache_dtype != torch.float16 else 3
         part = blocks * (2 * group + 1 if has_residual else group) * -(-d // 4 // blocks) * 4
         words = share * (1 + group * (2 if has_residual else 1)) + (part if share * group < part else 0)
         words += self.params.budget_blocks + queries * 4 * (d + 8) + group * d + MAX_CLUSTER * 2 * group + 3 * group
@@ -209,7 +193,6 @@ class FusedDecode:
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
         state_table: torch.Tensor,
-        gain: torch.Tensor,
         output: torch.Tensor,
         table: torch.Tensor,
         count: torch.Tensor,
@@ -227,7 +210,6 @@ class FusedDecode:
             seq_lens: `[rows]` int32, this step's tokens included; 0 marks padding.
             block_table: `[rows, pages]` int32.
             state_table: `[rows, >= K]` int32.
-            gain: `[H]` float32.
             output: `[rows, H, d]`; rows of padding become zero.
             table: `[rows, G, width]` int32, written: the ids of the selected blocks, ascending, the current one last.
             count: `[rows, G]` int32, written.
@@ -248,7 +230,7 @@ class FusedDecode:
             kv=kv_cache.data_ptr(),
             state=state.data_ptr(),
             output=output.data_ptr(),
-            gain=gain.data_ptr(),
+            gain=self.layer.gain.data_ptr(),
             query_start_loc=query_start_loc.data_ptr(),
             seq_lens=seq_lens.data_ptr(),
             block_table=block_table.data_ptr(),
@@ -276,19 +258,19 @@ class FusedDecode:
             first=params.first_blocks,
             last=params.last_blocks,
             early=early,
-            scale=self.scale,
+            scale=self.layer.scale,
             residual_scale=params.residual_scale,
         )
         num_rows = seq_lens.shape[0]
         self._launch(arguments, self.cluster_size(num_rows), self.score_blocks(num_rows), num_rows)
 
     @functools.cache  # noqa: B019, as `_choose`
-    def _max_clusters(self, blocks: int) -> int:
+    def max_clusters(self, blocks: int) -> int:
         """Clusters of so many thread blocks that run at once."""
         return self._module(blocks, False).max_clusters(blocks, self.shared_bytes(blocks))
 
     @functools.cache  # noqa: B019, as `_choose`
-    def _module(self, blocks: int, scored: bool) -> "_Module":
+    def _module(self, blocks: int, scored: bool) -> "Module":
         return _load(tuple(sorted(self._defines(blocks, scored).items())))
 
     def _defines(self, blocks: int, scored: bool) -> dict[str, Any]:
@@ -307,7 +289,7 @@ class FusedDecode:
         module.decode(arguments, (blocks, self.num_kv_heads, num_rows), self.shared_bytes(blocks))
 
 
-class _Module:
+class Module:
     """The source, compiled for this process's GPU."""
 
     def __init__(self, defines: tuple[tuple[str, Any], ...]) -> None:
@@ -376,7 +358,7 @@ class _Module:
         _checked(_driver().cuLaunchKernelEx(config, function, ctypes.addressof(pointer), 0))
 
 
-_load = functools.cache(_Module)
+_load = functools.cache(Module)
 
 
 def _driver() -> Any:

@@ -25,7 +25,7 @@ Floor, bytes a (token, kv head, selected unit): `2 GROUP d` elements written and
 import triton
 import triton.language as tl
 
-from ..decode.attend import LINEAR, NO_RESIDUAL, REGRESSION
+from ..residual import LINEAR, NO_RESIDUAL, REGRESSION
 from ..state import softmax_features
 from .select import LOG2E, tile_queries, tile_units
 

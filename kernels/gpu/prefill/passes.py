@@ -32,11 +32,14 @@ import torch
 import triton
 from tqdm import tqdm
 
+from ...interface import Limits
 from ...layout import STATE_MAGIC
-from ..decode.attend import RESIDUAL_CODES
-from ..decode.steps import TritonPagedSpla
+from ..dense import DenseRows
 from ..launch import Launch, current_stream, layer_of
+from ..layer import GpuLayer
 from ..page import SELECTOR_CODES
+from ..residual import RESIDUAL_CODES
+from ..scratch import Shapes, shared_scratch
 from .attend import page_attend_kernel, prefill_merge_kernel
 from .select import (
     MODES,
@@ -56,21 +59,6 @@ SUB = 16
 
 Tile = tuple[int, int, int, int]
 """Row, first token in the batch, tokens, position of the first token."""
-
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-@dataclass(frozen=True)
-class DenseRows:
-    """Neighbouring rows, or the beginning of a row, that attend to everything."""
-
-    first_token: int
-    num_tokens: int
-    first_row: int
-    start_loc: torch.Tensor  # [rows + 1] int32
-    seq_lens: torch.Tensor  # [rows] int32, up to the last token that attends densely
-    max_query_len: int
-    max_seq_len: int
 
 
 @dataclass(frozen=True)
@@ -175,124 +163,122 @@ def _align(numbers: list[int]) -> int:
     return len(numbers)
 
 
-class TritonPrefill:
-    """Sparse prefill of one layer shape.
+class PrefillPasses:
+    """Sparse prefill of one layer.
 
     Args:
-        base: The decode kernels of the same layer shape; parameters, layouts and weights are theirs.
-        dense_below: Tokens at positions below it attend to everything; at least the budget.
-        max_num_tokens: The most tokens of a step.
-        max_num_rows: The most rows of a step.
-        max_model_len: The most tokens of a sequence; where all of them attend to everything, no scratch is taken.
+        layer: Which layer.
+        limits: The largest step; where all tokens of a sequence attend to everything, no scratch is taken.
         tuning: Launch shapes.
         scratch_bytes: What the parts of a pass may take.
+
+    Attributes:
+        dense_below: Tokens at positions below it attend to everything; at least the budget.
+        scratch: Buffers between the launches, which all layers of one geometry share.
     """
 
-    _pools: ClassVar[dict[tuple, dict[str, torch.Tensor]]] = {}
     _warm: ClassVar[set[tuple]] = set()
     _geometries: ClassVar[dict[tuple, int]] = {}
 
     def __init__(
         self,
-        base: TritonPagedSpla,
+        layer: GpuLayer,
+        limits: Limits,
         *,
-        dense_below: int,
-        max_num_tokens: int,
-        max_num_rows: int,
-        max_model_len: int,
-        device: torch.device,
         tuning: PrefillTuning | None = None,
         scratch_bytes: int = SCRATCH_BYTES,
     ) -> None:
-        self.base, self.device = base, device
-        params, d = base.params, base.head_size
+        self.layer, self.device = layer, layer.device
+        max_num_tokens, max_num_rows = limits.max_num_tokens, limits.max_num_rows
+        params, d = layer.params, layer.head_size
         small = d > 128 or params.residual == "linear"
         if tuning is None:
             tuning = SMALL if small else PrefillTuning()
             if params.selector == "km2-rem":  # twice the statistics
                 tuning = replace(tuning, normalise_chunk=32)
-            elif base.page_layout.fp8_statistics and not small:
+            elif layer.page_layout.fp8_statistics and not small:
                 # Bytes pass through registers before a matrix product; a tile of few rows has registers for more.
-                if min(32, params.selection_block & -params.selection_block) * base._group_p <= 64:
+                if min(32, params.selection_block & -params.selection_block) * layer.group_p <= 64:
                     tuning = replace(tuning, share_chunk=64)
                 else:
                     tuning = replace(tuning, normalise_chunk=32, normalise_registers=128)
         self.tuning = tuning
-        self.dense_below = max(dense_below, params.budget_blocks * params.selection_block)
-        dependent = base._dependent and self.tuning.dependent
+        self.dense_below = max(limits.prefill_dense_below, params.budget_blocks * params.selection_block)
+        dependent = layer.dependent and self.tuning.dependent
         self._chain = {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
-        self._dp, self._group_p = triton.next_power_of_2(d), triton.next_power_of_2(base.group)
-        wide = 1 if self._dp <= 128 else 2
+        wide = 1 if layer.dp <= 128 else 2
         rows = self.tuning.tile_rows // wide
-        self.tile_tokens = max(1, min(32, rows // self._group_p, params.selection_block & -params.selection_block))
-        self._merge_tokens = max(1, min(self.tile_tokens, self.tuning.merge_rows // wide // self._group_p))
-        self._small_merge_tokens = max(1, min(self._merge_tokens, self.tuning.small_merge_rows // self._group_p))
-        self._attend_tokens = max(1, self.tuning.attend_rows // wide // self._group_p)
-        self._small_attend_tokens = max(1, self.tuning.small_attend_rows // self._group_p)
-        self._slots = params.budget_blocks - 1
+        self.tile_tokens = max(1, min(32, rows // layer.group_p, params.selection_block & -params.selection_block))
+        self._merge_tokens = max(1, min(self.tile_tokens, self.tuning.merge_rows // wide // layer.group_p))
+        self._small_merge_tokens = max(1, min(self._merge_tokens, self.tuning.small_merge_rows // layer.group_p))
+        self._attend_tokens = max(1, self.tuning.attend_rows // wide // layer.group_p)
+        self._small_attend_tokens = max(1, self.tuning.small_attend_rows // layer.group_p)
+        self.slots = params.budget_blocks - 1
+        self._largest_budget = max(limits.largest_budget, params.budget_blocks)
         # Selection blocks that a token selects at most without being forced to: the others are first or last ones.
         self._parts = params.budget_blocks - params.first_blocks - params.last_blocks
-        self._most_parts = base.largest_budget - params.first_blocks - params.last_blocks
+        self._most_parts = self._largest_budget - params.first_blocks - params.last_blocks
         self._linear = params.residual == "linear"
-        self._s_rows = base.state_layout.s_rows
+        self._s_rows = layer.state_layout.s_rows
         # Bytes a token and kv head: its parts, or the group's scores that stand in the same place before.
-        part = base.group * d * base.cache_dtype.itemsize + 2 * self._group_p * 4
-        part += (base.group * d + self._group_p) * 4 if self._linear else 0
-        self._max_units = _round_up(base.max_units)
+        part = layer.group * d * layer.cache_dtype.itemsize + 2 * layer.group_p * 4
+        part += (layer.group * d + layer.group_p) * 4 if self._linear else 0
+        self._max_pages = -(-limits.max_model_len // params.page_size)
+        self._most_units = self._max_pages * params.blocks_per_page
+        self._max_units = _round_up(self._most_units)
         per_token = max(self._most_parts * part, self._max_units * 4)
         limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows  # tiles of a step
         # Tiles times kv heads of a pass, and rows times kv heads: every one of the latter has lists of its own, whose
         # last steps are not full.
-        self._max_pairs = max(1, min(limit * base.num_kv_heads, scratch_bytes // (per_token * self.tile_tokens)))
-        step = self._attend_tokens * (8 + (8 * self._group_p if params.residual == "regression" else 0))  # bytes
+        self._max_pairs = max(1, min(limit * layer.num_kv_heads, scratch_bytes // (per_token * self.tile_tokens)))
+        step = self._attend_tokens * (8 + (8 * layer.group_p if params.residual == "regression" else 0))  # bytes
         self._max_lists = max(1, scratch_bytes // 16 // (self._max_units * step))
-        self._max_lists = min(self._max_lists, max_num_rows * base.num_kv_heads, self._max_pairs)
+        self._max_lists = min(self._max_lists, max_num_rows * layer.num_kv_heads, self._max_pairs)
         self.max_tiles, self.max_runs = self._max_pairs, min(max_num_rows, self._max_lists)
         # States are made for all kv heads at once: page comes after page there, so that few heads take as long as all.
-        state = base.num_kv_heads * (self._s_rows + 1) * d * 4  # bytes
+        state = layer.num_kv_heads * (self._s_rows + 1) * d * 4  # bytes
         self.max_states = max(1, min(limit, scratch_bytes // 4 // state)) if params.residual != "none" else limit
         # Tiles times kv heads that leave multiprocessors idle unless they are cut into small pieces.
-        self._small_pairs = base._num_sms * self._merge_tokens // self.tile_tokens // 2
+        self._small_pairs = layer.num_sms * self._merge_tokens // self.tile_tokens // 2
         # A program of `linear` takes few features: each needs all of a key.
-        self._fold_slice = min(16 if self._linear else self.tuning.fold_slice, self._dp)
+        self._fold_slice = min(16 if self._linear else self.tuning.fold_slice, layer.dp)
         self._fold_parts = triton.cdiv(d, self._fold_slice)
-        self._fold_programs = base._num_sms * (2 if self._linear else 1) // self._fold_parts
-        self._sparse = max_model_len > self.dense_below
+        self.fold_programs = layer.num_sms * (2 if self._linear else 1) // self._fold_parts
+        self._sparse = limits.max_model_len > self.dense_below
         self._max_num_rows = max_num_rows
-        self._pool = self._shared_pool()
+        self.scratch = shared_scratch(self._shapes(), layer.device)
         # Layers of one geometry launch the same kernels.
-        weights = base.gain, *base.norm_weights
-        geometry = (str(device), self._shapes_key(), params, self.tuning, base.scale, base.cache_dtype, base.num_heads,
-                    base.state_layout, *(w.data_ptr() % 16 for w in weights))  # fmt: skip
+        weights = layer.gain, *layer.norm_weights
+        geometry = (str(layer.device), self._shapes_key(), params, self.tuning, layer.scale, layer.cache_dtype,
+                    layer.num_heads, layer.state_layout, *(w.data_ptr() % 16 for w in weights))  # fmt: skip
         self._geometry = self._geometries.setdefault(geometry, len(self._geometries))
-        self._weights = dict(zip(("gain", "exact_weight", "tail_weight"), weights, strict=True))
-        self._weight_addresses = {name: w.data_ptr() for name, w in self._weights.items()}
+        self.weights = dict(zip(("gain", "exact_weight", "tail_weight"), weights, strict=True))
+        self._weight_addresses = {name: w.data_ptr() for name, w in self.weights.items()}
 
     def warm_up(self) -> None:
         """Compile what the passes of every length need, so that no request has to wait for it."""
         if self.device.type != "cuda":
             return
-        base, params = self.base, self.base.params
-        key = (type(self), self.device, self._shapes_key(), params, base.cache_dtype)
+        layer, params = self.layer, self.layer.params
+        key = (self.device, self._shapes_key(), params, layer.cache_dtype)
         if key in self._warm:
             return
         self._warm.add(key)
-        shape = (1 + base.state_layout.num_blocks, base.num_kv_heads, base.page_layout.rows, 2 * base.head_size)
-        kv_cache = torch.zeros(shape, dtype=base.cache_dtype, device=self.device)
-        query = torch.zeros(1, base.num_heads, base.head_size, dtype=base.cache_dtype, device=self.device)
-        block_table = torch.zeros(1, base.max_pages + 1, dtype=torch.int32, device=self.device)
+        kv_cache = layer.empty_pages(1 + layer.state_layout.num_blocks)
+        query = layer.zeros(1, layer.num_heads, layer.head_size)
+        block_table = torch.zeros(1, self._max_pages + 1, dtype=torch.int32, device=self.device)
         state_table = torch.arange(1, len(kv_cache), dtype=torch.int32, device=self.device).repeat(1, 1)
         if state_table.shape[1] == 0:
             state_table = block_table
         # The longest row is cut if any is.
-        pages = min(self.dense_below // params.page_size, base.max_pages)
+        pages = min(self.dense_below // params.page_size, self._max_pages)
         folds = self.plan(0, [0, 1], [pages * params.page_size]).folds if pages else None
         if folds is not None:
             self.fold(folds, kv_cache, kv_cache, block_table, state_table)
         # One length for every power of two that `prefill_select_kernel` is compiled for.
         positions = [max(self.dense_below, 1)] if self._sparse else []
         units = triton.next_power_of_2(_round_up(self.dense_below // params.selection_block))
-        while self._sparse and units + params.blocks_per_page < base.max_units:
+        while self._sparse and units + params.blocks_per_page < self._most_units:
             positions.append(units * params.selection_block + params.page_size)
             units *= 2
         for position in tqdm(positions, desc="Compiling SPLA prefill kernels", disable=len(positions) < 2):
@@ -306,61 +292,52 @@ class TritonPrefill:
         return tuple(sorted(self._shapes().items()))
 
     def _shapes(self) -> Shapes:
-        folding: Shapes = {"arrivals": ((self._max_num_rows, self.base.num_kv_heads), torch.int32)}
-        if self.base.params.residual != "none":
-            places = max(1, self._fold_programs // self.base.num_kv_heads)
-            sums = places, self.base.num_kv_heads, self._s_rows + 1, self.base.head_size
+        folding: Shapes = {"arrivals": ((self._max_num_rows, self.layer.num_kv_heads), torch.int32)}
+        if self.layer.params.residual != "none":
+            places = max(1, self.fold_programs // self.layer.num_kv_heads)
+            sums = places, self.layer.num_kv_heads, self._s_rows + 1, self.layer.head_size
             folding["partial"] = sums, torch.float32
         if not self._sparse:
             return folding
-        base, pairs = self.base, self._max_pairs
-        tokens, m = pairs * self.tile_tokens, self.tile_tokens * self._group_p
+        layer, pairs = self.layer, self._max_pairs
+        tokens, m = pairs * self.tile_tokens, self.tile_tokens * layer.group_p
         parts = max(1, tokens * self._most_parts)
-        grouped = tokens * self._max_units * 4 // base.cache_dtype.itemsize
-        rest = base.params.residual != "none"
-        regression = base.params.residual == "regression"
+        grouped = tokens * self._max_units * 4 // layer.cache_dtype.itemsize
+        rest = layer.params.residual != "none"
+        regression = layer.params.residual == "regression"
         lists = self._max_lists * self._max_units
         steps = min(parts, parts // self._attend_tokens + lists)  # every list ends with a step that is not full
         small = min(pairs, self._small_pairs) * self.tile_tokens * self._most_parts
         small = min(small, small // self._small_attend_tokens + lists)
         entries = max(steps * self._attend_tokens, small * self._small_attend_tokens)
         return folding | {
-            "out": ((max(parts * base.group * base.head_size, grouped),), base.cache_dtype),
-            "part_sum": ((parts, 2, self._group_p), torch.float32),
-            "part_tail": ((parts if self._linear else 1, base.group, base.head_size), torch.float32),
-            "part_z": ((parts if self._linear else 1, self._group_p), torch.float32),
-            "lse": ((max(pairs, base._num_sms), m), torch.float32),
+            "out": ((max(parts * layer.group * layer.head_size, grouped),), layer.cache_dtype),
+            "part_sum": ((parts, 2, layer.group_p), torch.float32),
+            "part_tail": ((parts if self._linear else 1, layer.group, layer.head_size), torch.float32),
+            "part_z": ((parts if self._linear else 1, layer.group_p), torch.float32),
+            "lse": ((max(pairs, layer.num_sms), m), torch.float32),
             "tail": ((pairs, 2, m), torch.float32),
-            "sums": ((max(pairs, base._num_sms), 3, m), torch.float32),
+            "sums": ((max(pairs, layer.num_sms), 3, m), torch.float32),
             "best": ((tokens, self._max_units // SUB), torch.float32),
-            "table": ((tokens, base.largest_budget - 1), torch.int32),
-            "rank": ((tokens, base.largest_budget - 1), torch.int32),
+            "table": ((tokens, self._largest_budget - 1), torch.int32),
+            "rank": ((tokens, self._largest_budget - 1), torch.int32),
             "count": ((tokens,), torch.int32),
             "totals": ((lists,), torch.int32),
             "first": ((lists,), torch.int32),
             "counters": ((2,), torch.int32),
             "list": ((entries, 2), torch.int32),
-            "list_tail": ((entries if regression else 1, 2, self._group_p), torch.float32),
+            "list_tail": ((entries if regression else 1, 2, layer.group_p), torch.float32),
             "work": ((max(steps, small), 4), torch.int32),
             "states": (
-                (self.max_states if rest else 1, base.num_kv_heads, self._s_rows + 1, base.head_size),
+                (self.max_states if rest else 1, layer.num_kv_heads, self._s_rows + 1, layer.head_size),
                 torch.float32,
             ),
         }
 
-    def _shared_pool(self) -> dict[str, torch.Tensor]:
-        """Scratch, one for all layers of one geometry: layers run one after another."""
-        shapes = self._shapes()
-        key = (str(self.device), *self._shapes_key())
-        if key not in self._pools:
-            # Arrival counters start at zero and every launch leaves them so; nothing else is read before it is written.
-            self._pools[key] = {n: torch.zeros(s, dtype=t, device=self.device) for n, (s, t) in shapes.items()}
-        return self._pools[key]
-
     @property
     def scratch_bytes(self) -> int:
         """Bytes of scratch, shared by all layers of one geometry."""
-        return sum(x.nbytes for x in self._pool.values())
+        return sum(x.nbytes for x in self.scratch.values())
 
     # Planning ---------------------------------------------------------------------------------------------------
 
@@ -372,7 +349,7 @@ class TritonPrefill:
             starts: `[rows + 1]`, offsets of their query tokens in the batch.
             seq_lens: `[rows]`, tokens of each, this step's included.
         """
-        page, size = self.base.params.page_size, self.tile_tokens
+        page, size = self.layer.params.page_size, self.tile_tokens
         numbers: list[int] = []  # everything that goes to the device
         dense: list[list[Any]] = []
         tiles: list[Tile] = []
@@ -387,7 +364,7 @@ class TritonPrefill:
                     dense[-1][-1] = first + split - start
                 else:
                     dense.append([first, [(row, first, split - start, split)], first + split - start])
-            if split == seq_len and seq_len >= page and self.base.params.residual != "none":
+            if split == seq_len and seq_len >= page and self.layer.params.residual != "none":
                 folds.append((row, seq_len // page))
             position = split
             while position < seq_len:
@@ -421,7 +398,7 @@ class TritonPrefill:
                     where,
                     len(some),
                     len(runs),
-                    _round_up(max(position for *_, position in some) // page * self.base.params.blocks_per_page),
+                    _round_up(max(position for *_, position in some) // page * self.layer.params.blocks_per_page),
                 )
             )
         fold_rows, fold_items = self._cut_folds(folds)
@@ -462,7 +439,7 @@ class TritonPrefill:
     def _cut_folds(self, folds: list[tuple[int, int]]) -> tuple[list[list[int]], list[tuple[int, int]]]:
         """The rows of `Folds` and their splits: as many of all rows together as programs run at a time, and one of each
         row at least."""
-        programs = max(1, self._fold_programs // self.base.num_kv_heads)
+        programs = max(1, self.fold_programs // self.layer.num_kv_heads)
         share = max(self.tuning.fold_pages, -(-sum(pages for _, pages in folds) // programs))
         rows, items, place = [], [], 0
         for fold, (row, pages) in enumerate(folds):
@@ -474,13 +451,13 @@ class TritonPrefill:
 
     def _heads(self, num_tiles: int, num_runs: int) -> int:
         """The most kv heads that the scratch takes at a time."""
-        heads = self.base.num_kv_heads
+        heads = self.layer.num_kv_heads
         fit = (n for n in range(heads, 0, -1) if heads % n == 0)
         return next((n for n in fit if n * num_tiles <= self._max_pairs and n * num_runs <= self._max_lists), 1)
 
     def _cut(self, tiles: list[Tile]) -> Iterator[list[Tile]]:
         """Tiles of one pass after the other: at most `max_tiles`, of `max_runs` rows, with `max_states` states."""
-        page = self.base.params.page_size
+        page = self.layer.params.page_size
         some: list[Tile] = []
         rows = states = 0
         for tile in tiles:
@@ -521,8 +498,8 @@ class TritonPrefill:
         Raises:
             ValueError: A residual without its state.
         """
-        if self.base.params.residual != "none" and (state_cache is None or state_table is None):
-            raise ValueError(f"residual {self.base.params.residual!r} needs a state cache and its table")
+        if self.layer.params.residual != "none" and (state_cache is None or state_table is None):
+            raise ValueError(f"residual {self.layer.params.residual!r} needs a state cache and its table")
         if state_cache is None or state_table is None:
             state_cache, state_table = kv_cache, block_table
         own = {"query": query, "kv": kv_cache, "state": state_cache, "block_table": block_table,
@@ -552,125 +529,185 @@ class TritonPrefill:
     def _launch(self, step: Pass | Folds, own: dict[str, torch.Tensor]) -> None:
         """A pass, or states alone, of a layer with these tensors."""
         addresses, alike = layer_of(own)
-        layer = (self._geometry, len(own["kv"]), *alike)
-        launches = step.launches.get(layer)
+        alike = (self._geometry, len(own["kv"]), *alike)
+        launches = step.launches.get(alike)
         if launches is None:
-            launches = list(self._bind(step, own, layer))
-            step.launches[layer] = launches
+            launches = list(self.bind(step, own, alike))
+            step.launches[alike] = launches
         addresses |= self._weight_addresses
         addresses["kv_int"], addresses["state_int"] = addresses["kv"], addresses["state"]
 
         def tensors() -> dict[str, torch.Tensor]:
             state = own["state"]
             views = {"kv_int": own["kv"].view(torch.int32), "state_int": state.view(torch.int32)}
-            return own | self._weights | views | {"state": state.view(torch.float32)}
+            return own | self.weights | views | {"state": state.view(torch.float32)}
 
         stream = current_stream(self.device)
         for launch in launches:
             launch(addresses, tensors, stream)
 
-    def _bind(self, step: Pass | Folds, own: dict[str, torch.Tensor], layer: tuple) -> Iterator[Launch]:
-        """The launches for all layers of which `layer` is true."""
+    def bind(self, step: Pass | Folds, own: dict[str, torch.Tensor], alike: tuple) -> Iterator[Launch]:
+        """The launches for all layers of which `alike` is true (`layer_of`), `own` one of them's tensors."""
         if isinstance(step, Folds):
-            yield from self._fold_launches(step, own, layer)
+            yield from self._fold_launches(step, own, alike)
             return
-        if self.base.params.residual != "none":
-            yield self._state_launch(step, own, layer)
-        for first_head in range(0, self.base.num_kv_heads, step.heads):
-            yield from self._head_launches(first_head, step, own, layer)
+        if self.layer.params.residual != "none":
+            yield self._state_launch(step, own, alike)
+        for first_head in range(0, self.layer.num_kv_heads, step.heads):
+            yield from self._head_launches(first_head, step, own, alike)
 
-    def _state_strides(self, own: dict[str, torch.Tensor]) -> tuple[int, ...]:
-        """Of int32 words of pages and of float32 of state blocks, and of the tables of both."""
+    def _state_arguments(self, own: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Pages and states, with strides in int32 words of pages and in float32 of state blocks."""
         kv_int, state = own["kv"].view(torch.int32), own["state"].view(torch.float32)
-        return (kv_int.stride(0), kv_int.stride(1), state.stride(0), state.stride(1), own["block_table"].stride(0),
-                own["state_table"].stride(0))  # fmt: skip
+        return {
+            "kv_int_ptr": "kv_int",
+            "state_ptr": "state",
+            "state_int_ptr": "state_int",
+            "block_table_ptr": "block_table",
+            "state_table_ptr": "state_table",
+            "arrivals_ptr": self.scratch["arrivals"],
+            "int_page_stride": kv_int.stride(0),
+            "int_head_stride": kv_int.stride(1),
+            "block_stride": state.stride(0),
+            "block_head_stride": state.stride(1),
+            "block_table_stride": own["block_table"].stride(0),
+            "state_table_stride": own["state_table"].stride(0),
+        }
+
+    def _page_arguments(self, own: dict[str, torch.Tensor]) -> dict[str, Any]:
+        kv = own["kv"]
+        return {
+            "kv_ptr": "kv",
+            "page_stride": kv.stride(0),
+            "head_stride": kv.stride(1),
+            "last_page": len(kv) - 1,
+        }
 
     def _state_constants(self) -> dict[str, Any]:
-        base = self.base
+        layer = self.layer
         return {
-            "MAGIC": STATE_MAGIC, "STAMP_WORD": base._stamp_word, "NUM_BLOCKS": base.state_layout.num_blocks,
-            "BODY": base.state_layout.rows_per_block - 1, "D": base.head_size, "DP": self._dp, "S_ROWS": self._s_rows,
+            "MAGIC": STATE_MAGIC,
+            "STAMP_WORD": layer.page_layout.stamp_word,
+            "NUM_BLOCKS": layer.state_layout.num_blocks,
+            "BODY": layer.state_layout.rows_per_block - 1,
+            "D": layer.head_size,
+            "DP": layer.dp,
+            "S_ROWS": self._s_rows,
             **self._chain,
-        }  # fmt: skip
+        }
 
-    def _fold_launches(self, folds: Folds, own: dict[str, torch.Tensor], layer: tuple) -> Iterator[Launch]:
+    def _fold_launches(self, folds: Folds, own: dict[str, torch.Tensor], alike: tuple) -> Iterator[Launch]:
         """Sums over the splits of the pages, and their sum where there are several."""
-        base, tuning, pool = self.base, self.tuning, self._pool
-        kv_cache, strides, constants = own["kv"], self._state_strides(own), self._state_constants()
+        layer, tuning, constants = self.layer, self.tuning, self._state_constants()
+        arguments = {
+            **self._state_arguments(own),
+            "folds_ptr": folds.rows,
+            "partial_ptr": self.scratch["partial"],
+        }
         parts = self._fold_parts
         yield Launch(
             fold_pages_kernel,
-            (parts, base.num_kv_heads, folds.items.shape[0]),
-            (
-                "kv", "kv_int", "state", "state_int", "block_table", "state_table", folds.rows, folds.items,
-                pool["partial"], pool["arrivals"], kv_cache.stride(0), kv_cache.stride(1), *strides, len(kv_cache) - 1,
-            ),
+            (parts, layer.num_kv_heads, folds.items.shape[0]),
+            {**arguments, **self._page_arguments(own), "items_ptr": folds.items},
             {
-                "PARTS": parts, "SLICE": self._fold_slice, "PAGE": base.params.page_size, "TILE": base._fold_tile,
-                "STAGES": tuning.fold_stages, "LINEAR": self._linear,
-                "num_warps": 8 if self._fold_slice == 128 else 4, **constants,
+                "PARTS": parts,
+                "SLICE": self._fold_slice,
+                "PAGE": layer.params.page_size,
+                "TILE": layer.fold_tile,
+                "STAGES": tuning.fold_stages,
+                "LINEAR": self._linear,
+                "num_warps": 8 if self._fold_slice == 128 else 4,
+                **constants,
             },
-            layer,
-        )  # fmt: skip
+            alike,
+        )
         if folds.most_splits == 1:
             return
         parts = triton.cdiv(self._s_rows, tuning.fold_sum_slice)
         yield Launch(
             fold_sum_kernel,
-            (parts, base.num_kv_heads, folds.rows.shape[0]),
-            (
-                "kv_int", "state", "state_int", "block_table", "state_table", folds.rows, pool["partial"],
-                pool["arrivals"], *strides,
-            ),
+            (parts, layer.num_kv_heads, folds.rows.shape[0]),
+            arguments,
             {"PARTS": parts, "SLICE": tuning.fold_sum_slice, "num_warps": 4, **constants},
-            layer,
-        )  # fmt: skip
+            alike,
+        )
 
-    def _state_launch(self, step: Pass, own: dict[str, torch.Tensor], layer: tuple) -> Launch:
+    def _state_launch(self, step: Pass, own: dict[str, torch.Tensor], alike: tuple) -> Launch:
         """States at every page of a pass."""
-        base, tuning, pool = self.base, self.tuning, self._pool
-        kv_cache = own["kv"]
+        layer, tuning = self.layer, self.tuning
         parts = triton.cdiv(self._s_rows, tuning.state_slice)
         return Launch(
             prefill_state_kernel,
-            (parts, base.num_kv_heads, step.runs.shape[0]),
-            (
-                "kv", "kv_int", "state", "state_int", "block_table", "state_table", step.runs, step.tiles,
-                step.tile_state, pool["states"], pool["arrivals"], kv_cache.stride(0), kv_cache.stride(1),
-                *self._state_strides(own), len(kv_cache) - 1,
-            ),
+            (parts, layer.num_kv_heads, step.runs.shape[0]),
             {
-                "PARTS": parts, "SLICE": tuning.state_slice, "PAGE": base.params.page_size, "TILE": base._fold_tile,
-                "STAGES": tuning.state_stages, "LINEAR": self._linear,
-                "KEEP_Z": self._linear or base.page_layout.fp8_statistics,
-                "num_warps": tuning.state_warps, **self._state_constants(),
+                **self._state_arguments(own),
+                **self._page_arguments(own),
+                "runs_ptr": step.runs,
+                "tiles_ptr": step.tiles,
+                "tile_state_ptr": step.tile_state,
+                "states_ptr": self.scratch["states"],
             },
-            layer,
-        )  # fmt: skip
+            {
+                "PARTS": parts,
+                "SLICE": tuning.state_slice,
+                "PAGE": layer.params.page_size,
+                "TILE": layer.fold_tile,
+                "STAGES": tuning.state_stages,
+                "LINEAR": self._linear,
+                "KEEP_Z": self._linear or layer.page_layout.fp8_statistics,
+                "num_warps": tuning.state_warps,
+                **self._state_constants(),
+            },
+            alike,
+        )
 
     def _head_launches(
-        self, first_head: int, step: Pass, own: dict[str, torch.Tensor], layer: tuple
+        self, first_head: int, step: Pass, own: dict[str, torch.Tensor], alike: tuple
     ) -> Iterator[Launch]:
         """A pass of the kv heads from `first_head` on."""
-        base, t, pool = self.base, self.tuning, self._pool
-        params, d, heads = base.params, base.head_size, step.heads
+        layer, t, pool = self.layer, self.tuning, self.scratch
+        params, heads = layer.params, step.heads
         num_tiles, num_runs = step.tiles.shape[0], step.runs.shape[0]
         num_parts = num_tiles * self.tile_tokens * self._parts
         max_units = step.max_complete  # of this pass: scratch is laid out anew each time
         residual = RESIDUAL_CODES[params.residual]
-        query, kv_cache, output = own["query"], own["kv"], own["output"]
-        strides = query.stride(0), query.stride(1), kv_cache.stride(0), kv_cache.stride(1)
-        table_stride, last_page = own["block_table"].stride(0), len(kv_cache) - 1
-        unit_p, stride = triton.next_power_of_2(params.selection_block), base.page_layout.statistics_stride
-        fp8 = base.page_layout.fp8_statistics
-        deep = unit_p * self._dp <= 8192  # whether several selection blocks are in shared memory at a time
+        query, output = own["query"], own["output"]
+        unit_p, stride = triton.next_power_of_2(params.selection_block), layer.page_layout.statistics_stride
+        fp8 = layer.page_layout.fp8_statistics
+        deep = unit_p * layer.dp <= 8192  # whether several selection blocks are in shared memory at a time
         grouped = pool["out"].view(torch.float32)
-        shape = {"GROUP": base.group, "GROUP_P": self._group_p, "D": d, "DP": self._dp, "PAGE": params.page_size,
-                 "UNIT": params.selection_block}  # fmt: skip
-        selector = SELECTOR_CODES[params.selector]
+        # Arguments and constants of several kernels.
+        inputs = {
+            **self._page_arguments(own),
+            "query_ptr": "query",
+            "query_token_stride": query.stride(0),
+            "query_head_stride": query.stride(1),
+            "first_head": first_head,
+            "scale": layer.scale,
+        }
+        table = {"block_table_ptr": "block_table", "block_table_stride": own["block_table"].stride(0)}
+        parts = {
+            "part_out_ptr": pool["out"],
+            "part_sum_ptr": pool["part_sum"],
+            "part_tail_ptr": pool["part_tail"],
+            "part_z_ptr": pool["part_z"],
+            "num_parts": num_parts,
+            "residual_scale": params.residual_scale,
+        }
+        shape = {
+            "GROUP": layer.group,
+            "GROUP_P": layer.group_p,
+            "D": layer.head_size,
+            "DP": layer.dp,
+            "PAGE": params.page_size,
+            "UNIT": params.selection_block,
+            **self._chain,
+        }
+        forced = {"FIRST": params.first_blocks, "LAST": params.last_blocks}
+        scores = {"STRIDE": stride, "FP8": fp8, "SELECTOR": SELECTOR_CODES[params.selector], "MASS": layer.has_mass}
         lists = num_runs * heads * max_units
         # A few programs to a multiprocessor, each of at least two chunks.
-        sms, pairs = base._num_sms, heads * num_tiles
+        sms, pairs = layer.num_sms, heads * num_tiles
         norms = max(1, min(max_units // (2 * t.normalise_chunk), sms // pairs))
         splits = max(
             1, min(max_units // (4 * t.share_chunk), 8), min(max_units // (2 * t.share_chunk), 2 * sms // pairs)
@@ -680,42 +717,74 @@ class TritonPrefill:
             return Launch(
                 prefill_score_kernel,
                 (heads, num_tiles, splits),
-                (
-                    "query", "kv", "block_table", step.tiles, pool["lse"], pool["sums"], grouped, pool["best"],
-                    pool["totals"], pool["counters"], *strides, table_stride, last_page, max_units, first_head, lists,
-                    norms, base.scale,
-                ),
                 {
-                    "MODE": MODES[mode], "TQ": self.tile_tokens, "LOG2_UNIT": math.log2(params.selection_block),
-                    "STRIDE": stride, "FP8": fp8, "CHUNK": chunk, "SUB": SUB, "STAGES": stages,
-                    "SELECTOR": selector, "MASS": base.has_mass, **self._chain, "num_warps": warps,
-                    "maxnreg": registers, **shape,
+                    **inputs,
+                    **table,
+                    "tiles_ptr": step.tiles,
+                    "lse_ptr": pool["lse"],
+                    "sums_ptr": pool["sums"],
+                    "grouped_ptr": grouped,
+                    "best_ptr": pool["best"],
+                    "totals_ptr": pool["totals"],
+                    "counters_ptr": pool["counters"],
+                    "max_units": max_units,
+                    "num_lists": lists,
+                    "num_norms": norms,
                 },
-                layer,
-            )  # fmt: skip
+                {
+                    **shape,
+                    **scores,
+                    "MODE": MODES[mode],
+                    "TQ": self.tile_tokens,
+                    "LOG2_UNIT": math.log2(params.selection_block),
+                    "CHUNK": chunk,
+                    "SUB": SUB,
+                    "STAGES": stages,
+                    "num_warps": warps,
+                    "maxnreg": registers,
+                },
+                alike,
+            )
 
         yield score("normalise", norms, t.normalise_chunk, t.normalise_stages, t.normalise_warps, t.normalise_registers)
         yield score("share", splits, t.share_chunk, t.share_stages, t.share_warps, t.share_registers)
         subs = max(16, triton.next_power_of_2(max_units // SUB))
-        slots_p = max(16, triton.next_power_of_2(self._slots))
+        slots = {"SLOTS": self.slots, "SLOTS_P": max(16, triton.next_power_of_2(self.slots))}
         # Registers of a multiprocessor end at 16 warps: large budgets spill.
-        warps = min(16, max(1, max(subs, slots_p * SUB) // t.select_elements))
+        warps = min(16, max(1, max(subs, slots["SLOTS_P"] * SUB) // t.select_elements))
         rows = 1 if step.small else min(t.select_rows, self.tile_tokens)
         yield Launch(
             prefill_select_kernel,
             (heads, num_tiles, self.tile_tokens // rows),
-            (
-                step.tiles, step.tile_run, grouped, pool["best"], pool["table"], pool["rank"], pool["count"],
-                pool["totals"], max_units, rows,
-            ),
             {
-                "TQ": self.tile_tokens, "PAGE": params.page_size, "UNIT": params.selection_block, "GROUP": base.group,
-                "SLOTS": self._slots, "SLOTS_P": slots_p, "FIRST": params.first_blocks, "LAST": params.last_blocks,
-                "SUB": SUB, "SUBS": subs, "LANES": min(subs, 128 * warps), "TOP_P": base.top_p, **self._chain,
-                "num_warps": warps, "maxnreg": t.select_registers,
+                "tiles_ptr": step.tiles,
+                "tile_run_ptr": step.tile_run,
+                "grouped_ptr": grouped,
+                "best_ptr": pool["best"],
+                "table_ptr": pool["table"],
+                "rank_ptr": pool["rank"],
+                "count_ptr": pool["count"],
+                "totals_ptr": pool["totals"],
+                "max_units": max_units,
+                "num_rows": rows,
             },
-            layer,
-        )  # fmt: skip
+            {
+                **slots,
+                **forced,
+                **self._chain,
+                "TQ": self.tile_tokens,
+                "PAGE": params.page_size,
+                "UNIT": params.selection_block,
+                "GROUP": layer.group,
+                "SUB": SUB,
+                "SUBS": subs,
+                "LANES": min(subs, 128 * warps),
+                "TOP_P": layer.top_p,
+                "num_warps": warps,
+                "maxnreg": t.select_registers,
+            },
+            alike,
+        )
         width = 32
         step_tokens, span = self._attend_tokens, t.attend_span
         if step.small:
@@ -723,69 +792,121 @@ class TritonPrefill:
         yield Launch(
             prefill_work_kernel,
             (triton.cdiv(max_units, width), heads, num_runs),
-            (
-                "block_table", step.runs, pool["totals"], pool["first"], pool["counters"], pool["work"], pool["list"],
-                table_stride, max_units,
-            ),
             {
-                "PER_PAGE": params.blocks_per_page, "TM": step_tokens, "SPAN": span, "WIDTH": width, **self._chain,
-                "num_warps": 1,
+                **table,
+                "runs_ptr": step.runs,
+                "totals_ptr": pool["totals"],
+                "first_ptr": pool["first"],
+                "counters_ptr": pool["counters"],
+                "work_ptr": pool["work"],
+                "list_ptr": pool["list"],
+                "max_units": max_units,
             },
-            layer,
-        )  # fmt: skip
+            {
+                "PER_PAGE": params.blocks_per_page,
+                "TM": step_tokens,
+                "SPAN": span,
+                "WIDTH": width,
+                "num_warps": 1,
+                **self._chain,
+            },
+            alike,
+        )
         yield Launch(
             prefill_list_kernel,
             (heads, num_tiles, self.tile_tokens),
-            (
-                "query", "kv", "block_table", step.tiles, step.tile_run, pool["table"], pool["rank"], pool["count"],
-                pool["first"], pool["sums"], "gain", pool["tail"], pool["list"], pool["list_tail"], *strides,
-                table_stride, last_page, max_units, first_head, norms, base.scale, step.tile_state, pool["states"],
-                base.num_kv_heads,
-            ),
             {
-                "TQ": self.tile_tokens, "TM": step_tokens, "SLOTS": self._slots, "SLOTS_P": slots_p,
-                "STRIDE": stride, "FP8": fp8, "FIRST": params.first_blocks, "LAST": params.last_blocks,
-                "PARTS": self._parts, "S_ROWS": self._s_rows, "SELECTOR": selector, "MASS": base.has_mass,
-                "LIST_TAIL": base.has_mass and params.residual == "regression",
-                **self._chain, "num_warps": min(16, t.list_warps * max(1, slots_p * self._dp // 4096)), **shape,
+                **inputs,
+                **table,
+                "tiles_ptr": step.tiles,
+                "tile_run_ptr": step.tile_run,
+                "table_ptr": pool["table"],
+                "rank_ptr": pool["rank"],
+                "count_ptr": pool["count"],
+                "first_ptr": pool["first"],
+                "sums_ptr": pool["sums"],
+                "gain_ptr": "gain",
+                "tail_ptr": pool["tail"],
+                "list_ptr": pool["list"],
+                "list_tail_ptr": pool["list_tail"],
+                "max_units": max_units,
+                "num_norms": norms,
+                "tile_state_ptr": step.tile_state,
+                "state_ptr": pool["states"],
+                "num_kv_heads": layer.num_kv_heads,
             },
-            layer,
-        )  # fmt: skip
-        parts = pool["out"], pool["part_sum"], pool["part_tail"], pool["part_z"]
+            {
+                **shape,
+                **scores,
+                **slots,
+                **forced,
+                "TQ": self.tile_tokens,
+                "TM": step_tokens,
+                "PARTS": self._parts,
+                "S_ROWS": self._s_rows,
+                "LIST_TAIL": layer.has_mass and params.residual == "regression",
+                "num_warps": min(16, t.list_warps * max(1, slots["SLOTS_P"] * layer.dp // 4096)),
+            },
+            alike,
+        )
         yield Launch(
             page_attend_kernel,
             ((t.small_attend_programs if step.small else t.attend_programs) * sms,),
-            (
-                "query", "kv", pool["work"], pool["counters"], pool["list"], pool["list_tail"], *parts, *strides,
-                last_page, first_head, num_parts, base.scale, params.residual_scale,
-            ),
             {
-                "TM": step_tokens, "SPAN": span, "UNIT_P": unit_p, "RESIDUAL": residual,
+                **inputs,
+                **parts,
+                "work_ptr": pool["work"],
+                "num_items_ptr": pool["counters"],
+                "list_ptr": pool["list"],
+                "list_tail_ptr": pool["list_tail"],
+            },
+            {
+                **shape,
+                "TM": step_tokens,
+                "SPAN": span,
+                "UNIT_P": unit_p,
+                "RESIDUAL": residual,
                 "STAGES": t.attend_stages if not step.small else t.small_attend_stages if deep else 2,
                 "num_warps": t.attend_warps,
                 "maxnreg": t.small_attend_registers if step.small else t.attend_registers,
-                **self._chain, **shape,
             },
-            layer,
-        )  # fmt: skip
+            alike,
+        )
         tokens = self._small_merge_tokens if step.small else self._merge_tokens
         yield Launch(
             prefill_merge_kernel,
             (heads, num_tiles, self.tile_tokens // tokens),
-            (
-                "query", "kv", "block_table", step.tiles, step.tile_state, pool["count"], pool["tail"], pool["states"],
-                *parts, "exact_weight", "tail_weight", "output", *strides[:2], output.stride(0), output.stride(1),
-                *strides[2:], table_stride, last_page, base.num_kv_heads, first_head, num_parts, base.scale,
-                params.residual_scale, params.rms_norm_eps,
-            ),
             {
-                "TQ": self.tile_tokens, "TM": tokens, "UNIT_P": unit_p, "FIRST": params.first_blocks,
-                "LAST": params.last_blocks, "PARTS": self._parts, "S_ROWS": self._s_rows,
-                "STAGES": t.small_merge_stages if step.small else t.merge_stages,
-                "FORCED_STAGES": t.small_merge_forced_stages if step.small and deep else 1, "RESIDUAL": residual,
-                "DOUBLE_NORM": params.combine == "double_rmsnorm",
-                "num_warps": t.small_merge_warps if step.small else t.merge_warps, "maxnreg": t.merge_registers,
-                **self._chain, **shape,
+                **inputs,
+                **table,
+                **parts,
+                "tiles_ptr": step.tiles,
+                "tile_state_ptr": step.tile_state,
+                "count_ptr": pool["count"],
+                "tail_ptr": pool["tail"],
+                "state_ptr": pool["states"],
+                "exact_weight_ptr": "exact_weight",
+                "tail_weight_ptr": "tail_weight",
+                "output_ptr": "output",
+                "output_token_stride": output.stride(0),
+                "output_head_stride": output.stride(1),
+                "num_kv_heads": layer.num_kv_heads,
+                "norm_eps": params.rms_norm_eps,
             },
-            layer,
-        )  # fmt: skip
+            {
+                **shape,
+                **forced,
+                "TQ": self.tile_tokens,
+                "TM": tokens,
+                "UNIT_P": unit_p,
+                "PARTS": self._parts,
+                "S_ROWS": self._s_rows,
+                "STAGES": t.small_merge_stages if step.small else t.merge_stages,
+                "FORCED_STAGES": t.small_merge_forced_stages if step.small and deep else 1,
+                "RESIDUAL": residual,
+                "DOUBLE_NORM": params.combine == "double_rmsnorm",
+                "num_warps": t.small_merge_warps if step.small else t.merge_warps,
+                "maxnreg": t.merge_registers,
+            },
+            alike,
+        )

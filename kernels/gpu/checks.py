@@ -1,0 +1,122 @@
+"""Every case that the kernels of a GPU refuse, each with one sentence."""
+
+import importlib.util
+
+import torch
+
+from ...algorithm.parameters import SplaParameters
+from ...algorithm.statistics_format import MAX_COUNT, STATISTICS_DTYPES
+from .page import SELECTOR_CODES
+from .residual import RESIDUAL_CODES
+
+FLASHINFER_HEAD_SIZES = (64, 128, 256)
+
+
+def check_options(
+    params: SplaParameters,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    cache_dtype: torch.dtype,
+    max_query_len: int,
+    max_model_len: int,
+    executor: str,
+) -> None:
+    """Refuse options before there is a device to make kernels on.
+
+    Args:
+        params: What to compute.
+        num_heads: Query heads.
+        num_kv_heads: Kv heads.
+        head_size: `d`.
+        cache_dtype: Dtype of the cache.
+        max_query_len: The most query tokens of a decode row.
+        max_model_len: The most tokens of a sequence.
+        executor: What attends to the selected pages, see `SplaOptions`.
+
+    Raises:
+        ValueError: These parameters, by name.
+    """
+    try:
+        check_layer(params, num_heads, num_kv_heads, head_size, cache_dtype)
+        check_decode(params, head_size, max_query_len, max_model_len, executor)
+    except ValueError as error:
+        raise ValueError(f"SPLA on a GPU does not compute these options: {error}") from None
+    if params.residual == "linear" and head_size > 128:
+        raise ValueError(
+            f"SPLA's residual 'linear' has no prefill on a GPU for heads of {head_size}, its matrices exceed shared "
+            "memory: choose residual 'regression' or 'none'"
+        )
+
+
+def check_layer(
+    params: SplaParameters, num_heads: int, num_kv_heads: int, head_size: int, cache_dtype: torch.dtype
+) -> None:
+    """Raises:
+    ValueError: No kernel computes this.
+    """
+    if params.page_size % 16 != 0:
+        raise ValueError(f"page_size {params.page_size} is no multiple of 16")
+    if params.selection_block % 16 != 0 or params.page_size % params.selection_block != 0:
+        raise ValueError(
+            f"selection_block {params.selection_block} is no multiple of 16 that divides page_size {params.page_size}"
+        )
+    if params.statistics_dtype not in STATISTICS_DTYPES:
+        raise ValueError(
+            f"statistics_dtype {params.statistics_dtype!r} has no kernel, choose one of {', '.join(STATISTICS_DTYPES)}"
+        )
+    if params.statistics_dtype == "fp8" and params.selector == "km2-rem" and params.selection_block > MAX_COUNT:
+        raise ValueError(
+            f"selection_block {params.selection_block}: statistics_dtype 'fp8' counts up to {MAX_COUNT} keys "
+            "of a cluster"
+        )
+    if params.selector not in SELECTOR_CODES:
+        raise ValueError(f"selector {params.selector!r} has no kernel, choose one of {', '.join(SELECTOR_CODES)}")
+    if params.residual not in RESIDUAL_CODES:
+        raise ValueError(f"residual {params.residual!r} has no kernel, choose one of {', '.join(RESIDUAL_CODES)}")
+    if params.residual == "linear" and params.feature_map != "softmax":
+        raise ValueError(f"feature_map {params.feature_map!r} has no kernel, choose softmax")
+    if params.combine not in ("shared_normalizer", "double_rmsnorm"):
+        raise ValueError(f"combine {params.combine!r} has no kernel")
+    if params.selector == "quest" and params.residual != "none" and params.combine == "shared_normalizer":
+        raise ValueError("selector 'quest' gives no tail mass: use residual 'none'")
+    if params.budget_blocks < params.max_forced_blocks:
+        raise ValueError(f"budget_blocks {params.budget_blocks} is below {params.max_forced_blocks} forced blocks")
+    if num_heads % num_kv_heads != 0:
+        raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} kv heads")
+    if head_size % 16 != 0 or head_size > 256:
+        raise ValueError(f"head_size {head_size} is no multiple of 16 up to 256")
+    if cache_dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"cache_dtype {cache_dtype} is neither float16 nor bfloat16")
+
+
+def check_decode(params: SplaParameters, head_size: int, max_query_len: int, max_model_len: int, executor: str) -> None:
+    """Raises:
+    ValueError: Decode rows that no kernel takes, or an executor that is not there.
+    """
+    if max_query_len > params.page_size:
+        raise ValueError(f"{max_query_len} query tokens a row exceed a page of {params.page_size}")
+    if -(-max_model_len // params.page_size) * params.blocks_per_page >= 1 << 16:  # selection counts in 16 bits
+        raise ValueError(
+            f"max_model_len {max_model_len} is more than 65535 selection blocks of {params.selection_block} tokens"
+        )
+    if executor == "flashinfer":
+        if params.selection_block != params.page_size:
+            raise ValueError(
+                f"executor 'flashinfer' reads whole pages: set selection_block_size to {params.page_size} or executor "
+                "to 'spla'"
+            )
+        check_flashinfer(head_size)
+    elif executor != "spla":
+        raise ValueError(f"executor {executor!r} is neither spla nor flashinfer")
+
+
+def check_flashinfer(head_size: int) -> None:
+    """Raises:
+    ValueError: FlashInfer is not installed, or has no kernel for this head size.
+    """
+    if importlib.util.find_spec("flashinfer") is None:
+        raise ValueError("executor 'flashinfer' needs the package flashinfer-python, which is not installed")
+    if head_size not in FLASHINFER_HEAD_SIZES:
+        raise ValueError(f"executor 'flashinfer' has no kernel for head_size {head_size}, only {FLASHINFER_HEAD_SIZES}")

@@ -1,0 +1,107 @@
+"""How a decode step is cut for the GPU: sizes that all its launches share, and launch shapes by the size of a batch.
+
+Everything here is a function of shapes, never of lengths, so that a step can be captured in a CUDA graph.
+"""
+
+import math
+from dataclasses import dataclass
+
+import triton
+
+from ...interface import Limits
+from ..layer import GpuLayer
+
+SELECT_ELEMENTS = 32768
+"""Scores that selection keeps in registers; more are gone through in pieces."""
+
+
+@dataclass(frozen=True)
+class DecodeSizes:
+    """What the launches of all batches are specialised for."""
+
+    max_pages: int  # of a sequence
+    max_units: int  # selection blocks of a sequence
+    units_p: int  # the same, padded to a power of two
+    width: int  # units that selection goes through at a time; units_p where all of them fit
+    columns: int  # heads of a group, padded for the tensor cores (C of the kernels)
+    attend_n: int  # columns with those of the residual (N of the kernels)
+    slice_size: int  # features of a slice of the state
+    slices: int  # slices of the state; 0 without a residual
+    write_mass: bool  # masses are other numbers than scores
+    budget: int  # units of this layer's budget
+    largest_budget: int  # of all layers that share scratch
+
+    @classmethod
+    def of(cls, layer: GpuLayer, limits: Limits) -> "DecodeSizes":
+        """The sizes of a layer."""
+        params = layer.params
+        has_residual = params.residual != "none"
+        max_pages = -(-limits.max_model_len // params.page_size)
+        max_units = max_pages * params.blocks_per_page
+        units_p = triton.next_power_of_2(max_units)
+        # `wgmma` is chosen for matrix products of 16 columns.
+        columns = max(4 if has_residual else 16, layer.group_p)
+        slice_size = min(32, layer.dp)
+        return cls(
+            max_pages=max_pages,
+            max_units=max_units,
+            units_p=units_p,
+            width=min(units_p, max(16, SELECT_ELEMENTS // layer.group_p)),
+            columns=columns,
+            attend_n=4 * columns if has_residual else columns,
+            slice_size=slice_size,
+            slices=-(-layer.head_size // slice_size) if has_residual else 0,
+            write_mass=layer.has_mass and params.selector not in ("mean", "taylor2"),
+            budget=params.budget_blocks,
+            largest_budget=max(limits.largest_budget, params.budget_blocks),
+        )
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch shapes of one batch size."""
+
+    score_splits: int
+    attend_splits: int
+    chunk: int = 64  # selection blocks a scoring step
+    score_stages: int = 3
+    score_warps: int = 4
+    tile: int = 64  # tokens an attention step
+    attend_stages: int = 3
+    attend_warps: int = 4
+    mass_parts: int = 1  # programs that sum the mass of the blocks left out
+    select_warps: int = 8
+    score_registers: int | None = 168  # cap, for more programs on a multiprocessor
+
+
+def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len: int, budget: int) -> Tuning:
+    """Launch shapes for `num_rows` rows of up to `query_len` query tokens; `budget` in selection blocks."""
+    chunk = 64 if layer.dp <= 128 else 32
+    if layer.params.selector == "km2-rem":  # twice the statistics
+        chunk //= 2
+    tile = 64 if layer.dp <= 128 else 32
+    pairs = num_rows * layer.num_kv_heads
+    score_splits = max(1, min(-(-sizes.max_units // chunk), _power(512 / pairs), 32))
+    # Where statistics are bytes a long row takes twice as many a step; with more columns registers would spill.
+    few_columns = layer.group_p * query_len <= 8
+    wide = layer.page_layout.fp8_statistics and few_columns and sizes.max_units >= 32 * chunk * score_splits
+    if wide:
+        chunk *= 2
+    # More splits than tiles would be idle; past 16, merging costs more than reading gains.
+    tiles = -(-budget * layer.params.selection_block // tile)
+    pairs *= query_len
+    attend_splits = min(tiles, 16, max(_power(128 / pairs), 2 if pairs <= 256 else 1))
+    return Tuning(
+        score_splits,
+        attend_splits,
+        chunk=chunk,
+        tile=tile,
+        mass_parts=min(8, _power(64 / pairs)),
+        select_warps=min(32, max(4, min(sizes.units_p * layer.group_p, SELECT_ELEMENTS) // 1024)),
+        score_registers=None if wide else Tuning.score_registers,
+    )
+
+
+def _power(x: float) -> int:
+    """The nearest power of two, at least 1."""
+    return 1 << max(0, round(math.log2(max(x, 1.0))))

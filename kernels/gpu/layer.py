@@ -1,0 +1,75 @@
+"""One layer as the launches of a GPU see it: what storing, decode, prefill and dense attention have in common."""
+
+import torch
+import triton
+
+from ...algorithm.parameters import SplaParameters
+from ..interface import Layer
+from ..layout import layouts
+from .checks import check_layer
+
+INTERPRETED_SMS = 132
+"""Multiprocessors that launch shapes are made for where kernels are interpreted: those of an H200, so that a machine
+without a GPU tests the launches that were measured."""
+
+
+class GpuLayer:
+    """Parameters, layouts, weights on the device, and the sizes that kernels are specialised for.
+
+    Args:
+        params: What to compute.
+        layer: Of which layer; its cache is fp16 or bf16.
+        device: Where the cache lives.
+
+    Attributes:
+        page_layout: Bytes of a page.
+        state_layout: Bytes of a state block.
+        group: Query heads a kv head.
+        gain: `[H]` float32, weight of the tail.
+        norm_weights: Exact and tail `[H, d]` float32, of the double RMSNorm.
+        top_p: 0 where there is none.
+        has_mass: Whether the mass of what is not selected is asked for.
+        dp: `head_size`, padded to a power of two.
+        group_p: `group`, padded to a power of two.
+        fold_tile: Tokens that a state is folded by at a time.
+        num_sms: Multiprocessors of the GPU.
+        dependent: Whether kernels are launched while the ones before them still run.
+        launch_early: What a dependent launch is given.
+
+    Raises:
+        ValueError: Parameters that no kernel covers.
+    """
+
+    def __init__(self, params: SplaParameters, layer: Layer, device: torch.device | str) -> None:
+        check_layer(params, layer.num_heads, layer.num_kv_heads, layer.head_size, layer.cache_dtype)
+        self.params, self.device = params, torch.device(device)
+        self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
+        self.group = layer.num_heads // layer.num_kv_heads
+        self.cache_dtype, self.scale = layer.cache_dtype, float(layer.scale)
+        self.page_layout, self.state_layout = layouts(params, layer.head_size, layer.cache_dtype)
+        gain = torch.ones(layer.num_heads) if layer.gain is None else layer.gain
+        ones = torch.ones(layer.num_heads, layer.head_size)
+        exact, tail = (ones, ones) if layer.norm_weights is None else layer.norm_weights
+        self.gain = self._weight(gain)
+        self.norm_weights = self._weight(exact), self._weight(tail)
+        self.top_p = params.top_p if params.top_p is not None and params.top_p < 1 else 0.0
+        self.has_mass = params.residual != "none" and params.combine == "shared_normalizer"
+        self.dp = triton.next_power_of_2(layer.head_size)
+        self.group_p = triton.next_power_of_2(self.group)
+        self.fold_tile = min(64, params.page_size & -params.page_size)
+        self.num_sms, self.dependent = INTERPRETED_SMS, False
+        if self.device.type == "cuda":
+            self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+            self.dependent = torch.cuda.get_device_capability(self.device)[0] >= 9
+        self.launch_early = {"launch_pdl": True} if self.dependent else {}
+
+    def _weight(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(device=self.device, dtype=torch.float32).contiguous()
+
+    def zeros(self, *shape: int) -> torch.Tensor:
+        """Keys, values, queries or outputs for a warm-up."""
+        return torch.zeros(shape, dtype=self.cache_dtype, device=self.device)
+
+    def empty_pages(self, num_pages: int) -> torch.Tensor:
+        """A cache for a warm-up, `[num_pages, G, rows, 2 d]`."""
+        return self.zeros(num_pages, self.num_kv_heads, self.page_layout.rows, 2 * self.head_size)
