@@ -237,7 +237,7 @@ class Layers:
 
     def __init__(self, op: PrefillPasses, context: int) -> None:
         self.op, self.context, self.pool = op, context, Pool(op.layer, context, LAYERS)
-        self._blocks = self.pool.state_table.flatten().long()
+        self.blocks = self.pool.state_table.flatten().long()
         self.stored = stored(self.pool)
 
     def states(self, start: int) -> torch.Tensor:
@@ -251,7 +251,7 @@ class Layers:
                 dense.fold(
                     step, cache, cache, *(x[row : row + 1] for x in (self.pool.block_table, self.pool.state_table))
                 )
-        return cache[self._blocks]
+        return cache[self.blocks]
 
     def sparse(self, query: torch.Tensor, output: torch.Tensor, start: int, layers: int = LAYERS) -> Callable[[], None]:
         """The first layers of a chunk at `start`, planned."""
@@ -281,7 +281,7 @@ class Layers:
         launches queued before the first starts; `host_ms` of the calls alone."""
         times: dict[str, list[float]] = {"ms": [], "gpu_ms": [], "host_ms": []}
         for turn in range(2 * repeat + 4):
-            self.pool.kv_cache[self._blocks] = states
+            self.pool.kv_cache[self.blocks] = states
             queued = turn % 2 == 1
             torch.cuda.synchronize()
             if queued:
@@ -316,7 +316,7 @@ def time_chunks(
                      "budget": op.layer.params.budget_blocks * block}  # fmt: skip
             record("fa3", **layers.time(layers.dense(query, output, start), states), **where)
             for _ in range(2):  # as Triton launches it, and as it was bound then
-                layers.pool.kv_cache[layers._blocks] = states
+                layers.pool.kv_cache[layers.blocks] = states
                 output.fill_(float("nan"))
                 layers.sparse(query, output, start, 1)()
             error, ties = check(op, layers.stored, query, output, start, many=False)
@@ -326,7 +326,7 @@ def time_chunks(
             timed = layers.time(run, states)
             record("spla", **timed, **where, kind="uniform", error=round(error, 5), near_ties=ties)
             if breakdown:
-                layers.pool.kv_cache[layers._blocks] = states
+                layers.pool.kv_cache[layers.blocks] = states
                 print_kernels(run, LAYERS)
 
 
