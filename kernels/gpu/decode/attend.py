@@ -28,6 +28,7 @@ import triton.language as tl
 from ..layer import GpuLayer
 from ..residual import LINEAR, NO_RESIDUAL, REGRESSION, RESIDUAL_CODES
 from ..state import softmax_features
+from .residual import subtract_weights, tail_of_rest
 from .tuning import DecodeSizes, Tuning
 
 
@@ -96,11 +97,8 @@ def _attend_tile(
             feature = tl.dot(phi_k, phi_q)
         else:
             feature = logit
-        high = feature.to(dtype)
-        low = (feature - high.to(tl.float32)).to(dtype)
-        subtract = tl.where(kind == 1, high, tl.where(kind == 2, low, tl.where(kind == 3, 1.0, 0.0).to(dtype)))
         covered = (t < num_subtract)[:, None]
-        subtract = tl.where(covered, subtract, 0.0).to(dtype)
+        subtract = subtract_weights(feature, kind, covered, dtype)
         weight = tl.where(kind == 0, p.to(dtype), subtract)
         total = total * decay[None, :] + tl.where(kind == 0, p, tl.where(covered, feature, 0.0))
     out = tl.dot(tl.trans(weight), v, out * decay[:, None])
@@ -324,17 +322,7 @@ def merge_splits(
     exact = exact / norm[:, None]
 
     if RESIDUAL != NO_RESIDUAL:
-        tail = tl.zeros([C, DP], dtype=tl.float32)
-        if RESIDUAL == REGRESSION:
-            scaled = 1.0 / tl.maximum(num_rest * UNIT, 1).to(tl.float32)
-            mean_v = -minus_v * scaled
-            mean_qk = -minus_z * scaled
-            covariance = -minus * scaled - mean_qk[:, None] * mean_v[None, :]
-            tail = mean_v[None, :] + residual_scale * covariance
-        elif DOUBLE_NORM:
-            tail = -minus
-        else:
-            tail = -minus / tl.maximum(-minus_z, 1e-30)[:, None]
+        tail = tail_of_rest(minus, minus_z, minus_v, num_rest * UNIT, residual_scale, RESIDUAL, DOUBLE_NORM)
     weight_row = head_row[:, None] * D + column[None, :]
     if DOUBLE_NORM:
         variance = tl.sum(tl.where(mask, exact * exact, 0.0), axis=1) / D  # [C]

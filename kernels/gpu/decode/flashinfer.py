@@ -36,6 +36,7 @@ from ..layer import GpuLayer
 from ..residual import LINEAR, NO_RESIDUAL
 from ..state import softmax_features
 from .attend import attend_constants, clear_padding, mass_of_rest, mass_programs, merge_splits
+from .residual import subtract_weights
 from .tuning import DecodeSizes, Tuning
 
 
@@ -147,10 +148,7 @@ def _subtract_split(
                 feature = tl.dot(phi_k, q)  # [TILE, N]
             else:
                 feature = tl.dot(k, q) * scale
-            high = feature.to(dtype)
-            low = (feature - high.to(tl.float32)).to(dtype)
-            weight = tl.where(kind == 1, high, tl.where(kind == 2, low, tl.where(kind == 3, 1.0, 0.0).to(dtype)))
-            weight = tl.where(covered, weight, 0.0).to(dtype)
+            weight = subtract_weights(feature, kind, covered, dtype)
             total += tl.sum(tl.where(covered & (kind > 0), feature, 0.0), axis=0)
             out = tl.dot(tl.trans(weight), v, out)
 
