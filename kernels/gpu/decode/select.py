@@ -23,7 +23,7 @@ def _ordered(x):
 
 
 @triton.jit
-def middle(low, high):
+def midpoint(low, high):
     """Floor of the mean of two int32, without overflow."""
     return (low >> 1) + (high >> 1) + (low & high & 1)
 
@@ -173,13 +173,13 @@ def select_units(
                 floor_key = tl.min(tl.where(selected, key, 2147483647), axis=0)  # least selected key
                 low_key = floor_key - 1  # may have mass above it >= enough_mass
                 high_key = tl.full([], 2147483647, dtype=tl.int32)  # nothing lies above it
-                middle = middle(low_key, high_key)
+                middle = midpoint(low_key, high_key)
                 while middle != low_key:
                     above_mass = tl.sum(tl.where(key > middle, chosen_mass, 0.0), axis=0)
                     short = above_mass < enough_mass
                     high_key = tl.where(short, middle, high_key)
                     low_key = tl.where(short, low_key, middle)
-                    middle = middle(low_key, high_key)
+                    middle = midpoint(low_key, high_key)
                 # high_key is the least key with too little mass above it; among its ties the lower index goes first.
                 tied = selected & (key == high_key)
                 tied_mass = tl.where(tied, chosen_mass, 0.0)

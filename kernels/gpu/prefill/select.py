@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from ..decode.score import cluster_counts
-from ..decode.select import middle
+from ..decode.select import midpoint
 from ..page import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2, as_factor, load_vectors
 
 NORMALISE = tl.constexpr(0)
@@ -449,12 +449,12 @@ def prefill_select_kernel(
                 chosen = tl.where(selected, grouped, 0.0)
                 low_key = tl.min(tl.where(selected, key, 2147483647)) - 1
                 high_key = tl.full([], 2147483647, dtype=tl.int32)
-                middle = middle(low_key, high_key)
+                middle = midpoint(low_key, high_key)
                 while middle != low_key:
                     short = tl.sum(tl.where(key > middle, chosen, 0.0)) < enough
                     high_key = tl.where(short, middle, high_key)
                     low_key = tl.where(short, low_key, middle)
-                    middle = middle(low_key, high_key)
+                    middle = midpoint(low_key, high_key)
                 # Of its ties the lower unit goes first, while the mass before it is too little.
                 tied = selected & (key == high_key)
                 above_mass = tl.sum(tl.where(key > high_key, chosen, 0.0))
