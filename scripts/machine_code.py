@@ -92,6 +92,14 @@ GEOMETRIES = {
 # The project's classes: what changes with their names and arguments -----------------------------------------------
 
 
+def interface() -> Any:
+    """The module of the typed interface; None in trees from before there was one."""
+    try:
+        return importlib.import_module("spla_backend.kernels.interface")
+    except ModuleNotFoundError:
+        return None
+
+
 def make_operator(geometry: Geometry) -> Any:
     """The GPU implementation of a layer, without the fused CUDA kernel: its steps fall to the Triton kernels."""
     dispatch = importlib.import_module("spla_backend.kernels.dispatch")
@@ -100,12 +108,18 @@ def make_operator(geometry: Geometry) -> Any:
     except ModuleNotFoundError:
         decode = importlib.import_module("spla_backend.kernels.triton_decode")
     decode.refusal = lambda *_, **__: "it is not compiled by Triton"
-    limits = dispatch.Limits(64, 4, MAX_MODEL_LEN, 8192, DENSE_BELOW, geometry.params.budget_blocks)
-    return dispatch.make(
-        torch.device("cuda:0"), geometry.params, limits, executor=geometry.executor, num_heads=geometry.heads,
-        num_kv_heads=geometry.kv_heads, head_size=geometry.head_size, cache_dtype=geometry.dtype,
-        scale=geometry.head_size**-0.5,
-    )  # fmt: skip
+    device, typed = torch.device("cuda:0"), interface()
+    limits = (typed or dispatch).Limits(64, 4, MAX_MODEL_LEN, 8192, DENSE_BELOW, geometry.params.budget_blocks)
+    shape = {
+        "num_heads": geometry.heads,
+        "num_kv_heads": geometry.kv_heads,
+        "head_size": geometry.head_size,
+        "cache_dtype": geometry.dtype,
+        "scale": geometry.head_size**-0.5,
+    }
+    if typed is None:
+        return dispatch.make(device, geometry.params, limits, executor=geometry.executor, **shape)
+    return dispatch.make(device, geometry.params, typed.Layer(**shape), limits, executor=geometry.executor)
 
 
 def run_step(operator: Any, geometry: Geometry, rows: int, query_len: int, prompts: list[tuple[int, int]]) -> None:
@@ -120,11 +134,16 @@ def run_step(operator: Any, geometry: Geometry, rows: int, query_len: int, promp
     def integers(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32)
 
-    plan = operator.plan(
-        integers(num_rows + 1), integers(num_rows), integers(num_rows, MAX_MODEL_LEN // geometry.page + 16),
-        num_decodes=rows, num_decode_tokens=starts[0], decode_query_len=query_len,
-        prefill_starts=starts if prompts else [], prefill_lens=[length for _, length in prompts],
-    )  # fmt: skip
+    batch = integers(num_rows + 1), integers(num_rows), integers(num_rows, MAX_MODEL_LEN // geometry.page + 16)
+    known = {
+        "num_decodes": rows,
+        "num_decode_tokens": starts[0],
+        "decode_query_len": query_len,
+        "prefill_starts": starts if prompts else [],
+        "prefill_lens": [length for _, length in prompts],
+    }
+    typed = interface()
+    plan = operator.plan(*batch, **known) if typed is None else operator.plan(typed.Step(*batch, **known))
     states = integers(num_rows, max(1, operator.state_layout.num_blocks))
     operator.run(plan, query, cache, cache, states, torch.empty_like(query))
 
