@@ -62,7 +62,7 @@ def trusted_pages(
 @triton.jit
 def write_headers(
     arrivals_ptr,  # this row's and head's number of programs that have arrived, zero between launches
-    PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
     kv_int_ptr,
     state_int_ptr,
     pages,  # this row's block table
@@ -77,12 +77,12 @@ def write_headers(
     STAMP_WORD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ):
-    """Say that the stored state covers `target` pages, which `trusted_pages` reads: the last of the `PARTS` programs
-    does that each have stored their part of it."""
+    """Say that the stored state covers `target` pages, which `trusted_pages` reads: the last of the `SLICES` programs
+    does that each have stored their slice of it."""
     # All of them have read the headers before the last arrives here, so it may replace them.
     tl.debug_barrier()
     arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-    if arrived == PARTS - 1:
+    if arrived == SLICES - 1:
         tl.store(arrivals_ptr, 0)
         word = tl.arange(0, 8)
         last = tl.maximum(tl.load(pages + target - 1), 0).to(tl.int64)
@@ -163,7 +163,7 @@ def _read_slice(q, s, z, scale, LINEAR: tl.constexpr):
 def fold_slice(
     row,
     head,
-    part,  # this program has the features part * SLICE .. part * SLICE + SLICE - 1
+    slice_index,  # this program has the features slice_index * SLICE .. slice_index * SLICE + SLICE - 1
     query_ptr,
     kv_ptr,
     kv_int_ptr,
@@ -174,8 +174,8 @@ def fold_slice(
     block_table_ptr,
     state_table_ptr,
     arrivals_ptr,  # [rows, G] int32, zero between launches
-    read_ptr,  # [tokens, G, PARTS, GROUP_P, DP] float32: phi(q) S over this part's features
-    read_z_ptr,  # [tokens, G, PARTS, GROUP_P] float32: phi(q) . z
+    read_ptr,  # [tokens, G, SLICES, GROUP_P, DP] float32: phi(q) S over this slice's features
+    read_z_ptr,  # [tokens, G, SLICES, GROUP_P] float32: phi(q) . z
     read_v_ptr,  # [tokens, G, DP] float32: sum v, for regression
     query_token_stride,
     query_head_stride,
@@ -193,7 +193,7 @@ def fold_slice(
     STAMP_WORD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BODY: tl.constexpr,  # body rows of a block
-    PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
@@ -218,7 +218,7 @@ def fold_slice(
         blocks = state_table_ptr + row.to(tl.int64) * state_table_stride
         dtype = kv_ptr.dtype.element_ty
         state = state_ptr + head * block_head_stride
-        feature = part * SLICE + tl.arange(0, SLICE)
+        feature = slice_index * SLICE + tl.arange(0, SLICE)
         in_slice = feature < D
         column = tl.arange(0, DP)
         in_head = column < D
@@ -257,10 +257,10 @@ def fold_slice(
                     )  # fmt: skip
                 tl.store(s_rows, s, mask=s_mask)
                 tl.store(z_row, z, mask=in_slice)
-                if (part == 0) & (not LINEAR):
+                if (slice_index == 0) & (not LINEAR):
                     tl.store(v_row, sum_v, mask=in_head)
                 write_headers(
-                    arrivals_ptr + row * num_kv_heads + head, PARTS, kv_int_ptr, state_int_ptr, pages, blocks, head,
+                    arrivals_ptr + row * num_kv_heads + head, SLICES, kv_int_ptr, state_int_ptr, pages, blocks, head,
                     target, int_page_stride, int_head_stride, block_stride, block_head_stride, MAGIC, STAMP_WORD,
                     NUM_BLOCKS,
                 )  # fmt: skip
@@ -299,10 +299,10 @@ def fold_slice(
                         read_z = tl.where(behind, more_z, read_z)
                         read_v = tl.where(behind[:, None], sum_v[None, :], read_v)
                 pair = query_row * num_kv_heads + head  # [M]
-                out = ((pair * PARTS + part) * GROUP_P + member) * DP
+                out = ((pair * SLICES + slice_index) * GROUP_P + member) * DP
                 tl.store(read_ptr + out[:, None] + column[None, :], read, mask=exists[:, None])
-                tl.store(read_z_ptr + (pair * PARTS + part) * GROUP_P + member, read_z, mask=exists)
-                if (part == 0) & (not LINEAR):
+                tl.store(read_z_ptr + (pair * SLICES + slice_index) * GROUP_P + member, read_z, mask=exists)
+                if (slice_index == 0) & (not LINEAR):
                     v_out = read_v_ptr + pair[:, None] * DP + column[None, :]  # [M, DP]
                     once = exists & (member == 0)
                     tl.store(v_out, read_v, mask=once[:, None])

@@ -184,23 +184,23 @@ def attend_split(
 @triton.jit
 def mass_of_rest(
     pair,  # token * G + head
-    part,  # of MASS_PARTS
+    split,  # of MASS_SPLITS
     num_complete,  # units of complete pages
     flags_ptr,
     mass_ptr,
-    rest_mass_ptr,  # [tokens, G, MASS_PARTS, GROUP_P] float32
+    rest_mass_ptr,  # [tokens, G, MASS_SPLITS, GROUP_P] float32
     max_units,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     WIDTH: tl.constexpr,
-    MASS_PARTS: tl.constexpr,
+    MASS_SPLITS: tl.constexpr,
 ):
     """Log of the estimated mass of the units that were not selected, one share of the units, each head."""
     member = tl.arange(0, GROUP_P)
     in_group = (member < GROUP)[None, :]
     top = tl.full([WIDTH, GROUP_P], float("-inf"), dtype=tl.float32)
     total = tl.zeros([WIDTH, GROUP_P], dtype=tl.float32)
-    for first in tl.range(part * WIDTH, num_complete, MASS_PARTS * WIDTH):
+    for first in tl.range(split * WIDTH, num_complete, MASS_SPLITS * WIDTH):
         unit = first + tl.arange(0, WIDTH)
         exists = unit < num_complete
         # Both loads depend on nothing but the unit, so they are in flight together.
@@ -216,7 +216,7 @@ def mass_of_rest(
     safe = tl.where(best == float("-inf"), 0.0, best)
     norm = tl.sum(total * tl.exp(top - safe[None, :]), axis=0)
     result = tl.where(norm > 0, safe + tl.log(tl.where(norm > 0, norm, 1.0)), float("-inf"))
-    tl.store(rest_mass_ptr + (pair * MASS_PARTS + part) * GROUP_P + member, result)
+    tl.store(rest_mass_ptr + (pair * MASS_SPLITS + split) * GROUP_P + member, result)
 
 
 @triton.jit
@@ -249,8 +249,8 @@ def merge_splits(
     DP: tl.constexpr,
     UNIT: tl.constexpr,
     SPLITS: tl.constexpr,
-    PARTS: tl.constexpr,
-    MASS_PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    MASS_SPLITS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_MASS: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
@@ -277,8 +277,8 @@ def merge_splits(
     minus_z = tl.zeros([C], dtype=tl.float32)
     minus_v = tl.zeros([DP], dtype=tl.float32)  # (selected - all) of sum v
     if RESIDUAL != NO_RESIDUAL:
-        for index in tl.static_range(PARTS):
-            read = (pair * PARTS + index) * GROUP_P + c  # [C]
+        for index in tl.static_range(SLICES):
+            read = (pair * SLICES + index) * GROUP_P + c  # [C]
             minus -= tl.load(read_ptr + read[:, None] * DP + column[None, :], mask=rest_mask, other=0.0)
             minus_z -= tl.load(read_z_ptr + read, mask=rest_group, other=0.0)
         if RESIDUAL == REGRESSION:
@@ -286,8 +286,8 @@ def merge_splits(
     if HAS_MASS:
         gain = tl.load(gain_ptr + head_row, mask=in_group, other=0.0)
         log_mass = tl.full([C], float("-inf"), dtype=tl.float32)
-        for index in tl.static_range(MASS_PARTS):
-            mass_row = rest_mass_ptr + (pair * MASS_PARTS + index) * GROUP_P + c
+        for index in tl.static_range(MASS_SPLITS):
+            mass_row = rest_mass_ptr + (pair * MASS_SPLITS + index) * GROUP_P + c
             more = tl.load(mass_row, mask=rest_group, other=float("-inf"))
             larger = tl.maximum(log_mass, more)
             anchor = tl.where(larger == float("-inf"), 0.0, larger)
@@ -405,15 +405,15 @@ def attend_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
-    PARTS: tl.constexpr,
-    MASS_PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    MASS_SPLITS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_MASS: tl.constexpr,
     MASS_WIDTH: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
 ):
-    """Grid (SPLITS + MASS_PARTS, G, rows * QUERY_LEN); without a mass, MASS_PARTS is 0."""
+    """Grid (SPLITS + MASS_SPLITS, G, rows * QUERY_LEN); without a mass, MASS_SPLITS is 0."""
     split = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2) // QUERY_LEN
@@ -439,13 +439,13 @@ def attend_kernel(
         part = (tl.program_id(2).to(tl.int64) * num_kv_heads + head) * SPLITS
         programs = splits
         if HAS_MASS:
-            programs = tl.where(num_rest > 0, splits + MASS_PARTS, splits)
+            programs = tl.where(num_rest > 0, splits + MASS_SPLITS, splits)
         works = split < splits
         if HAS_MASS:  # noqa: SIM102, compile-time and run-time conditions stay apart
             if (split >= SPLITS) & (num_rest > 0):
                 mass_of_rest(
                     token * num_kv_heads + head, split - SPLITS, num_complete, flags_ptr, mass_ptr, rest_mass_ptr,
-                    max_units, GROUP, GROUP_P, MASS_WIDTH, MASS_PARTS,
+                    max_units, GROUP, GROUP_P, MASS_WIDTH, MASS_SPLITS,
                 )  # fmt: skip
                 works = split >= SPLITS
         if split < splits:
@@ -465,7 +465,7 @@ def attend_kernel(
                     splits, token, head, num_rest, part_out_ptr, part_sum_ptr, part,
                     rest_mass_ptr, read_ptr, read_z_ptr, read_v_ptr, gain_ptr, exact_weight_ptr, tail_weight_ptr,
                     output_ptr, output_token_stride, output_head_stride, num_kv_heads, residual_scale, norm_eps,
-                    GROUP, GROUP_P, C, N, D, DP, UNIT, SPLITS, PARTS, MASS_PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
+                    GROUP, GROUP_P, C, N, D, DP, UNIT, SPLITS, SLICES, MASS_SPLITS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
                 )  # fmt: skip
     else:
         clear_padding(
@@ -476,7 +476,7 @@ def attend_kernel(
 
 def mass_programs(layer: GpuLayer, tuning: Tuning) -> int:
     """Programs a (token, kv head) that add up the mass of what is not selected."""
-    return tuning.mass_parts if layer.has_mass else 0
+    return tuning.mass_splits if layer.has_mass else 0
 
 
 def attend_constants(layer: GpuLayer, sizes: DecodeSizes, tuning: Tuning) -> dict[str, Any]:
@@ -492,10 +492,10 @@ def attend_constants(layer: GpuLayer, sizes: DecodeSizes, tuning: Tuning) -> dic
         "BUDGET": sizes.budget,
         "TILE": tuning.tile,
         "STAGES": tuning.attend_stages,
-        "PARTS": sizes.slices,
+        "SLICES": sizes.slices,
         "RESIDUAL": RESIDUAL_CODES[layer.params.residual],
         "HAS_MASS": layer.has_mass,
-        "MASS_PARTS": mass_programs(layer, tuning),
+        "MASS_SPLITS": mass_programs(layer, tuning),
         "MASS_WIDTH": max(64, 1024 // layer.group_p),
         "DOUBLE_NORM": layer.params.combine == "double_rmsnorm",
         "num_warps": tuning.attend_warps,

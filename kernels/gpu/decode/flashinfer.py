@@ -210,14 +210,14 @@ def subtract_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
-    PARTS: tl.constexpr,
-    MASS_PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    MASS_SPLITS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_MASS: tl.constexpr,
     MASS_WIDTH: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
 ):
-    """Grid (SPLITS + MASS_PARTS, G, rows * QUERY_LEN); the last program of a (token, kv head) to arrive combines."""
+    """Grid (SPLITS + MASS_SPLITS, G, rows * QUERY_LEN); the last program of a (token, kv head) to arrive combines."""
     split = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2) // QUERY_LEN
@@ -236,11 +236,11 @@ def subtract_kernel(
         programs = splits
         works = split < splits
         if HAS_MASS:
-            programs = tl.where(has_rest, splits + MASS_PARTS, splits)
+            programs = tl.where(has_rest, splits + MASS_SPLITS, splits)
             if (split >= SPLITS) & has_rest:
                 mass_of_rest(
                     token * num_kv_heads + head, split - SPLITS, num_complete, flags_ptr, mass_ptr, rest_mass_ptr,
-                    max_units, GROUP, GROUP_P, MASS_WIDTH, MASS_PARTS,
+                    max_units, GROUP, GROUP_P, MASS_WIDTH, MASS_SPLITS,
                 )  # fmt: skip
                 works = split >= SPLITS
         if split < splits:
@@ -259,7 +259,7 @@ def subtract_kernel(
                     splits, token, head, num_complete + 1 - count, part_out_ptr, part_sum_ptr, part,
                     rest_mass_ptr, read_ptr, read_z_ptr, read_v_ptr, gain_ptr, exact_weight_ptr, tail_weight_ptr,
                     output_ptr, output_token_stride, output_head_stride, num_kv_heads, residual_scale, norm_eps,
-                    GROUP, GROUP_P, C, N, D, DP, PAGE, SPLITS, PARTS, MASS_PARTS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
+                    GROUP, GROUP_P, C, N, D, DP, PAGE, SPLITS, SLICES, MASS_SPLITS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
                 )  # fmt: skip
     else:
         clear_padding(

@@ -22,7 +22,7 @@ def decode_scratch(
     tunings = [(n * query_len, tuning(n, query_len, budget)) for n, query_len in batches]
     parts = max(n * kv_heads * shapes.attend_splits for n, shapes in tunings)
     lse = max(n * shapes.score_splits for n, shapes in tunings)
-    mass = max(n * shapes.mass_parts for n, shapes in tunings)
+    mass = max(n * shapes.mass_splits for n, shapes in tunings)
     slices = max(1, sizes.slices)
     f32, i32 = torch.float32, torch.int32
     return shared_scratch(
@@ -36,7 +36,7 @@ def decode_scratch(
             "flags": ((tokens, kv_heads, units), torch.int8),
             "part_out": ((parts, sizes.attend_n, layer.dp), f32),
             "part_sum": ((parts, 2, sizes.attend_n), f32),
-            "rest_mass": ((mass, kv_heads, group), f32),  # [tokens, G, MASS_PARTS, GROUP_P]
+            "rest_mass": ((mass, kv_heads, group), f32),  # [tokens, G, MASS_SPLITS, GROUP_P]
             "read": ((tokens, kv_heads, slices, group, layer.dp), f32),
             "read_z": ((tokens, kv_heads, slices, group), f32),
             "read_v": ((tokens, kv_heads, layer.dp), f32),

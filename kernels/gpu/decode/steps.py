@@ -75,7 +75,7 @@ def prepare_kernel(
     STAMP_WORD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BODY: tl.constexpr,
-    PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     FOLD_TILE: tl.constexpr,
     LINEAR: tl.constexpr,
@@ -99,24 +99,24 @@ def prepare_kernel(
     SPLITS: tl.constexpr,
     TRIGGER: tl.constexpr,  # a dependent launch follows
 ):
-    """Grid (PARTS + SPLITS, G, rows): the first PARTS programs fold, the others score."""
-    part = tl.program_id(0)
+    """Grid (SLICES + SPLITS, G, rows): the first SLICES programs fold, the others score."""
+    program = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2)
     if TRIGGER:
         tl.extra.cuda.gdc_launch_dependents()
-    if part < PARTS:
+    if program < SLICES:
         fold_slice(
-            row, head, part, query_ptr, kv_ptr, kv_int_ptr, state_ptr, state_int_ptr, query_start_loc_ptr, seq_lens_ptr,
-            block_table_ptr, state_table_ptr, fold_arrivals_ptr, read_ptr, read_z_ptr, read_v_ptr,
+            row, head, program, query_ptr, kv_ptr, kv_int_ptr, state_ptr, state_int_ptr, query_start_loc_ptr,
+            seq_lens_ptr, block_table_ptr, state_table_ptr, fold_arrivals_ptr, read_ptr, read_z_ptr, read_v_ptr,
             query_token_stride, query_head_stride, num_kv_heads, page_stride, head_stride,
             int_page_stride, int_head_stride, block_stride, block_head_stride, block_table_stride, state_table_stride,
-            scale, MAGIC, STAMP_WORD, NUM_BLOCKS, BODY, PARTS, SLICE, GROUP, GROUP_P, QUERY_LEN, M, D, DP, PAGE, UNIT,
+            scale, MAGIC, STAMP_WORD, NUM_BLOCKS, BODY, SLICES, SLICE, GROUP, GROUP_P, QUERY_LEN, M, D, DP, PAGE, UNIT,
             BUDGET, FOLD_TILE, LINEAR,
         )  # fmt: skip
     else:
         score_units(
-            row, head, part - PARTS, SPLITS, query_ptr, kv_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr,
+            row, head, program - SLICES, SPLITS, query_ptr, kv_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr,
             scores_ptr, mass_ptr, lse_ptr, query_token_stride, query_head_stride, page_stride, head_stride,
             block_table_stride, last_page, max_units, num_kv_heads, scale,
             GROUP, GROUP_P, N, D, DP, PAGE, UNIT, STRIDE, FP8, LOG_UNIT, BUDGET, CHUNK, STAGES, SELECTOR,
@@ -412,7 +412,7 @@ class DecodeSteps:
             STAMP_WORD=layer.page_layout.stamp_word,
             NUM_BLOCKS=layer.state_layout.num_blocks,
             BODY=layer.state_layout.rows_per_block - 1,
-            PARTS=sizes.slices,
+            SLICES=sizes.slices,
             SLICE=sizes.slice_size,
             FOLD_TILE=layer.fold_tile,
             LINEAR=params.residual == "linear",

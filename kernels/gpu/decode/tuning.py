@@ -69,7 +69,7 @@ class Tuning:
     tile: int = 64  # tokens an attention step
     attend_stages: int = 3
     attend_warps: int = 4
-    mass_parts: int = 1  # programs that sum the mass of the blocks left out
+    mass_splits: int = 1  # programs that sum the mass of the blocks left out
     select_warps: int = 8
     score_registers: int | None = 168  # cap, for more programs on a multiprocessor
 
@@ -96,7 +96,7 @@ def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len:
         attend_splits,
         chunk=chunk,
         tile=tile,
-        mass_parts=min(8, _power(64 / pairs)),
+        mass_splits=min(8, _power(64 / pairs)),
         select_warps=min(32, max(4, min(sizes.units_p * layer.group_p, SELECT_ELEMENTS) // 1024)),
         score_registers=None if wide else Tuning.score_registers,
     )

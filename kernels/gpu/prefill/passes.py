@@ -242,8 +242,8 @@ class PrefillPasses:
         self._small_pairs = layer.num_sms * self._merge_tokens // self.tile_tokens // 2
         # A program of `linear` takes few features: each needs all of a key.
         self._fold_slice = min(16 if self._linear else self.tuning.fold_slice, layer.dp)
-        self._fold_parts = triton.cdiv(d, self._fold_slice)
-        self.fold_programs = layer.num_sms * (2 if self._linear else 1) // self._fold_parts
+        self._fold_slices = triton.cdiv(d, self._fold_slice)
+        self.fold_programs = layer.num_sms * (2 if self._linear else 1) // self._fold_slices
         self._sparse = limits.max_model_len > self.dense_below
         self._max_num_rows = max_num_rows
         self.scratch = shared_scratch(self._shapes(), layer.device)
@@ -604,13 +604,13 @@ class PrefillPasses:
             "folds_ptr": folds.rows,
             "partial_ptr": self.scratch["partial"],
         }
-        parts = self._fold_parts
+        slices = self._fold_slices
         yield Launch(
             fold_pages_kernel,
-            (parts, layer.num_kv_heads, folds.items.shape[0]),
+            (slices, layer.num_kv_heads, folds.items.shape[0]),
             {**arguments, **self._page_arguments(own), "items_ptr": folds.items},
             {
-                "PARTS": parts,
+                "SLICES": slices,
                 "SLICE": self._fold_slice,
                 "PAGE": layer.params.page_size,
                 "TILE": layer.fold_tile,
@@ -623,22 +623,22 @@ class PrefillPasses:
         )
         if folds.most_splits == 1:
             return
-        parts = triton.cdiv(self._s_rows, tuning.fold_sum_slice)
+        slices = triton.cdiv(self._s_rows, tuning.fold_sum_slice)
         yield Launch(
             fold_sum_kernel,
-            (parts, layer.num_kv_heads, folds.rows.shape[0]),
+            (slices, layer.num_kv_heads, folds.rows.shape[0]),
             arguments,
-            {"PARTS": parts, "SLICE": tuning.fold_sum_slice, "num_warps": 4, **constants},
+            {"SLICES": slices, "SLICE": tuning.fold_sum_slice, "num_warps": 4, **constants},
             alike,
         )
 
     def _state_launch(self, step: Pass, own: dict[str, torch.Tensor], alike: tuple) -> Launch:
         """States at every page of a pass."""
         layer, tuning = self.layer, self.tuning
-        parts = triton.cdiv(self._s_rows, tuning.state_slice)
+        slices = triton.cdiv(self._s_rows, tuning.state_slice)
         return Launch(
             prefill_state_kernel,
-            (parts, layer.num_kv_heads, step.runs.shape[0]),
+            (slices, layer.num_kv_heads, step.runs.shape[0]),
             {
                 **self._state_arguments(own),
                 **self._page_arguments(own),
@@ -648,7 +648,7 @@ class PrefillPasses:
                 "states_ptr": self.scratch["states"],
             },
             {
-                "PARTS": parts,
+                "SLICES": slices,
                 "SLICE": tuning.state_slice,
                 "PAGE": layer.params.page_size,
                 "TILE": layer.fold_tile,

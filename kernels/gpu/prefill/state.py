@@ -44,7 +44,7 @@ def prefill_state_kernel(
     STAMP_WORD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BODY: tl.constexpr,
-    PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -56,11 +56,11 @@ def prefill_state_kernel(
     KEEP_Z: tl.constexpr,  # whether states are put aside with their z
     DEPENDENT: tl.constexpr,
 ):
-    """Grid (PARTS, G, runs)."""
+    """Grid (SLICES, G, runs)."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    part = tl.program_id(0)
+    slice_index = tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     run = tl.program_id(2)
@@ -75,7 +75,7 @@ def prefill_state_kernel(
     dtype = kv_ptr.dtype.element_ty
     state = state_ptr + head * block_head_stride
     # `regression` has a constant feature behind those of the key: its row of S is the sum of the values.
-    feature = part * SLICE + tl.arange(0, SLICE)
+    feature = slice_index * SLICE + tl.arange(0, SLICE)
     in_slice = feature < S_ROWS
     of_key = feature < D
     column = tl.arange(0, DP)
@@ -129,7 +129,7 @@ def prefill_state_kernel(
         tl.store(s_rows, s, mask=in_slice[:, None] & in_head[None, :])
         tl.store(z_row, z, mask=of_key)
         write_headers(
-            arrivals_ptr + run * num_heads + head, PARTS, kv_int_ptr, state_int_ptr, pages, blocks, head, target,
+            arrivals_ptr + run * num_heads + head, SLICES, kv_int_ptr, state_int_ptr, pages, blocks, head, target,
             int_page_stride, int_head_stride, block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
         )  # fmt: skip
 
@@ -179,7 +179,7 @@ def fold_pages_kernel(
     STAMP_WORD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BODY: tl.constexpr,
-    PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -190,12 +190,12 @@ def fold_pages_kernel(
     LINEAR: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Grid (PARTS, G, items). The sums of a row's only split go to the state at once."""
+    """Grid (SLICES, G, items). The sums of a row's only split go to the state at once."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         # Behind the wait: `fold_sum_kernel` knows that everything but this launch has ended.
         tl.extra.cuda.gdc_launch_dependents()
-    part = tl.program_id(0)
+    slice_index = tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     fold = tl.load(items_ptr + tl.program_id(2) * 2)
@@ -207,7 +207,7 @@ def fold_pages_kernel(
     pages = block_table_ptr + row * block_table_stride
     blocks = state_table_ptr + row * state_table_stride
     dtype = kv_ptr.dtype.element_ty
-    feature = part * SLICE + tl.arange(0, SLICE)
+    feature = slice_index * SLICE + tl.arange(0, SLICE)
     of_key = feature < D
     column = tl.arange(0, DP)
     in_head = column < D
@@ -244,7 +244,7 @@ def fold_pages_kernel(
     z = tl.max(sums_k, axis=1)  # [SLICE]
     sum_v = tl.max(sums_v, axis=0)  # [DP]
     of_s = of_key[:, None] & in_head[None, :]
-    of_v = column < tl.where(part == 0, D, 0)
+    of_v = column < tl.where(slice_index == 0, D, 0)
     if splits == 1:
         if covered < target:
             state = state_ptr + head * block_head_stride
@@ -255,7 +255,7 @@ def fold_pages_kernel(
                 v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
                 _add_to_rows(state + v_block * block_stride + (1 + D % BODY) * D + column, sum_v, of_v, covered)
             write_headers(
-                arrivals_ptr + fold * num_heads + head, PARTS, kv_int_ptr, state_int_ptr, pages, blocks, head, target,
+                arrivals_ptr + fold * num_heads + head, SLICES, kv_int_ptr, state_int_ptr, pages, blocks, head, target,
                 int_page_stride, int_head_stride, block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
             )  # fmt: skip
     elif begin < end:
@@ -286,15 +286,15 @@ def fold_sum_kernel(
     STAMP_WORD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     BODY: tl.constexpr,
-    PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     S_ROWS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Grid (PARTS, G, folds). Rows of one split are left alone."""
-    part = tl.program_id(0)
+    """Grid (SLICES, G, folds). Rows of one split are left alone."""
+    slice_index = tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     fold = tl.program_id(2)
@@ -313,7 +313,7 @@ def fold_sum_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if (covered < target) & (splits > 1):
-        feature = part * SLICE + tl.arange(0, SLICE)
+        feature = slice_index * SLICE + tl.arange(0, SLICE)
         in_slice = feature < S_ROWS
         of_key = feature < D
         column = tl.arange(0, DP)
@@ -334,6 +334,6 @@ def fold_sum_kernel(
             s, z, state, blocks, feature, in_slice, of_key, column, block_stride, covered, D, BODY, S_ROWS,
         )  # fmt: skip
         write_headers(
-            arrivals_ptr + fold * num_heads + head, PARTS, kv_int_ptr, state_int_ptr, pages, blocks, head, target,
+            arrivals_ptr + fold * num_heads + head, SLICES, kv_int_ptr, state_int_ptr, pages, blocks, head, target,
             int_page_stride, int_head_stride, block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
         )  # fmt: skip
