@@ -32,6 +32,8 @@ pytestmark = pytest.mark.engine
         ({"layer_budgets": {"1": 512}, "dense_layers": [1]}, {}, "both name layer 1: take it out of one of them"),
         ({"dense_layers": [3]}, {}, "names layer 3, which is no layer of full attention in this model: choose"),
         ({"dense_layers": [0, 1, 2]}, {}, "dense_layers names all layers: remove --attention-backend spla"),
+        ({"fine_block_size": 16, "budget": 128}, {}, r"no kernels that select in two levels .*: set it to 0"),
+        ({"fine_block_size": 24, "budget": 128}, {}, "fine_block_size must divide the selection blocks of 32 tokens"),
         ({"executor": "cutlass"}, {}, "unknown SPLA executor 'cutlass': choose one of spla, flashinfer"),
         ({"executor": "flashinfer"}, {}, "SPLA option executor 'flashinfer' needs a CUDA GPU: leave it at 'spla'"),
         ({}, {"block_size": 8}, "SPLA needs pages of a multiple of 16 tokens, not 8: set --block-size 64"),
