@@ -95,10 +95,11 @@ class CpuPagedSpla(TorchPagedSpla):
             self._rule = (
                 compiled.SELECTORS.index(params.selector),
                 params.budget_blocks,
+                params.candidate_factor * params.budget_blocks if params.fine_block else 0,
                 params.first_blocks,
                 params.last_blocks,
             )
-        self._sizes = params.page_size, params.selection_block
+        self._sizes = params.page_size, params.selection_block, params.attended_block
         formats = self.page_layout.formats or ()
         parts = [(compiled.FORMATS.index(kind), size) for kind, size in formats]
         self._formats = np.array(parts, np.int64).reshape(-1, 2)

@@ -48,6 +48,8 @@ class TokenResult:
             complete block is selected, where the residual is `none` and under `double_rmsnorm`, which uses no mass.
         group_scores: The log-domain score by which a group ranks the complete selection blocks `[G,
             num_complete_blocks]`.
+        fine_scores: With two levels, that by which it ranks fine blocks, by id, for each kv head: of the candidates'
+            complete pages; empty with one level, or where everything fits into the budget.
     """
 
     output: Tensor
@@ -57,6 +59,7 @@ class TokenResult:
     tail: Tensor
     log_tail_mass: Tensor
     group_scores: Tensor
+    fine_scores: list[dict[int, Tensor]]
 
 
 # Statistics of a block (docs/design.md, 5)
@@ -324,7 +327,9 @@ def choose(scores: Mapping[int, Tensor], forced: list[int], budget: int, top_p: 
     return sorted(forced + chosen)
 
 
-def select_fine_blocks(q: Tensor, k: Tensor, group_scores: Tensor, params: SplaParameters) -> list[int]:
+def select_fine_blocks(
+    q: Tensor, k: Tensor, group_scores: Tensor, params: SplaParameters
+) -> tuple[list[int], dict[int, Tensor]]:
     """Fine blocks that a group attends to exactly, for the last token of a sequence, in two levels.
 
     The candidates are the selection blocks that one level with `candidate_factor` times the budget selects. Among their
@@ -338,13 +343,13 @@ def select_fine_blocks(q: Tensor, k: Tensor, group_scores: Tensor, params: SplaP
         params: Parameters, with a `fine_block`.
 
     Returns:
-        Sorted ids of fine blocks, forced ones included.
+        Sorted ids of fine blocks, forced ones included, and the scores of those that were ranked, by id.
     """
     f, position = params.fine_block, len(k) - 1
     per_block = params.selection_block // f
     num_fine, budget = position // f + 1, params.budget_blocks * per_block
     if budget >= num_fine:
-        return list(range(num_fine))
+        return list(range(num_fine)), {}
 
     coarse = replace(params, budget_blocks=params.candidate_factor * params.budget_blocks, top_p=None)
     candidates = [
@@ -361,7 +366,8 @@ def select_fine_blocks(q: Tensor, k: Tensor, group_scores: Tensor, params: SplaP
         for fine in range(block * per_block, (block + 1) * per_block)
         if fine < num_fine  # the current block may not be full
     ]
-    return choose(dict(zip(candidates, shared, strict=True)), forced, budget, params.top_p)
+    scores = dict(zip(candidates, shared, strict=True))
+    return choose(scores, forced, budget, params.top_p), scores
 
 
 def tokens_of(blocks: Sequence[int], length: int, block_size: int) -> list[int]:
@@ -503,6 +509,7 @@ def spla_token(
     log_tail_mass = torch.full((num_heads,), -math.inf, dtype=q.dtype)
     group_scores = torch.zeros(num_kv_heads, num_complete, dtype=q.dtype)
     selected: list[list[int]] = []
+    fine_scores: list[dict[int, Tensor]] = [{} for _ in range(num_kv_heads)]
 
     for g in range(num_kv_heads):
         heads = range(g * group, (g + 1) * group)
@@ -512,7 +519,8 @@ def spla_token(
         ).reshape(group, num_complete)
         group_scores[g] = share_in_group(scores)
         if params.fine_block:
-            blocks = select_fine_blocks(q[heads.start : heads.stop], k[:, g], group_scores[g], params)
+            of_group = q[heads.start : heads.stop]
+            blocks, fine_scores[g] = select_fine_blocks(of_group, k[:, g], group_scores[g], params)
         else:
             blocks = select_blocks(group_scores[g], position, params)
         selected.append(blocks)
@@ -550,7 +558,7 @@ def spla_token(
             exact_weight, tail_weight = norm_weights if norm_weights is not None else (torch.ones_like(q),) * 2
             output[h] = rms_norm(exact[h], exact_weight[h], params.rms_norm_eps)
             output[h] += rms_norm(tail[h], tail_weight[h], params.rms_norm_eps)
-    return TokenResult(output, selected, exact, lse, tail, log_tail_mass, group_scores)
+    return TokenResult(output, selected, exact, lse, tail, log_tail_mass, group_scores, fine_scores)
 
 
 def spla_sequence(

@@ -21,5 +21,5 @@ class ReadStatistics:
             op = getattr(getattr(layer, "impl", None), "op", None)
             blocks_read = getattr(op, "blocks_read", None)
             if op is not None and blocks_read is not None:
-                pages.append(float(blocks_read.mean()) / op.params.blocks_per_page)
+                pages.append(float(blocks_read.mean()) * op.params.attended_block / op.params.page_size)
         return sum(pages) / len(pages) if pages else None
