@@ -189,11 +189,6 @@ def check_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
 
     from ..kernels import dispatch
 
-    if options.fine_block_size:
-        raise ValueError(
-            "SPLA has no kernels that select in two levels (the option fine_block_size), which training and spla-eval "
-            "--through transformers compute: set it to 0"
-        )
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     if not current_platform.is_cuda():
         dispatch.check_cpu(options.executor)
