@@ -100,8 +100,8 @@ class PagedAttention(Protocol[PlanT]):
         """Bytes that the layer keeps between its launches; layers of one geometry share them."""
 
     @property
-    def blocks_read(self) -> NDArray[np.int32] | None:
-        """`[rows, kv_heads]`, selection blocks that the exact part of the last decode rows read; None where the
+    def tokens_read(self) -> NDArray[np.int32] | None:
+        """`[rows, kv_heads]`, tokens of the blocks that the exact part of the last decode rows read; None where the
         kernels do not count."""
 
     @property

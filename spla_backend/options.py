@@ -25,6 +25,9 @@ class SplaOptions:
             element; the built-in selectors have both.
         top_p: Stop selecting once this share of the estimated attention mass is covered; None spends the budget.
         selection_block_size: Tokens a selection block; None means 64, or the page where that is smaller.
+        fine_block_size: Tokens a block of the fine level, where selection has two (`algorithm/two_level.py`); 0: one
+            level.
+        candidates: What the fine level chooses among, in budgets.
         first_blocks: Leading blocks always selected (attention sink).
         last_blocks: Trailing blocks always selected, the current one included.
         residual: What stands for the pages that are not selected: `regression`, `linear` (the paper's) or `none`.
@@ -46,6 +49,8 @@ class SplaOptions:
     statistics_dtype: str = "auto"
     top_p: float | None = None
     selection_block_size: int | None = None
+    fine_block_size: int = 0
+    candidates: int = 4
     first_blocks: int = 1
     last_blocks: int = 2
     residual: str = "regression"
@@ -107,6 +112,12 @@ class SplaOptions:
                 raise ValueError(
                     f"SPLA option selection_block_size must be a multiple of 16, not {self.selection_block_size}"
                 )
+        self._check_integer("fine_block_size", 0)
+        if self.fine_block_size % 8:
+            raise ValueError(
+                f"SPLA option fine_block_size must be a multiple of 8, or 0 for one level, not {self.fine_block_size}"
+            )
+        self._check_integer("candidates", 2)
         check_parameters_file(self.parameters_file)
         layers = self.dense_layers
         if not isinstance(layers, tuple) or any(type(i) is not int or i < 0 for i in layers):
@@ -211,6 +222,11 @@ class SplaOptions:
                 f"SPLA selection blocks of {block} tokens do not divide pages of {page_size}: set --block-size to a "
                 f"multiple of {block} or the option selection_block_size to a divisor of {page_size}"
             )
+        if self.fine_block_size and block % self.fine_block_size:
+            raise ValueError(
+                f"SPLA option fine_block_size must divide the selection blocks of {block} tokens, not be "
+                f"{self.fine_block_size}: set it to 16, or to 0 for one level"
+            )
         if self.statistics_dtype == "fp8" and self.selector == "km2-rem" and block > MAX_COUNT:
             raise ValueError(
                 f"SPLA selector 'km2-rem' counts up to {MAX_COUNT} tokens with statistics_dtype 'fp8', and its blocks "
@@ -224,6 +240,8 @@ class SplaOptions:
             last_blocks=self.last_blocks,
             selector=self.selector,
             statistics_dtype=self.statistics_dtype,
+            fine_block=self.fine_block_size,
+            candidate_factor=self.candidates,
             top_p=self.top_p,
             residual=self.residual,
             feature_map=self.feature_map,

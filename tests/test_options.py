@@ -21,6 +21,19 @@ def test_statistics_dtype():
     assert params.statistics_dtype == "fp8" and page.statistics_bytes == 128
 
 
+def test_two_levels():
+    options = SplaOptions.from_sources({"budget": 1024, "fine_block_size": 16, "layer_budgets": {"1": 512}})
+    params = options.parameters(64)
+    assert (params.fine_block, params.candidate_factor, params.attended_block) == (16, 4, 16)
+    assert options.parameters(64, 1).budget_tokens == 512
+    assert SplaOptions.from_sources({"fine_block_size": 0}, {"fine_block_size": 16}).parameters(64).attended_block == 64
+    for wrong in ({"fine_block_size": 12}, {"fine_block_size": -16}, {"candidates": 1}, {"candidates": 2.5}):
+        with pytest.raises(ValueError, match=r"fine_block_size must be|candidates must be an integer of at least 2"):
+            SplaOptions.from_sources(wrong)
+    with pytest.raises(ValueError, match=r"fine_block_size must divide .* of 64 tokens, not be 24: set it to 16, or"):
+        SplaOptions.from_sources({"fine_block_size": 24}).parameters(64)
+
+
 def test_a_selector_without_formats(monkeypatch):
     class Mine(MeanSelector):
         name = "mine"

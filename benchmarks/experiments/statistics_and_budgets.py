@@ -255,7 +255,7 @@ def sparse(of_layers: Sequence[Sequence[SplaParameters]], counts: list[float]) -
                 which = torch.arange(0, length, 64)
                 positions = total - length + which
                 statistics = get_selector(params.selector).statistics(k.unflatten(1, (-1, PAGE)))
-                rest = unselected_blocks(q[some][:, :, which], statistics, positions, params)
+                rest = unselected_blocks(q[some][:, :, which], k, statistics, positions, params)
                 counts.extend((positions // PAGE + 1 - rest.sum(-1)).float().mean(-1).tolist())
         return torch.cat(outputs)
 

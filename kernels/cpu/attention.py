@@ -95,10 +95,11 @@ class CpuAttention(VectorisedAttention):
             self._rule = (
                 compiled.SELECTORS.index(params.selector),
                 params.budget_blocks,
+                params.candidate_factor * params.budget_blocks if params.fine_block else 0,
                 params.first_blocks,
                 params.last_blocks,
             )
-        self._sizes = params.page_size, params.selection_block
+        self._sizes = params.page_size, params.selection_block, params.attended_block
         formats = self.page_layout.formats or ()
         parts = [(compiled.FORMATS.index(kind), size) for kind, size in formats]
         self._formats = np.array(parts, np.int64).reshape(-1, 2)
@@ -195,7 +196,8 @@ class CpuAttention(VectorisedAttention):
             if self.residual is not None and tokens.sparse:
                 assert state_cache is not None and state_table is not None
                 bodies = self._stored_bodies(tokens, state_cache, state_table)
-            self.blocks_read = self._attend(tokens, query, kv_cache, plan.block_table, bodies, output)
+            num_read = self._attend(tokens, query, kv_cache, plan.block_table, bodies, output)
+            self.tokens_read = self.params.attended_block * num_read
         for row in plan.prefill:
             if row.dense_end > row.start:
                 self._dense(row, query, kv_cache, output)

@@ -2,7 +2,8 @@
 over tokens and kv heads (docs/design.md, 1 to 4).
 
 A decode step of a layer is a few hundred microseconds of arithmetic, of which a chain of tensor operations would spend
-most on calls and copies. Here every selected key and value is read once, from the page where it lies.
+most on calls and copies. Here every selected key and value is read once, from the page where it lies; with two levels
+every key of the candidates, whose logits choose among them and are then those of the selected.
 
 The cache arrives as a flat array whose dtype stands for what it holds: uint16 for bfloat16, int16 for float16, float32
 for itself; where statistics are stored in bytes, it comes as uint8, too. All arithmetic is float32. Built-in selectors
@@ -311,22 +312,22 @@ def _select(shared, forced, num_free, mass_wanted, chosen):
 
 
 @njit(fastmath=_FAST, error_model="numpy")
-def _log_mass(linear, variance, chosen):
-    """Log mass of the blocks that were not chosen, `linear` and `variance` `[clusters, blocks]` of one head:
-    `exp(linear) (1 + variance / 2)` summed."""
+def _log_mass(linear, variance, rest):
+    """Log mass of the rest, of which there are the shares `rest [blocks]` of blocks, from `linear` and `variance`
+    `[clusters, blocks]` of one head: `rest exp(linear) (1 + variance / 2)` summed."""
     clusters, blocks = linear.shape
     peak = np.float32(-np.inf)
     for c in range(clusters):
         for i in range(blocks):
-            if not chosen[i]:
+            if rest[i] > 0:
                 peak = max(peak, linear[c, i])
     if peak == -np.inf:
         return peak
     total = np.float32(0)
     for c in range(clusters):
         for i in range(blocks):
-            if not chosen[i] and linear[c, i] > -np.inf:
-                total += _exp(linear[c, i] - peak) * (np.float32(1) + np.float32(0.5) * variance[c, i])
+            if rest[i] > 0 and linear[c, i] > -np.inf:
+                total += rest[i] * _exp(linear[c, i] - peak) * (np.float32(1) + np.float32(0.5) * variance[c, i])
     return peak + np.float32(math.log(total))
 
 
@@ -409,6 +410,31 @@ def _exponentiate(x):
 
 
 @njit(fastmath=_FAST, error_model="numpy")
+def _choose_fine(logits, fine, forced, num_free, mass_wanted):
+    """The fine blocks of candidates to attend to.
+
+    Args:
+        logits: `[group, tokens]` of whole candidates, side by side.
+        fine: Tokens a fine block.
+        forced: `[tokens // fine]` bool.
+        num_free: As in `_select`.
+        mass_wanted: As in `_select`.
+
+    Returns:
+        `[tokens // fine]` bool, the forced ones included.
+    """
+    group, num_fine = logits.shape[0], forced.shape[0]
+    score = np.empty((group, num_fine), np.float32)
+    for h in range(group):
+        for i in range(num_fine):
+            score[h, i] = _logsumexp(logits[h, i * fine : (i + 1) * fine])
+    shared, chosen = np.empty(num_fine, np.float32), np.empty(num_fine, np.bool_)
+    _share(score, shared)
+    _select(shared, forced, num_free, mass_wanted, chosen)
+    return chosen
+
+
+@njit(fastmath=_FAST, error_model="numpy")
 def _attend_one(
     token,
     kv_head,
@@ -435,8 +461,8 @@ def _attend_one(
 ):
     """One query token of one kv head; the other arguments as in `attend`."""
     heads, d = query.shape[1:]
-    page_size, block = sizes
-    selector, budget, first_blocks, last_blocks = rule
+    page_size, block, fine = sizes
+    selector, budget, candidates, first_blocks, last_blocks = rule
     page_step, head_step, row_step = steps
     state_step, together = state_steps
     group = heads // num_read.shape[1]
@@ -452,35 +478,36 @@ def _attend_one(
             q2[h, e] = q[h, e] * q[h, e]
     sparse = current + 1 > budget
     tail = sparse and state_starts.shape[1] > 0
+    two_levels = sparse and candidates > 0
+    least = candidates if two_levels else budget  # blocks that statistics choose: to attend to, or to choose among
+    clusters = 2 if selector == _KM2_REM else 1
+    num_scored = num_complete if current + 1 > least or tail else 0
+    linear = np.empty((clusters, group, num_scored), np.float32)
+    variance = np.empty((clusters, group, num_scored), np.float32)
 
     chosen = np.ones(num_complete, np.bool_)
-    log_mass = np.empty(group, np.float32)
-    if sparse:
+    forced = np.empty(num_complete, np.bool_)
+    num_forced = 0
+    for i in range(num_complete):
+        forced[i] = i < first_blocks or i > current - last_blocks
+        num_forced += forced[i]
+    if num_scored > 0:
         score = np.empty((group, num_complete), np.float32)
-        clusters = 2 if selector == _KM2_REM else 1
-        linear = np.empty((clusters, group, num_complete), np.float32)
-        variance = np.empty((clusters, group, num_complete), np.float32)
         first, from_page, from_head, stride = area
         start, each = first + kv_head * from_head, (per_page, stride)
         _score(selector, q, q2, stored, formats, pages, from_page, start, each, block, score, linear, variance)
-        shared = np.empty(num_complete, np.float32)
-        _share(score, shared)
-        forced = np.empty(num_complete, np.bool_)
-        num_forced = 0
-        for i in range(num_complete):
-            forced[i] = i < first_blocks or i > current - last_blocks
-            num_forced += forced[i]
-        free = budget - (current + 1 - num_complete) - num_forced
-        _select(shared, forced, free, mass_wanted * group, chosen)
-        if tail:
-            for h in range(group):
-                log_mass[h] = _log_mass(linear[:, h], variance[:, h], chosen)
+        if current + 1 > least:
+            shared = np.empty(num_complete, np.float32)
+            _share(score, shared)
+            free = least - (current + 1 - num_complete) - num_forced
+            _select(shared, forced, free, np.inf if two_levels else mass_wanted * group, chosen)
 
     num_chosen = 0
     for i in range(num_complete):
         num_chosen += chosen[i]
     num_blocks = num_chosen + current + 1 - num_complete
-    num_read[token, kv_head] = num_blocks
+    num_read[token, kv_head] = num_blocks if candidates == 0 else position // fine + 1
+    ids = np.empty(num_blocks, np.int64)
     starts = np.empty(num_blocks, np.int64)
     lengths = np.full(num_blocks, block)
     lengths[-1] = position % block + 1
@@ -488,14 +515,64 @@ def _attend_one(
     for i in range(current + 1):
         if i >= num_complete or chosen[i]:
             page = np.int64(pages[i // per_page])
+            ids[n] = i
             starts[n] = page * page_step + kv_head * head_step + i % per_page * block * row_step
             n += 1
-
     num_tokens = (num_blocks - 1) * block + lengths[-1]
     complete_tokens = num_chosen * block
+
     # The group's softmax; then, for what the state has to lose, the logits themselves and ones.
-    weights = np.empty((2 * group + 1 if tail else group, num_tokens), np.float32)
-    _logits(q, cache, starts, lengths, row_step, weights)
+    num_weights = 2 * group + 1 if tail else group
+    rest = np.full(num_complete, block)  # tokens of each block that are not attended to
+    if two_levels:
+        logits = np.empty((group, num_tokens), np.float32)
+        _logits(q, cache, starts, lengths, row_step, logits)
+        per_block = block // fine
+        forced_fine = np.empty(num_chosen * per_block, np.bool_)
+        for i in range(forced_fine.shape[0]):
+            forced_fine[i] = forced[ids[i // per_block]]
+        in_current_page = position // fine + 1 - num_complete * per_block
+        free = budget * per_block - in_current_page - num_forced * per_block
+        chosen_fine = _choose_fine(logits[:, :complete_tokens], fine, forced_fine, free, mass_wanted * group)
+        num_fine = 0
+        for i in range(chosen_fine.shape[0]):
+            num_fine += chosen_fine[i]
+        num_read[token, kv_head] = num_fine + in_current_page
+        num_current = num_blocks - num_chosen
+        current_tokens = num_tokens - complete_tokens
+        weights = np.empty((num_weights, num_fine * fine + current_tokens), np.float32)
+        fine_starts = np.empty(num_fine + num_current, np.int64)
+        fine_lengths = np.full(num_fine + num_current, fine)
+        n = 0
+        for i in range(chosen_fine.shape[0]):
+            if chosen_fine[i]:
+                of = i // per_block
+                fine_starts[n] = starts[of] + i % per_block * fine * row_step
+                rest[ids[of]] -= fine
+                for h in range(group):
+                    for t in range(fine):
+                        weights[h, n * fine + t] = logits[h, i * fine + t]
+                n += 1
+        for i in range(num_current):
+            fine_starts[n + i], fine_lengths[n + i] = starts[num_chosen + i], lengths[num_chosen + i]
+        for h in range(group):
+            for t in range(current_tokens):
+                weights[h, n * fine + t] = logits[h, complete_tokens + t]
+        starts, lengths, num_chosen, complete_tokens = fine_starts, fine_lengths, num_fine, num_fine * fine
+    else:
+        weights = np.empty((num_weights, num_tokens), np.float32)
+        _logits(q, cache, starts, lengths, row_step, weights)
+        for i in range(num_complete):
+            if chosen[i]:
+                rest[i] = 0
+
+    log_mass = np.empty(group, np.float32)
+    if tail:
+        share_of_block = np.empty(num_complete, np.float32)
+        for i in range(num_complete):
+            share_of_block[i] = np.float32(rest[i]) / np.float32(block)
+        for h in range(group):
+            log_mass[h] = _log_mass(linear[:, h], variance[:, h], share_of_block)
     lse = np.empty(group, np.float32)
     total = np.empty(group, np.float32)
     read_qk = np.zeros(group, np.float32)
@@ -512,7 +589,7 @@ def _attend_one(
     _sum_values(weights, 0, cache, starts[:num_chosen], lengths, d, row_step, sums)
     _sum_values(weights[:group], complete_tokens, cache, starts[num_chosen:], lengths[num_chosen:], d, row_step, sums)
 
-    num_rest = (num_complete - num_chosen) * block
+    num_rest = num_complete * block - complete_tokens
     body = np.empty((d + 2 if tail else 0, d), np.float32)
     for r in range(body.shape[0]):
         start = state_starts[token, r // together] + kv_head * state_step + r % together * d
@@ -582,8 +659,9 @@ def attend(
         positions: `[tokens]` int64.
         rows: `[tokens]` int64, rows of `table`.
         table: `[rows, pages]` int, page ids.
-        sizes: `(page size, selection block)`.
-        rule: `(selector, budget in blocks, first blocks, last blocks)`.
+        sizes: `(page size, selection block, fine block)`; the last is not read where there is one level.
+        rule: `(selector, budget in selection blocks, candidates likewise or 0 for one level, first blocks, last
+            blocks)`.
         mass_wanted: Share of the mass at which selection stops; infinite where the budget alone counts.
         state: Flat float32 array with the bodies of the regression residual's states.
         state_steps: Elements from kv head to kv head, and body rows that stand together in a block.
@@ -592,7 +670,7 @@ def attend(
         residual_scale: Factor on the covariance.
         log_gain: `[heads]` float32, log of the weight of the tail.
         output: Output `[tokens, heads, head_size]` float32.
-        num_read: Output `[tokens, kv_heads]` int32, selection blocks attended to.
+        num_read: Output `[tokens, kv_heads]` int32, blocks attended to: fine ones with two levels.
     """
     kv_heads = num_read.shape[1]
     for request in prange(query.shape[0] * kv_heads):

@@ -34,6 +34,7 @@ from ...algorithm.parameters import SplaParameters
 from ...algorithm.residual import Reading, make_residual
 from ...algorithm.selection import forced_blocks, group_scores, select_blocks
 from ...algorithm.selectors import get_selector
+from ...algorithm.two_level import coarse_parameters, fine_scores, forced_fine_blocks, select_fine_blocks
 from ..interface import Layer, Plan, Step
 from ..layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, layouts
 
@@ -54,8 +55,10 @@ class Tile:
     positions: torch.Tensor  # [rows, tokens] int64
     pages: NDArray[np.int64]  # [rows, pages], ids of the complete pages, 0 where a row has fewer
     complete: torch.Tensor | None  # [rows, num_blocks] bool; None where all are
-    forced: torch.Tensor  # [rows, tokens, num_blocks] bool
+    forced: torch.Tensor  # [rows, tokens, num_blocks] bool; with two levels what is forced to be a candidate
     num_free: torch.Tensor | int  # [rows, tokens] int64; an int where all are the same
+    fine: tuple[torch.Tensor, torch.Tensor] | None  # with two levels, see `forced_fine_blocks`
+    choosing: bool  # some block may be left out of what the statistics choose
     complete_tokens: torch.Tensor  # [requests, 1] float32, tokens of complete pages
     num_rest: torch.Tensor | None  # [requests, tokens * group] float32, tokens left out; None if top-p decides
     sparse: bool  # some block may be left out
@@ -132,6 +135,14 @@ def _gather(
     return slices.index_select(0, torch.from_numpy(np.asarray(start).reshape(-1)))
 
 
+def _places(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where `chosen [n, blocks]` is true, and which of these places exist, `[n, places]` each, as many as the most that
+    are chosen: a row with fewer names one of its own again instead of a block that it did not choose."""
+    places = torch.sort(chosen.int(), dim=-1, descending=True, stable=True).indices[:, : int(chosen.sum(-1).max())]
+    exists = chosen.gather(-1, places)
+    return torch.where(exists, places, places[:, :1]), exists
+
+
 class VectorisedAttention:
     """`PagedAttention` of one layer on a CPU.
 
@@ -145,7 +156,8 @@ class VectorisedAttention:
 
     def __init__(self, params: SplaParameters, layer: Layer, prefill_dense_below: int = 0) -> None:
         self.params = params
-        self.prefill_dense_below = max(prefill_dense_below, params.budget_blocks * params.selection_block)
+        self._coarse = coarse_parameters(params) if params.fine_block else params  # what statistics choose
+        self.prefill_dense_below = max(prefill_dense_below, params.budget_tokens)
         self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
         self.group = layer.num_heads // layer.num_kv_heads
         self.scale = layer.scale
@@ -162,7 +174,7 @@ class VectorisedAttention:
         self._head = np.arange(layer.num_kv_heads)[:, None]
         self._salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
         self._counter = 0
-        self.blocks_read: NDArray[np.int32] | None = None
+        self.tokens_read: NDArray[np.int32] | None = None
 
     # Writing ----------------------------------------------------------------------------------------------------
 
@@ -199,7 +211,9 @@ class VectorisedAttention:
     @property
     def plan_key(self) -> Hashable:
         """See `PagedAttention.plan_key`."""
-        return self.params.budget_blocks, self.params.top_p, self.params.residual, self.params.combine
+        params = self.params
+        levels = params.fine_block, params.candidate_factor
+        return params.budget_blocks, *levels, params.top_p, params.residual, params.combine
 
     def plan(self, step: Step) -> CpuPlan:
         """See `PagedAttention.plan`. Everything is on the host: rows of one query token are decode rows wherever they
@@ -208,7 +222,7 @@ class VectorisedAttention:
         query_lens = [b - a for a, b in pairwise(starts)]
         table = step.block_table.long()
         params = self.params
-        budget_tokens = params.budget_blocks * params.selection_block
+        budget_tokens = params.budget_tokens
         decode_rows, prefill, targets = [], [], []
         for row, (query_len, seq_len) in enumerate(zip(query_lens, lens, strict=False)):
             if query_len == 0 or seq_len == 0:
@@ -227,8 +241,7 @@ class VectorisedAttention:
     ) -> list["DecodeRows"]:
         # Rows of much the same length go together: a short one is padded to the longest.
         batch_rows = sorted(batch_rows, key=lambda row: lens[row])
-        budget_tokens = self.params.budget_blocks * self.params.selection_block
-        at_once = max(1, _DECODE_ELEMENTS // (budget_tokens * self.num_kv_heads * 2 * self.head_size))
+        at_once = max(1, _DECODE_ELEMENTS // (self._coarse.budget_tokens * self.num_kv_heads * 2 * self.head_size))
         return [
             self._plan_decode(batch_rows[first : first + at_once], starts, lens, table)
             for first in range(0, len(batch_rows), at_once)
@@ -260,7 +273,7 @@ class VectorisedAttention:
         num_current = page_table.in_current_page.sum(-1).flatten()
         slots = None
         if page_table.indptr is not None:
-            slots = pad_slots(page_table.indptr, page_table.last_page_len, num_current, params.selection_block)
+            slots = pad_slots(page_table.indptr, page_table.last_page_len, num_current, params.attended_block)
         return DecodeRows(tile, page_table, num_current, slots)
 
     def _plan_prefill(self, row: int, first_token: int, start: int, end: int, table: torch.Tensor) -> PrefillRow:
@@ -291,12 +304,17 @@ class VectorisedAttention:
         num_complete = num_pages * params.blocks_per_page
         block = torch.arange(width * params.blocks_per_page)
         complete = block < num_complete[:, None]  # [rows, num_blocks]
-        forced, num_free, sparse = forced_blocks(positions, complete, params)
+        forced, num_free, choosing = forced_blocks(positions, complete, self._coarse)
+        fine = forced_fine_blocks(positions, complete, params) if params.fine_block else None
+        sparse = positions >= params.budget_tokens
         complete_tokens = (num_pages * params.page_size).float()[:, None].repeat_interleave(self.num_kv_heads, 0)
         num_rest = None
         if params.top_p is None:
-            left_out = num_complete[:, None] - forced.sum(-1) - num_free  # [rows, tokens]
-            num_rest = (left_out * params.selection_block).float()
+            all_forced, all_free = fine or (forced, num_free)
+            selected = (
+                all_forced.sum(-1) + all_free
+            ) * params.attended_block  # tokens of complete pages [rows, tokens]
+            num_rest = (num_complete[:, None] * params.selection_block - selected).float()
             num_rest = num_rest.repeat_interleave(self.num_kv_heads, 0).repeat_interleave(self.group, 1)
         return Tile(
             rows.numpy(),
@@ -307,6 +325,8 @@ class VectorisedAttention:
             None if bool(complete.all()) else complete,
             forced,
             int(num_free[0, 0]) if bool((num_free == num_free[0, 0]).all()) else num_free,
+            fine,
+            bool(choosing.any()),
             complete_tokens,
             num_rest,
             bool(sparse.any()),
@@ -360,23 +380,56 @@ class VectorisedAttention:
         return layout.load(area).view(-1, num_blocks, layout.statistics_width)
 
     def select(self, tile: Tile, q: torch.Tensor, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Selected complete blocks `[rows, kv_heads, tokens, num_blocks]` and the log mass of the others
+        """Selected complete blocks `[rows, kv_heads, tokens, num_attended]` and the log mass of the rest
         `[requests, tokens * group]` (None where nothing asks for it)."""
+        params = self.params
         if not tile.sparse:
-            return tile.forced[:, None].expand(-1, self.num_kv_heads, -1, -1), None
-        statistics = self._statistics(kv_cache, tile)
-        mass = None
-        if self.residual is not None and self.params.combine == "shared_normalizer":
-            scores, mass = self.selector.score_and_mass(q, statistics, self.params.selection_block)
-        else:
-            scores = self.selector.score(q, statistics, self.params.selection_block)
-        shape = (-1, self.num_kv_heads, tile.num_tokens, self.group, scores.shape[-1])
-        grouped = group_scores(scores.view(shape), tile.complete)
-        selected = select_blocks(grouped, tile.forced, tile.num_free, self.group, self.params.top_p)
+            forced = tile.forced if tile.fine is None else tile.fine[0]
+            return forced[:, None].expand(-1, self.num_kv_heads, -1, -1), None
+        scores = mass = None
+        if self.residual is not None and params.combine == "shared_normalizer":
+            scores, mass = self.selector.score_and_mass(q, self._statistics(kv_cache, tile), params.selection_block)
+        elif tile.choosing:
+            scores = self.selector.score(q, self._statistics(kv_cache, tile), params.selection_block)
+        by_head = (-1, self.num_kv_heads, tile.num_tokens, self.group, tile.forced.shape[-1])
+        selected = tile.forced[:, None].expand(-1, self.num_kv_heads, -1, -1)
+        if tile.choosing:
+            assert scores is not None
+            grouped = group_scores(scores.view(by_head), tile.complete)
+            selected = select_blocks(grouped, tile.forced, tile.num_free, self.group, self._coarse.top_p)
+        if tile.fine is not None:
+            selected = self._select_fine(tile, q, kv_cache, selected)
         if mass is None:
             return selected, None
-        away = selected if tile.complete is None else selected | ~tile.complete[:, None, None]
-        return selected, mass.view(shape).masked_fill(away.unsqueeze(-2), -torch.inf).logsumexp(-1).view(q.shape[:2])
+        share = 1 - selected.unflatten(-1, (tile.forced.shape[-1], -1)).float().mean(-1)
+        if tile.complete is not None:
+            share.masked_fill_(~tile.complete[:, None, None], 0.0)
+        share = share.unsqueeze(-2)  # of each block's tokens in the rest [rows, kv_heads, tokens, 1, num_blocks]
+        of_rest = (mass.view(by_head) + share.log()).masked_fill(share <= 0, -torch.inf)
+        return selected, of_rest.logsumexp(-1).view(q.shape[:2])
+
+    def _select_fine(
+        self, tile: Tile, q: torch.Tensor, kv_cache: torch.Tensor, candidates: torch.Tensor
+    ) -> torch.Tensor:
+        """Selected fine blocks of complete pages `[rows, kv_heads, tokens, num_fine]`, by the keys of the candidates
+        `[rows, kv_heads, tokens, num_blocks]`."""
+        params, block = self.params, self.params.selection_block
+        assert tile.fine is not None
+        # Neighbouring tokens have much the same candidates: the union is read once.
+        slots, _ = _places(candidates.any(2).flatten(0, 1))  # [requests, slots]
+        page, of_page = np.divmod(slots.numpy(), params.blocks_per_page)
+        pages = np.take_along_axis(tile.pages.repeat(self.num_kv_heads, 0), page, 1)[..., None]
+        heads = np.tile(self._head, (len(tile.rows), 1))[..., None]  # [requests, 1, 1]
+        rows = of_page[..., None] * block + np.arange(block)
+        keys = _gather(kv_cache, pages, heads, rows, self.head_size).view(len(slots), -1, self.head_size)
+        scores = fine_scores(q @ keys.float().mT, params.fine_block)  # [requests, tokens * group, slots * per_block]
+        per_block = block // params.fine_block
+        where = (slots[..., None] * per_block + torch.arange(per_block)).flatten(1)[:, None].expand(scores.shape)
+        every = scores.new_full((*q.shape[:2], candidates.shape[-1] * per_block), -torch.inf).scatter_(
+            -1, where, scores
+        )
+        every = every.view(-1, self.num_kv_heads, tile.num_tokens, self.group, every.shape[-1])
+        return select_fine_blocks(every, candidates, *tile.fine, params.top_p)
 
     def _decode(
         self,
@@ -392,8 +445,8 @@ class VectorisedAttention:
         table = fill_page_table(rows.table, selected[:, :, 0])
         slots = rows.slots
         if slots is None:
-            slots = pad_slots(table.indptr, table.last_page_len, rows.num_current, self.params.selection_block)
-        self.blocks_read = table.indptr.diff().view(-1, self.num_kv_heads).numpy()
+            slots = pad_slots(table.indptr, table.last_page_len, rows.num_current, self.params.attended_block)
+        self.tokens_read = self.params.attended_block * table.indptr.diff().view(-1, self.num_kv_heads).numpy()
         keys, values = self._read_slots(kv_cache, table, slots)  # [requests, tokens, head_size]
         logits = q @ keys.mT  # [requests, group, tokens]
         weights: list[torch.Tensor] = []
@@ -410,7 +463,7 @@ class VectorisedAttention:
     def _read_slots(
         self, kv_cache: torch.Tensor, table: SparsePageTable, slots: PaddedSlots
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the slots `[requests, slots * selection_block, head_size]` float32, finite."""
+        """Keys and values of the slots `[requests, slots * attended_block, head_size]` float32, finite."""
         ids = table.indices if slots.even else table.indices[slots.where]
         kv = self._gather_blocks(kv_cache, ids.numpy()).view(*slots.visible.shape, 2 * self.head_size)
         # Behind the last token, and in the place of a missing block, stands whatever the page held before.
@@ -422,12 +475,11 @@ class VectorisedAttention:
         return keys.float(), values.float()
 
     def _gather_blocks(self, kv_cache: torch.Tensor, ids: NDArray[np.integer]) -> torch.Tensor:
-        """`[n, selection_block * 2 * head_size]` of the page-table ids `ids`, in row-major order."""
-        params = self.params
-        pages, blocks = np.divmod(ids.astype(np.int64), params.blocks_per_page)
+        """`[n, attended_block * 2 * head_size]` of the page-table ids `ids`, in row-major order."""
+        block = self.params.attended_block
+        pages, blocks = np.divmod(ids.astype(np.int64), self.params.page_size // block)
         pages, heads = np.divmod(pages, self.num_kv_heads)
-        size = params.selection_block * 2 * self.head_size
-        return _gather(kv_cache, pages, heads, blocks * params.selection_block, size)
+        return _gather(kv_cache, pages, heads, blocks * block, block * 2 * self.head_size)
 
     def _prefill(
         self,
@@ -492,19 +544,16 @@ class VectorisedAttention:
         states: States | None,
         output: torch.Tensor,
     ) -> None:
-        params, per_page, heads = self.params, self.params.blocks_per_page, self.num_kv_heads
+        params, block_size, heads = self.params, self.params.attended_block, self.num_kv_heads
+        per_page = params.page_size // block_size
         q = self.grouped(query, tile)  # [kv_heads, tokens * group, head_size]
         selected, log_mass = self.select(tile, q, kv_cache)
         # Neighbouring tokens choose much the same blocks: gather the union once, mask per token.
         union = selected[0].any(1)  # [kv_heads, num_blocks]
-        longest = int(union.sum(-1).max())
-        slots = torch.sort(union.int(), dim=-1, descending=True, stable=True).indices[:, :longest]
-        exists = union.gather(-1, slots)  # [kv_heads, slots]
-        # A head with fewer blocks reads one of its own again instead of a block that nobody selected.
-        slots = torch.where(exists, slots, slots[:, :1])
+        slots, exists = _places(union)  # [kv_heads, slots]
         page, block = np.divmod(slots.numpy(), per_page)
         ids = (tile.pages[0][page] * heads + self._head) * per_page + block
-        kv = self._gather_blocks(kv_cache, ids).view(heads, longest, params.selection_block, 2 * self.head_size)
+        kv = self._gather_blocks(kv_cache, ids).view(*slots.shape, block_size, 2 * self.head_size)
         chosen = selected[0].gather(-1, slots[:, None].expand(-1, tile.num_tokens, -1)) & exists[:, None]
         chosen = chosen.repeat_interleave(self.group, 1)  # [kv_heads, tokens * group, slots]
 
@@ -513,7 +562,7 @@ class VectorisedAttention:
         causal = torch.arange(end) <= (tile.positions[0] % params.page_size)[:, None]
         causal = causal.repeat_interleave(self.group, 0).expand(heads, -1, -1)
         keys, values = torch.cat([kv.flatten(1, 2), current], 1).unsqueeze(1).split(self.head_size, -1)
-        visible = torch.cat([chosen.repeat_interleave(params.selection_block, -1), causal], -1)
+        visible = torch.cat([chosen.repeat_interleave(block_size, -1), causal], -1)
         # The kv heads are its batch, so that a group shares its keys. It is the one torch kernel with an LSE.
         exact, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q.to(keys.dtype).unsqueeze(1),
@@ -548,7 +597,7 @@ class VectorisedAttention:
             q: `[requests, tokens * group, head_size]`.
             out: Exact part, as `q`.
             lse: `[requests, tokens * group]`.
-            selected: Selected complete blocks `[rows, kv_heads, tokens, num_blocks]`.
+            selected: Selected complete blocks `[rows, kv_heads, tokens, num_attended]`.
             reading: Reading of the selected complete blocks; None where nothing is left out.
             log_mass: Log mass of the rest, as `lse`.
             states: States of the tile's rows.
@@ -581,7 +630,7 @@ class VectorisedAttention:
         num_rest = tile.num_rest
         if num_rest is None:
             num_selected = selected.sum(-1).repeat_interleave(self.group, -1).flatten(0, 1)
-            num_rest = tile.complete_tokens - num_selected * self.params.selection_block
+            num_rest = tile.complete_tokens - num_selected * self.params.attended_block
         whole = self.residual.read(q, states[0], states[1].unsqueeze(-1))
         rest = tuple(a - b for a, b in zip(whole, reading, strict=True))
         tail = self.residual.tail(rest, num_rest)

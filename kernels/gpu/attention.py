@@ -54,7 +54,7 @@ class GpuAttention:
         executor: What attends to the selected pages in decode, see `SplaOptions`.
     """
 
-    blocks_read = None
+    tokens_read = None
 
     def __init__(
         self, params: SplaParameters, layer: Layer, limits: Limits, device: torch.device, executor: str = "spla"

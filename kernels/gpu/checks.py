@@ -62,6 +62,10 @@ def check_layer(
         raise ValueError(
             f"selection_block {params.selection_block} is no multiple of 16 that divides page_size {params.page_size}"
         )
+    if params.fine_block:
+        raise ValueError(
+            f"fine_block_size {params.fine_block}: selection in two levels has no kernel, set fine_block_size to 0"
+        )
     if params.statistics_dtype not in STATISTICS_DTYPES:
         raise ValueError(
             f"statistics_dtype {params.statistics_dtype!r} has no kernel, choose one of {', '.join(STATISTICS_DTYPES)}"

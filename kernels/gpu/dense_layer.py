@@ -34,7 +34,7 @@ class GpuDenseAttention:
     """
 
     scratch_bytes = 0
-    blocks_read = None
+    tokens_read = None
     plan_key: Hashable = "dense"
 
     def __init__(self, params: SplaParameters, layer: Layer, limits: Limits, device: torch.device) -> None:

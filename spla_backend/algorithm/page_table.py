@@ -1,8 +1,9 @@
 """FlashInfer-compatible sparse page tables.
 
 Every (sequence, kv head) is a request of its own over a cache seen as `[num_pages * kv_heads, 1, page_size, ...]`
-with the heads of a page side by side: page `i` of head `g` has the id `i * kv_heads + g`. Where selection blocks
-are smaller than pages, an id names a block: `(i * kv_heads + g) * blocks_per_page + block`.
+with the heads of a page side by side: page `i` of head `g` has the id `i * kv_heads + g`. Where the blocks that are
+attended to (selection blocks, or fine blocks in two levels) are smaller than pages, an id names a block:
+`(i * kv_heads + g) * blocks + block`, with `blocks` of them a page.
 
 Offsets and lengths depend on the sequences' lengths alone as long as the budget is a number of blocks, so that
 `plan_page_table` makes them once a step, for all layers; `fill_page_table` writes the ids that a layer selected.
@@ -53,18 +54,19 @@ def plan_page_table(
         kv_heads: Kv heads `G`.
         params: Page and block sizes.
     """
-    per_page = params.blocks_per_page
-    current = positions // params.selection_block  # [rows]
+    size = params.attended_block
+    per_page = params.page_size // size
+    current = positions // size  # [rows]
     width = int(current.max()) + 1
     block = torch.arange(width, device=positions.device)
     in_current_page = (block >= (positions // params.page_size * per_page)[:, None]) & (block <= current[:, None])
     pages = block_table[:, : (width - 1) // per_page + 1].long()  # [rows, pages]
     head = torch.arange(kv_heads, device=positions.device)[:, None]
     ids = (pages[:, None, block // per_page] * kv_heads + head) * per_page + block % per_page
-    last = (positions % params.selection_block + 1).to(torch.int32).repeat_interleave(kv_heads)
+    last = (positions % size + 1).to(torch.int32).repeat_interleave(kv_heads)
     indptr = None
     if params.top_p is None:
-        indptr = _offsets((current + 1).clamp(max=params.budget_blocks).repeat_interleave(kv_heads))
+        indptr = _offsets((current + 1).clamp(max=params.budget_tokens // size).repeat_interleave(kv_heads))
     return PageTablePlan(kv_heads, ids, in_current_page[:, None].repeat(1, kv_heads, 1), last, indptr)
 
 
@@ -95,31 +97,29 @@ class PaddedSlots:
     where: torch.Tensor
     """`[num_requests, slots]` int64 into `indices`."""
     visible: torch.Tensor
-    """`[num_requests, slots, selection_block]` bool."""
+    """`[num_requests, slots, block]` bool."""
     complete: torch.Tensor
     """`[num_requests, slots]` bool, blocks of complete pages."""
     complete_tokens: torch.Tensor
-    """`[num_requests, slots * selection_block]` bool, tokens of complete pages."""
+    """`[num_requests, slots * block]` bool, tokens of complete pages."""
     even: bool
     """All lists are of one length: `indices` is the rectangle, and only tokens of the last slots do not exist."""
 
 
-def pad_slots(
-    indptr: torch.Tensor, last_page_len: torch.Tensor, num_current: torch.Tensor, selection_block: int
-) -> PaddedSlots:
+def pad_slots(indptr: torch.Tensor, last_page_len: torch.Tensor, num_current: torch.Tensor, block: int) -> PaddedSlots:
     """Padding of lists.
 
     Args:
         indptr: `[num_requests + 1]` int32.
         last_page_len: `[num_requests]` int32.
         num_current: `[num_requests]` int64, how many trailing entries of each list belong to the current page.
-        selection_block: Tokens a block.
+        block: Tokens a block.
     """
     counts = indptr.diff().long()[:, None]
     slot = torch.arange(int(counts.max()), device=indptr.device)
     where = (indptr[:-1, None] + slot).clamp(max=int(indptr[-1]) - 1).long()
-    limit = torch.where(slot == counts - 1, last_page_len[:, None], selection_block)
-    visible = (slot < counts)[..., None] & (torch.arange(selection_block, device=indptr.device) < limit[..., None])
+    limit = torch.where(slot == counts - 1, last_page_len[:, None], block)
+    visible = (slot < counts)[..., None] & (torch.arange(block, device=indptr.device) < limit[..., None])
     complete = slot < counts - num_current[:, None]
     even = bool((counts == slot.numel()).all())
-    return PaddedSlots(where, visible, complete, complete.repeat_interleave(selection_block, -1), even)
+    return PaddedSlots(where, visible, complete, complete.repeat_interleave(block, -1), even)

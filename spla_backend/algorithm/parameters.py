@@ -17,11 +17,14 @@ class SplaParameters:
     Attributes:
         page_size: Tokens a page (`B`).
         selection_block: Tokens a selection block (`b`), divides `page_size`.
-        budget_blocks: Selection blocks a token attends to exactly, forced ones included (`n`).
+        budget_blocks: What a token attends to exactly, in selection blocks, forced ones included (`n`).
         first_blocks: Leading blocks always selected (attention sink).
         last_blocks: Trailing blocks always selected, the current one included.
         selector: Name of a selector in `spla_backend.algorithm.selectors`.
         statistics_dtype: How statistics are stored: `auto`, in the cache dtype, or `fp8`, in a byte an element.
+        fine_block: Tokens a fine block (`f`), divides `selection_block`: selection in two levels
+            (`spla_backend.algorithm.two_level`); 0 selects whole selection blocks.
+        candidate_factor: Candidates of the fine level, in budgets, at least 2.
         top_p: Stop selecting once this share of the estimated mass is covered; None keeps the whole budget.
         residual: `regression`, `linear` (the paper's) or `none`.
         feature_map: Name of a feature map, used by the `linear` residual.
@@ -37,6 +40,8 @@ class SplaParameters:
     last_blocks: int = 2
     selector: str = "rem"
     statistics_dtype: str = "auto"
+    fine_block: int = 0
+    candidate_factor: int = 4
     top_p: float | None = None
     residual: str = "regression"
     feature_map: str = "softmax"
@@ -47,6 +52,16 @@ class SplaParameters:
     @property
     def blocks_per_page(self) -> int:
         return self.page_size // self.selection_block
+
+    @property
+    def attended_block(self) -> int:
+        """Tokens of the blocks that are attended to: fine blocks, or selection blocks where there is one level."""
+        return self.fine_block or self.selection_block
+
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens a token attends to exactly."""
+        return self.budget_blocks * self.selection_block
 
     @property
     def max_forced_blocks(self) -> int:

@@ -12,15 +12,16 @@ Sources:
     `rem` and `km2-rem` take a block's keys for Gaussian samples: the log-mean-exp of a random energy model, which
         freezes where the best of `n` samples is all that counts.
 
-Shapes: `H` query heads, `G` kv heads, `d` head size, `L` tokens, `B` tokens a page, `b` tokens a selection block.
+Shapes: `H` query heads, `G` kv heads, `d` head size, `L` tokens, `B` tokens a page, `b` tokens a selection block, `f`
+tokens a fine block.
 Query heads `g * H // G` to `(g + 1) * H // G - 1` share kv head `g`. Tensors are float64. Queries are already
 multiplied by the softmax scale, so that `q . k` is a logit; scores, masses and LSEs are natural logarithms in the units
 of `log sum exp(q . k)`.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,13 +39,17 @@ class TokenResult:
 
     Attributes:
         output: The attention output `[H, d]`.
-        selected: Sorted ids of the selected blocks, forced ones included, for each kv head.
+        selected: Sorted ids of the selected blocks, forced ones included, for each kv head: of selection blocks, or of
+            fine blocks where selection has two levels.
         exact: Softmax attention over the selected blocks `[H, d]`.
         lse: Natural-log sum of `exp(q . k)` over the tokens of the selected blocks `[H]`.
         tail: Direction of the residual `[H, d]`; zero where every complete block is selected or the residual is `none`.
         log_tail_mass: Log of the residual's mass in units of `exp(q . k)`, before the gain `[H]`; -inf where every
             complete block is selected, where the residual is `none` and under `double_rmsnorm`, which uses no mass.
-        group_scores: The log-domain score by which a group ranks the complete blocks `[G, num_complete_blocks]`.
+        group_scores: The log-domain score by which a group ranks the complete selection blocks `[G,
+            num_complete_blocks]`.
+        fine_scores: With two levels, that by which it ranks fine blocks, by id, for each kv head: of the candidates'
+            complete pages; empty with one level, or where everything fits into the budget.
     """
 
     output: Tensor
@@ -54,6 +59,7 @@ class TokenResult:
     tail: Tensor
     log_tail_mass: Tensor
     group_scores: Tensor
+    fine_scores: list[dict[int, Tensor]]
 
 
 # Statistics of a block (docs/design.md, 5)
@@ -283,20 +289,34 @@ def select_blocks(group_scores: Tensor, position: int, params: SplaParameters) -
     Returns:
         Sorted block ids, forced ones included.
     """
-    num_complete = len(group_scores)
     num_blocks = position // params.selection_block + 1
     if params.budget_blocks >= num_blocks:
         return list(range(num_blocks))
 
-    forced = forced_blocks(position, params)
-    candidates = [block for block in range(num_complete) if block not in forced]
-    candidates.sort(key=lambda block: (-float(group_scores[block]), block))
-    chosen = candidates[: params.budget_blocks - len(forced)]
+    scores = dict(enumerate(group_scores))
+    return choose(scores, forced_blocks(position, params), params.budget_blocks, params.top_p)
 
-    if params.top_p is not None and params.top_p < 1:  # all of the mass takes all of the budget, whatever the rounding
-        mass = [math.exp(float(score)) for score in group_scores]
-        wanted = params.top_p * sum(mass)
-        covered = sum(mass[block] for block in forced if block < num_complete)
+
+def choose(scores: Mapping[int, Tensor], forced: list[int], budget: int, top_p: float | None) -> list[int]:
+    """Forced blocks and the best of those that have scores.
+
+    Args:
+        scores: Log mass by block id; of forced blocks, too, as far as they have one.
+        forced: Block ids.
+        budget: Blocks, forced ones included.
+        top_p: Share of the mass of `scores` at which choosing stops; None or 1 takes all of the budget.
+
+    Returns:
+        Sorted block ids.
+    """
+    free = [block for block in scores if block not in forced]
+    free.sort(key=lambda block: (-float(scores[block]), block))
+    chosen = free[: budget - len(forced)]
+
+    if top_p is not None and top_p < 1:  # all of the mass takes all of the budget, whatever the rounding
+        mass = {block: math.exp(float(score)) for block, score in scores.items()}
+        wanted = top_p * sum(mass.values())
+        covered = sum(mass[block] for block in forced if block in mass)
         kept = []
         for block in chosen:
             if covered >= wanted:
@@ -305,6 +325,49 @@ def select_blocks(group_scores: Tensor, position: int, params: SplaParameters) -
             covered += mass[block]
         chosen = kept
     return sorted(forced + chosen)
+
+
+def select_fine_blocks(
+    q: Tensor, k: Tensor, group_scores: Tensor, params: SplaParameters
+) -> tuple[list[int], dict[int, Tensor]]:
+    """Fine blocks that a group attends to exactly, for the last token of a sequence, in two levels.
+
+    The candidates are the selection blocks that one level with `candidate_factor` times the budget selects. Among their
+    fine blocks those of the selection blocks that one level forces are forced, the others ranked by their mass, which
+    the heads share as in `share_in_group`, over the fine blocks of the candidates in complete pages.
+
+    Args:
+        q: Queries of the group's heads `[group, d]` float64.
+        k: Keys of the sequence `[L, d]` float64.
+        group_scores: `[num_complete_blocks]` float64, of selection blocks, from `share_in_group`.
+        params: Parameters, with a `fine_block`.
+
+    Returns:
+        Sorted ids of fine blocks, forced ones included, and the scores of those that were ranked, by id.
+    """
+    f, position = params.fine_block, len(k) - 1
+    per_block = params.selection_block // f
+    num_fine, budget = position // f + 1, params.budget_blocks * per_block
+    if budget >= num_fine:
+        return list(range(num_fine)), {}
+
+    coarse = replace(params, budget_blocks=params.candidate_factor * params.budget_blocks, top_p=None)
+    candidates = [
+        fine
+        for block in select_blocks(group_scores, position, coarse)
+        if block < len(group_scores)
+        for fine in range(block * per_block, (block + 1) * per_block)
+    ]
+    masses = [[logsumexp((k[fine * f : (fine + 1) * f] @ q_h).tolist()) for fine in candidates] for q_h in q]
+    shared = share_in_group(torch.tensor(masses, dtype=q.dtype).reshape(len(q), len(candidates)))
+    forced = [
+        fine
+        for block in forced_blocks(position, params)
+        for fine in range(block * per_block, (block + 1) * per_block)
+        if fine < num_fine  # the current block may not be full
+    ]
+    scores = dict(zip(candidates, shared, strict=True))
+    return choose(scores, forced, budget, params.top_p), scores
 
 
 def tokens_of(blocks: Sequence[int], length: int, block_size: int) -> list[int]:
@@ -434,7 +497,7 @@ def spla_token(
     length, num_kv_heads, _ = k.shape
     group = num_heads // num_kv_heads
     position = length - 1
-    b = params.selection_block
+    b, size = params.selection_block, params.attended_block
     num_complete = position // params.page_size * params.blocks_per_page
     if statistics is None:
         statistics = complete_statistics(k, params)
@@ -446,6 +509,7 @@ def spla_token(
     log_tail_mass = torch.full((num_heads,), -math.inf, dtype=q.dtype)
     group_scores = torch.zeros(num_kv_heads, num_complete, dtype=q.dtype)
     selected: list[list[int]] = []
+    fine_scores: list[dict[int, Tensor]] = [{} for _ in range(num_kv_heads)]
 
     for g in range(num_kv_heads):
         heads = range(g * group, (g + 1) * group)
@@ -454,25 +518,37 @@ def spla_token(
             dtype=q.dtype,
         ).reshape(group, num_complete)
         group_scores[g] = share_in_group(scores)
-        blocks = select_blocks(group_scores[g], position, params)
+        if params.fine_block:
+            of_group = q[heads.start : heads.stop]
+            blocks, fine_scores[g] = select_fine_blocks(of_group, k[:, g], group_scores[g], params)
+        else:
+            blocks = select_blocks(group_scores[g], position, params)
         selected.append(blocks)
 
-        tokens = tokens_of(blocks, length, b)
+        tokens = tokens_of(blocks, length, size)
         for h in heads:
             exact[h], lse[h] = exact_attention(q[h], k[tokens, g], v[tokens, g])
 
-        # The rest: blocks of complete pages that were not selected. The current page is always selected, so what is to
-        # be subtracted from the state over the complete pages are the selected blocks among these.
-        rest = [block for block in range(num_complete) if block not in blocks]
-        if len(rest) > 0 and params.residual != "none":  # the count decides, never a difference of large sums
-            everything = list(range(num_complete * b))
-            taken = tokens_of([block for block in blocks if block < num_complete], length, b)
-            s_all, z_all = recurrent_state(key_features(k[everything, g], params), v[everything, g])
+        # The rest: tokens of complete pages that were not selected. The current page is always selected, so what is to
+        # be subtracted from the state over the complete pages are the selected tokens among these.
+        complete = num_complete * b
+        taken = [t for t in tokens if t < complete]
+        num_rest = [b] * num_complete  # by selection block
+        for t in taken:
+            num_rest[t // b] -= 1
+        if sum(num_rest) > 0 and params.residual != "none":  # the count decides, never a difference of large sums
+            s_all, z_all = recurrent_state(key_features(k[:complete, g], params), v[:complete, g])
             s_selected, z_selected = recurrent_state(key_features(k[taken, g], params), v[taken, g])
             for h in heads:
                 tail[h] = residual_direction(q[h], s_all - s_selected, z_all - z_selected, params)
-                if params.combine == "shared_normalizer":
-                    log_tail_mass[h] = logsumexp([mass_score(params.selector, q[h], statistics[i, g], b) for i in rest])
+                if params.combine == "shared_normalizer":  # of a block selected in part the mass is spread evenly
+                    log_tail_mass[h] = logsumexp(
+                        [
+                            mass_score(params.selector, q[h], statistics[i, g], b) + math.log(n / b)
+                            for i, n in enumerate(num_rest)
+                            if n > 0
+                        ]
+                    )
 
     for h in range(num_heads):
         if params.combine == "shared_normalizer":
@@ -482,7 +558,7 @@ def spla_token(
             exact_weight, tail_weight = norm_weights if norm_weights is not None else (torch.ones_like(q),) * 2
             output[h] = rms_norm(exact[h], exact_weight[h], params.rms_norm_eps)
             output[h] += rms_norm(tail[h], tail_weight[h], params.rms_norm_eps)
-    return TokenResult(output, selected, exact, lse, tail, log_tail_mass, group_scores)
+    return TokenResult(output, selected, exact, lse, tail, log_tail_mass, group_scores, fine_scores)
 
 
 def spla_sequence(
@@ -565,6 +641,11 @@ def _check(
         raise ValueError("the reference computes in float64, convert q, k and v first")
     if params.page_size % params.selection_block != 0:
         raise ValueError(f"selection_block {params.selection_block} does not divide page_size {params.page_size}")
+    if params.fine_block and (params.selection_block % params.fine_block != 0 or params.candidate_factor < 2):
+        raise ValueError(
+            f"fine_block {params.fine_block} must divide selection_block {params.selection_block}, and "
+            f"candidate_factor {params.candidate_factor} be at least 2"
+        )
     if params.budget_blocks < params.max_forced_blocks:
         raise ValueError(f"budget_blocks {params.budget_blocks} is below {params.max_forced_blocks} forced blocks")
     if params.residual not in RESIDUALS:

@@ -35,19 +35,20 @@ def group_scores(scores: torch.Tensor, complete: torch.Tensor | None) -> torch.T
 
     Args:
         scores: `[rows, kv_heads, tokens, group, num_blocks]` log masses.
-        complete: `[rows, num_blocks]` bool, blocks of complete pages; the others may hold anything, NaN included.
-            None where all are.
+        complete: Blocks that may be selected, bool: `[rows, num_blocks]`, those of complete pages, or `[rows, kv_heads,
+            tokens, num_blocks]`; the others may hold anything, NaN included. None where all may.
 
     Returns:
-        `[rows, kv_heads, tokens, num_blocks]`: log of the sum over heads of each head's softmax; -inf where not
-        complete, and nowhere else. A row without complete blocks is -inf throughout.
+        `[rows, kv_heads, tokens, num_blocks]`: log of the sum over heads of each head's softmax over the complete
+        blocks; -inf where not complete, and nowhere else. A row without complete blocks is -inf throughout.
     """
     if complete is not None:
-        scores = scores.masked_fill(~complete[:, None, None, None, :], -torch.inf)
+        complete = complete[:, None, None] if complete.dim() == 2 else complete
+        scores = scores.masked_fill(~complete.unsqueeze(-2), -torch.inf)
     grouped = torch.logsumexp(scores.log_softmax(-1), -2)
     # A hopeless block still goes before one that is no candidate, so that as many are selected as were planned.
     grouped.clamp_(min=torch.finfo(grouped.dtype).min)
-    return grouped if complete is None else grouped.masked_fill(~complete[:, None, None, :], -torch.inf)
+    return grouped if complete is None else grouped.masked_fill(~complete, -torch.inf)
 
 
 def select_blocks(

@@ -2,9 +2,10 @@
 
 Every token selects its own blocks, as in decode. The selection is a choice and has no gradient; statistics of blocks
 get one only through the tail's mass, past the rounding of statistics in fp8 as if there were none (straight through).
-The rest is read block by block from the sums of each, chunk of queries by chunk, and read again in the backward pass,
-so that memory does not grow with the square of the length. The exact part is likewise made of the masked logits of all
-pairs of tokens, or, in 16 bits on a GPU, by FlexAttention, which skips the blocks that no token of a tile selects.
+The rest is read block by block from the sums of each (or token by token, where blocks have fewer tokens than their sums
+rows), chunk of queries by chunk, and read again in the backward pass, so that memory does not grow with the square of
+the length. The exact part is likewise made of the masked logits of all pairs of tokens, or, in 16 bits on a GPU, by
+FlexAttention, which skips the blocks that no token of a tile selects.
 """
 
 import math
@@ -22,6 +23,7 @@ from .parameters import SplaParameters
 from .residual import BlockReader, Residual, make_residual
 from .selection import forced_blocks, group_scores, select_blocks
 from .selectors import block_statistics, get_selector
+from .two_level import coarse_parameters, fine_scores, forced_fine_blocks, select_fine_blocks
 
 FLEX_QUERIES = 128
 """Queries a tile of FlexAttention, and the least tokens: what its kernels skip is a whole tile."""
@@ -69,7 +71,7 @@ def spla_attention(
             f"q [batch, H, L, d], k and v [batch, G, T, d] with H a multiple of G and T >= L expected, got "
             f"{[list(x.shape) for x in (q, k, v)]}"
         )
-    group = num_heads // num_kv_heads
+    group, block = num_heads // num_kv_heads, params.attended_block
     rows = batch * num_kv_heads
     given = (q, k, v)
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
@@ -93,17 +95,25 @@ def spla_attention(
 
     exact = lse = rest_of_all = None
     if q.is_cuda and given[0].element_size() == 2 and length == total:
+        # Two levels look at the keys of whatever may be a candidate: the logits of some queries at a time.
+        step = total if not params.fine_block else max(1, _chunk_elements(q.device) // (batch * num_heads * total))
         with torch.no_grad():
-            rest_of_all = unselected_blocks(queries, statistics, torch.arange(total, device=q.device), params)
+            parts = [
+                unselected_blocks(part, keys, statistics, positions, params)
+                for part, positions in zip(
+                    queries.split(step, 2), torch.arange(total, device=q.device).split(step), strict=True
+                )
+            ]
+            rest_of_all = torch.cat(parts, 1)
         by_sequence = rest_of_all.unflatten(0, (batch, num_kv_heads))
-        exact, lse = attend_flex(*given, by_sequence, params.selection_block)
+        exact, lse = attend_flex(*given, by_sequence, block)
         if residual is None and params.combine == "shared_normalizer":
             return exact.to(q.dtype)
         exact, lse = (x.to(q.dtype).reshape(rows, group, *x.shape[2:]) for x in (exact, lse))
     if chunk is None:
         # What is made of a query: weights of all tokens, what it reads of each block's sums, or a mass of each block.
-        num_blocks = total // params.selection_block
-        if residual is None:
+        num_blocks = total // block
+        if residual is None or (reader is None and block < d):
             width = total
         elif exact is None or reader is None:
             width = max(total, num_blocks * d)
@@ -115,16 +125,15 @@ def spla_attention(
         end = min(start + chunk, length)
         first, seen = total - length + start, total - length + end  # positions; what the last of the chunk sees
         positions = torch.arange(first, seen, device=q.device)
-        num_blocks = seen // params.selection_block
-        blocks = statistics[:, :num_blocks]  # [rows, num_blocks, width]
+        blocks = statistics[:, : seen // params.selection_block]  # [rows, num_blocks, width]
         part, keys_seen, values_seen = queries[:, :, start:end], keys[:, :seen], values[:, :seen]
         if rest_of_all is None:
             with torch.no_grad():
-                rest = unselected_blocks(part, blocks, positions, params)
+                rest = unselected_blocks(part, keys_seen, blocks, positions, params)
             attended = None
         else:
             assert exact is not None and lse is not None
-            rest = rest_of_all[:, start:end, :num_blocks]
+            rest = rest_of_all[:, start:end, : blocks.shape[1] * (params.selection_block // block)]
             attended = (exact[:, :, start:end], lse[:, :, start:end])
         attend = partial(_attend, rest=rest, positions=positions, params=params, residual=residual, reader=reader)
         # Also for a single chunk: there are many layers.
@@ -136,25 +145,38 @@ def spla_attention(
     return torch.cat(outputs, 2).reshape(batch, num_heads, length, d)
 
 
-def unselected_blocks(q: Tensor, statistics: Tensor, positions: Tensor, params: SplaParameters) -> Tensor:
-    """The blocks of complete pages that each query does not select.
+def unselected_blocks(q: Tensor, k: Tensor, statistics: Tensor, positions: Tensor, params: SplaParameters) -> Tensor:
+    """The blocks of complete pages that each query does not attend to exactly.
 
     Args:
         q: `[rows, group, queries, d]`, a row for each sequence and kv head.
-        statistics: `[rows, num_blocks, width]` of the full blocks below the last position's.
+        k: `[rows, tokens, d]`, at least of the blocks that have statistics; of use to two levels.
+        statistics: `[rows, num_blocks, width]` of the full selection blocks below the last position's.
         positions: `[queries]` int64, ascending.
         params: What to select.
 
     Returns:
-        `[rows, queries, num_blocks]` bool.
+        `[rows, queries, num_attended]` bool, of all the `attended_block` that the selection blocks consist of.
     """
-    group = q.shape[1]
+    group, num_blocks = q.shape[1], statistics.shape[1]
+
+    def by_query(scores: Tensor) -> Tensor:
+        """`[rows, group * queries, blocks]` as `[queries, rows, 1, group, blocks]`."""
+        return scores.unflatten(1, (group, -1)).permute(2, 0, 1, 3)[:, :, None]
+
     num_complete = positions // params.page_size * params.blocks_per_page  # [queries]
-    complete = torch.arange(statistics.shape[1], device=q.device) < num_complete[:, None]  # [queries, num_blocks]
-    scores = get_selector(params.selector).score(q.flatten(1, 2), statistics, params.selection_block)
-    scores = scores.unflatten(1, (group, -1)).permute(2, 0, 1, 3)[:, :, None]  # [queries, rows, 1, group, num_blocks]
-    forced, num_free, _ = forced_blocks(positions[:, None], complete, params)  # [queries, 1, num_blocks]
-    chosen = select_blocks(group_scores(scores, complete), forced, num_free, group, params.top_p)
+    complete = torch.arange(num_blocks, device=q.device) < num_complete[:, None]  # [queries, num_blocks]
+    coarse = coarse_parameters(params) if params.fine_block else params
+    flat = q.flatten(1, 2)  # [rows, group * queries, d]
+    scores = by_query(get_selector(params.selector).score(flat, statistics, params.selection_block))
+    forced, num_free, _ = forced_blocks(positions[:, None], complete, coarse)  # [queries, 1, num_blocks]
+    chosen = select_blocks(group_scores(scores, complete), forced, num_free, group, coarse.top_p)
+    if params.fine_block:
+        logits = flat @ k[:, : num_blocks * params.selection_block].mT  # [rows, group * queries, tokens]
+        scores = by_query(fine_scores(logits, params.fine_block))
+        forced, num_free = forced_fine_blocks(positions[:, None], complete, params)
+        chosen = select_fine_blocks(scores, chosen, forced, num_free, params.top_p)
+        complete = complete.repeat_interleave(params.selection_block // params.fine_block, -1)
     return (complete[:, None] & ~chosen[:, :, 0]).transpose(0, 1)
 
 
@@ -251,7 +273,7 @@ def _attend(
         attended: The exact part, `[rows, group, queries, d]`, and the log of its sum of exponentials, `[rows, group,
             queries]`; None if it is to be made.
         weights: Learned parameters of the combination, `[rows, group, 1]` or two of `[rows, group, 1, d]`.
-        rest: From `unselected_blocks`, `[rows, queries, num_blocks]`.
+        rest: From `unselected_blocks`, `[rows, queries, num_attended]`.
         positions: `[queries]`.
         params: What to compute.
         residual: What stands for the rest.
@@ -260,7 +282,7 @@ def _attend(
     Returns:
         `[rows, group, queries, d]`.
     """
-    group, block = q.shape[1], params.selection_block
+    group, block = q.shape[1], params.attended_block
     exact, lse = _attend_masked(q, k, v, rest, positions, block) if attended is None else attended
     has_rest = rest.any(-1)[:, None]  # [rows, 1, queries]
     if residual is None:
@@ -269,18 +291,25 @@ def _attend(
         tail = torch.zeros_like(exact)
     else:
         flat = q.flatten(1, 2)  # [rows, group * queries, d]
-        of_heads = rest[:, None].expand(-1, group, -1, -1).flatten(1, 2)  # [rows, group * queries, num_blocks]
-        keys, values = (x[:, : rest.shape[-1] * block].unflatten(1, (-1, block)) for x in (k, v))
+        of_heads = rest[:, None].expand(-1, group, -1, -1).flatten(1, 2)  # [rows, group * queries, num_attended]
+        keys, values = (x[:, : rest.shape[-1] * block] for x in (k, v))
         # What is read from the state is linear in it: the reading of the rest, without a detour over all - selected.
-        reading = residual.read_blocks(flat, keys, values, of_heads, reader)
+        if reader is None and block < q.shape[-1]:
+            reading = residual.read_tokens(flat, keys, values, of_heads.repeat_interleave(block, -1))
+        else:
+            keys, values = (x.unflatten(1, (-1, block)) for x in (keys, values))
+            reading = residual.read_blocks(flat, keys, values, of_heads, reader)
         num_rest = of_heads.sum(-1).to(q.dtype) * block
         tail = residual.tail(reading, num_rest).unflatten(1, (group, -1))
         tail = torch.where(has_rest[..., None], tail, 0.0)
     if params.combine == "double_rmsnorm":
         return double_rmsnorm(exact, tail, weights[0], weights[1], params.rms_norm_eps)
-    mass = get_selector(params.selector).mass(flat, statistics, block).unflatten(1, (group, -1))
+    mass = get_selector(params.selector).mass(flat, statistics, params.selection_block).unflatten(1, (group, -1))
+    # Of a selection block whose fine blocks are selected in part the mass is taken to be spread evenly.
+    share = rest.unflatten(-1, (mass.shape[-1], params.selection_block // block)).to(mass.dtype).mean(-1)
+    share = share[:, None]  # [rows, 1, queries, num_blocks]
     # Rows without a rest sum to -inf, whose gradient is NaN: they take any finite mass, and nothing of it.
-    kept = torch.where((rest | ~has_rest.mT)[:, None], mass, -torch.inf)  # [rows, group, queries, num_blocks]
+    kept = torch.where(share > 0, mass + share.log(), torch.where(has_rest.mT[:, None], -torch.inf, mass))
     log_mass = kept.logsumexp(-1) if kept.shape[-1] else torch.zeros_like(exact[..., 0])
     if weights:
         log_mass = log_mass + weights[0]

@@ -23,6 +23,6 @@ class ReadStatistics:
         layers = get_layers_from_vllm_config(self.model_runner.vllm_config, Attention).values()
         pages = []
         for op in (layer.impl.op for layer in layers if isinstance(layer.impl, SplaImpl)):
-            if op is not None and op.blocks_read is not None:
-                pages.append(float(op.blocks_read.mean()) / op.page_layout.blocks_per_page)
+            if op is not None and op.tokens_read is not None:
+                pages.append(float(op.tokens_read.mean()) / op.page_layout.page_size)
         return sum(pages) / len(pages) if pages else None

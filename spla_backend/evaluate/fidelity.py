@@ -19,6 +19,7 @@ from ..algorithm.residual import make_residual
 from ..algorithm.selection import forced_blocks, group_scores, select_blocks
 from ..algorithm.selectors import block_statistics, get_selector
 from ..algorithm.sequence import spla_attention
+from ..algorithm.two_level import coarse_parameters, fine_scores, forced_fine_blocks, select_fine_blocks
 from ..learned import LayerParameters
 from .capture import AttentionInputs
 from .variants import without_residual
@@ -119,17 +120,24 @@ class HeadGroup:
         return grouped
 
     def select(self, point: Point) -> torch.Tensor:
-        """The blocks left out `[queries, num_blocks]` bool: complete ones that were not selected."""
-        params = point.params
+        """What is left out, `[queries, num_attended]` bool: blocks of `attended_block` tokens of complete pages that
+        were not selected."""
+        params, group = point.params, self.q.shape[1]
         complete = self._complete(params)
-        forced, num_free, _ = forced_blocks(self.positions[:, None], complete, params)  # [queries, 1, ...]
-        chosen = select_blocks(
-            self._group_scores(point),
-            forced,
-            num_free,
-            self.q.shape[1],
-            None if point.oracle else params.top_p,
-        )
+        coarse = coarse_parameters(params) if params.fine_block else params
+        if params.fine_block and point.oracle:
+            chosen = complete[:, None, None]  # whose scores in the fine level are the true mass
+        else:
+            forced, num_free, _ = forced_blocks(self.positions[:, None], complete, coarse)  # [queries, 1, ...]
+            top_p = None if point.oracle else coarse.top_p
+            chosen = select_blocks(self._group_scores(point), forced, num_free, group, top_p)
+        if params.fine_block:
+            per_block = params.selection_block // params.fine_block
+            logits = self._logits[..., : complete.shape[1] * params.selection_block]
+            scores = fine_scores(logits, params.fine_block)[:, None, None]  # [queries, 1, 1, group, num_fine]
+            forced, num_free = forced_fine_blocks(self.positions[:, None], complete, params)
+            chosen = select_fine_blocks(scores, chosen, forced, num_free, params.top_p)
+            complete = complete.repeat_interleave(per_block, -1)
         return complete & ~chosen[:, 0, 0]
 
     def _tokens(self, blocks: torch.Tensor, size: int) -> torch.Tensor:
@@ -157,7 +165,7 @@ class HeadGroup:
 
     def output(self, rest: torch.Tensor, params: SplaParameters) -> torch.Tensor:
         """What SPLA makes of a selection `[queries, group, head_size]`, arguments as `output_error`."""
-        rest_tokens = self._tokens(rest, params.selection_block)
+        rest_tokens = self._tokens(rest, params.attended_block)
         visible = self._visible & ~rest_tokens
         residual = make_residual(params, self.q.shape[-1])
         if residual is None:
@@ -173,7 +181,9 @@ class HeadGroup:
             return double_rmsnorm(exact, tail, one, one, params.rms_norm_eps)
         statistics = self.statistics(params)
         mass = get_selector(params.selector).mass(self.q, statistics, params.selection_block)
-        log_mass = mass.masked_fill(~rest[:, None], -torch.inf).logsumexp(-1)  # [queries, group]
+        per_block = params.selection_block // params.attended_block
+        share = rest.unflatten(-1, (mass.shape[-1], per_block)).to(mass.dtype).mean(-1)  # of each selection block
+        log_mass = (mass + share.log()[:, None]).logsumexp(-1)  # [queries, group]
         return shared_normalizer(exact, lse, tail, log_mass)
 
 
@@ -204,7 +214,7 @@ def measure(
             if key not in selections:
                 selections[key] = group.select(point)
             rest = selections[key]
-            mass[i, g] = group.captured_mass(rest, point.params.selection_block).mean(0)
+            mass[i, g] = group.captured_mass(rest, point.params.attended_block).mean(0)
             if point.output:
                 error[i, g] = group.output_error(rest, point.params).mean(0)
     return mass.flatten(1), error.flatten(1)

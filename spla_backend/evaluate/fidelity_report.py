@@ -47,7 +47,9 @@ def points_of(variants: Sequence[Variant], page_size: int, shape: ModelShape, ou
     points = [Point(parameters_of(variant, page_size, shape), output=output) for variant in variants]
     oracles = {
         Point(
-            replace(without_residual(point.params), selector="mean", statistics_dtype="auto", top_p=None),
+            replace(
+                without_residual(point.params), selector="mean", statistics_dtype="auto", candidate_factor=2, top_p=None
+            ),
             oracle=True,
             output=output,
         ): None
@@ -111,11 +113,11 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
     for i, point in enumerate(points):
         params = point.params
         row: dict[str, Any] = {
-            "variant": variants[i].name if i < len(variants) else f"{point.selector} b={params.selection_block}",
+            "variant": variants[i].name if i < len(variants) else f"{point.selector} b={params.attended_block}",
             "selector": point.selector,
             "page_size": params.page_size,
-            "block": params.selection_block,
-            "budget": params.budget_blocks * params.selection_block,
+            "block": params.attended_block,
+            "budget": params.budget_tokens,
             "residual": params.residual,
             "bytes": None if point.oracle else bytes_read(params, length, shape.head_size),
             **summary(mass[:, :, i], error[:, :, i]),

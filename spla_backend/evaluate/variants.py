@@ -189,6 +189,8 @@ def without_residual(params: SplaParameters) -> SplaParameters:
         last_blocks=params.last_blocks,
         selector=params.selector,
         statistics_dtype=params.statistics_dtype,
+        fine_block=params.fine_block,
+        candidate_factor=params.candidate_factor,
         top_p=params.top_p,
         residual="none",
     )
@@ -201,31 +203,40 @@ def mean_bytes_read(layers: Mapping[int, SplaParameters], seq_len: int, shape: M
 
 def smallest_budget(layers: Mapping[int, SplaParameters]) -> int:
     """Tokens that every layer attends to exactly: up to here the answer is dense attention's."""
-    return min(params.budget_blocks * params.selection_block for params in layers.values())
+    return min(params.budget_tokens for params in layers.values())
 
 
 def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int) -> int:
     """Bytes that attention of one decode token must read, for one layer and kv head: the floor, whatever a kernel does.
 
     Statistics of every complete page, keys and values of the selected blocks, the float32 recurrent state; elements of
-    the cache take 2 bytes. With top-p it is what the whole budget reads, an upper bound.
+    the cache take 2 bytes. Two levels read the keys of all candidates, and no statistics where these are everything and
+    no tail takes its mass from them. With top-p it is what the whole budget reads, an upper bound.
 
     Args:
         params: What is computed; None for dense attention.
         seq_len: Tokens of the sequence, the current one included.
         head_size: Size of a key and of a value.
     """
-    of_token = 2 * head_size * 2
-    if params is None or params.budget_blocks > (seq_len - 1) // params.selection_block:
-        return seq_len * of_token
+    of_vector = head_size * 2
+    if params is None or params.budget_tokens >= seq_len:
+        return seq_len * 2 * of_vector
     import torch
 
     from ..kernels.layout import layouts
+
+    def tokens_of(budget: int, block: int) -> int:
+        """What a selection within `budget` tokens holds: its last block, the current one, may be partly filled."""
+        return min(budget - block + (seq_len - 1) % block + 1, seq_len)
 
     page, state = layouts(params, head_size, torch.bfloat16)
     num_complete = (seq_len - 1) // params.page_size * params.blocks_per_page
     # Not `statistics_bytes`: that counts what aligns one block's statistics behind another's.
     statistics = num_complete * page.statistics_width * page.statistics_itemsize
-    # The current block, the last of the selected, may be partly filled.
-    selected = (params.budget_blocks - 1) * params.selection_block + (seq_len - 1) % params.selection_block + 1
-    return statistics + selected * of_token + 4 * (state.s_rows * head_size + state.z_size)
+    values = keys = tokens_of(params.budget_tokens, params.attended_block)
+    if params.fine_block:
+        candidates = params.candidate_factor * params.budget_tokens
+        keys = tokens_of(candidates, params.selection_block)
+        if candidates >= seq_len and (params.residual == "none" or params.combine != "shared_normalizer"):
+            statistics = 0
+    return statistics + (keys + values) * of_vector + 4 * (state.s_rows * head_size + state.z_size)

@@ -17,13 +17,16 @@ from spla_backend.algorithm.parameters import SplaParameters
 torch.set_num_threads(1)
 
 GROUP, HEAD_SIZE = 2, 8
+Blocks = int | tuple[int, int]
 SHAPES = [
-    # page, selection block, kv heads, lengths
+    # page, selection block or (selection block, fine block), kv heads, lengths
     pytest.param(16, 16, 1, [130], id="B16-b16-G1-1row"),
     pytest.param(16, 16, 3, [130, 1, 128, 16, 17, 300], id="B16-b16-G3-6rows"),
     pytest.param(64, 16, 2, [260, 256, 257, 64, 65, 400], id="B64-b16-G2-6rows"),
     pytest.param(64, 32, 2, [5, 331, 128], id="B64-b32-G2-3rows"),
     pytest.param(96, 32, 4, [480, 481, 500], id="B96-b32-G4-3rows"),
+    pytest.param(32, (32, 8), 2, [330, 65, 96, 97, 289, 8, 128], id="B32-b32-f8-G2-7rows"),
+    pytest.param(64, (32, 16), 3, [400, 401, 130], id="B64-b32-f16-G3-3rows"),
 ]
 
 
@@ -48,10 +51,11 @@ class Batch:
     def selected(self) -> Tensor:
         """`[rows, kv_heads, num_blocks]` bool over the blocks of complete pages."""
         pages = (self.positions // self.params.page_size).tolist()
-        chosen = torch.zeros(len(pages), self.kv_heads, max(pages) * self.params.blocks_per_page, dtype=torch.bool)
+        per_page = self.params.page_size // self.params.attended_block
+        chosen = torch.zeros(len(pages), self.kv_heads, max(pages) * per_page, dtype=torch.bool)
         for row, result in enumerate(self.results):
             for head, blocks in enumerate(result.selected):
-                complete = [block for block in blocks if block < pages[row] * self.params.blocks_per_page]
+                complete = [block for block in blocks if block < pages[row] * per_page]
                 chosen[row, head, complete] = True
         return chosen
 
@@ -64,8 +68,17 @@ def token_name(row: int, head: int, position: int) -> int:
     return (row * 100 + head) * 10_000 + position
 
 
-def make_batch(page: int, block: int, kv_heads: int, lengths: list[int], top_p: float | None = None) -> Batch:
-    params = SplaParameters(page, block, max(4, page // block + 2), residual="none", top_p=top_p)
+def make_batch(page: int, blocks: Blocks, kv_heads: int, lengths: list[int], top_p: float | None = None) -> Batch:
+    block, fine = (blocks, 0) if isinstance(blocks, int) else blocks
+    params = SplaParameters(
+        page,
+        block,
+        max(4, page // block + 2),
+        fine_block=fine,
+        candidate_factor=2,
+        residual="none",
+        top_p=top_p,
+    )
     gen = torch.Generator().manual_seed(page + block + kv_heads)
     num_pages = [-(-length // page) for length in lengths]
     # Rows whose tables end early are followed by ids that belong to others.
@@ -98,10 +111,10 @@ def read_flashinfer(table: SparsePageTable, request: int, pages: Tensor) -> list
 @pytest.mark.parametrize("top_p", [None, 0.4], ids=["budget", "top_p"])
 @pytest.mark.parametrize(("page", "block", "kv_heads", "lengths"), SHAPES)
 def test_reads_what_the_reference_selects(
-    page: int, block: int, kv_heads: int, lengths: list[int], top_p: float | None
+    page: int, block: Blocks, kv_heads: int, lengths: list[int], top_p: float | None
 ) -> None:
     batch = make_batch(page, block, kv_heads, lengths, top_p)
-    table = batch.table()
+    table, size = batch.table(), batch.params.attended_block
     assert table.indptr.dtype == table.indices.dtype == table.last_page_len.dtype == torch.int32
     assert table.indptr.shape == (len(lengths) * kv_heads + 1,)
     assert table.last_page_len.shape == (len(lengths) * kv_heads,)
@@ -110,8 +123,8 @@ def test_reads_what_the_reference_selects(
     left_out = 0
     for row, length in enumerate(lengths):
         for head in range(kv_heads):
-            want = ref.tokens_of(batch.results[row].selected[head], length, block)
-            got = read_flashinfer(table, row * kv_heads + head, batch.cache.reshape(-1, block))
+            want = ref.tokens_of(batch.results[row].selected[head], length, size)
+            got = read_flashinfer(table, row * kv_heads + head, batch.cache.reshape(-1, size))
             assert got == [token_name(row, head, position) for position in want]
             left_out += length - len(want)
     assert left_out > 0, "the example must leave something out"
@@ -129,12 +142,14 @@ def test_whole_pages_are_numbered_page_times_heads_plus_head() -> None:
 
 
 @pytest.mark.parametrize(("page", "block", "kv_heads", "lengths"), SHAPES)
-def test_attention_over_the_table_is_the_exact_part(page: int, block: int, kv_heads: int, lengths: list[int]) -> None:
+def test_attention_over_the_table_is_the_exact_part(
+    page: int, block: Blocks, kv_heads: int, lengths: list[int]
+) -> None:
     batch = make_batch(page, block, kv_heads, lengths)
-    table = batch.table()
+    table, size = batch.table(), batch.params.attended_block
     for row in range(len(lengths)):
         for head in range(kv_heads):
-            names = read_flashinfer(table, row * kv_heads + head, batch.cache.reshape(-1, block))
+            names = read_flashinfer(table, row * kv_heads + head, batch.cache.reshape(-1, size))
             positions = [name % 10_000 for name in names]
             for h in range(head * GROUP, (head + 1) * GROUP):
                 logits = batch.k[row][positions, head] @ batch.q[row][h]
@@ -144,7 +159,7 @@ def test_attention_over_the_table_is_the_exact_part(page: int, block: int, kv_he
 
 
 @pytest.mark.parametrize(("page", "block", "kv_heads", "lengths"), SHAPES)
-def test_offsets_depend_on_lengths_alone(page: int, block: int, kv_heads: int, lengths: list[int]) -> None:
+def test_offsets_depend_on_lengths_alone(page: int, block: Blocks, kv_heads: int, lengths: list[int]) -> None:
     """With a budget in blocks FlashInfer is planned once a step: another selection changes `indices` and no more."""
     batch = make_batch(page, block, kv_heads, lengths)
     one = batch.table()
@@ -158,19 +173,19 @@ def test_offsets_depend_on_lengths_alone(page: int, block: int, kv_heads: int, l
 @pytest.mark.parametrize("top_p", [None, 0.4], ids=["budget", "top_p"])
 @pytest.mark.parametrize(("page", "block", "kv_heads", "lengths"), SHAPES)
 def test_padded_slots_read_the_same_tokens(
-    page: int, block: int, kv_heads: int, lengths: list[int], top_p: float | None
+    page: int, block: Blocks, kv_heads: int, lengths: list[int], top_p: float | None
 ) -> None:
     batch = make_batch(page, block, kv_heads, lengths, top_p)
-    table = batch.table()
-    num_complete = batch.positions // page * batch.params.blocks_per_page
-    num_current = (batch.positions // block + 1 - num_complete).repeat_interleave(kv_heads)
-    slots = pad_slots(table.indptr, table.last_page_len, num_current, block)
-    tokens = batch.cache.reshape(-1, block)[table.indices.long()[slots.where]]  # [requests, slots, block]
+    table, size = batch.table(), batch.params.attended_block
+    num_complete = batch.positions // page * (page // size)
+    num_current = (batch.positions // size + 1 - num_complete).repeat_interleave(kv_heads)
+    slots = pad_slots(table.indptr, table.last_page_len, num_current, size)
+    tokens = batch.cache.reshape(-1, size)[table.indices.long()[slots.where]]  # [requests, slots, block]
     for row, length in enumerate(lengths):
         for head in range(kv_heads):
             request = row * kv_heads + head
             blocks = batch.results[row].selected[head]
-            want = [token_name(row, head, t) for t in ref.tokens_of(blocks, length, block)]
+            want = [token_name(row, head, t) for t in ref.tokens_of(blocks, length, size)]
             assert tokens[request][slots.visible[request]].tolist() == want
             complete = [i for i, b in enumerate(blocks) if b < int(num_complete[row])]
             assert slots.complete[request].nonzero().flatten().tolist() == complete

@@ -26,6 +26,7 @@ from spla_backend.algorithm.residual import make_residual
 from spla_backend.algorithm.selection import group_scores, select_blocks
 from spla_backend.algorithm.selectors import get_selector, selector_names
 from spla_backend.algorithm.statistics_format import COUNT, E4M3, E5M2, decode, encode
+from spla_backend.algorithm.two_level import coarse_parameters
 from spla_backend.kernels.cpu import compiled as numba_decode
 from spla_backend.kernels.cpu.attention import CpuAttention, FlatCache
 from spla_backend.kernels.cpu.vectorised import VectorisedAttention
@@ -86,6 +87,8 @@ def shapes(
         last_blocks=last,
         selector=selector,
         statistics_dtype=draw(st.sampled_from(["auto", "auto", "fp8"])),
+        fine_block=draw(st.sampled_from([0, *(f for f in (8, 16, 32) if block % f == 0)]), label="fine block"),
+        candidate_factor=draw(st.integers(2, 3)),
         top_p=draw(st.sampled_from([None, None, 0.5, 0.9, 1.0])),
         residual=draw(st.sampled_from(residuals if with_mass else ["none"])),
         feature_map=draw(st.sampled_from(ref.FEATURE_MAPS)),
@@ -107,10 +110,13 @@ def shapes(
 
 def lengths(params: SplaParameters) -> st.SearchStrategy[int]:
     """Lengths about the edges of pages and of the budget."""
-    page, budget = params.page_size, params.budget_blocks * params.selection_block
+    page, budget = params.page_size, params.budget_tokens
     edges = [page, 2 * page, budget, budget + page, (budget // page + 2) * page, (budget // page + 4) * page]
+    if params.fine_block:
+        candidates = params.candidate_factor * budget
+        edges += [budget + params.fine_block, candidates, candidates + page, (candidates // page + 2) * page]
     about = st.builds(lambda edge, off: max(1, edge + off), st.sampled_from(edges), st.integers(-1, 2))
-    anywhere = st.integers(1, budget + 5 * page)
+    anywhere = st.integers(1, max(edges) + page)
     return st.one_of(about, about, anywhere).map(lambda length: min(length, MAX_LENGTH))
 
 
@@ -252,29 +258,40 @@ def near_ties_are_rare() -> Iterator[None]:
 
 def near_tie(result: ref.TokenResult, position: int, params: SplaParameters) -> bool:
     """Whether rounding may decide what this token selects."""
-    return params.budget_blocks <= position // params.selection_block and any(
-        near_rank(scores, blocks, position, params) or near_top_p(scores, blocks, position, params)
-        for scores, blocks in zip(result.group_scores, result.selected, strict=True)
-    )
+    if position < params.budget_tokens:
+        return False
+    forced, per_block = ref.forced_blocks(position, params), params.selection_block // params.attended_block
+    for of_blocks, of_fine, blocks in zip(result.group_scores, result.fine_scores, result.selected, strict=True):
+        scores, of_level = dict(enumerate(of_blocks.tolist())), forced
+        if params.fine_block:
+            coarse = coarse_parameters(params)
+            candidates = ref.select_blocks(of_blocks, position, coarse)
+            if position >= coarse.budget_tokens and near_rank(scores, candidates, forced):
+                return True
+            scores = {block: float(score) for block, score in of_fine.items()}
+            of_level = [block * per_block + i for block in forced for i in range(per_block)]
+        if near_rank(scores, blocks, of_level) or near_top_p(scores, blocks, of_level, params.top_p):
+            return True
+    return False
 
 
-def near_rank(scores: Tensor, blocks: Sequence[int], position: int, params: SplaParameters) -> bool:
+def near_rank(scores: dict[int, float], blocks: Sequence[int], forced: Sequence[int]) -> bool:
     """Whether the best block left out is all but as good as the worst one chosen."""
-    free = [block for block in range(len(scores)) if block not in ref.forced_blocks(position, params)]
-    taken = [float(scores[block]) for block in free if block in blocks]
-    left = [float(scores[block]) for block in free if block not in blocks]
+    free = [block for block in scores if block not in forced]
+    taken = [scores[block] for block in free if block in blocks]
+    left = [scores[block] for block in free if block not in blocks]
     return bool(taken and left) and min(taken) - max(left) < NEAR_TIE
 
 
-def near_top_p(scores: Tensor, blocks: Sequence[int], position: int, params: SplaParameters) -> bool:
+def near_top_p(scores: dict[int, float], blocks: Sequence[int], forced: Sequence[int], top_p: float | None) -> bool:
     """Whether the mass covered after some chosen block is all but the one at which to stop."""
-    if params.top_p is None or params.top_p >= 1:
+    if top_p is None or top_p >= 1:
         return False
-    forced = ref.forced_blocks(position, params)
-    mass = (scores - scores.logsumexp(0)).exp()
-    taken = sorted((float(mass[block]) for block in blocks if block not in forced), reverse=True)
-    covered = sum(float(mass[block]) for block in forced if block < len(scores))
-    return any(abs(covered + sum(taken[:i]) - params.top_p) < NEAR_TIE for i in range(len(taken) + 1))
+    total = ref.logsumexp(list(scores.values()))
+    mass = {block: math.exp(score - total) for block, score in scores.items()}
+    taken = sorted((mass[block] for block in blocks if block not in forced), reverse=True)
+    covered = sum(mass[block] for block in forced if block in mass)
+    return any(abs(covered + sum(taken[:i]) - top_p) < NEAR_TIE for i in range(len(taken) + 1))
 
 
 def compare(layer: Layer, index: int, start: int, got: Tensor, positions: Sequence[int]) -> None:
@@ -304,7 +321,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 def sample_positions(start: int, end: int, params: SplaParameters, count: int = 5) -> list[int]:
     """First and last position, both sides of the budget's and of some pages' edges, of `start .. end - 1`."""
-    page, budget = params.page_size, params.budget_blocks * params.selection_block
+    page, budget = params.page_size, params.budget_tokens
     inner = [budget - 1, budget, end // page * page - 1, end // page * page, (start // page + 2) * page]
     return sorted({start, end - 1, *[p for p in inner if start <= p < end][:count]})
 
@@ -388,8 +405,10 @@ def test_select_blocks(data: st.DataObject) -> None:
         heads = [data.draw(drawn, label=f"scores of kv head {g}") for g in (0, 1)]
         scores = (torch.tensor(heads, dtype=torch.float64) * spread).log_softmax(-1) + math.log(group)
         want = [ref.select_blocks(scores[g], position, params) for g in (0, 1)]
-        assume(not any(near_top_p(scores[g], want[g], position, params) for g in (0, 1)))
-        forced = torch.tensor([block in ref.forced_blocks(position, params) for block in range(num_blocks)])
+        always = ref.forced_blocks(position, params)
+        near = [near_top_p(dict(enumerate(scores[g].tolist())), want[g], always, params.top_p) for g in (0, 1)]
+        assume(not any(near))
+        forced = torch.tensor([block in always for block in range(num_blocks)])
         num_free = params.budget_blocks - (current + 1 - num_blocks) - int(forced.sum())
         for free in (num_free, torch.tensor([[num_free]])):
             got = select_blocks(scores.float()[None, :, None], forced[None, None], free, group, params.top_p)
@@ -560,6 +579,35 @@ def test_steady_state_reads_the_state(residual: str) -> None:
         (got,) = layer.forward([(0, position, position + 1)])
         layer.kv_cache[sequence.pages[unselected], :, :16] = held
         assert relative_error(got[0], want.output) < TOLERANCE, f"position {position}"
+
+
+@both
+def test_two_levels_read_no_more_than_they_need(implementation: type[VectorisedAttention]) -> None:
+    """With a state that covers everything: keys of candidates, values of what is selected, statistics."""
+    params = SplaParameters(16, 16, budget_blocks=4, fine_block=8, candidate_factor=2)
+    layer = Layer(Shape(params, 2, 2, 64, False, 1.0, seed=5, implementation=implementation), [260])
+    sequence = layer.sequences[0]
+    layer.write((0, 0, 200))
+    layer.forward([(0, 199, 200)])
+    for position in range(200, 260):
+        layer.write((0, position, position + 1))
+        want = layer.reference(0, position)
+        held = layer.kv_cache.clone()
+        for g in range(2):
+            candidates = ref.select_blocks(want.group_scores[g], position, coarse_parameters(params))
+            keys = set(ref.tokens_of(candidates, position + 1, 16))
+            values = set(ref.tokens_of(want.selected[g], position + 1, 8))
+            assert len(values) <= 64 and len(keys) <= 128
+            for t in range((position // 16 - 1) * 16):  # a page that this step completes is read for the state
+                page, row = sequence.pages[t // 16], t % 16
+                if t not in keys:
+                    layer.kv_cache[page, g, row, :64] = math.nan
+                if t not in values:
+                    layer.kv_cache[page, g, row, 64:] = math.nan
+        (got,) = layer.forward([(0, position, position + 1)])
+        layer.kv_cache.copy_(held)
+        assert relative_error(got[0], want.output) < TOLERANCE, f"position {position}"
+        assert layer.op.tokens_read is not None and (layer.op.tokens_read == 64).all()
 
 
 @pytest.mark.parametrize("residual", ["regression", "linear"])

@@ -1,4 +1,4 @@
-"""Layers with budgets of their own: the algorithm's answer, and one answer whatever the engine does."""
+"""Layers with budgets of their own, in one level and in two: the algorithm's answer, whatever the engine does."""
 
 from functools import partial
 
@@ -16,9 +16,14 @@ LENGTHS = (3 * PAGE + 1, BUDGET + 40, 450, 700)
 PROMPTS = [random_prompt(n, seed=n) for n in LENGTHS]
 
 
+@pytest.fixture(scope="module", params=[{}, {"fine_block_size": 16, "candidates": 2}], ids=["one-level", "two-levels"])
+def options(request):
+    return OPTIONS | request.param
+
+
 @pytest.fixture(scope="module")
-def answers(tiny_llama):
-    with start_engine(tiny_llama, options=OPTIONS) as engine:
+def answers(tiny_llama, options):
+    with start_engine(tiny_llama, options=options) as engine:
         return engine.answer(PROMPTS, max_tokens=2 * PAGE)
 
 
@@ -34,12 +39,12 @@ def worst_difference(model, answers, visit):
     return worst
 
 
-def test_answers_are_the_references(tiny_llama, answers):
+def test_answers_are_the_references(tiny_llama, options, answers):
     from spla_backend.evaluate.capture import CapturingModel
     from spla_backend.evaluate.fidelity import attention
 
     model = CapturingModel(tiny_llama, head=True)
-    layers = SplaOptions.from_sources({"budget": BUDGET, **OPTIONS}).layers(PAGE, range(3))
+    layers = SplaOptions.from_sources({"budget": BUDGET, **options}).layers(PAGE, range(3))
     assert [params.budget_blocks for params in layers.values()] == [3, 6, 14]
     assert worst_difference(model, answers, partial(attention, params=layers)) < 1e-4
     # A budget in another layer's place would be seen.
@@ -48,8 +53,8 @@ def test_answers_are_the_references(tiny_llama, answers):
         assert worst_difference(model, answers, partial(attention, params=swapped)) > 1e-3
 
 
-def test_chunks_and_cached_prefixes(tiny_llama, answers):
-    with start_engine(tiny_llama, options=OPTIONS, enable_prefix_caching=True, max_num_batched_tokens=100) as engine:
+def test_chunks_and_cached_prefixes(tiny_llama, options, answers):
+    with start_engine(tiny_llama, options=options, enable_prefix_caching=True, max_num_batched_tokens=100) as engine:
         for _ in range(2):
             again = engine.answer(PROMPTS, max_tokens=2 * PAGE, logprobs=False)
             assert [a.tokens for a in again] == [a.tokens for a in answers]

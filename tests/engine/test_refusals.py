@@ -32,6 +32,7 @@ pytestmark = pytest.mark.engine
         ({"layer_budgets": {"1": 512}, "dense_layers": [1]}, {}, "both name layer 1: take it out of one of them"),
         ({"dense_layers": [3]}, {}, "names layer 3, which is no layer of full attention in this model: choose"),
         ({"dense_layers": [0, 1, 2]}, {}, "dense_layers names all layers: remove --attention-backend spla"),
+        ({"fine_block_size": 24, "budget": 128}, {}, "fine_block_size must divide the selection blocks of 32 tokens"),
         ({"executor": "cutlass"}, {}, "unknown SPLA executor 'cutlass': choose one of spla, flashinfer"),
         ({"executor": "flashinfer"}, {}, "SPLA option executor 'flashinfer' needs a CUDA GPU: leave it at 'spla'"),
         ({}, {"block_size": 8}, "SPLA needs pages of a multiple of 16 tokens, not 8: set --block-size 64"),
@@ -176,6 +177,9 @@ def test_what_cuda_kernels_lack(monkeypatch):
     check_config(config)  # the CPU engine computes them
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     with pytest.raises(ValueError, match=r"SPLA on a GPU does not compute these options: feature_map 'elu1' has no"):
+        check_config(config)
+    config.additional_config = {"spla": {"fine_block_size": 16}}
+    with pytest.raises(ValueError, match=r"SPLA on a GPU .*: fine_block_size 16: selection in two levels has no ker"):
         check_config(config)
     config.additional_config = {"spla": {"layer_budgets": {"0": 1024}}}
     check_config(config)

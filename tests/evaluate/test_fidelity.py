@@ -56,6 +56,8 @@ def expected(inputs: AttentionInputs, position: int, params: SplaParameters) -> 
         {"selector": "rem", "residual": "none", "top_p": 0.6},
         {"selector": "rem", "residual": "linear", "combine": "double_rmsnorm"},
         {"selector": "mean", "residual": "regression", "first_blocks": 0, "last_blocks": 3},
+        {"fine_block": 8, "candidate_factor": 2},
+        {"fine_block": 8, "candidate_factor": 2, "residual": "none", "top_p": 0.4},
     ],
     ids=lambda o: "-".join(str(x) for x in o.values()),
 )
@@ -70,9 +72,11 @@ def test_as_the_reference(inputs, options):
         torch.testing.assert_close(error[0], torch.tensor(errors), atol=1e-4, rtol=1e-3)
 
 
-def test_nothing_captures_more_than_the_oracle(inputs):
+@pytest.mark.parametrize("fine", [0, 8])
+def test_nothing_captures_more_than_the_oracle(inputs, fine):
     def mass(selector: str, oracle: bool = False) -> torch.Tensor:
-        params = SplaParameters(page_size=32, selection_block=16, budget_blocks=7, selector=selector, residual="none")
+        sizes = {"page_size": 32, "selection_block": 16, "budget_blocks": 7, "fine_block": fine, "candidate_factor": 2}
+        params = SplaParameters(**sizes, selector=selector, residual="none")
         return measure(inputs, positions, [Point(params, oracle, output=False)])[0].mean()
 
     positions = sample_positions(100, LENGTH, 50)

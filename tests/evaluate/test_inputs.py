@@ -108,6 +108,21 @@ def test_bytes_read():
     assert bytes_read(params, length - 63, size) == bytes_read(params, length, size) - 63 * 2 * size * 2
 
 
+def test_bytes_of_two_levels():
+    """Keys of the candidates, values of the selected; statistics where they choose or weigh something."""
+    options = {"budget": 1024, "fine_block_size": 16, "candidates": 4}
+    params = parameters_of(Variant("x", options), 64, None)
+    vector, statistics, state = 2 * 64, 127 * PageLayout(64, 64, 2, 64, 128).statistics_bytes, 4 * (65 * 64 + 64)
+    assert bytes_read(params, 8192, 64) == statistics + (4096 + 1024) * vector + state
+    assert bytes_read(params, 8192 - 15, 64) == bytes_read(params, 8192, 64) - 2 * 15 * vector
+    assert bytes_read(params, 8192 - 63, 64) == bytes_read(params, 8192, 64) - (63 + 15) * vector
+    assert bytes_read(params, 1024, 64) == bytes_read(None, 1024, 64)
+    assert bytes_read(params, 4096, 64) == 63 * 256 + (4096 + 1024) * vector + state
+    without = parameters_of(Variant("x", {**options, "residual": "none"}), 64, None)
+    assert bytes_read(without, 8192, 64) == statistics + (4096 + 1024) * vector
+    assert bytes_read(without, 4096, 64) == (4096 + 1024) * vector
+
+
 def test_bytes_of_dense_layers():
     shape = ModelShape("no/model", (0, 1, 2, 3), 4, 2, 64, 8192, {"dense_layers": [0]})
     layers = layers_of(Variant("x", {"layer_budgets": {"1": 1024}}), 64, shape)

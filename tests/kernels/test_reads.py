@@ -46,7 +46,7 @@ def test_decode_reads_selected_pages_only(
     tile = plain.plan(step).decode[0].tile
     selected = plain.select(tile, plain.grouped(query[-1:], tile), kv_cache)[0][0, :, 0]  # [kv_heads, blocks]
     assert 0 < selected.sum() < selected.numel()
-    assert op.blocks_read.tolist() == [[params.budget_blocks] * KV_HEADS]
+    assert op.tokens_read.tolist() == [[params.budget_tokens] * KV_HEADS]
     for head in range(KV_HEADS):
         for i in (~selected[head]).nonzero().flatten().tolist():
             start = i * block % page

@@ -1,0 +1,73 @@
+"""Selection in two levels (docs/design.md, 1): statistics choose candidates, the keys of these choose among them.
+
+Stages, in the order in which they run, each with all that it needs of the one before: coarse scores of selection blocks
+-> candidates -> fine scores of the candidates' fine blocks -> selected fine blocks -> attention. The first two are
+selection in one level (`selection.py`) with `coarse_parameters`; the fine level is here.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from .parameters import SplaParameters
+from .selection import forced_blocks, group_scores, select_blocks
+
+
+def coarse_parameters(params: SplaParameters) -> SplaParameters:
+    """Selection in one level whose selected blocks are the candidates."""
+    blocks = params.candidate_factor * params.budget_blocks
+    return replace(params, fine_block=0, budget_blocks=blocks, top_p=None)
+
+
+def forced_fine_blocks(
+    positions: torch.Tensor, complete: torch.Tensor, params: SplaParameters
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is settled before a score is known: fine blocks of selection blocks that one level forces.
+
+    Args:
+        positions: `[rows, tokens]` int64; the tokens of a row share their complete pages.
+        complete: `[rows, num_blocks]` bool, selection blocks of complete pages.
+        params: Parameters of the two levels.
+
+    Returns:
+        Fine blocks of complete pages that are selected anyway `[rows, tokens, num_fine]` bool, and how many further
+        ones are to be chosen `[rows, tokens]` int64: what is there of the current page counts by the fine block.
+    """
+    per_block = params.selection_block // params.fine_block
+    forced, _, _ = forced_blocks(positions, complete, params)
+    forced = forced.repeat_interleave(per_block, -1)
+    num_fine = positions // params.fine_block + 1
+    in_current_page = num_fine - per_block * complete.sum(-1, keepdim=True)
+    budget = params.budget_tokens // params.fine_block
+    return forced, num_fine.clamp(max=budget) - in_current_page - forced.sum(-1)
+
+
+def fine_scores(logits: torch.Tensor, fine_block: int) -> torch.Tensor:
+    """Log masses `[..., num_fine]` of whole fine blocks, from the logits of their tokens `[..., tokens]`."""
+    num_fine = logits.shape[-1] // fine_block
+    return logits[..., : num_fine * fine_block].unflatten(-1, (num_fine, fine_block)).logsumexp(-1)
+
+
+def select_fine_blocks(
+    scores: torch.Tensor,
+    candidates: torch.Tensor,
+    forced: torch.Tensor,
+    num_free: torch.Tensor,
+    top_p: float | None = None,
+) -> torch.Tensor:
+    """The selected fine blocks of complete pages.
+
+    Args:
+        scores: `[rows, kv_heads, tokens, group, num_fine]` from `fine_scores`; what is no candidate may hold anything.
+        candidates: `[rows, kv_heads, tokens, num_blocks]` bool, selection blocks of complete pages, forced ones among
+            them.
+        forced: From `forced_fine_blocks`.
+        num_free: Likewise.
+        top_p: Share of the candidates' mass at which selection stops.
+
+    Returns:
+        `[rows, kv_heads, tokens, num_fine]` bool.
+    """
+    group, num_fine = scores.shape[-2:]
+    candidates = candidates.repeat_interleave(num_fine // max(candidates.shape[-1], 1), -1)
+    return select_blocks(group_scores(scores, candidates), forced, num_free, group, top_p)
