@@ -44,7 +44,7 @@ def _get_attn_backend_cls(
     original: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
 ) -> str:
     from ..engine.checks import covers_layer, refuse_layer
-    from ..plugin import BACKEND_PATH, backend_member
+    from ..engine.registration import BACKEND_PATH, backend_member
 
     if selected_backend is not backend_member():
         return original(selected_backend, attn_selector_config, num_heads)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import learned
 from ..options import SplaOptions, full_attention_layers
-from ..plugin import backend_member
+from .registration import backend_member
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -16,6 +16,7 @@ SUPPORTED_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 256)
 SUPPORTED_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 SUPPORTED_DTYPES = ("float16", "bfloat16", "float32")
 PREFERRED_PAGE_SIZE = 64
+OPTIONS_OF_ONE_MODEL = ("dense_layers", "layer_budgets", "parameters_file")
 
 
 def is_chosen(vllm_config: "VllmConfig") -> bool:
@@ -26,9 +27,12 @@ def is_chosen(vllm_config: "VllmConfig") -> bool:
 
 
 def _option_sources(vllm_config: "VllmConfig") -> tuple[Any, Any]:
-    """Options of the command line and of the model's config.json."""
+    """Options of the command line and of the model's config.json; a draft model has its own of the latter, and what the
+    command line says of layers and learned parameters is not about its."""
     additional = vllm_config.additional_config
     command_line = additional.get("spla") if isinstance(additional, dict) else None
+    if isinstance(command_line, dict) and getattr(vllm_config.model_config, "runner_type", None) == "draft":
+        command_line = {key: value for key, value in command_line.items() if key not in OPTIONS_OF_ONE_MODEL}
     return command_line, getattr(_text_config(vllm_config), "spla_config", None)
 
 

@@ -134,17 +134,15 @@ class RecurrentStateLayer(AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> RecurrentStateSpec:
         """The attention layer's page geometry with as many blocks a request as its state needs."""
-        from .backend import spec_layouts
-
-        layer = self.attention_layer
-        page = layer.get_attn_backend().customize_spec(layer.get_kv_cache_spec(vllm_config))
+        layer, backend = self.attention_layer, self.attention_layer.get_attn_backend()
+        page = backend.customize_spec(layer.get_kv_cache_spec(vllm_config))
         return RecurrentStateSpec(
             block_size=page.block_size,
             num_kv_heads=page.num_kv_heads,
             head_size=page.head_size,
             dtype=page.dtype,
             tokens_per_state=page.tokens_per_state,
-            blocks_per_request=spec_layouts(page)[1].num_blocks,
+            blocks_per_request=backend.layouts(page)[1].num_blocks,
         )
 
 

@@ -194,9 +194,8 @@ def test_model_config_options(tmp_path, start):
     """`spla_config` in config.json counts, and the command line goes before it."""
     model = save_random_model(tmp_path / "configured", {**LLAMA, "spla_config": {"budget": 320, "selector": "mean"}})
     with start(model, options={"budget": 256}) as engine:
-        from spla_backend.engine.backend import get_options
-
-        assert (get_options().budget, get_options().selector) == (256, "mean")
+        layer = engine.runner.compilation_config.static_forward_context["model.layers.0.self_attn.attn"]
+        assert (layer.impl.options.budget, layer.impl.options.selector) == (256, "mean")
         assert engine.answer([[5, 6, 7]])[0].tokens
 
 
