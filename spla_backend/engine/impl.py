@@ -15,6 +15,7 @@ from .. import learned
 from ..algorithm.parameters import SplaParameters
 from ..kernels import dispatch
 from ..kernels.interface import Layer, Limits, PagedAttention
+from ..patches import draft_groups
 from .checks import check_hybrid_manager, parameters_file, refuse_arguments, resolve_options
 from .logger import logger
 from .metadata import SplaMetadata
@@ -69,6 +70,9 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
         layer.attn_backend = layer.attn_backend.with_options(self.options)
         self.index = extract_layer_index(name)
         self.learned = self._read_learned()
+        speculative = self.vllm_config.speculative_config
+        if speculative is not None and speculative.uses_draft_model():
+            draft_groups.apply()
         if self.options.residual != "none":
             context.setdefault(companion_name(name), RecurrentStateLayer(layer))
         if current_platform.is_cuda():
