@@ -1,10 +1,10 @@
 """Let a draft model read its own group's block table where the target's layers are not all in one group.
 
-Upstream cause, vLLM 0.32 and 0.33: `GPUModelRunner._build_attention_metadata` (the V1 runner, which the CPU engine uses)
-picks the drafter's own cache group for EAGLE, MTP, DFlash, Gemma 4 and the extraction of hidden states, and hands every
-other drafter the tables of group 0. A draft model whose layers are in another group then reads and writes the target's
-blocks as its own: no draft is accepted, and the target's answers are wrong. The blocks of SPLA's recurrent state are a
-group, and with it there are several.
+Upstream cause, vLLM 0.32 and 0.33: `GPUModelRunner._build_attention_metadata` (of the V1 runner, which the CPU engine
+uses) picks the drafter's own cache group for EAGLE, MTP, DFlash, Gemma 4 and the extraction of hidden states, and hands
+every other drafter the tables of group 0. A draft model whose layers are in another group then reads and writes the
+target's blocks as its own: no draft is accepted, and the target's answers are wrong. The blocks of SPLA's recurrent
+state are a group, and with it there are several.
 
 Remove when `DraftModelProposer` is among the drafters that `_build_attention_metadata` asks for their `kv_cache_gid`.
 """

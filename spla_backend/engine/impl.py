@@ -16,7 +16,7 @@ from ..algorithm.parameters import SplaParameters
 from ..kernels import dispatch
 from ..kernels.interface import Layer, Limits, PagedAttention
 from ..patches import draft_groups
-from .checks import check_hybrid_manager, parameters_file, refuse_arguments, resolve_options
+from .checks import check_hybrid_manager, parameters_file, refuse_arguments, refuse_spec, resolve_options
 from .logger import logger
 from .metadata import SplaMetadata
 from .state import RecurrentStateLayer, companion_name
@@ -67,6 +67,7 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
         weights may be loaded again."""
         context = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((n, item) for n, item in context.items() if getattr(item, "impl", None) is self)
+        refuse_spec(layer, self.vllm_config)
         layer.attn_backend = layer.attn_backend.with_options(self.options)
         self.index = extract_layer_index(name)
         self.learned = self._read_learned()

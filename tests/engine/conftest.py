@@ -186,3 +186,17 @@ def assert_same(actual: list[Answer], expected: list[Answer], tolerance: float =
             worst = max(abs(x - y) for x, y in zip(a.logprobs, e.logprobs, strict=True))
             assert worst < tolerance, f"prompt {i}: prompt logprobs differ by {worst}"
         assert a.tokens == e.tokens, f"prompt {i}: greedy tokens differ"
+
+
+@pytest.fixture
+def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What vLLM logs, whose loggers do not hand their records on to the root."""
+    import logging
+
+    import vllm.logger  # configures them
+
+    assert vllm.logger
+    logger = logging.getLogger("vllm")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

@@ -66,3 +66,46 @@ def test_options_of_a_draft(tmp_path):
     options = resolve_options(Namespace(model_config=model, additional_config={"spla": command_line}))
     assert (options.budget, options.top_p) == (512, 0.9)
     assert (options.dense_layers, options.layer_budgets, options.parameters_file) == ((), {}, None)
+
+
+def test_state_takes_the_caches_geometry(tmp_path):
+    """Whatever a layer's cache spec says of its pages, the state's blocks are such pages."""
+    from dataclasses import fields, replace
+
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
+
+    (config,) = configurations(tmp_path, {"model": {}})
+    with set_current_vllm_config(config):
+        layer = Attention(4, 64, 0.125, num_kv_heads=2, cache_config=config.cache_config, prefix=PREFIXES[0])
+    layer.process_weights_after_loading(torch.float32)
+    plain = layer.get_kv_cache_spec(config)
+    special = replace(plain, kv_quant_mode=KVQuantMode.INT8_PER_TOKEN_HEAD, max_tp_shards=2, page_size_padded=10**6)
+    layer.get_kv_cache_spec = lambda config: special
+    page = layer.get_attn_backend().customize_spec(special)
+    state = config.compilation_config.static_forward_context[PREFIXES[0] + ".spla_state"].get_kv_cache_spec(config)
+    for field in fields(AttentionSpec):
+        if field.name != "dcp_sharded":
+            assert getattr(state, field.name) == getattr(page, field.name), field.name
+
+
+@pytest.mark.parametrize("change", [{"head_size_v": 32}, {"sliding_window": 128}, {"non_causal": True}])
+def test_layers_of_another_kind(tmp_path, change):
+    """Layers that ask for a backend as full attention does and are none: refused by name."""
+    from dataclasses import replace
+
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    class OtherAttention(Attention):
+        def get_kv_cache_spec(self, vllm_config):
+            return replace(super().get_kv_cache_spec(vllm_config), **change)
+
+    (config,) = configurations(tmp_path, {"model": {}})
+    with set_current_vllm_config(config):
+        layer = OtherAttention(4, 64, 0.125, num_kv_heads=2, cache_config=config.cache_config, prefix=PREFIXES[0])
+    with pytest.raises(ValueError, match=r"layers like model\.layers\.0\.self_attn\.attn, a OtherAttention with"):
+        layer.process_weights_after_loading(torch.float32)
