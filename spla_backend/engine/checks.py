@@ -186,6 +186,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "SPLA does not support context parallelism, which shards the pages of a sequence over ranks: set "
             "--decode-context-parallel-size and --prefill-context-parallel-size to 1"
         )
+    check_ranks(vllm_config)
     if cache.kv_offloading_size is not None:  # vLLM makes its connector only after this check
         raise ValueError(
             "SPLA does not support --kv-offloading-size, whose connector would have to carry page statistics: remove it"
@@ -200,6 +201,20 @@ def check_config(vllm_config: "VllmConfig") -> None:
     check_layers(vllm_config, options)
     check_parameters(vllm_config, options)
     check_kernels(vllm_config, options)
+
+
+def check_ranks(vllm_config: "VllmConfig") -> None:
+    """Raises:
+    ValueError: Ranks that share a kv head, each of which would select pages by its own query heads alone.
+    """
+    model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    if model is not None and ranks > model.get_total_num_kv_heads():
+        num_kv_heads = model.get_total_num_kv_heads()
+        raise ValueError(
+            f"SPLA selects pages by all query heads of a kv head together, and --tensor-parallel-size {ranks} puts "
+            f"those of each of the model's {num_kv_heads} kv heads on several ranks, which would select for themselves "
+            f"and answer otherwise than fewer ranks: set it to at most {num_kv_heads}"
+        )
 
 
 def check_drafts(vllm_config: "VllmConfig") -> None:

@@ -189,14 +189,16 @@ def assert_same(actual: list[Answer], expected: list[Answer], tolerance: float =
 
 
 @pytest.fixture
-def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What vLLM logs, whose loggers do not hand their records on to the root."""
-    import logging
+def spla_log() -> Iterator[list[str]]:
+    """The messages that SPLA logs. By a filter, which stays when vLLM configures its loggers anew; handlers do not."""
+    from spla_backend.engine.logger import logger
 
-    import vllm.logger  # configures them
+    messages: list[str] = []
 
-    assert vllm.logger
-    logger = logging.getLogger("vllm")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+    def keep(record: Any) -> bool:
+        messages.append(record.getMessage())
+        return True
+
+    logger.addFilter(keep)
+    yield messages
+    logger.removeFilter(keep)

@@ -44,6 +44,7 @@ pytestmark = pytest.mark.engine
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             r"SPLA does not support KV connectors yet \(ExampleConnector\).*remove --kv-transfer-config",
         ),
+        ({}, {"tensor_parallel_size": 4}, "each of the model's 2 kv heads on several ranks, .*: set it to at most 2"),
         ({}, {"kv_offloading_size": 1.0}, "SPLA does not support --kv-offloading-size, .*: remove it"),
         (
             {},
@@ -54,13 +55,13 @@ pytestmark = pytest.mark.engine
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )  # fmt: skip
-def test_configuration(tiny_llama, start, options, engine_args, message, caplog_vllm):
+def test_configuration(tiny_llama, start, options, engine_args, message, spla_log):
     """The sentence is the whole error and a line of the log."""
     engine_args = {key: _with_model(value, tiny_llama) for key, value in engine_args.items()}
     with pytest.raises(RefusedError, match=message) as refused, start(tiny_llama, options=options, **engine_args):
         pass
     assert "\n" not in str(refused.value)
-    assert str(refused.value) in [record.getMessage() for record in caplog_vllm.records]
+    assert str(refused.value) in spla_log
 
 
 def _with_model(value, model):
@@ -185,10 +186,13 @@ def test_what_cuda_kernels_lack(monkeypatch):
             get_num_attention_heads=lambda parallel: 32,
             get_num_kv_heads=lambda parallel: 8,
             get_head_size=lambda: 128,
+            get_total_num_kv_heads=lambda: 8,
             max_model_len=8192,
         ),
         cache_config=Namespace(block_size=64, cache_dtype="auto", kv_offloading_size=None),
-        parallel_config=Namespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        parallel_config=Namespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, tensor_parallel_size=8
+        ),
         scheduler_config=Namespace(disable_hybrid_kv_cache_manager=False),
         kv_transfer_config=None,
         speculative_config=None,
