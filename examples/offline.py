@@ -71,7 +71,7 @@ def answer(backend: str, args: argparse.Namespace, prompt: list[int]) -> dict[st
         chosen = {
             "attention_backend": "spla",
             "additional_config": {"spla": {"budget": args.budget, **OPTIONS}},
-            "worker_extension_cls": "spla_backend.engine.statistics.ReadStatistics",
+            "worker_extension_cls": "spla_backend.engine.reads.ReadCounts",
         }
     say(f"{backend}: starting the engine")
     begin = time.monotonic()

@@ -1,5 +1,6 @@
 """Bytes of a page and of a recurrent-state block: the one place that knows offsets (docs/design.md, 5 and 6)."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,12 @@ from ..algorithm.statistics_format import Formats, decode, encode
 STAMP_WORDS = 4  # int32: salt_lo, salt_hi, counter, page id
 STATE_MAGIC = 0x53504C41  # "SPLA"
 STATE_HEADER_WORDS = 8  # int32: magic, covered pages, stamp[4], block ordinal, 0
+
+
+def new_salt() -> torch.Tensor:
+    """What the stamps of a layer's pages have in common, `[2]` int32. Not from torch's generator, which engines seed:
+    pages of two engines must not bear the same stamp."""
+    return torch.frombuffer(bytearray(os.urandom(8)), dtype=torch.int32)
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -7,6 +7,7 @@ Upstream cause, vLLM 0.32 and 0.33:
   sliding windows or encoders could not use a backend for full attention only (`backend_per_kind` can say so, but
   the user would have to).
 * No hook lets a backend look at the whole configuration at start-up; `check_and_update_config` is where platforms do.
+  Nor at the layers of a loaded model; `update_block_size_for_backend` is where platforms do.
 * vLLM asks a backend for its preferred page size only where all layers share one backend, and the companion layers of
   the recurrent state count as another: without this patch pages would be of 16 tokens.
 
@@ -19,7 +20,7 @@ from typing import Any
 
 
 def apply() -> None:
-    """Wrap two class methods of the current platform; a second call does nothing."""
+    """Wrap three class methods of the current platform; a second call does nothing."""
     from vllm.platforms import current_platform
 
     platform = type(current_platform)
@@ -27,6 +28,7 @@ def apply() -> None:
         return
     _wrap(platform, "get_attn_backend_cls", _get_attn_backend_cls)
     _wrap(platform, "check_and_update_config", _check_and_update_config)
+    _wrap(platform, "update_block_size_for_backend", _update_block_size_for_backend)
 
 
 def _wrap(platform: type, name: str, wrapper: Any) -> None:
@@ -44,22 +46,32 @@ def _get_attn_backend_cls(
     original: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
 ) -> str:
     from ..engine.checks import covers_layer, refuse_layer
-    from ..plugin import BACKEND_PATH, backend_member
+    from ..engine.registration import BACKEND_PATH, backend_member
+    from . import local_attention
 
     if selected_backend is not backend_member():
         return original(selected_backend, attn_selector_config, num_heads)
     if not covers_layer(attn_selector_config):
         return original(None, attn_selector_config, num_heads)
     refuse_layer(attn_selector_config)
+    local_attention.apply()
     return BACKEND_PATH
 
 
 def _check_and_update_config(original: Any, vllm_config: Any) -> None:
-    from ..engine.checks import check_config, choose_page_size, is_chosen
+    from ..engine.checks import choose_page_size, is_chosen, refuse_config
 
     chosen = is_chosen(vllm_config)
     if chosen:
         choose_page_size(vllm_config)
     original(vllm_config)
     if chosen:
-        check_config(vllm_config)
+        refuse_config(vllm_config)
+
+
+def _update_block_size_for_backend(original: Any, vllm_config: Any) -> None:
+    from ..engine.checks import is_chosen, warn_if_unused
+
+    original(vllm_config)
+    if is_chosen(vllm_config):
+        warn_if_unused(vllm_config)

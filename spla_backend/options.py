@@ -14,6 +14,13 @@ from .algorithm.parameters import COMBINES, RESIDUALS, SplaParameters
 EXECUTORS = ("spla", "flashinfer")
 
 
+class RefusedError(RuntimeError):
+    """A configuration that SPLA does not support; the message is one sentence.
+
+    No ValueError, which pydantic, that vLLM's configurations are made with, would bury in lines of its own.
+    """
+
+
 @dataclass(frozen=True)
 class SplaOptions:
     """What a user may set. Sizes are in tokens.

@@ -36,7 +36,7 @@ from ...algorithm.selection import forced_blocks, group_scores, select_blocks
 from ...algorithm.selectors import get_selector
 from ...algorithm.two_level import coarse_parameters, fine_scores, forced_fine_blocks, select_fine_blocks
 from ..interface import Layer, Plan, Step
-from ..layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, layouts
+from ..layout import STAMP_WORDS, STATE_HEADER_WORDS, STATE_MAGIC, layouts, new_salt
 
 _FOLD_PAGES = 64  # pages folded at a time: bounds the scratch of a rebuild
 _DECODE_ELEMENTS = 1 << 21  # keys and values of decode rows attended to at a time: their float32 stays in the cache
@@ -172,7 +172,7 @@ class VectorisedAttention:
         rows = self.state_layout.rows_per_block - 1
         self._body_block, self._body_row = body // rows, 1 + body % rows
         self._head = np.arange(layer.num_kv_heads)[:, None]
-        self._salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(torch.int32)
+        self._salt = new_salt()
         self._counter = 0
         self.tokens_read: NDArray[np.int32] | None = None
 

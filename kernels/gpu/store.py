@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 import triton
 
+from ..layout import new_salt
 from .launch import Launch, current_stream, layer_of
 from .layer import GpuLayer
 from .page import SELECTOR_CODES, update_cache_kernel
@@ -31,7 +32,7 @@ class Store:
 
     def __init__(self, layer: GpuLayer) -> None:
         self.layer = layer
-        self.salt = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int64).to(layer.device, torch.int32)
+        self.salt = new_salt().to(layer.device)
         self._counter = torch.zeros(1, dtype=torch.int32, device=layer.device)
         # Layers of one geometry store by the same launch.
         stored = (layer.device, layer.page_layout, layer.params.selector, layer.num_kv_heads, layer.cache_dtype)

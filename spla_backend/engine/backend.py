@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar
+from functools import cache
+from typing import ClassVar
 
 import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
@@ -10,40 +11,21 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 
 from ..kernels.layout import PageLayout, StateLayout, layouts
 from ..options import SplaOptions
-from ..plugin import BACKEND_NAME
+from .builder import SplaMetadataBuilder
 from .checks import PREFERRED_PAGE_SIZE, SUPPORTED_HEAD_SIZES, SUPPORTED_KV_CACHE_DTYPES
-
-if TYPE_CHECKING:
-    from .impl import SplaImpl
-    from .metadata import SplaMetadataBuilder
-
-_options: SplaOptions | None = None
-
-
-def set_options(options: SplaOptions) -> None:
-    """Make `options` those of the engine in this process; `customize_spec` gets no configuration to read them from."""
-    global _options
-    _options = options
-
-
-def get_options() -> SplaOptions:
-    """The options of the engine in this process.
-
-    Raises:
-        RuntimeError: No SPLA layer was constructed yet.
-    """
-    if _options is None:
-        raise RuntimeError("SPLA options are read before any SPLA layer was constructed")
-    return _options
-
-
-def spec_layouts(spec: AttentionSpec) -> tuple[PageLayout, StateLayout]:
-    """Bytes of the pages and of the recurrent state of an attention layer."""
-    return layouts(get_options().parameters(spec.block_size), spec.head_size, spec.dtype)
+from .impl import SplaImpl
+from .registration import BACKEND_NAME
 
 
 class SplaBackend(AttentionBackend):
-    """SPLA, block Sparse Plus Linear Attention (arXiv 2601.22379)."""
+    """SPLA, block Sparse Plus Linear Attention (arXiv 2601.22379).
+
+    vLLM asks a layer's backend, a class, for the layer's cache spec, and hands it no configuration. So every layer
+    holds a subclass that knows its options, and two models of one process may have different ones.
+    """
+
+    options: ClassVar[SplaOptions | None] = None
+    """Of the layers that hold this class; None in what vLLM's selection returns, before weights are loaded."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list] = list(SUPPORTED_KV_CACHE_DTYPES)
@@ -51,22 +33,35 @@ class SplaBackend(AttentionBackend):
     forward_includes_kv_cache_update: bool = False
 
     @staticmethod
+    @cache
+    def with_options(options: SplaOptions) -> "type[SplaBackend]":
+        """The backend of layers with these options, the same class for the same options."""
+        return type(SplaBackend.__name__, (SplaBackend,), {"options": options, "__module__": __name__})
+
+    @classmethod
+    def layouts(cls, spec: AttentionSpec) -> tuple[PageLayout, StateLayout]:
+        """Bytes of the pages and of the recurrent state of a layer that holds this class.
+
+        Raises:
+            RuntimeError: No layer does, this is the class without options.
+        """
+        if cls.options is None:
+            raise RuntimeError("the cache spec of an SPLA layer is asked for before its weights were loaded")
+        return layouts(cls.options.parameters(spec.block_size), spec.head_size, spec.dtype)
+
+    @staticmethod
     def get_name() -> str:
         """See `AttentionBackend.get_name`; vLLM looks the enum member up by it."""
         return BACKEND_NAME
 
     @staticmethod
-    def get_impl_cls() -> type["SplaImpl"]:
+    def get_impl_cls() -> type[SplaImpl]:
         """See `AttentionBackend.get_impl_cls`."""
-        from .impl import SplaImpl
-
         return SplaImpl
 
     @staticmethod
-    def get_builder_cls() -> type["SplaMetadataBuilder"]:
+    def get_builder_cls() -> type[SplaMetadataBuilder]:
         """See `AttentionBackend.get_builder_cls`."""
-        from .metadata import SplaMetadataBuilder
-
         return SplaMetadataBuilder
 
     @classmethod
@@ -107,5 +102,5 @@ class SplaBackend(AttentionBackend):
         """
         if type(spec) is not FullAttentionSpec or spec.block_size < 16:
             return spec
-        layout, _ = spec_layouts(spec)
+        layout, _ = cls.layouts(spec)
         return replace(spec, tokens_per_state=Fraction(layout.page_size, layout.rows))

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import learned
-from ..options import SplaOptions, full_attention_layers
-from ..plugin import backend_member
+from ..options import RefusedError, SplaOptions, full_attention_layers
+from .logger import logger
+from .registration import BACKEND_NAME, BACKEND_PATH, backend_member
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -16,19 +17,25 @@ SUPPORTED_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 256)
 SUPPORTED_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 SUPPORTED_DTYPES = ("float16", "bfloat16", "float32")
 PREFERRED_PAGE_SIZE = 64
+OPTIONS_OF_ONE_MODEL = ("dense_layers", "layer_budgets", "parameters_file")
 
 
 def is_chosen(vllm_config: "VllmConfig") -> bool:
-    """Whether the user asked for SPLA, for the whole model or for some kind of layer."""
-    attention = vllm_config.attention_config
+    """Whether the user asked for SPLA, for the whole model, for some kind of layer or for a draft model."""
+    attention, speculative = vllm_config.attention_config, vllm_config.speculative_config
     chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    if speculative is not None:
+        chosen.append(speculative.attention_backend)
     return any(backend is backend_member() for backend in chosen)
 
 
 def _option_sources(vllm_config: "VllmConfig") -> tuple[Any, Any]:
-    """Options of the command line and of the model's config.json."""
+    """Options of the command line and of the model's config.json; a draft model has its own of the latter, and what the
+    command line says of layers and learned parameters is not about its."""
     additional = vllm_config.additional_config
     command_line = additional.get("spla") if isinstance(additional, dict) else None
+    if isinstance(command_line, dict) and getattr(vllm_config.model_config, "runner_type", None) == "draft":
+        command_line = {key: value for key, value in command_line.items() if key not in OPTIONS_OF_ONE_MODEL}
     return command_line, getattr(_text_config(vllm_config), "spla_config", None)
 
 
@@ -140,11 +147,22 @@ def choose_page_size(vllm_config: "VllmConfig") -> None:
         cache.user_specified_block_size = True
 
 
-def check_config(vllm_config: "VllmConfig") -> None:
+def refuse_config(vllm_config: "VllmConfig") -> None:
     """Check a whole configuration, before any engine process is started.
 
     Raises:
-        ValueError: Something is not supported.
+        RefusedError: Something is not supported; the log says so too.
+    """
+    try:
+        check_config(vllm_config)
+    except ValueError as error:
+        logger.error("%s", error)
+        raise RefusedError(str(error)) from None
+
+
+def check_config(vllm_config: "VllmConfig") -> None:
+    """Raises:
+    ValueError: Something in a whole configuration is not supported.
     """
     import vllm
 
@@ -168,15 +186,54 @@ def check_config(vllm_config: "VllmConfig") -> None:
             "SPLA does not support context parallelism, which shards the pages of a sequence over ranks: set "
             "--decode-context-parallel-size and --prefill-context-parallel-size to 1"
         )
+    check_ranks(vllm_config)
+    if cache.kv_offloading_size is not None:  # vLLM makes its connector only after this check
+        raise ValueError(
+            "SPLA does not support --kv-offloading-size, whose connector would have to carry page statistics: remove it"
+        )
     if vllm_config.kv_transfer_config is not None:
         raise ValueError(
             f"SPLA does not support KV connectors yet ({vllm_config.kv_transfer_config.kv_connector}), which would "
             "have to carry page statistics: remove --kv-transfer-config"
         )
     check_hybrid_manager(vllm_config, options)
+    check_drafts(vllm_config)
     check_layers(vllm_config, options)
     check_parameters(vllm_config, options)
     check_kernels(vllm_config, options)
+
+
+def check_ranks(vllm_config: "VllmConfig") -> None:
+    """Raises:
+    ValueError: Ranks that share a kv head, each of which would select pages by its own query heads alone.
+    """
+    model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    if model is not None and ranks > model.get_total_num_kv_heads():
+        num_kv_heads = model.get_total_num_kv_heads()
+        raise ValueError(
+            f"SPLA selects pages by all query heads of a kv head together, and --tensor-parallel-size {ranks} puts "
+            f"those of each of the model's {num_kv_heads} kv heads on several ranks, which would select for themselves "
+            f"and answer otherwise than fewer ranks: set it to at most {num_kv_heads}"
+        )
+
+
+def check_drafts(vllm_config: "VllmConfig") -> None:
+    """Raises:
+    ValueError: Speculative decoding with layers of the draft that SPLA cannot serve.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    if speculative.attention_backend is backend_member() and not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "SPLA does not compute draft models in vLLM's V1 model runner, which gives a draft one cache group and so "
+            "no blocks for a recurrent state: remove attention_backend from --speculative-config"
+        )
+    if speculative.use_gemma4_mtp():
+        raise ValueError(
+            "SPLA does not support Gemma 4's MTP drafts, whose layers read the cache of the model's: remove "
+            "--speculative-config or --attention-backend spla"
+        )
 
 
 def check_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
@@ -216,6 +273,23 @@ def check_hybrid_manager(vllm_config: "VllmConfig", options: SplaOptions) -> Non
             "SPLA keeps its recurrent state in blocks of their own group, which needs the hybrid KV cache manager: "
             "remove --disable-hybrid-kv-cache-manager or set the SPLA option residual to 'none'"
         )
+
+
+def warn_if_unused(vllm_config: "VllmConfig") -> None:
+    """Say so where a model was loaded and all of its layers went to other backends."""
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    backends = {layer.get_attn_backend().get_name() for layer in layers.values()}
+    if BACKEND_NAME in backends or vllm_config.model_config is None:
+        return
+    logger.warning_once(
+        "SPLA computes no layer of %s: it has no decoder layer of full attention, and %s computes those that it has "
+        "(windows, encoders and the like). Remove --attention-backend spla",
+        vllm_config.model_config.model,
+        ", ".join(sorted(backends)) or "no attention backend",
+    )
 
 
 def covers_layer(config: "AttentionSelectorConfig") -> bool:
@@ -263,4 +337,29 @@ def refuse_arguments(**arguments: Any) -> None:
     if given:
         raise ValueError(
             f"SPLA does not support layers with {', '.join(given)}: remove --attention-backend spla for this model"
+        )
+
+
+def refuse_spec(layer: Any, vllm_config: "VllmConfig") -> None:
+    """A layer whose keys and values are kept or read otherwise than plain full attention does, which only the layer
+    knows: vLLM asks for a backend with the same arguments for all.
+
+    Raises:
+        ValueError: It is such a layer.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    spec = layer.get_kv_cache_spec(vllm_config)
+    plain = (
+        type(spec) is FullAttentionSpec
+        and spec.head_size_v == spec.head_size
+        and spec.sliding_window is None
+        and spec.attention_chunk_size is None
+        and not spec.non_causal
+    )
+    derived = ".".join(layer.get_attn_backend().full_cls_name()) != BACKEND_PATH
+    if derived or not plain:
+        raise ValueError(
+            f"SPLA does not support layers like {layer.layer_name}, a {type(layer).__name__} with a cache of a kind of "
+            f"its own ({spec}): remove --attention-backend spla for this model"
         )

@@ -1,7 +1,7 @@
 """SPLA attention of one layer inside vLLM."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -15,16 +15,14 @@ from .. import learned
 from ..algorithm.parameters import SplaParameters
 from ..kernels import dispatch
 from ..kernels.interface import Layer, Limits, PagedAttention
-from .backend import get_options, set_options
-from .checks import check_hybrid_manager, parameters_file, refuse_arguments, resolve_options
+from ..patches import draft_groups
+from .checks import check_hybrid_manager, parameters_file, refuse_arguments, refuse_spec, resolve_options
 from .logger import logger
+from .metadata import SplaMetadata
 from .state import RecurrentStateLayer, companion_name
 
-if TYPE_CHECKING:
-    from .metadata import SplaMetadata
 
-
-class SplaImpl(AttentionImpl["SplaMetadata"]):
+class SplaImpl(AttentionImpl[SplaMetadata]):
     """Writes keys, values and page statistics; selects, attends and combines."""
 
     def __init__(
@@ -55,23 +53,28 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         self.kv_cache_dtype = kv_cache_dtype
         self.attn_type = attn_type
         self.vllm_config = get_current_vllm_config()
-        options = resolve_options(self.vllm_config)
-        check_hybrid_manager(self.vllm_config, options)
-        set_options(options)
+        self.options = resolve_options(self.vllm_config)
+        check_hybrid_manager(self.vllm_config, self.options)
         self.index = -1  # until the layer's name is known
         self.op: PagedAttention | None = None  # until `bind`
         self.bound: tuple[int, torch.dtype] | None = None
         self.learned: learned.LayerParameters | None = None
-        logger.info_once("SPLA options: %s", options)
+        logger.info_once("SPLA options: %s", self.options)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Read learned parameters, and claim what memory profiling must see: the kernels' scratch, and the companion
-        layer that makes the engine allocate the recurrent state. Idempotent: weights may be loaded again."""
+        """Tell the layer's backend its options, read learned parameters, and claim what memory profiling must see: the
+        kernels' scratch, and the companion layer that makes the engine allocate the recurrent state. Idempotent:
+        weights may be loaded again."""
         context = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((n, item) for n, item in context.items() if getattr(item, "impl", None) is self)
+        refuse_spec(layer, self.vllm_config)
+        layer.attn_backend = layer.attn_backend.with_options(self.options)
         self.index = extract_layer_index(name)
         self.learned = self._read_learned()
-        if get_options().residual != "none":
+        speculative = self.vllm_config.speculative_config
+        if speculative is not None and speculative.uses_draft_model():
+            draft_groups.apply()
+        if self.options.residual != "none":
             context.setdefault(companion_name(name), RecurrentStateLayer(layer))
         if current_platform.is_cuda():
             cache = self.vllm_config.cache_config
@@ -80,7 +83,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
     @property
     def is_dense(self) -> bool:
         """Whether the layer attends to everything."""
-        return self.index in get_options().dense_layers
+        return self.index in self.options.dense_layers
 
     def _read_learned(self) -> learned.LayerParameters:
         """What the model's file of learned parameters holds for this rank's heads of the layer.
@@ -91,11 +94,13 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
                 those.
         """
         path = parameters_file(self.vllm_config)
-        if path is None or self.is_dense:
+        model = self.vllm_config.model_config
+        # Layers behind the model's own are those of a draft that is made with the model's configuration (EAGLE, MTP).
+        if path is None or self.is_dense or self.index >= model.hf_text_config.num_hidden_layers:
             return learned.LayerParameters()
         rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         num_heads = self.num_heads * world_size
-        num_kv_heads = self.vllm_config.model_config.get_total_num_kv_heads()
+        num_kv_heads = model.get_total_num_kv_heads()
         whole = learned.read_layer(
             path, self.index, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=self.head_size
         )
@@ -108,7 +113,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
     def _parameters(self, page_size: int) -> SplaParameters:
         """What this layer computes; layers may differ in `residual_scale`, which no plan of a step depends on, and in
         `budget_blocks`."""
-        params = get_options().parameters(page_size, self.index)
+        params = self.options.parameters(page_size, self.index)
         if self.learned is None or self.learned.residual_scale is None:
             return params
         return replace(params, residual_scale=float(self.learned.residual_scale))
@@ -119,7 +124,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
             return self.op
         self.bound = (page_size, cache_dtype)
         assert self.learned is not None, "weights are loaded before caches are made"
-        options, device, scheduler = get_options(), torch.device(device), self.vllm_config.scheduler_config
+        options, device, scheduler = self.options, torch.device(device), self.vllm_config.scheduler_config
         max_model_len = self.vllm_config.model_config.max_model_len
         common = options.parameters(page_size)
         limits = Limits(
@@ -178,7 +183,7 @@ class SplaImpl(AttentionImpl["SplaMetadata"]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: "SplaMetadata",
+        attn_metadata: SplaMetadata,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,

@@ -6,7 +6,7 @@ prefix-cached, counted with everything else. Their ids are columns `0 .. K-1` of
 the blocks hold is docs/design.md, 6; whether it is valid is decided where it is read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
-from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 if TYPE_CHECKING:
@@ -134,18 +134,11 @@ class RecurrentStateLayer(AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> RecurrentStateSpec:
         """The attention layer's page geometry with as many blocks a request as its state needs."""
-        from .backend import spec_layouts
-
-        layer = self.attention_layer
-        page = layer.get_attn_backend().customize_spec(layer.get_kv_cache_spec(vllm_config))
-        return RecurrentStateSpec(
-            block_size=page.block_size,
-            num_kv_heads=page.num_kv_heads,
-            head_size=page.head_size,
-            dtype=page.dtype,
-            tokens_per_state=page.tokens_per_state,
-            blocks_per_request=spec_layouts(page)[1].num_blocks,
-        )
+        layer, backend = self.attention_layer, self.attention_layer.get_attn_backend()
+        page = backend.customize_spec(layer.get_kv_cache_spec(vllm_config))
+        geometry = {field.name: getattr(page, field.name) for field in fields(AttentionSpec)}
+        blocks = backend.layouts(page)[1].num_blocks
+        return RecurrentStateSpec(**geometry | {"dcp_sharded": False}, blocks_per_request=blocks)
 
 
 def companion_name(layer_name: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..options import RefusedError
+
 _DESCRIPTION = """\
 What SPLA costs a model in answer quality, dense and SPLA side by side. Texts are your files, tasks are generated from
 a seed; nothing is fetched. docs/evaluate.md explains the numbers.
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"spla-eval: {error}: install vllm-spla with the extras eval and cpu or cuda", file=sys.stderr)
         return 1
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RefusedError) as error:
         print(f"spla-eval: {error}", file=sys.stderr)
         return 1
     return 0

@@ -466,6 +466,18 @@ def test_statistics_in_the_page(shape: Shape, data: st.DataObject) -> None:
     assert bool(layer.kv_cache[others, :, page:].isnan().all()), "an incomplete page was given statistics"
 
 
+def test_engines_of_one_seed_stamp_differently() -> None:
+    """Where pages travel, a stamp must say which engine wrote the page."""
+    stamps = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        layer = Layer(Shape(SplaParameters(16, 16, 4, residual="none"), 1, 1, 32, False, 1.0, 0), [16])
+        layer.write((0, 0, 16))
+        stamps.append(layer.kv_cache[layer.sequences[0].pages[0], 0].view(torch.int32).flatten()[-4:])
+    assert not torch.equal(stamps[0][:2], stamps[1][:2])
+    assert torch.equal(stamps[0][2:], stamps[1][2:])
+
+
 @both
 @settings(PROFILE, max_examples=150)
 @given(data=st.data())

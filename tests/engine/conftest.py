@@ -186,3 +186,19 @@ def assert_same(actual: list[Answer], expected: list[Answer], tolerance: float =
             worst = max(abs(x - y) for x, y in zip(a.logprobs, e.logprobs, strict=True))
             assert worst < tolerance, f"prompt {i}: prompt logprobs differ by {worst}"
         assert a.tokens == e.tokens, f"prompt {i}: greedy tokens differ"
+
+
+@pytest.fixture
+def spla_log() -> Iterator[list[str]]:
+    """The messages that SPLA logs. By a filter, which stays when vLLM configures its loggers anew; handlers do not."""
+    from spla_backend.engine.logger import logger
+
+    messages: list[str] = []
+
+    def keep(record: Any) -> bool:
+        messages.append(record.getMessage())
+        return True
+
+    logger.addFilter(keep)
+    yield messages
+    logger.removeFilter(keep)

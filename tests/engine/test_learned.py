@@ -16,7 +16,7 @@ from spla_backend import learned  # noqa: E402
 from spla_backend.evaluate.capture import CapturingModel  # noqa: E402
 from spla_backend.evaluate.fidelity import attention  # noqa: E402
 from spla_backend.evaluate.variants import Variant, parameters_of  # noqa: E402
-from spla_backend.options import SplaOptions  # noqa: E402
+from spla_backend.options import RefusedError, SplaOptions  # noqa: E402
 
 LAYERS, HEADS, SIZE = LLAMA["num_hidden_layers"], LLAMA["num_attention_heads"], LLAMA["head_dim"]
 PROMPTS = [random_prompt(n, seed=n) for n in (BUDGET + 1, 500)]
@@ -114,5 +114,5 @@ def test_norms(model, start):
 )  # fmt: skip
 def test_refused(model, start, layers, options, message):
     learned.write(model / learned.FILE_NAME, layers, {})
-    with pytest.raises(ValueError, match=message), start(str(model), options=options):
+    with pytest.raises(RefusedError, match=message), start(str(model), options=options):
         pass

@@ -4,6 +4,8 @@ import importlib.util
 
 import pytest
 
+from spla_backend.options import RefusedError
+
 from .conftest import LLAMA, save_random_model
 
 pytestmark = pytest.mark.engine
@@ -43,12 +45,31 @@ pytestmark = pytest.mark.engine
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             r"SPLA does not support KV connectors yet \(ExampleConnector\).*remove --kv-transfer-config",
         ),
+        ({}, {"tensor_parallel_size": 4}, "each of the model's 2 kv heads on several ranks, .*: set it to at most 2"),
+        ({}, {"kv_offloading_size": 1.0}, "SPLA does not support --kv-offloading-size, .*: remove it"),
+        (
+            {},
+            {"speculative_config": {"method": "draft_model", "model": "TARGET", "num_speculative_tokens": 3,
+                                    "attention_backend": "spla"}},
+            "SPLA does not compute draft models in vLLM's V1 model runner, .*: remove attention_backend",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )  # fmt: skip
-def test_configuration(tiny_llama, start, options, engine_args, message):
-    with pytest.raises(ValueError, match=message), start(tiny_llama, options=options, **engine_args):
+def test_configuration(tiny_llama, start, options, engine_args, message, spla_log):
+    """The sentence is the whole error and a line of the log."""
+    engine_args = {key: _with_model(value, tiny_llama) for key, value in engine_args.items()}
+    with pytest.raises(RefusedError, match=message) as refused, start(tiny_llama, options=options, **engine_args):
         pass
+    assert "\n" not in str(refused.value)
+    assert str(refused.value) in spla_log
+
+
+def _with_model(value, model):
+    """An engine argument, the model's folder in the place of TARGET."""
+    if not isinstance(value, dict):
+        return value
+    return {key: model if item == "TARGET" else item for key, item in value.items()}
 
 
 @pytest.mark.parametrize(("block_size", "expected"), [(None, 64), (32, 32)])
@@ -102,7 +123,7 @@ def test_untested_vllm(tiny_llama, start, monkeypatch):
 
     monkeypatch.setattr(vllm, "__version__", "0.47.1")
     message = r"SPLA was not tested with vLLM 0.47.1, .*: install vLLM 0.32.x or 0.33.x, or a newer vllm-spla"
-    with pytest.raises(ValueError, match=message), start(tiny_llama):
+    with pytest.raises(RefusedError, match=message), start(tiny_llama):
         pass
 
 
@@ -125,7 +146,7 @@ def test_context_parallelism():
     assert vllm.__version__
     config = Namespace(
         model_config=Namespace(model="no-such-folder", use_mla=False, hf_text_config=None),
-        cache_config=Namespace(block_size=64, cache_dtype="auto"),
+        cache_config=Namespace(block_size=64, cache_dtype="auto", kv_offloading_size=None),
         parallel_config=Namespace(decode_context_parallel_size=2, prefill_context_parallel_size=1),
         additional_config={},
     )
@@ -140,7 +161,7 @@ def test_mla():
 
     config = Namespace(
         model_config=Namespace(model="no-such-folder", use_mla=True, hf_text_config=None),
-        cache_config=Namespace(block_size=64, cache_dtype="auto"),
+        cache_config=Namespace(block_size=64, cache_dtype="auto", kv_offloading_size=None),
         parallel_config=Namespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
         additional_config={},
     )
@@ -166,12 +187,16 @@ def test_what_cuda_kernels_lack(monkeypatch):
             get_num_attention_heads=lambda parallel: 32,
             get_num_kv_heads=lambda parallel: 8,
             get_head_size=lambda: 128,
+            get_total_num_kv_heads=lambda: 8,
             max_model_len=8192,
         ),
-        cache_config=Namespace(block_size=64, cache_dtype="auto"),
-        parallel_config=Namespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        cache_config=Namespace(block_size=64, cache_dtype="auto", kv_offloading_size=None),
+        parallel_config=Namespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, tensor_parallel_size=8
+        ),
         scheduler_config=Namespace(disable_hybrid_kv_cache_manager=False),
         kv_transfer_config=None,
+        speculative_config=None,
         additional_config={"spla": {"residual": "linear", "feature_map": "elu1"}},
     )
     check_config(config)  # the CPU engine computes them
@@ -198,9 +223,8 @@ def test_model_config_options(tmp_path, start):
     """`spla_config` in config.json counts, and the command line goes before it."""
     model = save_random_model(tmp_path / "configured", {**LLAMA, "spla_config": {"budget": 320, "selector": "mean"}})
     with start(model, options={"budget": 256}) as engine:
-        from spla_backend.engine.backend import get_options
-
-        assert (get_options().budget, get_options().selector) == (256, "mean")
+        layer = engine.runner.compilation_config.static_forward_context["model.layers.0.self_attn.attn"]
+        assert (layer.impl.options.budget, layer.impl.options.selector) == (256, "mean")
         assert engine.answer([[5, 6, 7]])[0].tokens
 
 

@@ -38,7 +38,7 @@ class Plain:
 def plain(tiny_llama):
     order = [*range(len(PROMPTS)), 9, 8, 7, 3, 2, 0]
     random.Random(0).shuffle(order)
-    extension = "spla_backend.engine.statistics.ReadStatistics"
+    extension = "spla_backend.engine.reads.ReadCounts"
     with start_engine(tiny_llama, worker_extension_cls=extension) as engine:
         alone = [engine.answer([p])[0] for p in PROMPTS]
         batch = engine.answer([PROMPTS[i] for i in order])

@@ -148,3 +148,12 @@ def test_pages_of_several_sequences_in_one_program(monkeypatch: pytest.MonkeyPat
         used = batch.layer.page_layout.statistics_bytes // batch.kv_cache.itemsize
         assert torch.equal(batch.kv_cache[page, :, :16], stored[page, :, :16])
         assert torch.equal(batch.kv_cache[page, :, 16:].flatten(1)[:, :used], stored[page, :, 16:].flatten(1)[:, :used])
+
+
+def test_engines_of_one_seed_stamp_differently() -> None:
+    salts = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        batch = make_batch(params(), [16], **SHAPE)
+        salts.append(batch.kv_cache.view(torch.int32).flatten(2)[batch.block_table[0, 0].long(), :, -4:-2])
+    assert not torch.equal(*salts)

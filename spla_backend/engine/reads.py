@@ -1,4 +1,4 @@
-"""What a running engine can say about its reads, for examples and for curious users."""
+"""How much of the cache a running engine reads, for examples and for curious users."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from vllm.model_executor.layers.attention import Attention
 from .impl import SplaImpl
 
 
-class ReadStatistics:
+class ReadCounts:
     """Extension of vLLM's workers, in whatever process they are.
 
-    Start with `LLM(..., worker_extension_cls="spla_backend.engine.statistics.ReadStatistics")`, then
+    Start with `LLM(..., worker_extension_cls="spla_backend.engine.reads.ReadCounts")`, then
     ask `llm.collective_rpc("spla_pages_read")`, which returns a number for every worker.
     """
 
