@@ -156,6 +156,6 @@ def _attend_in_pieces(
         start, end = int(queries[0]), int(queries[-1]) + 1
         first = max(0, start + 1 - window) if window else 0
         seen = mask(0, 0, queries[:, None], positions[None, first:end])  # [queries, tokens]
-        near = (x[:, :, first:end] for x in (k, v))
-        outputs.append(scaled_dot_product_attention(q[:, :, start:end], *near, seen, scale=scale, enable_gqa=True))
+        part, keys, values = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
+        outputs.append(scaled_dot_product_attention(part, keys, values, seen, scale=scale, enable_gqa=True))
     return torch.cat(outputs, 2)

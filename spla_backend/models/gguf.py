@@ -202,10 +202,13 @@ def _refuse_unsupported(reader: Any, gguf_file: Path) -> None:
 
 
 def _tokenizer(reader: Any, gguf_file: Path, max_length: int) -> Any:
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+    from tokenizers import models, pre_tokenizers
+    from transformers import AutoTokenizer, __version__
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    is_gemma = _field(reader, "general.architecture") == "gemma3"
+    if is_gemma and not isinstance(tokenizer.backend_tokenizer.model, models.BPE):
+        raise ValueError(f"transformers {__version__} splits Gemma's words wrongly: install transformers 5.19 or later")
     tokenizer.model_max_length = max_length
     # transformers passes over it, and a Gemma without its first token is no good.
     if _field(reader, "tokenizer.ggml.add_bos_token"):
