@@ -112,7 +112,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         documents = "  ".join(f"{name} {loss:+.4f}" for name, loss in row["documents"].items())
         lines.append(
             f"{row['model']:14} {row['context']:7} {row['budget'] or '':>6} {row['variant']:32} {row['kib']:7.1f} "
-            f"{row['loss']:+8.4f} {row['error'] or math.nan:7.4f}  {documents}"
+            f"{row['loss']:+8.4f} {row['error']:7.4f}  {documents}"
         )
     return "\n".join(lines)
 
