@@ -200,7 +200,7 @@ def main() -> None:
     if args.model is None:
         from spla_backend.models import gguf
 
-        args.model = str(gguf.smollm2())
+        args.model = str(gguf.packaged("smollm2"))
     jobs = jobs_of(args)
     scratch = args.output.with_suffix(".parts")
     if args.job is not None:

@@ -206,7 +206,7 @@ def main() -> None:
     if args.model is None:
         from spla_backend.models import gguf
 
-        args.model = str(gguf.smollm2())
+        args.model = str(gguf.packaged("smollm2"))
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")  # SPLA's logits: bfloat16 operands are exact in TF32
     args.output.mkdir(parents=True, exist_ok=True)

@@ -127,7 +127,7 @@ def main() -> None:
     if args.model is None:
         from spla_backend.models import gguf
 
-        args.model = str(gguf.smollm2())
+        args.model = str(gguf.packaged("smollm2"))
 
     if is_slow():
         say("this processor has no bfloat16 instructions")

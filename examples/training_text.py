@@ -132,7 +132,7 @@ def main() -> None:
     from spla_backend.evaluate.documents import load_tokenizer
     from spla_backend.models import gguf
 
-    tokenizer = load_tokenizer(args.model or str(gguf.smollm2()))
+    tokenizer = load_tokenizer(args.model or str(gguf.packaged("smollm2")))
     if len(tokenizer) > 1 << 16:
         sys.exit(f"a vocabulary of {len(tokenizer)} tokens does not fit into 16 bits: use another model")
     code_texts, held_out_code = code()

@@ -410,7 +410,7 @@ def main() -> None:
     if args.stage == "plot":
         plot(written(), args.plot or args.report.with_suffix(".png"))
         return
-    args.model = args.model or str(gguf.smollm2())
+    args.model = args.model or str(gguf.packaged("smollm2"))
     shape = ModelShape.of(args.model)
     documents = cut_documents(args.text, load_tokenizer(args.model), args.length, args.documents)
     head = report.header(

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 _serial = itertools.count()  # transformers knows attention functions by name, and each model has its own
+
+_QUERIES = 512  # whose mask is made at a time where a layer has one
+_LOGITS = 1 << 26  # elements that are held at a time
 
 
 @dataclass(frozen=True)
@@ -45,23 +49,40 @@ class CapturingModel:
     def __init__(self, model: str, dtype: torch.dtype = torch.float32, device: str = "cpu", head: bool = False) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoModelForCausalLM
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        from transformers.masking_utils import sdpa_mask
+        from transformers.masking_utils import causal_mask_function, sdpa_mask
 
         def attend(
             module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, None]:
+            scale = kwargs.get("scaling")
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            window = kwargs.get("sliding_window")
             # Layers with a window are not SPLA's.
-            if self._visit is not None and not kwargs.get("sliding_window"):
-                scale = kwargs.get("scaling")
-                scale = query.shape[-1] ** -0.5 if scale is None else scale
+            if self._visit is not None and not window:
                 output = self._visit(AttentionInputs(module.layer_idx, query[0] * scale, key[0], value[0]))
                 if output is not None:
                     return output.to(query.dtype).transpose(0, 1)[None], None
+            if callable(attention_mask):
+                return _attend_in_pieces(query, key, value, attention_mask, scale, window).transpose(1, 2), None
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+        def mask(
+            batch_size: int,
+            q_length: int,
+            kv_length: int,
+            q_offset: int = 0,
+            kv_offset: int = 0,
+            mask_function: Any = causal_mask_function,
+            **kwargs: Any,
+        ) -> Any:
+            if int(q_offset) or kv_offset or q_length != kv_length:
+                return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, **kwargs)
+            # Of a whole document, `attend` makes the mask itself: at 32768 tokens it would take gigabytes.
+            return None if mask_function is causal_mask_function else mask_function
 
         name = f"spla_capture_{next(_serial)}"
         AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, sdpa_mask)
+        AttentionMaskInterface.register(name, mask)
         self._visit: Visit | None = None
         try:
             kind = AutoModelForCausalLM if head else AutoModel
@@ -88,11 +109,53 @@ class CapturingModel:
     @torch.inference_mode()
     def logprobs(self, tokens: Sequence[int], visit: Visit | None) -> list[float]:
         """Log-probability of every token but the first, given those before it."""
-        logits = self.run(tokens, visit).logits[0, :-1]  # [length - 1, vocabulary]
-        wanted = torch.tensor(list(tokens[1:]), device=logits.device)
-        pieces = zip(logits.split(1024), wanted.split(1024), strict=True)
-        return [x for piece, ids in pieces for x in _log_probability(piece, ids)]
+        ids = torch.tensor([list(tokens)], device=self._model.device)
+        body, piece = self._model.base_model, max(1, _LOGITS // self._model.config.get_text_config().vocab_size)
+        self._visit = visit
+        try:
+            outputs = body(input_ids=ids, use_cache=False)
+        finally:
+            self._visit = None
+        found: list[float] = []
+        # Its logits at once could take more memory than anything else. What the model does behind its head is its own
+        # business, so that the whole of it runs, with the body's output at hand.
+        body.forward = lambda *_, **__: outputs
+        try:
+            for rows in torch.arange(len(tokens) - 1, device=ids.device).split(piece):
+                logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
+                chances = logits.float().log_softmax(-1)  # [rows, vocabulary]
+                found += chances.gather(-1, ids[0, rows + 1, None])[:, 0].tolist()
+        finally:
+            del body.forward
+        return found
 
 
-def _log_probability(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:
-    return logits.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
+def _attend_in_pieces(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: Callable[..., torch.Tensor],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention by a further mask, which is made for a few queries at a time.
+
+    Args:
+        q: `[batch, H, T, d]`.
+        k: `[batch, G, T, d]`.
+        v: As `k`.
+        mask: A mask function of transformers, of batch, head, position of a query and of a key.
+        scale: What products are multiplied with.
+        window: Tokens that a query sees at most, itself included; None for all before it.
+
+    Returns:
+        `[batch, H, T, d]`.
+    """
+    positions, outputs = torch.arange(q.shape[2], device=q.device), []
+    for queries in positions.split(_QUERIES):
+        start, end = int(queries[0]), int(queries[-1]) + 1
+        first = max(0, start + 1 - window) if window else 0
+        seen = mask(0, 0, queries[:, None], positions[None, first:end])  # [queries, tokens]
+        part, keys, values = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
+        outputs.append(scaled_dot_product_attention(part, keys, values, seen, scale=scale, enable_gqa=True))
+    return torch.cat(outputs, 2)

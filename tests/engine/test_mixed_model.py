@@ -7,6 +7,7 @@ from .conftest import PAGE, assert_same, random_prompt, save_random_model
 
 pytestmark = pytest.mark.engine
 
+# Heads as those of Gemma-3-270M.
 GEMMA3 = {
     "architectures": ["Gemma3ForCausalLM"],
     "model_type": "gemma3_text",
@@ -16,9 +17,9 @@ GEMMA3 = {
     "layer_types": ["sliding_attention", "full_attention"] * 3,
     "sliding_window": 128,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "query_pre_attn_scalar": 64,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
     "vocab_size": 1000,
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,

@@ -18,7 +18,7 @@ def answers() -> dict[tuple[str, str], Answer]:
 
     from spla_backend.models import gguf
 
-    model = str(gguf.smollm2())
+    model = str(gguf.packaged("smollm2"))
     ids = AutoTokenizer.from_pretrained(model)("\n\n".join(topics.values()))["input_ids"][:TOKENS]
     return {
         (backend or "dense", dtype): ask(model, backend, dtype, ids)

@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 from spla_backend.algorithm import reference  # noqa: E402
 from spla_backend.algorithm.parameters import SplaParameters  # noqa: E402
+from spla_backend.evaluate import capture  # noqa: E402
 from spla_backend.evaluate.capture import AttentionInputs, CapturingModel  # noqa: E402
 from spla_backend.evaluate.fidelity import attention  # noqa: E402
 
@@ -23,6 +24,18 @@ CONFIG = {
     "head_dim": 32,
     "vocab_size": 200,
     "max_position_embeddings": 512,
+}
+# Heads, their size and norms as in Gemma-3-270M, another scale than theirs.
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 16,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 64,
+    "final_logit_softcapping": 20.0,
 }
 TOKENS = list(range(3, 103))
 
@@ -79,6 +92,28 @@ def test_logprobs(tmp_path):
     expected = transformers.AutoModelForCausalLM.from_pretrained(path)(torch.tensor([TOKENS])).logits[0].log_softmax(-1)
     found = CapturingModel(path, head=True).logprobs(TOKENS, None)
     torch.testing.assert_close(torch.tensor(found), expected[:-1].gather(-1, torch.tensor(TOKENS[1:])[:, None])[:, 0])
+
+
+def test_gemma3_in_pieces(tmp_path, monkeypatch):
+    """Layers with windows a few queries at a time, logits a few rows at a time, the head's own softcap among them; a
+    budget that holds everything is dense attention."""
+    monkeypatch.setattr(capture, "_QUERIES", 24)
+    monkeypatch.setattr(capture, "_LOGITS", 7 * CONFIG["vocab_size"])
+    path = save(tmp_path, **GEMMA3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    expected = (
+        model(torch.tensor([TOKENS])).logits[0, :-1].log_softmax(-1).gather(-1, torch.tensor(TOKENS[1:])[:, None])
+    )
+    capturing, layers = CapturingModel(path, head=True), []
+    torch.testing.assert_close(torch.tensor(capturing.logprobs(TOKENS, None)), expected[:, 0], atol=1e-4, rtol=1e-4)
+
+    def visit(inputs: AttentionInputs) -> torch.Tensor:
+        layers.append(inputs.layer)
+        return attention(inputs, SplaParameters(page_size=16, selection_block=16, budget_blocks=7))
+
+    found = torch.tensor(capturing.logprobs(TOKENS, visit))
+    assert layers == [1]
+    torch.testing.assert_close(found, expected[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def test_attention_in_place_of_the_models(tmp_path):

