@@ -83,24 +83,30 @@ def how_it_works(path: Path) -> None:
 
 
 def headline(path: Path) -> None:
-    """Times of one request by context, dense and SPLA (benchmarks/results/engine_h200.json)."""
-    report = json.loads((ROOT / "benchmarks" / "results" / "engine_h200.json").read_text())
-    rows = {(row["backend"], row["context"]): row for row in report["rows"] if row["batch"] == 1}
-    contexts = sorted({context for _, context in rows})
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.3))
+    """Many requests at once, dense and SPLA (benchmarks/results/serving_h200.json)."""
+    report = json.loads((ROOT / "benchmarks" / "results" / "serving_h200.json").read_text())
+    rows = {(row["backend"], row["scenario"]): row for row in report["rows"]}
+    scenarios = {
+        "document": "16 questions on a\ncached document\nof 100K tokens",
+        "5x128K": "5 new prompts\nof 128K tokens",
+        "24x32K": "24 new prompts\nof 32K tokens",
+    }
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.5))
     for axes, key, title in zip(
-        panels, ("tpot_ms", "ttft_s"), ("milliseconds per output token", "seconds to the first token"), strict=True
+        panels,
+        ("wall_s", "tpot_last_ms"),
+        ("seconds for all answers (256 tokens each)", "milliseconds per token, once all prompts are read"),
+        strict=True,
     ):
         for offset, backend, color, name in ((-0.2, "dense", DENSE, "dense attention"), (0.2, "spla", SPLA, "SPLA")):
-            values = [rows[backend, context][key] for context in contexts]
-            bars = axes.bar([i + offset for i in range(len(contexts))], values, 0.38, color=color, label=name)
-            axes.bar_label(bars, [f"{value:.2f}" if value < 10 else f"{value:.1f}" for value in values], fontsize=8.5)
-        axes.set_xticks(range(len(contexts)), [f"{context // 1024}K" for context in contexts])
-        axes.set_xlabel("tokens in the context")
+            values = [rows[backend, scenario][key] for scenario in scenarios]
+            bars = axes.bar([i + offset for i in range(len(scenarios))], values, 0.38, color=color, label=name)
+            axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=8.5)
+        axes.set_xticks(range(len(scenarios)), list(scenarios.values()), fontsize=8.5)
         axes.set_title(title, fontsize=10.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(y=0.12)
-    panels[0].legend(frameon=False, loc="upper left", fontsize=9)
+    panels[0].legend(frameon=False, loc="upper right", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130, facecolor="white")
 
