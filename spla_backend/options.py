@@ -219,6 +219,7 @@ class SplaOptions:
         Raises:
             ValueError: Page, selection block and the budget of any layer do not fit each other.
         """
+        from .algorithm.selectors import get_selector
         from .algorithm.statistics_format import MAX_COUNT
 
         block = self.block_size(page_size)
@@ -234,10 +235,10 @@ class SplaOptions:
                 f"SPLA option fine_block_size must divide the selection blocks of {block} tokens, not be "
                 f"{self.fine_block_size}: set it to 16, or to 0 for one level"
             )
-        if self.statistics_dtype == "fp8" and self.selector == "km2-rem" and block > MAX_COUNT:
+        if self.statistics_dtype == "fp8" and get_selector(self.selector).counts_keys and block > MAX_COUNT:
             raise ValueError(
-                f"SPLA selector 'km2-rem' counts up to {MAX_COUNT} tokens with statistics_dtype 'fp8', and its blocks "
-                f"have {block}: set selection_block_size to less, or statistics_dtype to 'auto'"
+                f"SPLA selector {self.selector!r} counts up to {MAX_COUNT} tokens with statistics_dtype 'fp8', and its "
+                f"blocks have {block}: set selection_block_size to less, or statistics_dtype to 'auto'"
             )
         params = SplaParameters(
             page_size=page_size,

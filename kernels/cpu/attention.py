@@ -15,8 +15,8 @@ import torch
 from numba.np.ufunc import parallel
 from numpy.typing import NDArray
 
-from ...algorithm import selectors
 from ...algorithm.parameters import SplaParameters
+from ...algorithm.selectors import get_selector
 from ...patches import llvmlite_wrapper
 from ..interface import Layer, Limits, Step
 from . import compiled, dense
@@ -76,10 +76,8 @@ class StateBodies:
 
 def is_compiled(params: SplaParameters) -> bool:
     """Whether `compiled` computes `params`."""
-    selector = selectors.get_selector(params.selector)
     return (
-        params.selector in compiled.SELECTORS
-        and type(selector).__module__ == selectors.__name__  # nobody registered another one under its name
+        type(get_selector(params.selector)) in compiled.SELECTORS  # by class: any may be registered under their names
         and params.residual in ("none", "regression")
         and params.combine == "shared_normalizer"
     )
@@ -93,7 +91,7 @@ class CpuAttention(VectorisedAttention):
         self._compiled = is_compiled(params)
         if self._compiled:
             self._rule = (
-                compiled.SELECTORS.index(params.selector),
+                compiled.SELECTORS.index(type(self.selector)),
                 params.budget_blocks,
                 params.candidate_factor * params.budget_blocks if params.fine_block else 0,
                 params.first_blocks,

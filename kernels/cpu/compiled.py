@@ -19,10 +19,18 @@ from numba import njit, prange, types
 from numba.core.extending import overload
 from numba.extending import intrinsic
 
+from ...algorithm.selectors import (
+    Cumulant2Selector,
+    KMeans2RemSelector,
+    MeanSelector,
+    QuestSelector,
+    RemSelector,
+    Taylor2Selector,
+)
 from ...algorithm.statistics_format import COUNT, E4M3, E5M2
 from ..layout import STAMP_WORDS
 
-SELECTORS = ("mean", "taylor2", "cumulant2", "rem", "quest", "km2-rem")
+SELECTORS = (MeanSelector, Taylor2Selector, Cumulant2Selector, RemSelector, QuestSelector, KMeans2RemSelector)
 """The selectors that are compiled; `attend` knows them by their place here."""
 
 _MEAN, _TAYLOR2, _CUMULANT2, _REM, _QUEST, _KM2_REM = range(len(SELECTORS))

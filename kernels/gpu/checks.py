@@ -5,9 +5,11 @@ import importlib.util
 import torch
 
 from ...algorithm.parameters import SplaParameters
+from ...algorithm.selectors import get_selector
 from ...algorithm.statistics_format import MAX_COUNT, STATISTICS_DTYPES
-from .page import SELECTOR_CODES
+from .feature_maps import gpu_feature_map
 from .residual import RESIDUAL_CODES
+from .selectors import gpu_selector
 
 FLASHINFER_HEAD_SIZES = (64, 128, 256)
 
@@ -70,21 +72,21 @@ def check_layer(
         raise ValueError(
             f"statistics_dtype {params.statistics_dtype!r} has no kernel, choose one of {', '.join(STATISTICS_DTYPES)}"
         )
-    if params.statistics_dtype == "fp8" and params.selector == "km2-rem" and params.selection_block > MAX_COUNT:
+    selector = get_selector(params.selector)
+    if params.statistics_dtype == "fp8" and selector.counts_keys and params.selection_block > MAX_COUNT:
         raise ValueError(
             f"selection_block {params.selection_block}: statistics_dtype 'fp8' counts up to {MAX_COUNT} keys "
             "of a cluster"
         )
-    if params.selector not in SELECTOR_CODES:
-        raise ValueError(f"selector {params.selector!r} has no kernel, choose one of {', '.join(SELECTOR_CODES)}")
+    gpu_selector(params.selector)
     if params.residual not in RESIDUAL_CODES:
         raise ValueError(f"residual {params.residual!r} has no kernel, choose one of {', '.join(RESIDUAL_CODES)}")
-    if params.residual == "linear" and params.feature_map != "softmax":
-        raise ValueError(f"feature_map {params.feature_map!r} has no kernel, choose softmax")
+    if params.residual == "linear":
+        gpu_feature_map(params.feature_map)
     if params.combine not in ("shared_normalizer", "double_rmsnorm"):
         raise ValueError(f"combine {params.combine!r} has no kernel")
-    if params.selector == "quest" and params.residual != "none" and params.combine == "shared_normalizer":
-        raise ValueError("selector 'quest' gives no tail mass: use residual 'none'")
+    if not selector.has_mass and params.residual != "none" and params.combine == "shared_normalizer":
+        raise ValueError(f"selector {params.selector!r} gives no tail mass: use residual 'none'")
     if params.budget_blocks < params.max_forced_blocks:
         raise ValueError(f"budget_blocks {params.budget_blocks} is below {params.max_forced_blocks} forced blocks")
     if num_heads % num_kv_heads != 0:

@@ -4,9 +4,12 @@ import torch
 import triton
 
 from ...algorithm.parameters import SplaParameters
+from ...algorithm.selectors import get_selector
 from ..interface import Layer
 from ..layout import layouts
 from .checks import check_layer
+from .feature_maps import gpu_feature_map
+from .selectors import gpu_selector
 
 INTERPRETED_SMS = 132
 """Multiprocessors that launch shapes are made for where kernels are interpreted: those of an H200, so that a machine
@@ -28,7 +31,11 @@ class GpuLayer:
         gain: `[H]` float32, weight of the tail.
         norm_weights: Exact and tail `[H, d]` float32, of the double RMSNorm.
         top_p: 0 where there is none.
+        selector: The selector's class, for its traits.
+        gpu_selector: Its device functions.
+        phi: Device function of the linear residual's feature map; None for other residuals.
         has_mass: Whether the mass of what is not selected is asked for.
+        own_mass: Whether it is, and is another number than the score.
         dp: `head_size`, padded to a power of two.
         group_p: `group`, padded to a power of two.
         fold_tile: Tokens that a state is folded by at a time.
@@ -53,7 +60,10 @@ class GpuLayer:
         self.gain = self._weight(gain)
         self.norm_weights = self._weight(exact), self._weight(tail)
         self.top_p = params.top_p if params.top_p is not None and params.top_p < 1 else 0.0
+        self.selector, self.gpu_selector = get_selector(params.selector), gpu_selector(params.selector)
+        self.phi = gpu_feature_map(params.feature_map) if params.residual == "linear" else None
         self.has_mass = params.residual != "none" and params.combine == "shared_normalizer"
+        self.own_mass = self.has_mass and not self.selector.score_is_mass
         self.dp = triton.next_power_of_2(layer.head_size)
         self.group_p = triton.next_power_of_2(self.group)
         self.fold_tile = min(64, params.page_size & -params.page_size)

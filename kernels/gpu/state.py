@@ -15,6 +15,8 @@ FLOP: `2 B F_S d` a page.
 import triton
 import triton.language as tl
 
+from .feature_maps import key_features
+
 
 @triton.jit
 def state_row_offset(table, row, block_stride, BODY: tl.constexpr, D: tl.constexpr, mask):
@@ -99,34 +101,9 @@ def write_headers(
 
 
 @triton.jit
-def softmax_key_features(rows, feature, of_key, column, in_head):
-    """Features `[SLICE, TILE]` in the cache dtype of the keys at `rows [TILE]`: a slice of the softmax over a key."""
-    k_all = tl.load(rows[None, :] + column[:, None], mask=in_head[:, None], other=0.0)
-    dtype = k_all.dtype
-    k_all = tl.where(in_head[:, None], k_all.to(tl.float32), float("-inf"))  # [DP, TILE]
-    top = tl.max(k_all, axis=0)
-    norm = tl.sum(tl.exp(k_all - top[None, :]), axis=0)
-    k = tl.load(rows[None, :] + feature[:, None], mask=of_key[:, None], other=0.0)
-    k = (tl.exp(k.to(tl.float32) - top[None, :]) / norm[None, :]).to(dtype)
-    return tl.where(of_key[:, None], k, 0.0).to(dtype)
-
-
-@triton.jit
-def softmax_features(x, in_head, AXIS: tl.constexpr):
-    """Softmax over the head dimension `AXIS` of `x` float32; 0 outside `in_head`.
-
-    The state and what is subtracted from it round these features to the cache dtype in the same way, so that the
-    rounding cancels and the tensor cores can be used.
-    """
-    x = tl.where(in_head, x, float("-inf"))
-    e = tl.exp(x - tl.max(x, axis=AXIS, keep_dims=True))
-    return e / tl.sum(e, axis=AXIS, keep_dims=True)
-
-
-@triton.jit
 def _add_page(
     s, z, sum_v, index, pages, kv, page_stride, feature, in_slice,
-    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, LINEAR: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, PHI: tl.constexpr,
 ):  # fmt: skip
     """A slice of the state, and the sum of the values, with the page at `index` of a block table."""
     column = tl.arange(0, DP)
@@ -136,8 +113,8 @@ def _add_page(
     for first in tl.static_range(0, PAGE, TILE):
         rows = base + (first + token) * 2 * D  # [TILE]
         v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
-        if LINEAR:
-            k = softmax_key_features(rows, feature, in_slice, column, in_head)  # [SLICE, TILE]
+        if PHI is not None:
+            k = key_features(PHI, rows, feature, in_slice, column, in_head)  # [SLICE, TILE]
         else:
             k = tl.load(rows[None, :] + feature[:, None], mask=in_slice[:, None], other=0.0)
             sum_v += tl.sum(v.to(tl.float32), axis=0)
@@ -147,13 +124,13 @@ def _add_page(
 
 
 @triton.jit
-def _read_slice(q, s, z, scale, LINEAR: tl.constexpr):
+def _read_slice(q, s, z, scale, PHI: tl.constexpr):
     """`phi(q) S` `[M, DP]` and `phi(q) . z` `[M]` over a slice of the features."""
     # q has few enough digits for tf32, S has not: in two parts the product is exact to float32.
     s_high = (s.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # 10 bits of mantissa
     read = tl.dot(q, s - s_high, tl.dot(q, s_high, input_precision="tf32"), input_precision="tf32")
     read_z = tl.sum(q * z[None, :], axis=1)
-    if not LINEAR:
+    if PHI is None:
         read *= scale
         read_z *= scale
     return read, read_z
@@ -205,7 +182,7 @@ def fold_slice(
     UNIT: tl.constexpr,
     BUDGET: tl.constexpr,  # units
     TILE: tl.constexpr,
-    LINEAR: tl.constexpr,
+    PHI: tl.constexpr,  # feature map of the linear residual
 ):
     """Bring one slice of the features of one (row, kv head) up to date; the last slice to finish writes the headers."""
     seq_len = tl.load(seq_lens_ptr + row)
@@ -226,7 +203,7 @@ def fold_slice(
         s_offset = state_row_offset(blocks, feature, block_stride, BODY, D, in_slice)
         s_rows = state + s_offset[:, None] + column[None, :]  # [SLICE, DP]
         # z, and for regression sum v before it, follow S.
-        Z_ROW: tl.constexpr = D if LINEAR else D + 1
+        Z_ROW: tl.constexpr = D if PHI is not None else D + 1
         z_block = tl.maximum(tl.load(blocks + Z_ROW // BODY), 0).to(tl.int64)
         z_row = state + z_block * block_stride + (1 + Z_ROW % BODY) * D + feature  # [SLICE]
         v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
@@ -235,7 +212,7 @@ def fold_slice(
         early = tl.where(reads, D, 0)
         s_early = tl.load(s_rows, mask=(feature < early)[:, None] & in_head[None, :], other=0.0)  # [SLICE, DP]
         z_early = tl.load(z_row, mask=feature < early, other=0.0)  # [SLICE]
-        v_early = tl.load(v_row, mask=column < (0 if LINEAR else early), other=0.0)  # [DP]
+        v_early = tl.load(v_row, mask=column < (0 if PHI is not None else early), other=0.0)  # [DP]
         covered = trusted_pages(
             kv_int_ptr, state_int_ptr, pages, blocks, head, target, int_page_stride, int_head_stride,
             block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
@@ -247,17 +224,17 @@ def fold_slice(
             s = tl.load(s_rows, mask=(feature < late)[:, None] & in_head[None, :], other=0.0)
             s += tl.where((feature < kept)[:, None], s_early, 0.0)
             z = tl.load(z_row, mask=feature < late, other=0.0) + tl.where(feature < kept, z_early, 0.0)
-            sum_v = tl.load(v_row, mask=column < (0 if LINEAR else late), other=0.0)
+            sum_v = tl.load(v_row, mask=column < (0 if PHI is not None else late), other=0.0)
             sum_v += tl.where(column < kept, v_early, 0.0)
             if covered < target:
                 for index in tl.range(covered, target):
                     s, z, sum_v = _add_page(
                         s, z, sum_v, index, pages, kv_ptr + head * head_stride, page_stride, feature, in_slice,
-                        D, DP, PAGE, TILE, LINEAR,
+                        D, DP, PAGE, TILE, PHI,
                     )  # fmt: skip
                 tl.store(s_rows, s, mask=s_mask)
                 tl.store(z_row, z, mask=in_slice)
-                if (slice_index == 0) & (not LINEAR):
+                if (slice_index == 0) & (PHI is None):
                     tl.store(v_row, sum_v, mask=in_head)
                 write_headers(
                     arrivals_ptr + row * num_kv_heads + head, SLICES, kv_int_ptr, state_int_ptr, pages, blocks, head,
@@ -275,15 +252,12 @@ def fold_slice(
                 query = query_ptr + query_row * query_token_stride + (head * GROUP + member) * query_head_stride  # [M]
                 q_mask = exists[:, None] & in_slice[None, :]
                 q = tl.load(query[:, None] + feature[None, :], mask=q_mask, other=0.0).to(dtype).to(tl.float32)
-                if LINEAR:
+                if PHI is not None:
                     all_mask = exists[:, None] & in_head[None, :]
                     every = tl.load(query[:, None] + column[None, :], mask=all_mask, other=0.0)
-                    x = tl.where(in_head[None, :], every.to(dtype).to(tl.float32) * scale, float("-inf"))
-                    q_top = tl.max(x, axis=1)
-                    q_norm = tl.sum(tl.exp(x - q_top[:, None]), axis=1)
-                    q = (tl.exp(q * scale - q_top[:, None]) / q_norm[:, None]).to(dtype).to(tl.float32)
-                    q = tl.where(q_mask, q, 0.0)
-                read, read_z = _read_slice(q, s, z, scale, LINEAR)  # [M, DP], [M]
+                    every = tl.where(in_head[None, :], every.to(dtype).to(tl.float32) * scale, float("-inf"))
+                    q = tl.where(q_mask, PHI(every, q * scale, 1).to(dtype).to(tl.float32), 0.0)
+                read, read_z = _read_slice(q, s, z, scale, PHI)  # [M, DP], [M]
                 read_v = tl.broadcast_to(sum_v[None, :], [M, DP])
                 if QUERY_LEN > 1:  # noqa: SIM102, compile-time and run-time conditions stay apart
                     if num_pages > target:
@@ -291,10 +265,10 @@ def fold_slice(
                         # a draft may be rejected.
                         s, z, sum_v = _add_page(
                             s, z, sum_v, target, pages, kv_ptr + head * head_stride, page_stride, feature, in_slice,
-                            D, DP, PAGE, TILE, LINEAR,
+                            D, DP, PAGE, TILE, PHI,
                         )  # fmt: skip
                         behind = (seq_len - query_len + token_in_row) // PAGE > target  # [M]
-                        more, more_z = _read_slice(q, s, z, scale, LINEAR)
+                        more, more_z = _read_slice(q, s, z, scale, PHI)
                         read = tl.where(behind[:, None], more, read)
                         read_z = tl.where(behind, more_z, read_z)
                         read_v = tl.where(behind[:, None], sum_v[None, :], read_v)
@@ -302,7 +276,7 @@ def fold_slice(
                 out = ((pair * SLICES + slice_index) * GROUP_P + member) * DP
                 tl.store(read_ptr + out[:, None] + column[None, :], read, mask=exists[:, None])
                 tl.store(read_z_ptr + (pair * SLICES + slice_index) * GROUP_P + member, read_z, mask=exists)
-                if (slice_index == 0) & (not LINEAR):
+                if (slice_index == 0) & (PHI is None):
                     v_out = read_v_ptr + pair[:, None] * DP + column[None, :]  # [M, DP]
                     once = exists & (member == 0)
                     tl.store(v_out, read_v, mask=once[:, None])

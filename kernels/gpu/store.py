@@ -8,7 +8,7 @@ import triton
 from ..layout import new_salt
 from .launch import Launch, current_stream, layer_of
 from .layer import GpuLayer
-from .page import SELECTOR_CODES, update_cache_kernel
+from .page import update_cache_kernel
 
 FEW_TOKENS = 128
 """Tokens of a step up to which a program stores one."""
@@ -35,7 +35,7 @@ class Store:
         self.salt = new_salt().to(layer.device)
         self._counter = torch.zeros(1, dtype=torch.int32, device=layer.device)
         # Layers of one geometry store by the same launch.
-        stored = (layer.device, layer.page_layout, layer.params.selector, layer.num_kv_heads, layer.cache_dtype)
+        stored = (layer.device, layer.page_layout, layer.gpu_selector, layer.num_kv_heads, layer.cache_dtype)
         self._geometry = self._geometries.setdefault(stored, len(self._geometries))
 
     def update_cache(
@@ -63,9 +63,8 @@ class Store:
         layer, params, block = self.layer, self.layer.params, self.layer.params.selection_block
         key, value, kv_cache = own["key"], own["value"], own["kv"]
         kv_int = kv_cache.view(torch.int32)
-        # Two clusters are made of a selection block at once, everything else of a power of two at a time.
-        clusters = params.selector == "km2-rem"
-        tile = triton.next_power_of_2(block) if clusters else min(64, block & -block)
+        whole = layer.gpu_selector.whole_blocks
+        tile = triton.next_power_of_2(block) if whole else min(64, block & -block)  # keys of a block at a time
         tokens = 1 if num_tokens <= FEW_TOKENS else TOKENS  # a program
         return Launch(
             update_cache_kernel,
@@ -99,7 +98,7 @@ class Store:
                 "TILE": tile,
                 "STAMP_WORD": layer.page_layout.stamp_word,
                 "LIMIT": torch.finfo(layer.cache_dtype).max,
-                "SELECTOR": SELECTOR_CODES[params.selector],
+                "SELECTOR": layer.gpu_selector,
                 "DEPENDENT": layer.dependent,
                 "num_warps": 8 if tile * layer.dp > 8192 else 4 if tile * layer.dp >= 4096 else 2,
                 **layer.launch_early,

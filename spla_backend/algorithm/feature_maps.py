@@ -1,6 +1,7 @@
 """Feature maps of the linear residual: `phi` turns `[..., head_size]` into `[..., features]`, all positive.
 
-To add one, write a function and decorate it; queries arrive already multiplied by the softmax scale.
+To add one, write a function and decorate it; queries arrive already multiplied by the softmax scale. A GPU needs a
+device function too, in `kernels/gpu/feature_maps.py`.
 """
 
 from collections.abc import Callable

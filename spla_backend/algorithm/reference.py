@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from spla_backend.algorithm.parameters import COMBINES, RESIDUALS, SplaParameters
+from spla_backend.algorithm.selectors import get_selector
 
 SELECTORS = ("mean", "taylor2", "cumulant2", "rem", "quest", "km2-rem")
+"""Those that are defined here; any other that is registered is defined by its class, in float64."""
 FEATURE_MAPS = ("softmax", "elu1")
 LLOYD_ITERATIONS = 4
 
@@ -79,16 +81,14 @@ def statistics_width(selector: str, head_size: int) -> int:
         "quest": 2 * head_size,
         "km2-rem": 4 * head_size + 2,
     }
-    if selector not in widths:
-        raise ValueError(f"unknown selector {selector!r}, expected one of {', '.join(SELECTORS)}")
-    return widths[selector]
+    return widths[selector] if selector in widths else get_selector(selector).width(head_size)
 
 
 def block_statistics(selector: str, keys: Tensor) -> Tensor:
     """Statistics of the keys of one selection block and kv head, as the page stores them.
 
     Args:
-        selector: One of `SELECTORS`.
+        selector: Name of a selector.
         keys: `[b, d]` float64.
 
     Returns:
@@ -114,7 +114,7 @@ def block_statistics(selector: str, keys: Tensor) -> Tensor:
                 parts += [members.mean(dim=0), population_variance(members)]
             counts.append(float(len(members)))
         return torch.cat([*parts, torch.tensor(counts, dtype=keys.dtype)])
-    raise ValueError(f"unknown selector {selector!r}, expected one of {', '.join(SELECTORS)}")
+    return get_selector(selector).statistics(keys)
 
 
 def population_variance(keys: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def selection_score(selector: str, q: Tensor, statistics: Tensor, block_size: in
     """Score by which a head ranks a block.
 
     Args:
-        selector: One of `SELECTORS`.
+        selector: Name of a selector.
         q: `[d]` float64, scaled.
         statistics: `[width]` float64, of one block.
         block_size: Tokens a block (`b`).
@@ -171,6 +171,8 @@ def selection_score(selector: str, q: Tensor, statistics: Tensor, block_size: in
         ValueError: Unknown selector.
     """
     d = len(q)
+    if selector not in SELECTORS:
+        return float(get_selector(selector).score(q[None], statistics[None], block_size))
     if selector == "mean":
         return math.log(block_size) + float(q @ statistics)
     if selector == "quest":  # Quest, algorithm 1: the largest logit that any key within the bounds could have
@@ -189,9 +191,7 @@ def selection_score(selector: str, q: Tensor, statistics: Tensor, block_size: in
         return first_order + math.log1p(s2 / 2)
     if selector == "cumulant2":  # COBS: log E[exp(x)] to second order
         return first_order + s2 / 2
-    if selector == "rem":
-        return first_order + rem_term(s2, math.log(block_size))
-    raise ValueError(f"unknown selector {selector!r}, expected one of {', '.join(SELECTORS)}")
+    return first_order + rem_term(s2, math.log(block_size))
 
 
 def mass_score(selector: str, q: Tensor, statistics: Tensor, block_size: int) -> float:
@@ -219,7 +219,7 @@ def mass_score(selector: str, q: Tensor, statistics: Tensor, block_size: int) ->
         )
     if selector in ("taylor2", "cumulant2", "rem"):
         return selection_score("taylor2", q, statistics, block_size)
-    raise ValueError(f"unknown selector {selector!r}, expected one of {', '.join(SELECTORS)}")
+    return float(get_selector(selector).mass(q[None], statistics[None], block_size))
 
 
 def rem_term(s2: float, log_count: float) -> float:
@@ -654,8 +654,9 @@ def _check(
         raise ValueError(f"unknown combine {params.combine!r}, expected one of {', '.join(COMBINES)}")
     if params.feature_map not in FEATURE_MAPS:
         raise ValueError(f"unknown feature map {params.feature_map!r}, expected one of {', '.join(FEATURE_MAPS)}")
-    if params.selector == "quest" and params.residual != "none" and params.combine == "shared_normalizer":
-        raise ValueError("selector 'quest' stores no mean key and gives no tail mass: use residual 'none'")
+    has_mass = get_selector(params.selector).has_mass
+    if not has_mass and params.residual != "none" and params.combine == "shared_normalizer":
+        raise ValueError(f"selector {params.selector!r} gives no tail mass: use residual 'none'")
     num_complete = (len(k) - 1) // params.page_size * params.blocks_per_page
     expected = (num_complete, k.shape[1], statistics_width(params.selector, q.shape[1]))
     if statistics is not None and tuple(statistics.shape) != expected:

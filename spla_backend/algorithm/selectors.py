@@ -1,8 +1,9 @@
 """Selectors: which statistics a selection block keeps, and what they say about its attention mass.
 
-To add one, subclass `Selector`, decorate it with `register_selector`, and name it in the options
-(`examples/write_your_own_selector.py` does it in a user's own file). The layout of the statistics of each selector
-is listed in docs/design.md, 5; the float64 definitions are in `reference.py`.
+To add one, subclass `Selector`, decorate it with `register_selector`, and name it in the options: that runs on a CPU. A
+GPU needs its device functions too, in `kernels/gpu/selectors.py`. `examples/write_your_own_selector.py` does both in a
+user's own file. What other code wants to know of a selector is a trait of its class, never its name. The layout of the
+statistics of each is listed in docs/design.md, 5; the float64 definitions are in `reference.py`.
 """
 
 import math
@@ -26,6 +27,11 @@ class Selector(ABC):
     name: str
     has_mass: bool = True
     """Whether `mass` exists: a bound (`quest`) ranks blocks but does not estimate how much they hold."""
+    score_is_mass: bool = False
+    """Whether `mass` is `score`, so that one number a block does for both."""
+    sets_per_block: int = 1
+    """Sets of vectors that a query is multiplied with to score a block: launches of twice as many take half the blocks
+    at a time."""
 
     @abstractmethod
     def width(self, head_size: int) -> int:
@@ -34,6 +40,11 @@ class Selector(ABC):
     def formats(self, head_size: int) -> Formats | None:
         """How the `width` elements are stored where statistics take a byte each; None: they cannot be."""
         return None
+
+    @property
+    def counts_keys(self) -> bool:
+        """Whether numbers of keys are among the statistics, of which a byte holds up to `MAX_COUNT`."""
+        return any(kind == COUNT for kind, _ in self.formats(64) or ())
 
     @abstractmethod
     def statistics(self, keys: torch.Tensor) -> torch.Tensor:
@@ -121,6 +132,7 @@ class MeanSelector(Selector):
     """First order: `log b + q . mu`."""
 
     name = "mean"
+    score_is_mass = True
 
     def width(self, head_size: int) -> int:
         return head_size
@@ -178,6 +190,7 @@ class Taylor2Selector(_MomentSelector):
     """The paper's score (SPLA, arXiv 2601.22379): `log b + q . mu + log(1 + q^T Sigma q / 2)`."""
 
     name = "taylor2"
+    score_is_mass = True
 
     def _second_order(self, s2: torch.Tensor, block_size: int) -> torch.Tensor:
         return _log1p_half(s2)
@@ -230,6 +243,7 @@ class KMeans2RemSelector(Selector):
     """Two k-means clusters a block, each scored by the random energy model, joined by log-sum-exp."""
 
     name = "km2-rem"
+    sets_per_block = 2
 
     def width(self, head_size: int) -> int:
         return 4 * head_size + 2

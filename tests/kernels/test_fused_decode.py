@@ -5,14 +5,16 @@ import random
 import pytest
 import torch
 from emulated import COMPILER, EmulatedDecode
-from triton_cases import make_batch
+from triton_cases import make_batch, residual_of
 
 from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.kernels.gpu.decode import fused
 from spla_backend.kernels.gpu.decode.fused import FusedDecode
 from spla_backend.kernels.gpu.layer import GpuLayer
 from spla_backend.kernels.interface import Layer
 
 GPU = torch.cuda.is_available()
+SELECTORS = [selector.name for selector in fused.SELECTORS]
 
 
 def needs_gpu(test):
@@ -61,10 +63,9 @@ def test_groups(heads: int, score_blocks: int) -> None:
 
 @emulated
 @scored
-@pytest.mark.parametrize("selector", ["taylor2", "cumulant2", "quest"])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_selectors(selector: str, score_blocks: int) -> None:
-    residual = "none" if selector == "quest" else "regression"
-    params = SplaParameters(16, 16, 5, selector=selector, residual=residual)
+    params = SplaParameters(16, 16, 5, selector=selector, residual=residual_of(selector))
     batch = make_batch(params, [250, 81], num_heads=4, num_kv_heads=1, head_size=64, seed=fresh())
     emulate(batch, 2, score_blocks)
     batch.check(batch.decode(), 2e-3)
@@ -92,8 +93,7 @@ def test_statistics_in_fp8(
     heads: int, head_size: int, block: int, dtype: torch.dtype, selector: str, score_blocks: int
 ) -> None:
     params = SplaParameters(
-        64, block, 256 // block, selector=selector, statistics_dtype="fp8",
-        residual="none" if selector == "quest" else "regression",
+        64, block, 256 // block, selector=selector, statistics_dtype="fp8", residual=residual_of(selector)
     )  # fmt: skip
     batch = make_batch(
         params, [64 * 36 + 5, 331, 3], num_heads=heads, num_kv_heads=1, head_size=head_size, dtype=dtype, seed=fresh(),
@@ -173,10 +173,10 @@ def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype, 
 
 @needs_gpu
 @pytest.mark.parametrize("statistics", ["auto", "fp8"])
-@pytest.mark.parametrize("selector", ["taylor2", "cumulant2", "quest"])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_gpu_selectors(selector: str, statistics: str) -> None:
     params = SplaParameters(
-        64, 64, 8, selector=selector, residual="none" if selector == "quest" else "regression",
+        64, 64, 8, selector=selector, residual=residual_of(selector),
         statistics_dtype=statistics,
     )  # fmt: skip
     batch = make_batch(

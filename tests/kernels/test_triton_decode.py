@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import limits, make_batch
+from triton_cases import SELECTORS, each_selector, limits, make_batch, residual_of
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.kernels.gpu.decode.fused import FusedDecode
@@ -39,14 +39,9 @@ def fresh() -> int:
 # Small cases, interpreted where there is no GPU
 
 
-@pytest.mark.parametrize("selector", ["mean", "taylor2", "cumulant2", "rem"])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_selectors(selector: str) -> None:
-    batch = make_batch(params(selector=selector), [150, 81], seed=fresh(), **SMALL)
-    batch.check(batch.decode(), 2e-3)
-
-
-def test_quest() -> None:
-    batch = make_batch(params(selector="quest", residual="none"), [150, 81], seed=fresh(), **SMALL)
+    batch = make_batch(params(selector=selector, residual=residual_of(selector)), [150, 81], seed=fresh(), **SMALL)
     batch.check(batch.decode(), 2e-3)
 
 
@@ -149,23 +144,22 @@ def test_finer_blocks_top_p_and_splits(selector: str) -> None:
 
 @pytest.mark.parametrize(
     ("selector", "heads", "page", "block"),
-    [
-        ("mean", (4, 4, 64), 16, 16),
-        ("taylor2", (8, 2, 80), 32, 16),
-        ("cumulant2", (7, 1, 96), 48, 16),
-        ("rem", (4, 1, 128), 64, 64),
-        ("rem", (4, 2, 32), 128, 16),
-        ("quest", (8, 2, 64), 32, 32),
-        ("km2-rem", (8, 2, 64), 64, 16),
-        ("km2-rem", (7, 1, 80), 16, 16),
-    ],
+    each_selector(
+        ((7, 1, 96), 48, 16),
+        ((8, 2, 64), 64, 16),
+        ((4, 4, 64), 16, 16),
+        ((8, 2, 64), 32, 32),
+        ((4, 1, 128), 64, 64),
+        ((8, 2, 80), 32, 16),
+        ((4, 2, 32), 128, 16),
+        ((7, 1, 80), 16, 16),
+    ),
     ids=str,
 )
 def test_statistics_in_fp8(selector: str, heads: tuple[int, int, int], page: int, block: int) -> None:
     budget = max(5, page // block + 2)
     fp8 = SplaParameters(
-        page, block, budget, selector=selector, residual="none" if selector == "quest" else "regression",
-        statistics_dtype="fp8",
+        page, block, budget, selector=selector, residual=residual_of(selector), statistics_dtype="fp8"
     )  # fmt: skip
     lengths = [max(budget * block, 3 * page) + page + 7, budget * block + 1, page, 0]
     batch = make_batch(
@@ -279,7 +273,7 @@ def test_gpu_statistics_in_fp8(
 ) -> None:
     num_heads, num_kv_heads, head_size = heads
     fp8 = SplaParameters(
-        page, block, 6 * page // block, selector=selector, residual="none" if selector == "quest" else "regression",
+        page, block, 6 * page // block, selector=selector, residual=residual_of(selector),
         statistics_dtype="fp8",
     )  # fmt: skip
     edge = 6 * page

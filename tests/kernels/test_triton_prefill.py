@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import Batch, limits, make_batch
+from triton_cases import SELECTORS, Batch, each_selector, limits, make_batch, residual_of
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import apply_feature_map, key_features, recurrent_state, spla_token
@@ -165,10 +165,9 @@ def test_residuals(residual: str) -> None:
     check(case(params, [150]), [(0, 150)], 3e-3, sample=3, max_tiles=4)
 
 
-@pytest.mark.parametrize("selector", ["mean", "taylor2", "cumulant2", "quest"])
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_selectors(selector: str) -> None:
-    residual = "none" if selector == "quest" else "regression"
-    params = SplaParameters(16, 16, 4, selector=selector, residual=residual)
+    params = SplaParameters(16, 16, 4, selector=selector, residual=residual_of(selector))
     check(case(params, [120]), [(70, 120)], 3e-3, sample=5)
 
 
@@ -209,20 +208,21 @@ FP8 = {"statistics_dtype": "fp8"}
 
 @pytest.mark.parametrize(
     ("selector", "heads", "page", "block"),
-    [
-        ("mean", (2, 2, 64), 16, 16),
-        ("taylor2", (8, 2, 32), 32, 16),
-        ("cumulant2", (7, 1, 80), 48, 16),
-        ("rem", (4, 1, 128), 64, 64),
-        ("quest", (4, 2, 32), 32, 32),
-        ("km2-rem", (4, 2, 32), 64, 16),
-        ("km2-rem", (7, 1, 96), 16, 16),
-    ],
+    each_selector(
+        ((7, 1, 80), 48, 16),
+        ((4, 2, 32), 64, 16),
+        ((2, 2, 64), 16, 16),
+        ((4, 2, 32), 32, 32),
+        ((4, 1, 128), 64, 64),
+        ((8, 2, 32), 32, 16),
+        ((7, 1, 96), 16, 16),
+    ),
     ids=str,
 )
 def test_statistics_in_fp8(selector: str, heads: tuple[int, int, int], page: int, block: int) -> None:
-    residual = "none" if selector == "quest" else "linear"
-    params = SplaParameters(page, block, page // block + 3, selector=selector, residual=residual, **FP8)
+    params = SplaParameters(
+        page, block, page // block + 3, selector=selector, residual=residual_of(selector, "linear"), **FP8
+    )  # fmt: skip
     start = max(params.budget_blocks * block, 2 * page) + page - 3
     batch = case(params, [start + page], num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2])
     check(batch, [(start, start + page)], 3e-3, sample=7, max_tiles=3)

@@ -6,11 +6,25 @@ import torch
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
+from spla_backend.algorithm.selectors import get_selector
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
 from spla_backend.kernels.gpu.decode.tuning import Tuning
 from spla_backend.kernels.gpu.layer import GpuLayer
+from spla_backend.kernels.gpu.selectors import gpu_selector_names
 from spla_backend.kernels.gpu.store import Store
 from spla_backend.kernels.interface import Layer, Limits
+
+SELECTORS = gpu_selector_names()
+
+
+def residual_of(selector: str, residual: str = "regression") -> str:
+    """`residual` where a selector has the mass that it asks for."""
+    return residual if get_selector(selector).has_mass else "none"
+
+
+def each_selector(*shapes: tuple) -> list[tuple]:
+    """Cases `(selector, *shape)`: every selector that runs on a GPU and every shape, each at least once."""
+    return [(SELECTORS[i % len(SELECTORS)], *shapes[i % len(shapes)]) for i in range(max(len(SELECTORS), len(shapes)))]
 
 
 @dataclass

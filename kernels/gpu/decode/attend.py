@@ -25,9 +25,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..feature_maps import map_features
 from ..layer import GpuLayer
 from ..residual import LINEAR, NO_RESIDUAL, REGRESSION, RESIDUAL_CODES
-from ..state import softmax_features
 from .residual import subtract_weights, tail_of_rest
 from .tuning import DecodeSizes, Tuning
 
@@ -50,7 +50,7 @@ def _attend_tile(
     first, entry, limit, num_subtract, kv, q, phi_q, top, total, out,
     page_stride, last_page, num_kv_heads, scale,
     C: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr,
-    TILE: tl.constexpr, RESIDUAL: tl.constexpr, MASKED: tl.constexpr,
+    TILE: tl.constexpr, RESIDUAL: tl.constexpr, PHI: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add the tokens `first .. first + TILE - 1` of the table, whose entries are `entry`, to the accumulators."""
     t = first + tl.arange(0, TILE)
@@ -93,7 +93,7 @@ def _attend_tile(
         kind = (n // C)[None, :]
         decay = tl.where(n < C, decay, 1.0)
         if RESIDUAL == LINEAR:
-            phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
+            phi_k = map_features(PHI, k.to(tl.float32), in_head[None, :], 1).to(dtype)
             feature = tl.dot(phi_k, phi_q)
         else:
             feature = logit
@@ -137,6 +137,7 @@ def attend_split(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PHI: tl.constexpr,  # feature map of the linear residual
 ):
     """One split of one (token, kv head): partial sums into scratch."""
     dtype = kv_ptr.dtype.element_ty
@@ -148,7 +149,7 @@ def attend_split(
     q = tl.load(query_row[None, :] + column[:, None], mask=q_mask, other=0.0).to(dtype)  # [DP, N]
     phi_q = q
     if RESIDUAL == LINEAR:
-        phi_q = softmax_features(q.to(tl.float32) * scale, in_head[:, None], 0).to(dtype)
+        phi_q = map_features(PHI, q.to(tl.float32) * scale, in_head[:, None], 0).to(dtype)
 
     # This split's share of the selected tokens, in whole tiles.
     per_split = tl.cdiv(tl.cdiv(limit, TILE), num_splits) * TILE
@@ -167,13 +168,13 @@ def attend_split(
         entry = _unit_of(table, first + TILE, limit, UNIT, TILE)
         top, total, out = _attend_tile(
             first, this_entry, limit, num_subtract, kv, q, phi_q, top, total, out, page_stride, last_page,
-            num_kv_heads, scale, C, N, D, DP, PAGE, UNIT, TILE, RESIDUAL, False,
+            num_kv_heads, scale, C, N, D, DP, PAGE, UNIT, TILE, RESIDUAL, PHI, False,
         )  # fmt: skip
     if (start < stop) & (full < stop):
         entry = _unit_of(table, full, limit, UNIT, TILE)
         top, total, out = _attend_tile(
             full, entry, limit, num_subtract, kv, q, phi_q, top, total, out, page_stride, last_page,
-            num_kv_heads, scale, C, N, D, DP, PAGE, UNIT, TILE, RESIDUAL, True,
+            num_kv_heads, scale, C, N, D, DP, PAGE, UNIT, TILE, RESIDUAL, PHI, True,
         )  # fmt: skip
 
     tl.store(part_out_ptr + (part * N + n[:, None]) * DP + column[None, :], out)
@@ -408,6 +409,7 @@ def attend_kernel(
     SLICES: tl.constexpr,
     MASS_SPLITS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PHI: tl.constexpr,
     HAS_MASS: tl.constexpr,
     MASS_WIDTH: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
@@ -453,7 +455,7 @@ def attend_kernel(
                 split, splits, token, head, limit, num_subtract, query_ptr, kv_ptr, table_ptr,
                 part_out_ptr, part_sum_ptr, part + split,
                 query_token_stride, query_head_stride, page_stride, head_stride, last_page, num_kv_heads, scale,
-                GROUP, C, N, D, DP, PAGE, UNIT, BUDGET, TILE, STAGES, RESIDUAL,
+                GROUP, C, N, D, DP, PAGE, UNIT, BUDGET, TILE, STAGES, RESIDUAL, PHI,
             )  # fmt: skip
         if works:
             tl.debug_barrier()  # every thread's partial sums are written before the arrival is announced
@@ -494,6 +496,7 @@ def attend_constants(layer: GpuLayer, sizes: DecodeSizes, tuning: Tuning) -> dic
         "STAGES": tuning.attend_stages,
         "SLICES": sizes.slices,
         "RESIDUAL": RESIDUAL_CODES[layer.params.residual],
+        "PHI": layer.phi,
         "HAS_MASS": layer.has_mass,
         "MASS_SPLITS": mass_programs(layer, tuning),
         "MASS_WIDTH": max(64, 1024 // layer.group_p),

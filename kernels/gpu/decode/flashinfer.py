@@ -32,9 +32,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..feature_maps import map_features
 from ..layer import GpuLayer
 from ..residual import LINEAR, NO_RESIDUAL
-from ..state import softmax_features
 from .attend import attend_constants, clear_padding, mass_of_rest, mass_programs, merge_splits
 from .residual import subtract_weights
 from .tuning import DecodeSizes, Tuning
@@ -117,6 +117,7 @@ def _subtract_split(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PHI: tl.constexpr,
 ):
     """One split as `attend.attend_split` leaves it, but for the exact part, which is FlashInfer's."""
     dtype = kv_ptr.dtype.element_ty
@@ -130,7 +131,7 @@ def _subtract_split(
         q_mask = (n % C < GROUP)[None, :] & in_head[:, None]
         q = tl.load(query_row[None, :] + column[:, None], mask=q_mask, other=0.0).to(dtype)  # [DP, N]
         if RESIDUAL == LINEAR:
-            q = softmax_features(q.to(tl.float32) * scale, in_head[:, None], 0).to(dtype)
+            q = map_features(PHI, q.to(tl.float32) * scale, in_head[:, None], 0).to(dtype)
         kind = (n // C)[None, :]
         per_split = tl.cdiv(tl.cdiv(num_subtract, TILE), num_splits) * TILE
         stop = tl.minimum((split + 1) * per_split, num_subtract)
@@ -144,7 +145,7 @@ def _subtract_split(
             k = tl.load(rows, mask=covered & in_head[None, :], other=0.0)
             v = tl.load(rows + D, mask=covered & in_head[None, :], other=0.0)
             if RESIDUAL == LINEAR:
-                phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
+                phi_k = map_features(PHI, k.to(tl.float32), in_head[None, :], 1).to(dtype)
                 feature = tl.dot(phi_k, q)  # [TILE, N]
             else:
                 feature = tl.dot(k, q) * scale
@@ -213,6 +214,7 @@ def subtract_kernel(
     SLICES: tl.constexpr,
     MASS_SPLITS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PHI: tl.constexpr,
     HAS_MASS: tl.constexpr,
     MASS_WIDTH: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
@@ -248,7 +250,7 @@ def subtract_kernel(
                 split, splits, token, head, num_subtract, query_ptr, kv_ptr, table_ptr, exact_ptr, lse_ptr,
                 part_out_ptr, part_sum_ptr, part + split,
                 query_token_stride, query_head_stride, page_stride, head_stride, num_kv_heads, scale,
-                GROUP, C, N, D, DP, PAGE, BUDGET, TILE, STAGES, RESIDUAL,
+                GROUP, C, N, D, DP, PAGE, BUDGET, TILE, STAGES, RESIDUAL, PHI,
             )  # fmt: skip
         if works:
             tl.debug_barrier()  # every thread's partial sums are written before the arrival is announced

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from ....algorithm.parameters import SplaParameters
+from ....algorithm.selectors import Cumulant2Selector, QuestSelector, RemSelector, Taylor2Selector, get_selector
 from ...layout import STATE_MAGIC
 from ..layer import GpuLayer
 
 SOURCE = Path(__file__).with_name("fused.cu")
-SELECTORS = {"taylor2": 1, "cumulant2": 2, "rem": 3, "quest": 4}
+SELECTORS = {Taylor2Selector: 1, Cumulant2Selector: 2, RemSelector: 3, QuestSelector: 4}
 RESIDUALS = {"none": 0, "regression": 1}
 THREADS = 256
 WARPS = 8
@@ -60,8 +61,8 @@ def refusal(params: SplaParameters, *, group: int, head_size: int, cache_dtype: 
         return f"head size {head_size} is neither 64 nor 128"
     if group > 8:
         return f"{group} query heads a kv head are more than 8"
-    if params.selector not in SELECTORS:
-        return f"selector {params.selector!r} is none of {', '.join(SELECTORS)}"
+    if type(get_selector(params.selector)) not in SELECTORS:
+        return f"selector {params.selector!r} is none of {', '.join(selector.name for selector in SELECTORS)}"
     if params.residual not in RESIDUALS:
         return f"residual {params.residual!r} is none of {', '.join(RESIDUALS)}"
     if params.combine != "shared_normalizer":
@@ -106,7 +107,7 @@ class FusedDecode:
             "LOG_UNIT": f"{math.log(params.selection_block):.9g}f",
             "FP16": int(layer.cache_dtype == torch.float16),
             "FP8": int(self._fp8),
-            "SELECTOR": SELECTORS[params.selector],
+            "SELECTOR": SELECTORS[type(get_selector(params.selector))],
             "RESIDUAL": RESIDUALS[params.residual],
             "NUM_BLOCKS": layer.state_layout.num_blocks if has_state else 1,
             "BODY": layer.state_layout.rows_per_block - 1,

@@ -2,9 +2,8 @@
 
 A page has one or several selection blocks of `UNIT` tokens; here and in the kernels that follow they are the units.
 
-Plain reference: `reference.selection_score` and `reference.mass_score`. Sources: `taylor2` SPLA (arXiv 2601.22379),
-`cumulant2` COBS (arXiv 2607.09052), `quest` (arXiv 2406.10774), `rem` the log-mean-exp of a random energy model,
-`km2-rem` the same for each of two clusters of keys.
+Plain reference: `reference.selection_score` and `reference.mass_score`. What a unit scores is the selector's
+(`gpu/selectors`).
 
 Floor, bytes a unit and kv head: `width` elements of statistics, once for all heads and tokens of the group, and 4 bytes
 of block table; written, 4 bytes (8 where the mass is another score) a head and token. FLOP: `2 width` a head and token.
@@ -17,53 +16,8 @@ registers, exactly; so do the queries, whatever the dtype of the cache.
 import triton
 import triton.language as tl
 
-from ..page import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2, as_factor, load_vectors
-
-
-@triton.jit
-def second_order(s2, log_count, SELECTOR: tl.constexpr):
-    """What the variance `s2` of `q . k` adds to the score; `log_count`: of the number of keys, not negative."""
-    s2 = tl.maximum(s2, 0.0)
-    if SELECTOR == TAYLOR2:
-        term = tl.log(1.0 + 0.5 * s2)
-    elif SELECTOR == CUMULANT2:
-        term = 0.5 * s2
-    else:
-        tl.static_assert((SELECTOR == REM) | (SELECTOR == KM2_REM))
-        term = tl.where(s2 < 2 * log_count, 0.5 * s2, tl.sqrt(2 * log_count * s2) - log_count)
-    return term
-
-
-@triton.jit
-def log_add_exp(a, b):
-    """`log(exp(a) + exp(b))`, one of them finite."""
-    top = tl.maximum(a, b)
-    return top + tl.log(tl.exp(a - top) + tl.exp(b - top))
-
-
-@triton.jit
-def cluster_counts(pair, FP8: tl.constexpr):
-    """The numbers of keys of two clusters, float32. In one load of four bytes: one of less is not pipelined."""
-    dtype = pair.dtype.element_ty
-    both = tl.load(pair.to(tl.pointer_type(tl.int32)))
-    if FP8:
-        first = (both & 0xFF).to(tl.float32)
-        second = ((both >> 8) & 0xFF).to(tl.float32)
-    else:
-        first = (both & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-        second = (both >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    return first, second
-
-
-@triton.jit
-def moments(
-    rows, q, square_high, square_low, restore, scale, in_head, D: tl.constexpr, DP: tl.constexpr, FP8: tl.constexpr
-):  # fmt: skip
-    """Mean and variance `[CHUNK, N]` of `q . k` from the stored mean and variance of the keys at `rows [CHUNK, DP]`."""
-    mean = load_vectors(rows, in_head[None, :], D != DP, FP8, False)  # [CHUNK, DP]
-    variance = load_vectors(rows + D, in_head[None, :], D != DP, FP8, True)
-    s2 = tl.dot(variance, square_low, tl.dot(variance, square_high)) * restore[None, :]
-    return tl.dot(mean, q) * scale, s2
+from ..selectors import log_sum
+from ..statistics import Blocks, as_factor
 
 
 @triton.jit
@@ -102,8 +56,8 @@ def score_units(
     BUDGET: tl.constexpr,  # units
     CHUNK: tl.constexpr,  # units at a time
     STAGES: tl.constexpr,
-    SELECTOR: tl.constexpr,
-    WRITE_MASS: tl.constexpr,
+    SELECTOR: tl.constexpr,  # a GpuSelector
+    WRITE_MASS: tl.constexpr,  # as it is another number than the score
 ):
     """Units of one split, for one (row, kv head).
 
@@ -133,19 +87,7 @@ def score_units(
             other=0.0,
         )  # [DP, N] # fmt: skip
         q = as_factor(q, kv_ptr, FP8)
-        dtype = q.dtype
-        if SELECTOR == QUEST:
-            left = tl.minimum(q, 0.0).to(dtype)
-            right = tl.maximum(q, 0.0).to(dtype)
-        elif SELECTOR != MEAN:
-            # q^2 has twice the digits of q: as a sum of two numbers of its dtype it keeps them, and the tensor
-            # cores can be used. Normalised to its largest element, because fp16 could not hold it otherwise.
-            square = q.to(tl.float32) * q.to(tl.float32) * (scale * scale)
-            peak = tl.maximum(tl.max(square, axis=0), 1e-30)  # [N]
-            square = square * (1024.0 / peak)[None, :]
-            square_high = square.to(dtype)
-            square_low = (square - square_high.to(tl.float32)).to(dtype)
-            restore = peak * (1.0 / 1024.0)
+        query = SELECTOR.prepare(q, scale, False, 1.0)
 
         per_split = tl.cdiv(tl.cdiv(num_units, num_splits), CHUNK) * CHUNK
         start = split * per_split
@@ -169,38 +111,15 @@ def score_units(
             if PER_PAGE > 1:
                 statistic += tl.minimum(index, num_units - 1) % PER_PAGE * STRIDE
             rows = statistic[:, None] + column[None, :]
-            if SELECTOR == MEAN:
-                mean = load_vectors(rows, in_head[None, :], D != DP, FP8, False)  # [CHUNK, DP]
-                score = LOG_UNIT + tl.dot(mean, q) * scale
-            elif SELECTOR == QUEST:
-                least = load_vectors(rows, in_head[None, :], D != DP, FP8, False)  # [CHUNK, DP]
-                largest = load_vectors(rows + D, in_head[None, :], D != DP, FP8, False)
-                score = tl.dot(largest, right, tl.dot(least, left)) * scale
-            elif SELECTOR == KM2_REM:
-                # An empty cluster has the log count -inf, and so no share.
-                count, other_count = cluster_counts(statistic + 4 * D, FP8)
-                log_count = tl.log(count)[:, None]  # [CHUNK, 1]
-                other_count = tl.log(other_count)[:, None]
-                linear, s2 = moments(rows, q, square_high, square_low, restore, scale, in_head, D, DP, FP8)
-                other, other_s2 = moments(rows + 2 * D, q, square_high, square_low, restore, scale, in_head, D, DP, FP8)
-                linear += log_count
-                other += other_count
-                score = log_add_exp(
-                    linear + second_order(s2, tl.maximum(log_count, 0.0), SELECTOR),
-                    other + second_order(other_s2, tl.maximum(other_count, 0.0), SELECTOR),
-                )
-            else:
-                linear, s2 = moments(rows, q, square_high, square_low, restore, scale, in_head, D, DP, FP8)
-                linear += LOG_UNIT
-                score = linear + second_order(s2, LOG_UNIT, SELECTOR)  # [CHUNK, N]
+            estimate, mass, _ = SELECTOR.score(query, Blocks(
+                statistic, rows, in_head[None, :], scale, LOG_UNIT, D, DP, FP8, D != DP, False, UNIT, LOG_UNIT, 1.0
+            ))  # fmt: skip
+            score = log_sum(estimate)  # [CHUNK, N]
             stored = exists[None, :] & (index[:, None] < tl.minimum(complete, stop)[None, :])
             out = (out_row[None, :] + index[:, None]) * GROUP_P + member[None, :]
             tl.store(scores_ptr + out, score, mask=stored)
             if WRITE_MASS:
-                mass = linear + second_order(s2, 0.0, TAYLOR2)
-                if SELECTOR == KM2_REM:
-                    mass = log_add_exp(mass, other + second_order(other_s2, 0.0, TAYLOR2))
-                tl.store(mass_ptr + out, mass, mask=stored)
+                tl.store(mass_ptr + out, log_sum(mass), mask=stored)
             score = tl.where(stored, score, float("-inf"))
             new_top = tl.maximum(top, score)
             safe = tl.where(new_top == float("-inf"), 0.0, new_top)

@@ -27,7 +27,6 @@ from ...interface import Limits
 from ...layout import STATE_MAGIC
 from ..checks import check_decode
 from ..layer import GpuLayer
-from ..page import SELECTOR_CODES
 from ..state import fold_slice
 from .attend import attend_constants, attend_kernel, mass_programs
 from .flashinfer import FlashInferDecode
@@ -78,7 +77,7 @@ def prepare_kernel(
     SLICES: tl.constexpr,
     SLICE: tl.constexpr,
     FOLD_TILE: tl.constexpr,
-    LINEAR: tl.constexpr,
+    PHI: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_P: tl.constexpr,
     QUERY_LEN: tl.constexpr,
@@ -112,7 +111,7 @@ def prepare_kernel(
             query_token_stride, query_head_stride, num_kv_heads, page_stride, head_stride,
             int_page_stride, int_head_stride, block_stride, block_head_stride, block_table_stride, state_table_stride,
             scale, MAGIC, STAMP_WORD, NUM_BLOCKS, BODY, SLICES, SLICE, GROUP, GROUP_P, QUERY_LEN, M, D, DP, PAGE, UNIT,
-            BUDGET, FOLD_TILE, LINEAR,
+            BUDGET, FOLD_TILE, PHI,
         )  # fmt: skip
     else:
         score_units(
@@ -415,7 +414,7 @@ class DecodeSteps:
             SLICES=sizes.slices,
             SLICE=sizes.slice_size,
             FOLD_TILE=layer.fold_tile,
-            LINEAR=params.residual == "linear",
+            PHI=layer.phi,
             GROUP=layer.group,
             GROUP_P=layer.group_p,
             QUERY_LEN=max_query_len,
@@ -431,7 +430,7 @@ class DecodeSteps:
             BUDGET=sizes.budget,
             CHUNK=tuning.chunk,
             STAGES=tuning.score_stages,
-            SELECTOR=SELECTOR_CODES[params.selector],
+            SELECTOR=layer.gpu_selector,
             WRITE_MASS=sizes.write_mass,
             SPLITS=tuning.score_splits,
             TRIGGER=layer.dependent,

@@ -51,7 +51,7 @@ class DecodeSizes:
             attend_n=4 * columns if has_residual else columns,
             slice_size=slice_size,
             slices=-(-layer.head_size // slice_size) if has_residual else 0,
-            write_mass=layer.has_mass and params.selector not in ("mean", "taylor2"),
+            write_mass=layer.own_mass,
             budget=params.budget_blocks,
             largest_budget=max(limits.largest_budget, params.budget_blocks),
         )
@@ -77,8 +77,7 @@ class Tuning:
 def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len: int, budget: int) -> Tuning:
     """Launch shapes for `num_rows` rows of up to `query_len` query tokens; `budget` in selection blocks."""
     chunk = 64 if layer.dp <= 128 else 32
-    if layer.params.selector == "km2-rem":  # twice the statistics
-        chunk //= 2
+    chunk //= layer.selector.sets_per_block
     tile = 64 if layer.dp <= 128 else 32
     pairs = num_rows * layer.num_kv_heads
     score_splits = max(1, min(-(-sizes.max_units // chunk), _power(512 / pairs), 32))

@@ -25,9 +25,10 @@ Floor, bytes a (token, kv head, selected unit): `2 GROUP d` elements written and
 import triton
 import triton.language as tl
 
+from ..feature_maps import map_features
 from ..residual import LINEAR, NO_RESIDUAL, REGRESSION
-from ..state import softmax_features
-from .select import LOG2E, tile_queries, tile_units
+from ..statistics import LOG2E
+from .select import tile_queries, tile_units
 
 
 @triton.jit
@@ -53,6 +54,7 @@ def attend_step(
     UNIT: tl.constexpr,
     UNIT_P: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PHI: tl.constexpr,
 ):
     """Tokens' heads attend to a unit: their parts."""
     dtype = k.dtype
@@ -79,8 +81,8 @@ def attend_step(
     tl.store(part_sum_ptr + part * 2 * GROUP_P + member, top, mask=exists)
     tl.store(part_sum_ptr + part * 2 * GROUP_P + GROUP_P + member, total, mask=exists)
     if RESIDUAL == LINEAR:
-        phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
-        phi_q = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
+        phi_k = map_features(PHI, k.to(tl.float32), in_head[None, :], 1).to(dtype)
+        phi_q = map_features(PHI, q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
         feature = tl.dot(phi_q, tl.trans(phi_k))
         if UNIT != UNIT_P:
             feature = tl.where((t < UNIT)[None, :], feature, 0.0)
@@ -123,6 +125,7 @@ def page_attend_kernel(
     UNIT_P: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PHI: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Grid (programs): each takes every so many-th work item; its unit is loaded once for all the item's steps."""
@@ -188,7 +191,7 @@ def page_attend_kernel(
                 q = tl.load(query[:, None] + column[None, :], mask=in_head[None, :], other=0.0)
             attend_step(
                 q, k, v, part, exists, log_mean, center, member, column, part_out_ptr, part_sum_ptr, part_tail_ptr,
-                part_z_ptr, scale, residual_scale, GROUP, GROUP_P, D, UNIT, UNIT_P, RESIDUAL,
+                part_z_ptr, scale, residual_scale, GROUP, GROUP_P, D, UNIT, UNIT_P, RESIDUAL, PHI,
             )  # fmt: skip
     else:
         for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
@@ -237,7 +240,7 @@ def page_attend_kernel(
                     q = tl.load(query[:, None] + column[None, :], mask=in_head[None, :], other=0.0)
                 attend_step(
                     q, k, v, part_base + mine, exists, log_mean, center, member, column, part_out_ptr, part_sum_ptr,
-                    part_tail_ptr, part_z_ptr, scale, residual_scale, GROUP, GROUP_P, D, UNIT, UNIT_P, RESIDUAL,
+                    part_tail_ptr, part_z_ptr, scale, residual_scale, GROUP, GROUP_P, D, UNIT, UNIT_P, RESIDUAL, PHI,
                 )  # fmt: skip
 
 
@@ -288,6 +291,7 @@ def prefill_merge_kernel(
     STAGES: tl.constexpr,
     FORCED_STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PHI: tl.constexpr,
     DOUBLE_NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -363,8 +367,8 @@ def prefill_merge_kernel(
         out = tl.dot(weight.to(dtype), v, out * decay[:, None])  # [M, DP]
         top = new_top
         if RESIDUAL == LINEAR:
-            phi_k = softmax_features(k.to(tl.float32), in_head[None, :], 1).to(dtype)
-            phi_q = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
+            phi_k = map_features(PHI, k.to(tl.float32), in_head[None, :], 1).to(dtype)
+            phi_q = map_features(PHI, q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype)
             feature = tl.where(there[None, :] & complete, tl.dot(phi_q, tl.trans(phi_k)), 0.0)
             high = feature.to(dtype)
             low = (feature - high.to(tl.float32)).to(dtype)
@@ -400,7 +404,7 @@ def prefill_merge_kernel(
         for begin in tl.static_range(0, DP, FEATURES):
             f = begin + tl.arange(0, FEATURES)
             if RESIDUAL == LINEAR:
-                features = softmax_features(q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype).to(tl.float32)
+                features = map_features(PHI, q.to(tl.float32) * scale, in_head[None, :], 1).to(dtype).to(tl.float32)
             else:
                 query = query_ptr + (first_token + token).to(tl.int64) * query_token_stride
                 query += (head * GROUP + member) * query_head_stride

@@ -37,7 +37,6 @@ from ...layout import STATE_MAGIC
 from ..dense import DenseRows
 from ..launch import Launch, current_stream, layer_of
 from ..layer import GpuLayer
-from ..page import SELECTOR_CODES
 from ..residual import RESIDUAL_CODES
 from ..scratch import Shapes, shared_scratch
 from .attend import page_attend_kernel, prefill_merge_kernel
@@ -194,7 +193,7 @@ class PrefillPasses:
         small = d > 128 or params.residual == "linear"
         if tuning is None:
             tuning = SMALL if small else PrefillTuning()
-            if params.selector == "km2-rem":  # twice the statistics
+            if layer.selector.sets_per_block > 1:
                 tuning = replace(tuning, normalise_chunk=32)
             elif layer.page_layout.fp8_statistics and not small:
                 # Bytes pass through registers before a matrix product; a tile of few rows has registers for more.
@@ -615,7 +614,7 @@ class PrefillPasses:
                 "PAGE": layer.params.page_size,
                 "TILE": layer.fold_tile,
                 "STAGES": tuning.fold_stages,
-                "LINEAR": self._linear,
+                "PHI": layer.phi,
                 "num_warps": 8 if self._fold_slice == 128 else 4,
                 **constants,
             },
@@ -653,7 +652,7 @@ class PrefillPasses:
                 "PAGE": layer.params.page_size,
                 "TILE": layer.fold_tile,
                 "STAGES": tuning.state_stages,
-                "LINEAR": self._linear,
+                "PHI": layer.phi,
                 "KEEP_Z": self._linear or layer.page_layout.fp8_statistics,
                 "num_warps": tuning.state_warps,
                 **self._state_constants(),
@@ -704,7 +703,13 @@ class PrefillPasses:
             **self._chain,
         }
         forced = {"FIRST": params.first_blocks, "LAST": params.last_blocks}
-        scores = {"STRIDE": stride, "FP8": fp8, "SELECTOR": SELECTOR_CODES[params.selector], "MASS": layer.has_mass}
+        scores = {
+            "STRIDE": stride,
+            "FP8": fp8,
+            "LOG2_UNIT": math.log2(params.selection_block),
+            "SELECTOR": layer.gpu_selector,
+            "MASS": layer.has_mass,
+        }
         lists = num_runs * heads * max_units
         # A few programs to a multiprocessor, each of at least two chunks.
         sms, pairs = layer.num_sms, heads * num_tiles
@@ -736,7 +741,7 @@ class PrefillPasses:
                     **scores,
                     "MODE": MODES[mode],
                     "TQ": self.tile_tokens,
-                    "LOG2_UNIT": math.log2(params.selection_block),
+                    "OWN_MASS": layer.own_mass,
                     "CHUNK": chunk,
                     "SUB": SUB,
                     "STAGES": stages,
@@ -866,6 +871,7 @@ class PrefillPasses:
                 "SPAN": span,
                 "UNIT_P": unit_p,
                 "RESIDUAL": residual,
+                "PHI": layer.phi,
                 "STAGES": t.attend_stages if not step.small else t.small_attend_stages if deep else 2,
                 "num_warps": t.attend_warps,
                 "maxnreg": t.small_attend_registers if step.small else t.attend_registers,
@@ -904,6 +910,7 @@ class PrefillPasses:
                 "STAGES": t.small_merge_stages if step.small else t.merge_stages,
                 "FORCED_STAGES": t.small_merge_forced_stages if step.small and deep else 1,
                 "RESIDUAL": residual,
+                "PHI": layer.phi,
                 "DOUBLE_NORM": params.combine == "double_rmsnorm",
                 "num_warps": t.small_merge_warps if step.small else t.merge_warps,
                 "maxnreg": t.merge_registers,

@@ -26,14 +26,13 @@ Floor: `2 * 4 d` FLOP a (token, unit of a complete page, head), twice that for `
 import triton
 import triton.language as tl
 
-from ..decode.score import cluster_counts
 from ..decode.select import midpoint
-from ..page import CUMULANT2, KM2_REM, MEAN, QUEST, REM, TAYLOR2, as_factor, load_vectors
+from ..selectors import largest_exponent, sum_over
+from ..statistics import LOG2E, Blocks, as_factor
 
 NORMALISE = tl.constexpr(0)
 SHARE = tl.constexpr(1)
 MODES = {"normalise": 0, "share": 1}
-LOG2E = tl.constexpr(1.4426950408889634)
 SHIFT = tl.constexpr(100.0)
 
 
@@ -78,20 +77,6 @@ def tile_queries(
     return tl.load(row[:, None] + column[None, :], mask=exists[:, None] & (column < D)[None, :], other=0.0)
 
 
-@triton.jit
-def half_square(q, scale):
-    """`q^2 / 2` in powers of two, for the product with a page's variance; within the range of float16."""
-    q = q.to(tl.float32)
-    return tl.minimum(q * q * (scale * scale * (0.5 * LOG2E)), 60000.0)
-
-
-@triton.jit
-def random_energy(half, log2_count, root):
-    """The second-order term of `rem` in powers of two, from half the variance of the logits; `root`: `2
-    sqrt(log2_count)`."""
-    return tl.where(half < log2_count, half, tl.sqrt(half) * root - log2_count)
-
-
 @triton.jit(do_not_specialize=["block_table_stride", "last_page", "first_head", "num_lists", "num_norms"])
 def prefill_score_kernel(
     query_ptr,  # [tokens, H, D]
@@ -130,8 +115,9 @@ def prefill_score_kernel(
     CHUNK: tl.constexpr,  # units at a time
     SUB: tl.constexpr,
     STAGES: tl.constexpr,
-    SELECTOR: tl.constexpr,
+    SELECTOR: tl.constexpr,  # a GpuSelector
     MASS: tl.constexpr,  # whether the mass of all units is asked for
+    OWN_MASS: tl.constexpr,  # and is another number than the score
     DEPENDENT: tl.constexpr,
 ):
     """Grid (heads, tiles, splits)."""
@@ -177,17 +163,12 @@ def prefill_score_kernel(
             query_ptr, head, first_token, num_tokens, token, member, query_token_stride, query_head_stride, GROUP, D, DP
         )  # [M, DP]
         q = as_factor(q, kv_ptr, FP8)
-        dtype = q.dtype
         if DP <= 128:
             # What comes out of a product stays in registers as the left side of the next ones, where a loaded matrix
             # would be read from shared memory again for every chunk.
-            identity = (column[:, None] == column[None, :]).to(dtype)
-            q = tl.dot(q, identity).to(dtype)
-        if SELECTOR == QUEST:
-            left = tl.minimum(q, 0.0).to(dtype)
-            right = tl.maximum(q, 0.0).to(dtype)
-        elif SELECTOR != MEAN:
-            square = half_square(q, scale).to(dtype)
+            identity = (column[:, None] == column[None, :]).to(q.dtype)
+            q = tl.dot(q, identity).to(q.dtype)
+        query = SELECTOR.prepare(q, scale, True, LOG2E)
         pages = block_table_ptr + row * block_table_stride
         area = kv_ptr + head * head_stride + PAGE * 2 * D
         offset = tl.arange(0, CHUNK)
@@ -204,7 +185,7 @@ def prefill_score_kernel(
                 more = tl.load(lse_ptr + (pair * num_norms + other) * M + m)
                 larger = tl.maximum(lse, more)
                 lse = larger + tl.log2(tl.exp2(lse - larger) + tl.exp2(more - larger))
-            shift = tl.where(member < GROUP, lse - SHIFT, float("inf"))
+            shift = tl.where(member < GROUP, SHIFT - lse, float("-inf"))
             t = tl.arange(0, TQ)
             shared_row = grouped_ptr + (pair * TQ + t) * max_units  # [TQ]
             best_row = best_ptr + (pair * TQ + t) * (max_units // SUB)
@@ -220,47 +201,16 @@ def prefill_score_kernel(
             if PER_PAGE > 1:
                 statistic += tl.minimum(index, num_units - 1) % PER_PAGE * STRIDE
             rows = statistic[:, None] + column[None, :]
-            mean = load_vectors(rows, in_head[None, :], D != DP, FP8, False)  # [CHUNK, DP]
-            if SELECTOR != MEAN:
-                second = load_vectors(rows + D, in_head[None, :], D != DP, FP8, SELECTOR != QUEST)
-            if SELECTOR == QUEST:
-                product = tl.dot(right, tl.trans(second), tl.dot(left, tl.trans(mean)))
-            else:
-                product = tl.dot(q, tl.trans(mean))
-            # The mass of a unit, over that of a token: factor * 2^(logit + term).
-            if (SELECTOR != QUEST) & (SELECTOR != MEAN):
-                half = tl.dot(square, tl.trans(second))  # half the variance of the logits, in powers of two
-                factor = 1.0 + half * (1 / LOG2E)
-                if SELECTOR == CUMULANT2:
-                    term = half
-                elif SELECTOR == REM:
-                    term = random_energy(half, LOG2_UNIT, 2 * LOG2_UNIT**0.5)
-                elif SELECTOR == KM2_REM:
-                    # The same for both clusters, each times its share of the unit's keys, which may be none.
-                    count, other_count = cluster_counts(statistic + 4 * D, FP8)
-                    log_count = tl.log2(count)[None, :]  # [1, CHUNK]
-                    other_count = tl.log2(other_count)[None, :]
-                    other_mean = load_vectors(rows + 2 * D, in_head[None, :], D != DP, FP8, False)
-                    other_product = tl.dot(q, tl.trans(other_mean))
-                    other_second = load_vectors(rows + 3 * D, in_head[None, :], D != DP, FP8, True)
-                    other_half = tl.dot(square, tl.trans(other_second))
-                    bound = tl.maximum(log_count, 0.0)
-                    other_bound = tl.maximum(other_count, 0.0)
-                    term = random_energy(half, bound, 2 * tl.sqrt(bound))
-                    other_term = random_energy(other_half, other_bound, 2 * tl.sqrt(other_bound))
-                    log_count -= LOG2_UNIT
-                    other_count -= LOG2_UNIT
+            # The mass of a unit is over that of a token.
             if MODE == SHARE:
-                share = product * unit - shift[:, None]
-                if SELECTOR == KM2_REM:
-                    share = tl.exp2(share + term + log_count)
-                    share += tl.exp2(other_product * unit - shift[:, None] + other_term + other_count)
-                else:
-                    if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
-                        share += term
-                    share = tl.exp2(share)
-                    if SELECTOR == TAYLOR2:
-                        share *= factor
+                beyond = shift[:, None]
+            else:
+                beyond = tl.where(exists, 0.0, float("-inf"))[None, :]
+            score, mass_score, product = SELECTOR.score(query, Blocks(
+                statistic, rows, in_head[None, :], unit, beyond, D, DP, FP8, D != DP, True, UNIT, LOG2_UNIT, LOG2E
+            ))  # fmt: skip
+            if MODE == SHARE:
+                share = sum_over(score, 0.0)
                 share = group_sum(share, M, GROUP_P, CHUNK)  # [TQ, CHUNK]
                 mask = (t < num_tokens)[:, None] & exists[None, :]
                 tl.store(shared_row[:, None] + index[None, :], share, mask=mask)
@@ -269,41 +219,19 @@ def prefill_score_kernel(
                 mask = (t < num_tokens)[:, None] & (sub * SUB < stop)[None, :]
                 tl.store(best_row[:, None] + sub[None, :], best, mask=mask)
             else:
-                beyond = tl.where(exists, 0.0, float("-inf"))[None, :]
-                logit = product * unit + beyond
-                exponent = logit
-                if SELECTOR == KM2_REM:
-                    other_logit = other_product * unit + beyond + other_count
-                    logit += log_count
-                    exponent = logit + term
-                    # Finite: a chunk has a unit that exists, and a unit a cluster with keys.
-                    new_top = tl.maximum(top, tl.max(tl.maximum(exponent, other_logit + other_term), axis=1))  # [M]
-                else:
-                    if (SELECTOR == CUMULANT2) | (SELECTOR == REM):
-                        exponent += term
-                    new_top = tl.maximum(top, tl.max(exponent, axis=1))  # [M], finite: a chunk has a unit that exists
+                # Finite: a chunk has a unit that exists.
+                new_top = tl.maximum(top, tl.max(largest_exponent(score), axis=1))  # [M]
                 decay = tl.exp2(top - new_top)
-                weight = tl.exp2(exponent - new_top[:, None])
-                if SELECTOR == KM2_REM:
-                    weight += tl.exp2(other_logit + other_term - new_top[:, None])
-                elif SELECTOR == TAYLOR2:
-                    weight *= factor
-                total = total * decay + tl.sum(weight, axis=1)
-                if MASS:
-                    if (SELECTOR == CUMULANT2) | (SELECTOR == REM) | (SELECTOR == KM2_REM):
-                        mass = mass * decay + tl.sum(tl.exp2(logit - new_top[:, None]) * factor, axis=1)
-                    if SELECTOR == KM2_REM:
-                        other_factor = 1.0 + other_half * (1 / LOG2E)
-                        mass += tl.sum(tl.exp2(other_logit - new_top[:, None]) * other_factor, axis=1)
-                        if not FP8:
-                            product = product * tl.exp2(log_count) + other_product * tl.exp2(other_count)
-                    if not FP8:
-                        products += tl.sum(tl.where(exists[None, :], product, 0.0), axis=1)
+                total = total * decay + tl.sum(sum_over(score, new_top[:, None]), axis=1)
+                if OWN_MASS:
+                    mass = mass * decay + tl.sum(sum_over(mass_score, new_top[:, None]), axis=1)
+                if MASS and not FP8:
+                    products += tl.sum(tl.where(exists[None, :], product, 0.0), axis=1)
                 top = new_top
         if MODE == NORMALISE:
             tl.store(lse_ptr + norm * M + m, top + tl.log2(total))
             if MASS:
-                if (SELECTOR == MEAN) | (SELECTOR == TAYLOR2):
+                if not OWN_MASS:
                     mass = total
                 tl.store(sums, top)
                 tl.store(sums + M, mass)
@@ -574,13 +502,14 @@ def prefill_list_kernel(
     UNIT: tl.constexpr,
     STRIDE: tl.constexpr,
     FP8: tl.constexpr,
+    LOG2_UNIT: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOTS_P: tl.constexpr,  # a power of two, at least 16
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     PARTS: tl.constexpr,  # units a token selects at most and is not forced to
     S_ROWS: tl.constexpr,
-    SELECTOR: tl.constexpr,
+    SELECTOR: tl.constexpr,  # a GpuSelector
     MASS: tl.constexpr,  # whether there is a tail
     LIST_TAIL: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -631,8 +560,10 @@ def prefill_list_kernel(
                 statistic += head * head_stride + PAGE * 2 * D + unit % PER_PAGE * STRIDE
             rows = statistic[:, None] + column[None, :]
             mask = taken[:, None] & in_head[None, :]
-            mean = load_vectors(rows, mask, True, FP8, False)  # [SLOTS_P, DP]
-            product = tl.dot(q, tl.trans(mean))  # [MP, SLOTS_P], 0 where nothing was taken
+            query = SELECTOR.prepare(q, scale, True, LOG2E)
+            _, mass, product = SELECTOR.score(query, Blocks(
+                statistic, rows, mask, scale * LOG2E, 0.0, D, DP, FP8, True, True, UNIT, LOG2_UNIT, LOG2E
+            ))  # [MP, SLOTS_P] # fmt: skip
             sums = sums_ptr + pair * num_norms * 3 * TQ * GROUP_P + token * GROUP_P + member
             top = tl.load(sums, mask=in_group, other=0.0)
             all_mass = tl.load(sums + TQ * GROUP_P, mask=in_group, other=0.0)
@@ -655,23 +586,7 @@ def prefill_list_kernel(
                 if not FP8:
                     all_products += tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
                 top = larger
-            if SELECTOR == KM2_REM:
-                share = tl.load(statistic + 4 * D, mask=taken, other=0.0).to(tl.float32)[None, :] / UNIT  # [1, SLOTS_P]
-                other_share = tl.load(statistic + 4 * D + 1, mask=taken, other=0.0).to(tl.float32)[None, :] / UNIT
-            weight = tl.exp2(product * (scale * LOG2E) - top[:, None])
-            if SELECTOR != MEAN:
-                half = half_square(q, scale).to(q.dtype)
-                second = load_vectors(rows + D, mask, True, FP8, True)
-                weight *= 1.0 + tl.dot(half, tl.trans(second)) * (1 / LOG2E)
-            if SELECTOR == KM2_REM:
-                other = tl.dot(q, tl.trans(load_vectors(rows + 2 * D, mask, True, FP8, False)))
-                other_weight = tl.exp2(other * (scale * LOG2E) - top[:, None])
-                second = load_vectors(rows + 3 * D, mask, True, FP8, True)
-                other_weight *= 1.0 + tl.dot(half, tl.trans(second)) * (1 / LOG2E)
-                # An empty cluster's mean is no key: what it weighs is nothing, however much that is.
-                weight = tl.where(share > 0, weight * share, 0.0)
-                weight += tl.where(other_share > 0, other_weight * other_share, 0.0)
-                product = product * share + other * other_share
+            weight = sum_over(mass, top[:, None])
             rest = all_mass - tl.sum(tl.where(taken[None, :], weight, 0.0), axis=1)  # [MP]
             rest = tl.where(num_complete > count, rest, 0.0)
             num_rest = tl.maximum(num_complete - count, 1).to(tl.float32)  # units
@@ -680,7 +595,7 @@ def prefill_list_kernel(
             # Masses are those of UNIT tokens, and so many tokens share them.
             norm = tl.where(weighs, rest * gain / num_rest, 1.0)
             log_mean = tl.where(weighs, top + tl.log2(norm), float("-inf"))
-            center = (all_products - tl.sum(product, axis=1)) * scale / num_rest
+            center = (all_products - tl.sum(tl.where(taken[None, :], product, 0.0), axis=1)) * scale / num_rest
             tail = tail_ptr + pair * 2 * TQ * GROUP_P + token * GROUP_P + member
             tl.store(tail, log_mean, mask=in_group)
             tl.store(tail + TQ * GROUP_P, center, mask=in_group)

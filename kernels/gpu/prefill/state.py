@@ -15,7 +15,8 @@ FLOP: `2 B F_S d`.
 import triton
 import triton.language as tl
 
-from ..state import softmax_key_features, state_row_offset, trusted_pages, write_headers
+from ..feature_maps import key_features
+from ..state import state_row_offset, trusted_pages, write_headers
 
 
 @triton.jit(do_not_specialize=["block_table_stride", "state_table_stride", "last_page"])
@@ -52,7 +53,7 @@ def prefill_state_kernel(
     TILE: tl.constexpr,
     S_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-    LINEAR: tl.constexpr,
+    PHI: tl.constexpr,
     KEEP_Z: tl.constexpr,  # whether states are put aside with their z
     DEPENDENT: tl.constexpr,
 ):
@@ -104,7 +105,7 @@ def prefill_state_kernel(
         tl.store(out + feature[:, None] * D + column[None, :], s, mask=put[:, None] & in_head[None, :])
         if KEEP_Z:
             z_now = z
-            if not LINEAR:
+            if PHI is None:
                 z_now += tl.sum(folded, axis=1)
             tl.store(out + S_ROWS * D + feature, z_now, mask=put & of_key)
         base = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + head * head_stride
@@ -112,8 +113,8 @@ def prefill_state_kernel(
         for first in tl.static_range(0, PAGE, TILE):
             rows = base + (first + token) * 2 * D  # [TILE]
             v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
-            if LINEAR:
-                k = softmax_key_features(rows, feature, of_key, column, in_head)  # [SLICE, TILE]
+            if PHI is not None:
+                k = key_features(PHI, rows, feature, of_key, column, in_head)  # [SLICE, TILE]
                 z += tl.sum(k.to(tl.float32), axis=1)
             else:
                 k = tl.load(rows[None, :] + feature[:, None], mask=of_key[:, None], other=0.0)
@@ -187,7 +188,7 @@ def fold_pages_kernel(
     TILE: tl.constexpr,
     S_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
-    LINEAR: tl.constexpr,
+    PHI: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Grid (SLICES, G, items). The sums of a row's only split go to the state at once."""
@@ -234,8 +235,8 @@ def fold_pages_kernel(
         page = tl.load(pages + tl.minimum((index + 1) // TILES, target - 1))
         rows = base + (index % TILES * TILE + token) * 2 * D  # [TILE]
         v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
-        if LINEAR:
-            k = softmax_key_features(rows, feature, of_key, column, in_head)  # [SLICE, TILE]
+        if PHI is not None:
+            k = key_features(PHI, rows, feature, of_key, column, in_head)  # [SLICE, TILE]
         else:
             k = tl.load(rows[None, :] + feature[:, None], mask=of_key[:, None], other=0.0)
             sums_v = tl.dot(v_ones, v, sums_v)
@@ -251,7 +252,7 @@ def fold_pages_kernel(
             _add_to_state(
                 s, z, state, blocks, feature, of_key, of_key, column, block_stride, covered, D, BODY, S_ROWS,
             )  # fmt: skip
-            if not LINEAR:
+            if PHI is None:
                 v_block = tl.maximum(tl.load(blocks + D // BODY), 0).to(tl.int64)
                 _add_to_rows(state + v_block * block_stride + (1 + D % BODY) * D + column, sum_v, of_v, covered)
             write_headers(
@@ -262,7 +263,7 @@ def fold_pages_kernel(
         partial = partial_ptr + (place * num_heads + head).to(tl.int64) * (S_ROWS + 1) * D
         tl.store(partial + feature[:, None] * D + column[None, :], s, mask=of_s)
         tl.store(partial + S_ROWS * D + feature, z, mask=of_key)
-        if not LINEAR:
+        if PHI is None:
             tl.store(partial + D * D + column, sum_v, mask=of_v)
 
 
