@@ -5,12 +5,23 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for triton_cases, under every import mode of pytest
-if not torch.cuda.is_available():
+INTERPRETED = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+if INTERPRETED:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if importlib.util.find_spec("triton") is not None:
-        import quick_interpreter
+    import quick_interpreter
 
-        quick_interpreter.install()
+    quick_interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def few_programs_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that stores 32 tokens is interpreted as fast as one that stores one: what makes a batch takes them.
+
+    `test_triton_cache.py` stores both ways.
+    """
+    if INTERPRETED:
+        monkeypatch.setattr("spla_backend.kernels.gpu.store.FEW_TOKENS", 4)
