@@ -163,26 +163,27 @@ RESIDUALS = {
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_residuals(residual: str) -> None:
     params = SplaParameters(16, 16, 4, **RESIDUALS[residual])
-    check(case(params, [150]), [(0, 150)], 3e-3, sample=3, max_tiles=4)
+    check(case(params, [107]), [(0, 107)], 3e-3, sample=3, max_tiles=4)
 
 
 @pytest.mark.parametrize("selector", ["mean", "taylor2", "cumulant2", "quest"])
 def test_selectors(selector: str) -> None:
     residual = "none" if selector == "quest" else "regression"
     params = SplaParameters(16, 16, 4, selector=selector, residual=residual)
-    check(case(params, [120]), [(70, 120)], 3e-3, sample=5)
+    check(case(params, [101]), [(78, 101)], 3e-3, sample=5)
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_groups(group: int) -> None:
     params = SplaParameters(16, 16, 4)
-    check(case(params, [100], num_heads=2 * group), [(65, 100)], 3e-3, sample=5)
+    check(case(params, [99], num_heads=2 * group), [(76, 99)], 3e-3, sample=5)
 
 
 @pytest.mark.parametrize(("page", "head_size"), [(48, 48), (64, 16), (32, 80)])
 def test_pages_and_heads(page: int, head_size: int) -> None:
     params = SplaParameters(page, page, 3)
-    check(case(params, [5 * page], head_size=head_size), [(3 * page - 5, 5 * page)], 3e-3, sample=9)
+    stop = 4 * page + 13
+    check(case(params, [stop], head_size=head_size), [(stop - 21, stop)], 3e-3, sample=4)
 
 
 @pytest.mark.parametrize(
@@ -197,11 +198,11 @@ def test_pages_and_heads(page: int, head_size: int) -> None:
     ids=["4-a-page", "3-a-page", "2-a-page", "forced-alone", "1-a-page"],
 )
 def test_finer_blocks(page: int, block: int, more: dict) -> None:
-    """From the first token that selects, through a page and into the next, and a short chunk that begins within a
-    block, in large and in small passes."""
+    """From the first token that selects over a page's end, and through the blocks of the page from within one, in large
+    and in small passes."""
     params = SplaParameters(page, block, **more)
     start = params.budget_blocks * block
-    ranges = [(start, start + page + 21), (start + page - 3, start + page + 2)]
+    ranges = [(start, start + block + 5), (start + max(3, page - block - 3), start + page + 2)]
     check(case(params, [stop for _, stop in ranges]), ranges, 3e-3, sample=5, max_tiles=3)
 
 
@@ -225,8 +226,9 @@ def test_statistics_in_fp8(selector: str, heads: tuple[int, int, int], page: int
     residual = "none" if selector == "quest" else "linear"
     params = SplaParameters(page, block, page // block + 3, selector=selector, residual=residual, **FP8)
     start = max(params.budget_blocks * block, 2 * page) + page - 3
-    batch = case(params, [start + page], num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2])
-    check(batch, [(start, start + page)], 3e-3, sample=7, max_tiles=3)
+    stop = start + min(page, 21)  # over the end of a page and of its first block
+    batch = case(params, [stop], num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2])
+    check(batch, [(start, stop)], 3e-3, sample=4, max_tiles=2)
 
 
 def test_regression_of_statistics_in_fp8() -> None:
@@ -237,46 +239,46 @@ def test_regression_of_statistics_in_fp8() -> None:
     batch.write(0, 0, 420)
     # Outputs are a third as long as values here, so that rounding counts for more: up to 4e-3 in 120 draws. With
     # rounded means in the place of the state's, it was 2e-2 to .2 in 16 draws.
-    check(batch, [(400, 420)], 6e-3, sample=5)
+    check(batch, [(408, 420)], 6e-3, sample=3)
 
 
 def test_top_p() -> None:
     params = SplaParameters(16, 16, 6, top_p=0.7)
-    check(case(params, [180]), [(140, 180)], 3e-3, sample=3)
+    check(case(params, [173]), [(150, 173)], 3e-3, sample=2)
 
 
 def test_forced_pages_alone() -> None:
     params = SplaParameters(16, 16, 4, first_blocks=2, last_blocks=2)
-    check(case(params, [120]), [(70, 120)], 3e-3, sample=5)
+    check(case(params, [101]), [(78, 101)], 3e-3, sample=5)
 
 
 def test_one_page_outweighs_all() -> None:
     """What the pages left out weigh is a difference of sums, here of which one page is all but everything."""
     params = SplaParameters(16, 16, 4)
-    batch = case(params, [140])
+    batch = case(params, [125])
     batch.keys[0][40:48] *= 12
     batch.keys[0][90:92] *= 12
-    batch.write(0, 0, 140)
-    check(batch, [(100, 140)], 3e-3, sample=3)
+    batch.write(0, 0, 125)
+    check(batch, [(102, 125)], 3e-3, sample=2)
 
 
 def test_rows_and_passes() -> None:
     """Rows of several lengths, cached prefixes and dense beginnings, in passes that cut rows anywhere."""
     params = SplaParameters(16, 16, 4)
-    batch = case(params, [130, 40, 200, 97])
-    ranges = [(33, 130), (0, 40), (163, 200), (90, 97)]
+    batch = case(params, [98, 40, 126, 97])
+    ranges = [(33, 98), (0, 40), (110, 126), (90, 97)]
     check(batch, ranges, 3e-3, sample=4, max_tiles=3)
 
 
 def test_state_of_another_request() -> None:
     """Blocks that held another request's state, and blocks that hold this request's, give the same answer."""
     params = SplaParameters(16, 16, 4)
-    batch, other = case(params, [120]), case(params, [120], seed=5)
-    attend(other, [(96, 120)])
+    batch, other = case(params, [114]), case(params, [114], seed=5)
+    attend(other, [(100, 114)])
     blocks, foreign = batch.state_table[0].long(), other.state_table[0].long()
     batch.kv_cache[blocks] = other.kv_cache[foreign]
-    check(batch, [(90, 120)], 3e-3, sample=7)
-    check(batch, [(100, 120)], 3e-3, sample=7)  # its own, from the pages before
+    check(batch, [(93, 114)], 3e-3, sample=4)
+    check(batch, [(100, 114)], 3e-3, sample=4)  # its own, from the pages before
 
 
 def test_passes_agree_within_rounding() -> None:
@@ -295,13 +297,13 @@ def test_passes_agree_within_rounding() -> None:
     assert bool(((whole - cut).float().abs() <= 2 * 3.2 * 2**-11 * largest[:, None]).all())
 
 
-@pytest.mark.parametrize(("size", "more"), [(1, {}), (7, {}), (33, {}), (7, FP8)], ids=str)
+@pytest.mark.parametrize(("size", "more"), [(1, {}), (7, {}), (23, {}), (7, FP8)], ids=str)
 def test_chunk_sizes_agree(size: int, more: dict) -> None:
     params = SplaParameters(16, 16, 4, **more)
-    batch = case(params, [118])
-    query, whole, _ = attend(batch, [(75, 118)])
+    batch = case(params, [105])
+    query, whole, _ = attend(batch, [(75, 105)])
     batch.kv_cache[batch.state_table[0].long()] = float("nan")  # as a prefix cache hit at 75 finds it
-    start = 118 - 4 * size if size == 1 else 75
+    start = 105 - 4 * size if size == 1 else 75
     got = in_chunks(batch, query[start - 75 :], start, size)
     assert_agree(got, whole[start - 75 :], 1e-3, 2)
 
@@ -309,8 +311,8 @@ def test_chunk_sizes_agree(size: int, more: dict) -> None:
 def test_rows_agree_alone() -> None:
     """Rows of a mixed batch and each of them alone."""
     params = SplaParameters(16, 16, 4)
-    batch = case(params, [110, 96, 87])
-    ranges = [(82, 110), (93, 96), (70, 87)]
+    batch = case(params, [101, 96, 83])
+    ranges = [(82, 101), (93, 96), (72, 83)]
     query, together, _ = attend(batch, ranges)
     first = 0
     for row, (start, stop) in enumerate(ranges):
@@ -325,9 +327,9 @@ def test_rows_agree_alone() -> None:
 def test_decode_agrees(more: dict) -> None:
     """Tokens through decode, one after the other, and the same tokens through prefill."""
     params = SplaParameters(16, 16, 4, **more)
-    batch = case(params, [304])
-    query, output, _ = attend(batch, [(288, 304)])
-    for step, position in enumerate(range(288, 304)):
+    batch = case(params, [128])
+    query, output, _ = attend(batch, [(112, 128)])
+    for step, position in enumerate(range(112, 128)):
         batch.query, batch.lengths = query[step : step + 1], [position + 1]
         batch.seq_lens.fill_(position + 1)
         # Decode sees the page as it is at this token: what lies behind it is masked, not absent.
