@@ -39,10 +39,14 @@ def emulate(batch, blocks: int, score_blocks: int = 0) -> None:
 
 @emulated
 @scored
-@pytest.mark.parametrize(("blocks", "lengths"), [(1, [16, 97]), (2, [1, 15, 17, 80, 81, 96, 300, 0]), (16, [331])])
-def test_lengths_around_page_and_budget_edges_and_padding(blocks: int, lengths: list[int], score_blocks: int) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "lengths", "heads"), [(1, [16, 97], 2), (2, [1, 15, 17, 80, 81, 96, 300, 0], 1), (16, [331], 1)]
+)
+def test_lengths_around_page_and_budget_edges_and_padding(
+    blocks: int, lengths: list[int], heads: int, score_blocks: int
+) -> None:
     params = SplaParameters(16, 16, 5)
-    batch = make_batch(params, lengths, num_heads=8, num_kv_heads=2, head_size=64, seed=fresh())
+    batch = make_batch(params, lengths, num_heads=4 * heads, num_kv_heads=heads, head_size=64, seed=fresh())
     emulate(batch, blocks, score_blocks)
     batch.check(batch.decode(), 2e-3)
     again = batch.decode(steady=True)
@@ -83,11 +87,15 @@ def test_finer_blocks(block: int, score_blocks: int) -> None:
 
 @emulated
 @scored
-@pytest.mark.parametrize("selector", ["rem", "quest"])
 @pytest.mark.parametrize(
-    ("heads", "head_size", "block", "dtype"),
-    [(3, 128, 64, torch.bfloat16), (8, 64, 16, torch.float16), (4, 64, 32, torch.bfloat16)],
-    ids=["g3-d128-bf16", "g8-d64-b16-fp16", "g4-d64-b32-bf16"],
+    ("heads", "head_size", "block", "dtype", "selector"),
+    [
+        (3, 128, 64, torch.bfloat16, "rem"),
+        (8, 64, 16, torch.float16, "rem"),
+        (4, 64, 32, torch.bfloat16, "rem"),
+        (4, 64, 32, torch.bfloat16, "quest"),
+    ],
+    ids=["g3-d128-bf16", "g8-d64-b16-fp16", "g4-d64-b32-bf16", "quest-g4-d64-b32-bf16"],
 )
 def test_statistics_in_fp8(
     heads: int, head_size: int, block: int, dtype: torch.dtype, selector: str, score_blocks: int

@@ -24,12 +24,13 @@ def attend(
     tuning: PrefillTuning | None = None,
     seed: int = 1,
     captured: torch.Tensor | None = None,
+    small: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, PrefillPasses]:
     """Prefill the positions `ranges` of the batch's rows; queries (random, or `captured [tokens, H, d]`), NaN-poisoned
     outputs, and the op.
 
     The keys and values of those tokens, and of no later ones, are in the cache. The launch shapes of large and of small
-    passes take turns.
+    passes take turns, unless `small` says which.
     """
     layer, total = batch.layer, sum(b - a for a, b in ranges)
     longest = max(batch.lengths)
@@ -50,7 +51,7 @@ def attend(
         if name != "arrivals":
             buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
     for number, planned in enumerate(plan.passes):
-        step = replace(planned, small=number % 2 == 1)
+        step = replace(planned, small=number % 2 == 1 if small is None else small)
         op.run(step, query, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table, output)
     assert int(op.scratch["arrivals"].abs().sum()) == 0
     return query, output, op
@@ -162,25 +163,26 @@ RESIDUALS = {
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_residuals(residual: str) -> None:
     params = SplaParameters(16, 16, 4, **RESIDUALS[residual])
-    check(case(params, [150]), [(0, 150)], 3e-3, sample=3, max_tiles=4)
+    check(case(params, [107]), [(0, 107)], 3e-3, sample=3, max_tiles=4)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_selectors(selector: str) -> None:
     params = SplaParameters(16, 16, 4, selector=selector, residual=residual_of(selector))
-    check(case(params, [120]), [(70, 120)], 3e-3, sample=5)
+    check(case(params, [101]), [(78, 101)], 3e-3, sample=5)
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_groups(group: int) -> None:
     params = SplaParameters(16, 16, 4)
-    check(case(params, [100], num_heads=2 * group), [(65, 100)], 3e-3, sample=5)
+    check(case(params, [99], num_heads=2 * group), [(76, 99)], 3e-3, sample=5)
 
 
 @pytest.mark.parametrize(("page", "head_size"), [(48, 48), (64, 16), (32, 80)])
 def test_pages_and_heads(page: int, head_size: int) -> None:
     params = SplaParameters(page, page, 3)
-    check(case(params, [5 * page], head_size=head_size), [(3 * page - 5, 5 * page)], 3e-3, sample=9)
+    stop = 4 * page + 13
+    check(case(params, [stop], head_size=head_size), [(stop - 21, stop)], 3e-3, sample=4)
 
 
 @pytest.mark.parametrize(
@@ -195,11 +197,11 @@ def test_pages_and_heads(page: int, head_size: int) -> None:
     ids=["4-a-page", "3-a-page", "2-a-page", "forced-alone", "1-a-page"],
 )
 def test_finer_blocks(page: int, block: int, more: dict) -> None:
-    """From the first token that selects, through a page and into the next, and a short chunk that begins within a
-    block, in large and in small passes."""
+    """From the first token that selects over a page's end, and through the blocks of the page from within one, in large
+    and in small passes."""
     params = SplaParameters(page, block, **more)
     start = params.budget_blocks * block
-    ranges = [(start, start + page + 21), (start + page - 3, start + page + 2)]
+    ranges = [(start, start + block + 5), (start + max(3, page - block - 3), start + page + 2)]
     check(case(params, [stop for _, stop in ranges]), ranges, 3e-3, sample=5, max_tiles=3)
 
 
@@ -224,8 +226,9 @@ def test_statistics_in_fp8(selector: str, heads: tuple[int, int, int], page: int
         page, block, page // block + 3, selector=selector, residual=residual_of(selector, "linear"), **FP8
     )  # fmt: skip
     start = max(params.budget_blocks * block, 2 * page) + page - 3
-    batch = case(params, [start + page], num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2])
-    check(batch, [(start, start + page)], 3e-3, sample=7, max_tiles=3)
+    stop = start + min(page, 21)  # over the end of a page and of its first block
+    batch = case(params, [stop], num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2])
+    check(batch, [(start, stop)], 3e-3, sample=4, max_tiles=2)
 
 
 def test_regression_of_statistics_in_fp8() -> None:
@@ -236,64 +239,71 @@ def test_regression_of_statistics_in_fp8() -> None:
     batch.write(0, 0, 420)
     # Outputs are a third as long as values here, so that rounding counts for more: up to 4e-3 in 120 draws. With
     # rounded means in the place of the state's, it was 2e-2 to .2 in 16 draws.
-    check(batch, [(400, 420)], 6e-3, sample=5)
+    check(batch, [(408, 420)], 6e-3, sample=3)
 
 
 def test_top_p() -> None:
     params = SplaParameters(16, 16, 6, top_p=0.7)
-    check(case(params, [180]), [(140, 180)], 3e-3, sample=3)
+    check(case(params, [173]), [(150, 173)], 3e-3, sample=2)
 
 
 def test_forced_pages_alone() -> None:
     params = SplaParameters(16, 16, 4, first_blocks=2, last_blocks=2)
-    check(case(params, [120]), [(70, 120)], 3e-3, sample=5)
+    check(case(params, [101]), [(78, 101)], 3e-3, sample=5)
 
 
 def test_one_page_outweighs_all() -> None:
     """What the pages left out weigh is a difference of sums, here of which one page is all but everything."""
     params = SplaParameters(16, 16, 4)
-    batch = case(params, [140])
+    batch = case(params, [125])
     batch.keys[0][40:48] *= 12
     batch.keys[0][90:92] *= 12
-    batch.write(0, 0, 140)
-    check(batch, [(100, 140)], 3e-3, sample=3)
+    batch.write(0, 0, 125)
+    check(batch, [(102, 125)], 3e-3, sample=2)
 
 
 def test_rows_and_passes() -> None:
     """Rows of several lengths, cached prefixes and dense beginnings, in passes that cut rows anywhere."""
     params = SplaParameters(16, 16, 4)
-    batch = case(params, [130, 40, 200, 97])
-    ranges = [(33, 130), (0, 40), (163, 200), (90, 97)]
+    batch = case(params, [98, 40, 126, 97])
+    ranges = [(33, 98), (0, 40), (110, 126), (90, 97)]
     check(batch, ranges, 3e-3, sample=4, max_tiles=3)
 
 
 def test_state_of_another_request() -> None:
     """Blocks that held another request's state, and blocks that hold this request's, give the same answer."""
     params = SplaParameters(16, 16, 4)
-    batch, other = case(params, [120]), case(params, [120], seed=5)
-    attend(other, [(96, 120)])
+    batch, other = case(params, [114]), case(params, [114], seed=5)
+    attend(other, [(100, 114)])
     blocks, foreign = batch.state_table[0].long(), other.state_table[0].long()
     batch.kv_cache[blocks] = other.kv_cache[foreign]
-    check(batch, [(90, 120)], 3e-3, sample=7)
-    check(batch, [(100, 120)], 3e-3, sample=7)  # its own, from the pages before
+    check(batch, [(93, 114)], 3e-3, sample=4)
+    check(batch, [(100, 114)], 3e-3, sample=4)  # its own, from the pages before
 
 
-def test_chunks_agree_bit_for_bit() -> None:
-    """Chunks that are whole tiles do the same arithmetic, whatever pass they are in."""
+def test_passes_agree_within_rounding() -> None:
+    """Tokens in one pass, and in several, large and small ones. A GPU does the same arithmetic in all passes of one
+    launch shape (`test_gpu_passes_agree_bit_for_bit`); products on a CPU round by the shape of the call.
+
+    A token's weights, its parts and its output are each rounded to float16: by 2^-11 of the largest value at most. A
+    logit is a float32 sum of 32 terms, and `|q| |k| scale` below 24 here: it is off by less than a tenth of 2^-11, and
+    so are numerator and denominator.
+    """
     params = SplaParameters(16, 16, 4, residual="none")
-    batch = case(params, [124])
-    _, whole, _ = attend(batch, [(72, 124)])
-    _, cut, _ = attend(batch, [(72, 124)], max_tiles=2)
-    assert torch.equal(whole, cut)
+    batch = case(params, [112])
+    _, whole, _ = attend(batch, [(72, 112)])
+    _, cut, _ = attend(batch, [(72, 112)], max_tiles=2)
+    largest = batch.values[0].float().abs().amax((0, 2)).repeat_interleave(2)  # [H]
+    assert bool(((whole - cut).float().abs() <= 2 * 3.2 * 2**-11 * largest[:, None]).all())
 
 
-@pytest.mark.parametrize(("size", "more"), [(1, {}), (7, {}), (33, {}), (7, FP8)], ids=str)
+@pytest.mark.parametrize(("size", "more"), [(1, {}), (7, {}), (23, {}), (7, FP8)], ids=str)
 def test_chunk_sizes_agree(size: int, more: dict) -> None:
     params = SplaParameters(16, 16, 4, **more)
-    batch = case(params, [118])
-    query, whole, _ = attend(batch, [(75, 118)])
+    batch = case(params, [105])
+    query, whole, _ = attend(batch, [(75, 105)])
     batch.kv_cache[batch.state_table[0].long()] = float("nan")  # as a prefix cache hit at 75 finds it
-    start = 118 - 4 * size if size == 1 else 75
+    start = 105 - 4 * size if size == 1 else 75
     got = in_chunks(batch, query[start - 75 :], start, size)
     assert_agree(got, whole[start - 75 :], 1e-3, 2)
 
@@ -301,8 +311,8 @@ def test_chunk_sizes_agree(size: int, more: dict) -> None:
 def test_rows_agree_alone() -> None:
     """Rows of a mixed batch and each of them alone."""
     params = SplaParameters(16, 16, 4)
-    batch = case(params, [110, 96, 87])
-    ranges = [(82, 110), (93, 96), (70, 87)]
+    batch = case(params, [101, 96, 83])
+    ranges = [(82, 101), (93, 96), (72, 83)]
     query, together, _ = attend(batch, ranges)
     first = 0
     for row, (start, stop) in enumerate(ranges):
@@ -317,9 +327,9 @@ def test_rows_agree_alone() -> None:
 def test_decode_agrees(more: dict) -> None:
     """Tokens through decode, one after the other, and the same tokens through prefill."""
     params = SplaParameters(16, 16, 4, **more)
-    batch = case(params, [304])
-    query, output, _ = attend(batch, [(288, 304)])
-    for step, position in enumerate(range(288, 304)):
+    batch = case(params, [128])
+    query, output, _ = attend(batch, [(112, 128)])
+    for step, position in enumerate(range(112, 128)):
         batch.query, batch.lengths = query[step : step + 1], [position + 1]
         batch.seq_lens.fill_(position + 1)
         # Decode sees the page as it is at this token: what lies behind it is masked, not absent.
@@ -527,3 +537,18 @@ def test_gpu_chunk_sizes_agree(params: SplaParameters) -> None:
     for first in (5003, 8990):
         batch.kv_cache[batch.state_table[0].long()] = float("nan")
         assert_agree(in_chunks(batch, query[first - start :], first, 8), whole[first - start :], 1e-2, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("small", [False, True], ids=["large", "small"])
+@pytest.mark.parametrize("length", [124, 2000])  # so few pages that their masses are summed up in one split
+def test_gpu_passes_agree_bit_for_bit(length: int, small: bool) -> None:
+    """Chunks that are whole tiles do the same arithmetic, whatever pass they are in."""
+    batch = make_batch(
+        SplaParameters(16, 16, 4, residual="none"), [length], num_heads=8, num_kv_heads=2, head_size=128,
+        dtype=torch.bfloat16, device=DEVICE, seed=int(torch.seed() % 2**31), chunk=0,
+    )  # fmt: skip
+    _, whole, _ = attend(batch, [(72, length)], small=small)
+    _, cut, _ = attend(batch, [(72, length)], max_tiles=2 if length == 124 else 17, small=small)
+    assert torch.equal(whole, cut)
