@@ -3,7 +3,7 @@
 A selector that runs on a GPU has its class in `algorithm/selectors.py` and its functions here, found by that class; a
 user's has both in a file of the user's own (`examples/write_your_own_selector.py`). All kernels take them as a
 compile-time constant, a `GpuSelector`: storing tokens (`page.py`), scoring in decode (`decode/score.py`) and in prefill
-(`prefill/select.py`), which tests go over by this table. What they read and write, and by which functions, is in
+(`prefill/select.py`). Tests go over this table. What the functions read and write, and by which others, is in
 `statistics.py`.
 
 Plain reference: `reference.block_statistics`, `selection_score`, `mass_score`. Sources: mean and diagonal variance with
@@ -11,7 +11,7 @@ Plain reference: `reference.block_statistics`, `selection_score`, `mass_score`. 
 `rem`, the log-mean-exp of a random energy model; two clusters, Lloyd's k-means, with `km2-rem`, the same for each.
 
 An *estimate* of the log of a sum of exponentials is a tuple of terms, `(exponent,)` or `(exponent, factor)`: the log of
-the sum of `factor * exp(exponent)`, exponents in the units of the logits. So it is where a log was never needed.
+the sum of `factor * exp(exponent)`, exponents in the units of the logits. A log is then taken only where it is needed.
 """
 
 from dataclasses import dataclass, fields
@@ -46,7 +46,7 @@ from .statistics import (
 LLOYD_ITERATIONS = tl.constexpr(4)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # looked up by identity at every launch
 class GpuSelector:
     """What `triton.jit` made of a selector's device functions.
 
