@@ -327,9 +327,9 @@ def test_rows_agree_alone() -> None:
 def test_decode_agrees(more: dict) -> None:
     """Tokens through decode, one after the other, and the same tokens through prefill."""
     params = SplaParameters(16, 16, 4, **more)
-    batch = case(params, [128])
-    query, output, _ = attend(batch, [(112, 128)])
-    for step, position in enumerate(range(112, 128)):
+    batch = case(params, [304])
+    query, output, _ = attend(batch, [(288, 304)])
+    for step, position in enumerate(range(288, 304)):
         batch.query, batch.lengths = query[step : step + 1], [position + 1]
         batch.seq_lens.fill_(position + 1)
         # Decode sees the page as it is at this token: what lies behind it is masked, not absent.
