@@ -106,7 +106,7 @@ def check_two_levels(params: SplaParameters) -> None:
     block, fine = params.selection_block, params.fine_block
     if fine not in FINE_BLOCKS:
         raise ValueError(
-            f"fine_block_size {fine} has no kernel, choose one of {', '.join(map(str, FINE_BLOCKS))}, or 0 for one level"
+            f"fine_block_size {fine} has no kernel, choose one of {', '.join(map(str, FINE_BLOCKS))}, or 0"
         )
     if block % fine != 0 or block // fine & (block // fine - 1) or block // fine > 64:
         raise ValueError(
@@ -123,8 +123,8 @@ def check_prefill(params: SplaParameters, dense_below: int | None, max_model_len
     """
     if params.fine_block and dense_below is not None and dense_below < max_model_len:
         raise ValueError(
-            f"prefill_dense_below {dense_below}: prompt tokens have no kernel that selects in two levels, leave it out or "
-            f"set it to {max_model_len}"
+            f"prefill_dense_below {dense_below}: prompt tokens have no kernel that selects in two levels, leave it "
+            f"out or set it to {max_model_len}"
         )
 
 
@@ -146,8 +146,8 @@ def check_decode(params: SplaParameters, head_size: int, max_query_len: int, max
     if executor == "flashinfer":
         if params.fine_block:
             raise ValueError(
-                f"executor 'flashinfer' reads whole pages, no fine blocks of {params.fine_block} tokens: set executor to "
-                "'spla' or fine_block_size to 0"
+                f"executor 'flashinfer' reads whole pages, no fine blocks of {params.fine_block} tokens: set executor "
+                "to 'spla' or fine_block_size to 0"
             )
         if params.selection_block != params.page_size:
             raise ValueError(

@@ -1,10 +1,10 @@
 """The fine level of a selection in two levels: score the fine blocks of the candidates by their keys, and select.
 
-The candidates are what `select` leaves in a table of their own: one level with a larger budget, whose list ends with the
-selection blocks of the current page. The first launch here reads their keys and makes of the logits the mass of every
-fine block; the second shares these in the group and selects, as one level does, by place in the list of candidates,
-which is in the order of the sequence. What it leaves is a page table of fine blocks, and of every candidate how many of
-its fine blocks are selected, which tells `attend.mass_of_rest` what share of its mass is left over.
+The candidates are what `select` leaves in a table of their own: one level with a larger budget, whose list ends with
+the selection blocks of the current page. The first launch here reads their keys and makes of the logits the mass of
+every fine block; the second shares these in the group and selects, as one level does, by place in the list of
+candidates, which is in the order of the sequence. What it leaves is a page table of fine blocks, and of every candidate
+how many of its fine blocks are selected, which tells `attend.mass_of_rest` what share of its mass is left over.
 
 Plain reference: `reference.select_fine_blocks`. Source: docs/design.md, 1 (two levels).
 
@@ -179,9 +179,9 @@ def fine_select_kernel(
         candidates = candidates_ptr + pair * CANDIDATES
         slot = tl.arange(0, BUDGET_P)
         if position // FINE + 1 <= BUDGET:
-            exists = slot <= position // FINE
-            unit_id = tl.load(candidates + slot // PER_UNIT, mask=exists, other=0)
-            tl.store(table + slot, unit_id * PER_UNIT + slot % PER_UNIT, mask=exists)
+            stored = slot <= position // FINE
+            every = tl.load(candidates + slot // PER_UNIT, mask=stored, other=0)
+            tl.store(table + slot, every * PER_UNIT + slot % PER_UNIT, mask=stored)
             tl.store(count_ptr + pair, position // FINE + 1)
         else:
             num_candidates = tl.load(candidate_count_ptr + pair) - num_current  # of complete pages

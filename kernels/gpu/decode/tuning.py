@@ -89,7 +89,7 @@ class Tuning:
     score_registers: int | None = 168  # cap, for more programs on a multiprocessor
     fine_splits: int = 1  # of the candidates of a (token, kv head)
     fine_tile: int = 64  # tokens a step of these
-    fine_stages: int = 4
+    fine_stages: int = 3  # for more programs on a multiprocessor
     fine_warps: int = 4
     fine_select_warps: int = 4
 
@@ -110,7 +110,6 @@ def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len:
     tiles = -(-budget * layer.params.attended_block // tile)
     pairs *= query_len
     attend_splits = min(tiles, 16, max(_power(128 / pairs), 2 if pairs <= 256 else 1))
-    fine_stages = 4 if layer.dp <= 128 else 3
     candidate_tiles = -(-sizes.candidates * layer.params.selection_block // Tuning.fine_tile)
     return Tuning(
         score_splits,
@@ -121,7 +120,6 @@ def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len:
         select_warps=_select_warps(min(sizes.units_p * layer.group_p, SELECT_ELEMENTS)),
         score_registers=None if wide else Tuning.score_registers,
         fine_splits=max(1, min(candidate_tiles, _power(512 / pairs), 32)),
-        fine_stages=fine_stages,
         fine_select_warps=_select_warps(min(sizes.fine_p * layer.group_p, SELECT_ELEMENTS)),
     )
 
