@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py --out benchmarks/results/decode_h200.json
     python benchmarks/decode.py --quick --impls fa3,spla --statistics fp8
+    python benchmarks/decode.py --quick --impls fa3,spla --fine-block 16 --candidates 4 --breakdown
     python benchmarks/decode.py --contexts 131072 --batches 1,8,32 --budgets 1024,2048 --pages 64 --blocks 64,32,16 \
         --selectors rem,km2-rem --impls fa3,spla --out benchmarks/results/decode_blocks_h200.json
     python benchmarks/decode.py --plot benchmarks/results/decode_blocks_h200.json \
@@ -20,6 +21,7 @@ float64 reference at batch 1, and at larger batches against the same rows at bat
                         the launch ahead ends, which here is the step before
     spla_mixed          the same as in a step that holds prompt tokens too, where everything waits for the launch ahead
     spla_flashinfer     a SPLA step with the option `executor: flashinfer`; not among the defaults
+    spla_two_levels     a SPLA step that selects in two levels, with --fine-block and --candidates; with its own floor
     floor               bytes that a steady step has to move (statistics of all complete pages, selected pages, float32
                         state) over the bandwidth of a large device-to-device copy measured in the same run
     spla/KERNEL         with --breakdown: time of each kernel of a step, from the profiler. Kernels that are launched
@@ -40,7 +42,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,8 @@ class Shape:
     block: int  # tokens a selection block
     selector: str = "rem"
     statistics_dtype: str = "auto"
+    fine_block: int = 0  # tokens a fine block; 0: one level
+    candidates: int = 0  # of the fine level, in budgets
 
     @property
     def budget_blocks(self) -> int:
@@ -102,6 +106,8 @@ class Shape:
             self.budget_blocks,
             selector=self.selector,
             statistics_dtype=self.statistics_dtype,
+            fine_block=self.fine_block,
+            candidate_factor=self.candidates,
         )
 
     def op(self, executor: str = "spla") -> DecodeSteps:
@@ -348,6 +354,13 @@ def check_exact(pool: Pool, shape: Shape, rows: Rows, impl: str) -> None:
             raise WrongOutputError(f"{impl} {shape}: relative error {error}")
 
 
+def least_gap(scores: torch.Tensor, budget: int, forced: int) -> float:
+    """Between scores around the last that is selected; forced blocks may be among the best."""
+    free = budget - forced
+    around = scores.sort(descending=True).values[max(free - 1, 0) : budget + 1]
+    return float(around.diff().abs().min()) if len(around) > 1 else 1.0
+
+
 def check_spla(op: DecodeSteps, pool: Pool, shape: Shape, rows: Rows) -> None:
     """The first row's first kv head against the float64 reference."""
     pages = rows.block_table[0].long()
@@ -360,22 +373,25 @@ def check_spla(op: DecodeSteps, pool: Pool, shape: Shape, rows: Rows) -> None:
     want = spla_token(query, keys, values, op.layer.params, statistics=block_statistics)
     error = float(relative_error(rows.output[0, :GROUP].cpu(), want.output))
     if error > TOLERANCE:
-        scores = want.group_scores[0].sort(descending=True).values
-        free = (
-            shape.budget_blocks - op.layer.params.max_forced_blocks
-        )  # forced blocks may be among the best: look around
-        gap = float(scores[max(free - 1, 0) : shape.budget_blocks + 1].diff().abs().min()) if len(scores) > free else 1
-        if gap > 1e-5:  # where float32 cannot tell two blocks apart, either may be selected
+        params = op.layer.params
+        per_block = params.selection_block // params.attended_block
+        levels = [(want.group_scores[0], params.budget_blocks * max(1, shape.candidates), params.max_forced_blocks)]
+        if params.fine_block and want.fine_scores[0]:
+            fine = torch.stack(list(want.fine_scores[0].values()))
+            levels.append((fine, params.budget_blocks * per_block, params.max_forced_blocks * per_block))
+        if min(least_gap(*level) for level in levels) > 1e-5:  # where float32 cannot tell two blocks apart, either may
             raise WrongOutputError(f"spla {shape}: relative error {error}")
 
 
 class Benchmark:
     """Measurements of a run, added to those that its file has already."""
 
-    def __init__(self, out: Path | None, impls: list[str], breakdown: bool, append: bool) -> None:
+    def __init__(
+        self, out: Path | None, impls: list[str], breakdown: bool, append: bool, two_levels: dict[str, int]
+    ) -> None:
         import triton
 
-        self.out, self.impls, self.breakdown = out, impls, breakdown
+        self.out, self.impls, self.breakdown, self.two_levels = out, impls, breakdown, two_levels
         command = " ".join(["python", *sys.argv])
         self.rows: dict[tuple, dict] = {}
         self.failures: list[str] = []
@@ -398,13 +414,16 @@ class Benchmark:
             "copy_bytes_per_s": round(self.bandwidth),
         }
         self.about = {"command": command, "versions": versions, "hardware": hardware}
-        self._alone: dict[int, dict[int, torch.Tensor]] = {}  # by context: SPLA's outputs of single rows
+        self._alone: dict[tuple[int, int], dict[int, torch.Tensor]] = {}  # SPLA's outputs of single rows
 
     def _keep(self, row: dict) -> None:
-        self.rows[row["impl"], row["context"], *where(row)] = row
+        self.rows[row["impl"], row["context"], *where(row), row.get("fine_block"), row.get("candidates")] = row
 
     def record(self, impl: str, shape: Shape, us: float, spread: float) -> None:
-        self._keep({"impl": impl, **vars(shape), "us": round(us, 2), "spread_us": round(spread, 2)})
+        about = {
+            name: x for name, x in vars(shape).items() if shape.fine_block or name not in ("fine_block", "candidates")
+        }
+        self._keep({"impl": impl, **about, "us": round(us, 2), "spread_us": round(spread, 2)})
 
     def save(self) -> None:
         if self.out:
@@ -445,6 +464,16 @@ class Benchmark:
             self._check(op, pool, steps, shape, check)
             if impl in self.impls:
                 self.measure(impl, run, steps, shape)
+        if self.two_levels:
+            two = replace(shape, **self.two_levels)
+            self.record("floor_two_levels", two, two.batch * spla_bytes(two) / self.bandwidth * 1e6, 0.0)
+            op = two.op()
+            run = spla(op, pool, two)
+            for rows in steps:
+                rows.output.fill_(float("nan"))
+                run(rows)
+            self._check(op, pool, steps, two, check)
+            self.measure("spla_two_levels", run, steps, two)
         if "flashinfer_sparse" in self.impls and shape.context > shape.budget and shape.block == shape.page:
             run = flashinfer(pool, shape, sparse=True)
             run(steps[0])
@@ -455,7 +484,7 @@ class Benchmark:
         """The first row against the reference; all rows that were computed alone against those."""
         if check:
             check_spla(op, pool, shape, steps[0])
-        alone = self._alone.setdefault(shape.budget, {})
+        alone = self._alone.setdefault((shape.budget, shape.fine_block), {})
         errors = []
         for rows in steps:
             if bool(rows.output.isnan().any()):
@@ -536,7 +565,7 @@ def compile_shape(executors: list[str], shape: Shape) -> None:
 def warm_up(shapes: list[Shape], impls: list[str], processes: int) -> None:
     """Compile the kernels of many shapes side by side; one after the other they take minutes."""
     executors = [executor for executor, impl in (("spla", "spla"), ("flashinfer", "spla_flashinfer")) if impl in impls]
-    different = {(*where(vars(s)), max(s.context, 131072)): s for s in shapes}.values()
+    different = {(*where(vars(s)), s.fine_block, max(s.context, 131072)): s for s in shapes}.values()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(functools.partial(compile_shape, executors), different))
 
@@ -550,6 +579,8 @@ def main() -> None:
     parser.add_argument("--blocks", default="0", help="tokens a selection block; 0: a page")
     parser.add_argument("--selectors", default="rem")
     parser.add_argument("--statistics", default="auto,fp8", help="how statistics are stored")
+    parser.add_argument("--fine-block", type=int, default=0, help="tokens a fine block of `spla_two_levels`; 0: none")
+    parser.add_argument("--candidates", type=int, default=4, help="of `spla_two_levels`, in budgets")
     parser.add_argument("--impls", default=",".join(IMPLS))
     parser.add_argument("--quick", action="store_true", help="16K and 128K, batches 1, 8, 32, budget 2048, page 64")
     parser.add_argument("--breakdown", action="store_true", help="time the kernels of SPLA apart")
@@ -583,10 +614,13 @@ def main() -> None:
     unknown = set(impls) - {*IMPLS, "spla_flashinfer"}
     if unknown:
         parser.error(f"unknown implementations {', '.join(unknown)}")
+    two_levels = {"fine_block": args.fine_block, "candidates": args.candidates} if args.fine_block else {}
     if args.warm_up:
         shapes = [Shape(b, c, t, *kind) for kind in kinds for c in contexts for b in batches for t in budgets]
+        if two_levels:
+            shapes += [replace(shape, **two_levels) for shape in shapes]
         warm_up(shapes, impls, args.warm_up)
-    benchmark = Benchmark(args.out, impls, args.breakdown, args.append)
+    benchmark = Benchmark(args.out, impls, args.breakdown, args.append, two_levels)
     benchmark.run(kinds, contexts, batches, budgets, args.rows)
     print_tables(list(benchmark.rows.values()))
     if benchmark.failures:
@@ -602,7 +636,11 @@ def print_tables(rows: list[dict]) -> None:
     first = next(iter(us))[0]
     names = list(dict.fromkeys(row["impl"] for row in rows if "/" not in row["impl"]))
     print("budget {}, page {}, blocks of {}, {}, statistics {}, microseconds".format(*first))
-    print(f"{'context':>7} {'batch':>5}", *(f"{name.replace('flashinfer', 'fi'):>9}" for name in names), "fa3/spla")
+    print(
+        f"{'context':>7} {'batch':>5}",
+        *(f"{name.replace('flashinfer', 'fi').replace('two_levels', '2'):>9}" for name in names),
+        "fa3/spla",
+    )
     for (kind, context, batch), found in us.items():
         if kind == first:
             cells = " ".join(f"{found.get(name, math.nan):9.1f}" for name in names)

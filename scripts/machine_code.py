@@ -65,6 +65,10 @@ class Geometry:
     executor: str = "spla"
 
     @property
+    def sparse_prompts(self) -> bool:
+        return self.executor == "spla" and "fine_block" not in self.options
+
+    @property
     def params(self) -> SplaParameters:
         return SplaParameters(self.page, self.block, 2048 // self.block, **self.options)
 
@@ -87,6 +91,9 @@ GEOMETRIES = {
     "quest-fp8": Geometry({"selector": "quest", "residual": "none", "statistics_dtype": "fp8"}),
     "linear-shared": Geometry({"residual": "linear"}),
     "d80-group1": Geometry(heads=32, kv_heads=32, head_size=80),
+    "two-levels": Geometry({"fine_block": 16}),
+    "two-levels-d256": Geometry({"fine_block": 16, "candidate_factor": 2}, heads=4, kv_heads=1, head_size=256),
+    "two-levels-top_p": Geometry({"fine_block": 32, "top_p": 0.9}, page=32, block=32, heads=16, kv_heads=1),
 }
 
 # The project's classes: what changes with their names and arguments -----------------------------------------------
@@ -109,7 +116,8 @@ def make_operator(geometry: Geometry) -> Any:
         decode = importlib.import_module("spla_backend.kernels.triton_decode")
     decode.refusal = lambda *_, **__: "it is not compiled by Triton"
     device, typed = torch.device("cuda:0"), interface()
-    limits = (typed or dispatch).Limits(64, 4, MAX_MODEL_LEN, 8192, DENSE_BELOW, geometry.params.budget_blocks)
+    dense_below = DENSE_BELOW if geometry.sparse_prompts else MAX_MODEL_LEN
+    limits = (typed or dispatch).Limits(64, 4, MAX_MODEL_LEN, 8192, dense_below, geometry.params.budget_blocks)
     shape = {
         "num_heads": geometry.heads,
         "num_kv_heads": geometry.kv_heads,
@@ -181,11 +189,11 @@ def steps(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "store 4096 tokens", lambda: store(operator, geometry, 4096)
     yield "decode 8 rows", lambda: run(8, 1, [])
     yield "decode 4 rows of 4 tokens", lambda: run(4, 4, [])
-    if geometry.executor != "spla":
-        return
-    if name == "main":
+    if name in ("main", "two-levels"):
         yield "decode 1 row", lambda: run(1, 1, [])
         yield "decode 64 rows", lambda: run(64, 1, [])
+    if not geometry.sparse_prompts:
+        return
     yield "prefill 64 tokens at 40000", lambda: run(0, 1, [(64, 40000)])
     yield "prefill 8192 tokens at 40000", lambda: run(0, 1, [(8192, 40000)])
     yield "prefill dense, 2000 tokens", lambda: run(0, 1, [(500, 500), (1500, 16000)])

@@ -12,6 +12,7 @@ from .residual import RESIDUAL_CODES
 from .selectors import gpu_selector
 
 FLASHINFER_HEAD_SIZES = (64, 128, 256)
+FINE_BLOCKS = (16, 32, 64)
 
 
 def check_options(
@@ -24,6 +25,7 @@ def check_options(
     max_query_len: int,
     max_model_len: int,
     executor: str,
+    prefill_dense_below: int | None,
 ) -> None:
     """Refuse options before there is a device to make kernels on.
 
@@ -36,6 +38,7 @@ def check_options(
         max_query_len: The most query tokens of a decode row.
         max_model_len: The most tokens of a sequence.
         executor: What attends to the selected pages, see `SplaOptions`.
+        prefill_dense_below: The option.
 
     Raises:
         ValueError: These parameters, by name.
@@ -43,6 +46,7 @@ def check_options(
     try:
         check_layer(params, num_heads, num_kv_heads, head_size, cache_dtype)
         check_decode(params, head_size, max_query_len, max_model_len, executor)
+        check_prefill(params, prefill_dense_below, max_model_len)
     except ValueError as error:
         raise ValueError(f"SPLA on a GPU does not compute these options: {error}") from None
     if params.residual == "linear" and head_size > 128:
@@ -65,9 +69,7 @@ def check_layer(
             f"selection_block {params.selection_block} is no multiple of 16 that divides page_size {params.page_size}"
         )
     if params.fine_block:
-        raise ValueError(
-            f"fine_block_size {params.fine_block}: selection in two levels has no kernel, set fine_block_size to 0"
-        )
+        check_two_levels(params)
     if params.statistics_dtype not in STATISTICS_DTYPES:
         raise ValueError(
             f"statistics_dtype {params.statistics_dtype!r} has no kernel, choose one of {', '.join(STATISTICS_DTYPES)}"
@@ -97,6 +99,35 @@ def check_layer(
         raise ValueError(f"cache_dtype {cache_dtype} is neither float16 nor bfloat16")
 
 
+def check_two_levels(params: SplaParameters) -> None:
+    """Raises:
+    ValueError: Fine blocks that no kernel takes.
+    """
+    block, fine = params.selection_block, params.fine_block
+    if fine not in FINE_BLOCKS:
+        raise ValueError(
+            f"fine_block_size {fine} has no kernel, choose one of {', '.join(map(str, FINE_BLOCKS))}, or 0"
+        )
+    if block % fine != 0 or block // fine & (block // fine - 1) or block // fine > 64:
+        raise ValueError(
+            f"selection blocks of {block} tokens are not 1, 2, 4, up to 64 fine blocks of {fine}: choose another "
+            "fine_block_size or selection_block_size"
+        )
+    if params.candidate_factor < 2:
+        raise ValueError(f"candidates {params.candidate_factor} must be at least 2")
+
+
+def check_prefill(params: SplaParameters, dense_below: int | None, max_model_len: int) -> None:
+    """Raises:
+    ValueError: Prompt tokens are to select in two levels.
+    """
+    if params.fine_block and dense_below is not None and dense_below < max_model_len:
+        raise ValueError(
+            f"prefill_dense_below {dense_below}: prompt tokens have no kernel that selects in two levels, leave it "
+            f"out or set it to {max_model_len}"
+        )
+
+
 def check_decode(params: SplaParameters, head_size: int, max_query_len: int, max_model_len: int, executor: str) -> None:
     """Raises:
     ValueError: Decode rows that no kernel takes, or an executor that is not there.
@@ -107,7 +138,17 @@ def check_decode(params: SplaParameters, head_size: int, max_query_len: int, max
         raise ValueError(
             f"max_model_len {max_model_len} is more than 65535 selection blocks of {params.selection_block} tokens"
         )
+    if params.fine_block and params.candidate_factor * params.budget_tokens // params.fine_block >= 1 << 16:
+        raise ValueError(
+            f"{params.candidate_factor} budgets of {params.budget_tokens} tokens are more than 65535 fine blocks of "
+            f"{params.fine_block}: set candidates, budget or fine_block_size to something else"
+        )
     if executor == "flashinfer":
+        if params.fine_block:
+            raise ValueError(
+                f"executor 'flashinfer' reads whole pages, no fine blocks of {params.fine_block} tokens: set executor "
+                "to 'spla' or fine_block_size to 0"
+            )
         if params.selection_block != params.page_size:
             raise ValueError(
                 f"executor 'flashinfer' reads whole pages: set selection_block_size to {params.page_size} or executor "

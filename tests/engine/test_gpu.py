@@ -182,6 +182,23 @@ def test_finer_blocks_chunked_prefill(model, fine):
     assert_same(ask(model, "spla", {**SPARSE, **FINE}, **arguments), fine)
 
 
+TWO_LEVELS = {"fine_block_size": 16, "candidates": 2, "prefill_dense_below": None}  # prompts attend to everything
+
+
+def test_two_levels(model):
+    """One answer by graphs, without them, and where prompts come in pieces or from the cache; the dense one where
+    everything fits into the budget."""
+    expected = ask(model, "spla", {**SPARSE, **TWO_LEVELS})
+    assert_same(ask(model, "spla", {**SPARSE, **TWO_LEVELS}, enforce_eager=True), expected)
+    arguments = {"max_num_batched_tokens": 256, "max_num_seqs": 16, "enable_prefix_caching": True}
+    with start(model, "spla", {**SPARSE, **TWO_LEVELS}, **arguments) as engine:
+        for _ in range(2):
+            assert_same(generate(engine, PROMPTS), expected)
+    dense = ask(model, "FLASH_ATTN")
+    assert_same(ask(model, "spla", {"budget": 4096, **TWO_LEVELS}), dense, ROUNDING)
+    assert differences(expected, dense)[0] > ROUNDING[0]  # it did leave something out
+
+
 def test_eager_equals_graphs(model, sparse):
     assert_same(ask(model, "spla", {"budget": BUDGET}, enforce_eager=True), sparse)
 

@@ -203,9 +203,14 @@ def test_what_cuda_kernels_lack(monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     with pytest.raises(ValueError, match=r"SPLA on a GPU does not compute these options: feature_map 'elu1' has no"):
         check_config(config)
-    config.additional_config = {"spla": {"fine_block_size": 16}}
-    with pytest.raises(ValueError, match=r"SPLA on a GPU .*: fine_block_size 16: selection in two levels has no ker"):
+    config.additional_config = {"spla": {"fine_block_size": 8}}
+    with pytest.raises(ValueError, match=r"SPLA on a GPU .*: fine_block_size 8 has no kernel, choose one of 16, 32"):
         check_config(config)
+    config.additional_config = {"spla": {"fine_block_size": 16, "prefill_dense_below": 4096}}
+    with pytest.raises(ValueError, match=r"SPLA on a GPU .*: prefill_dense_below 4096: prompt tokens have no kernel"):
+        check_config(config)
+    config.additional_config = {"spla": {"fine_block_size": 16}}
+    check_config(config)
     config.additional_config = {"spla": {"layer_budgets": {"0": 1024}}}
     check_config(config)
     config.additional_config = {"spla": {"residual": "linear"}}

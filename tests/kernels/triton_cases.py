@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.algorithm.reference import spla_token
+from spla_backend.algorithm.reference import TokenResult, select_blocks, spla_token
 from spla_backend.algorithm.selectors import get_selector
+from spla_backend.algorithm.two_level import coarse_parameters
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
 from spla_backend.kernels.gpu.decode.tuning import Tuning
 from spla_backend.kernels.gpu.layer import GpuLayer
@@ -131,7 +132,7 @@ class Batch:
                     got = self.selected(token, row, head)
                     want = expected.selected[head]
                     if got != want:
-                        self._near_tie(got, want, expected.group_scores[head])
+                        self._near_tie(token, row, head, got, want, expected)
                         agrees[head * layer.group : (head + 1) * layer.group] = False
                 got, want = output[token].double().cpu()[agrees], expected.output[agrees]
                 if want.numel():
@@ -141,17 +142,42 @@ class Batch:
         return worst
 
     def selected(self, token: int, row: int, head: int) -> list[int]:
-        """Selection blocks of a page table, in its order."""
-        per_page, kv_heads = self.layer.params.blocks_per_page, self.layer.num_kv_heads
-        count = int(self.op.page_counts[token, head])
-        ids = self.op.page_table[token, head, :count].cpu()
+        """Blocks of a page table, in its order: fine blocks where selection has two levels."""
+        params, table = self.layer.params, self.op.page_table
+        return self._blocks(row, head, table[token, head], self.op.page_counts[token, head], params.attended_block)
+
+    def candidates(self, token: int, row: int, head: int) -> list[int]:
+        """Selection blocks among which the fine level chose."""
+        table, most = self.op.scratch["candidates"], self.op.sizes.candidates
+        table = table.view(-1)[: table[..., :most].numel()].view(*table.shape[:2], most)
+        count = self.op.scratch["candidate_count"][token, head]
+        return self._blocks(row, head, table[token, head], count, self.layer.params.selection_block)
+
+    def _blocks(self, row: int, head: int, table: torch.Tensor, count: torch.Tensor, size: int) -> list[int]:
+        """Blocks of `size` tokens by their number in the sequence."""
+        per_page, kv_heads = self.layer.params.page_size // size, self.layer.num_kv_heads
+        ids = table[: int(count)].cpu()
         assert bool((ids // per_page % kv_heads == head).all())
         logical = {int(page): index for index, page in enumerate(self.block_table[row].tolist())}
         return [logical[int(i) // per_page // kv_heads] * per_page + int(i) % per_page for i in ids]
 
-    def _near_tie(self, got: list[int], want: list[int], scores: torch.Tensor) -> None:
+    def _near_tie(
+        self, token: int, row: int, head: int, got: list[int], want: list[int], expected: TokenResult
+    ) -> None:
         """Selections may differ where float32 cannot tell the scores apart, and only there."""
-        assert got == sorted(got) and (len(got) == len(want) or self.layer.params.top_p), (got, want)
+        params = self.layer.params
+        assert got == sorted(got) and (len(got) == len(want) or params.top_p), (got, want)
+        scores = expected.group_scores[head]
+        if params.fine_block:
+            of_fine = expected.fine_scores[head]
+            position = self.lengths[row] - self.query_len + token % self.query_len
+            candidates = select_blocks(scores, position, coarse_parameters(params))
+            if self.candidates(token, row, head) == candidates:
+                scores = torch.full((position // params.fine_block + 1,), torch.nan, dtype=torch.float64)
+                scores[list(of_fine)] = torch.stack(list(of_fine.values()))
+            else:  # whatever the fine level made of it
+                got, want = self.candidates(token, row, head), candidates
+                assert got == sorted(got) and len(got) == len(want), (got, want)
         differing = sorted(set(got) ^ set(want))
         gap = float(scores[differing].max() - scores[differing].min())
         assert gap < 1e-3, f"selected {got}, expected {want}: scores differ by {gap}"

@@ -33,7 +33,7 @@ from .tuning import DecodeSizes, Tuning
 
 
 @triton.jit
-def _unit_of(table, first, limit, UNIT: tl.constexpr, TILE: tl.constexpr):
+def unit_of(table, first, limit, UNIT: tl.constexpr, TILE: tl.constexpr):
     """Table entries of the tokens `first .. first + TILE - 1`: one, or `[TILE]` where a tile spans units.
 
     Behind the last token, the last entry again.
@@ -43,6 +43,30 @@ def _unit_of(table, first, limit, UNIT: tl.constexpr, TILE: tl.constexpr):
     else:
         entry = tl.load(table + tl.minimum(first + tl.arange(0, TILE), limit - 1) // UNIT)
     return entry
+
+
+@triton.jit
+def rows_of(
+    first, entry, kv, page_stride, last_page, num_kv_heads,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Where the keys of the tokens `first .. first + TILE - 1` of a table stand, `[TILE, DP]`; `entry` from `unit_of`.
+
+    The table names units of kv heads of pages, as FlashInfer wants it; all of them are of this program's head. The
+    pipeline computes addresses, but does not read, beyond the last tile, where entries are undefined.
+    """
+    column = tl.arange(0, DP)
+    PER_PAGE: tl.constexpr = PAGE // UNIT
+    entry = tl.maximum(entry, 0)
+    page = tl.minimum(entry // (num_kv_heads * PER_PAGE), last_page).to(tl.int64)
+    in_page = entry % PER_PAGE * UNIT  # 0 where the unit is the page
+    if UNIT % TILE == 0:
+        start = kv + page * page_stride + (in_page + first % UNIT) * 2 * D
+        rows = start + (tl.arange(0, TILE) * 2 * D)[:, None] + column[None, :]
+    else:
+        t = first + tl.arange(0, TILE)
+        rows = kv + (page * page_stride + (in_page + t % UNIT) * 2 * D)[:, None] + column[None, :]
+    return rows
 
 
 @triton.jit
@@ -57,17 +81,7 @@ def _attend_tile(
     column = tl.arange(0, DP)
     in_head = column < D
     n = tl.arange(0, N)
-    # The table names units of kv heads of pages, as FlashInfer wants it; all of them are of this program's head.
-    # The pipeline computes addresses, but does not read, beyond the last tile, where entries are undefined.
-    PER_PAGE: tl.constexpr = PAGE // UNIT
-    entry = tl.maximum(entry, 0)
-    page = tl.minimum(entry // (num_kv_heads * PER_PAGE), last_page).to(tl.int64)
-    in_page = entry % PER_PAGE * UNIT  # 0 where the unit is the page
-    if UNIT % TILE == 0:
-        start = kv + page * page_stride + (in_page + first % UNIT) * 2 * D
-        rows = start + (tl.arange(0, TILE) * 2 * D)[:, None] + column[None, :]  # [TILE, DP]
-    else:
-        rows = kv + (page * page_stride + (in_page + t % UNIT) * 2 * D)[:, None] + column[None, :]
+    rows = rows_of(first, entry, kv, page_stride, last_page, num_kv_heads, D, DP, PAGE, UNIT, TILE)  # [TILE, DP]
     if MASKED:
         mask = (t < limit)[:, None] & in_head[None, :]
         k = tl.load(rows, mask=mask, other=0.0)
@@ -162,16 +176,16 @@ def attend_split(
     total = tl.zeros([TILE, N], dtype=tl.float32)
     out = tl.zeros([N, DP], dtype=tl.float32)
     # Entries are fetched a step ahead: a load that waits for another load is not pipelined well.
-    entry = _unit_of(table, start, limit, UNIT, TILE)
+    entry = unit_of(table, start, limit, UNIT, TILE)
     for first in tl.range(start, full, TILE, num_stages=STAGES):
         this_entry = entry
-        entry = _unit_of(table, first + TILE, limit, UNIT, TILE)
+        entry = unit_of(table, first + TILE, limit, UNIT, TILE)
         top, total, out = _attend_tile(
             first, this_entry, limit, num_subtract, kv, q, phi_q, top, total, out, page_stride, last_page,
             num_kv_heads, scale, C, N, D, DP, PAGE, UNIT, TILE, RESIDUAL, PHI, False,
         )  # fmt: skip
     if (start < stop) & (full < stop):
-        entry = _unit_of(table, full, limit, UNIT, TILE)
+        entry = unit_of(table, full, limit, UNIT, TILE)
         top, total, out = _attend_tile(
             full, entry, limit, num_subtract, kv, q, phi_q, top, total, out, page_stride, last_page,
             num_kv_heads, scale, C, N, D, DP, PAGE, UNIT, TILE, RESIDUAL, PHI, True,
@@ -186,8 +200,8 @@ def attend_split(
 def mass_of_rest(
     pair,  # token * G + head
     split,  # of MASS_SPLITS
-    num_complete,  # units of complete pages
-    flags_ptr,
+    num_complete,  # selection blocks of complete pages
+    flags_ptr,  # [tokens, G, max_units] int8: how many of their PER_UNIT parts are selected
     mass_ptr,
     rest_mass_ptr,  # [tokens, G, MASS_SPLITS, GROUP_P] float32
     max_units,
@@ -195,8 +209,12 @@ def mass_of_rest(
     GROUP_P: tl.constexpr,
     WIDTH: tl.constexpr,
     MASS_SPLITS: tl.constexpr,
+    PER_UNIT: tl.constexpr,  # fine blocks a selection block; 1 where these are selected whole
 ):
-    """Log of the estimated mass of the units that were not selected, one share of the units, each head."""
+    """Log of the estimated mass of what was not selected, one share of the selection blocks, each head.
+
+    The mass of a selection block of which some fine blocks are selected is spread evenly.
+    """
     member = tl.arange(0, GROUP_P)
     in_group = (member < GROUP)[None, :]
     top = tl.full([WIDTH, GROUP_P], float("-inf"), dtype=tl.float32)
@@ -208,7 +226,12 @@ def mass_of_rest(
         flag = tl.load(flags_ptr + pair * max_units + unit, mask=exists, other=1)
         where = (pair * max_units + unit)[:, None] * GROUP_P + member[None, :]
         mass = tl.load(mass_ptr + where, mask=exists[:, None] & in_group, other=float("-inf"))  # [WIDTH, GROUP_P]
-        mass = tl.where((flag == 0)[:, None], mass, float("-inf"))
+        if PER_UNIT == 1:
+            mass = tl.where((flag == 0)[:, None], mass, float("-inf"))
+        else:
+            left = PER_UNIT - flag.to(tl.int32)  # [WIDTH]
+            share = tl.log(tl.maximum(left, 1).to(tl.float32) / PER_UNIT)
+            mass = tl.where((left > 0)[:, None], mass + share[:, None], float("-inf"))
         new_top = tl.maximum(top, mass)
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp(top - safe) + tl.exp(mass - safe)
@@ -412,6 +435,7 @@ def attend_kernel(
     PHI: tl.constexpr,
     HAS_MASS: tl.constexpr,
     MASS_WIDTH: tl.constexpr,
+    PER_UNIT: tl.constexpr,  # units a selection block, of which there are masses and flags
     DOUBLE_NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
 ):
@@ -445,9 +469,10 @@ def attend_kernel(
         works = split < splits
         if HAS_MASS:  # noqa: SIM102, compile-time and run-time conditions stay apart
             if (split >= SPLITS) & (num_rest > 0):
+                num_masses = num_complete if PER_UNIT == 1 else num_complete // PER_UNIT
                 mass_of_rest(
-                    token * num_kv_heads + head, split - SPLITS, num_complete, flags_ptr, mass_ptr, rest_mass_ptr,
-                    max_units, GROUP, GROUP_P, MASS_WIDTH, MASS_SPLITS,
+                    token * num_kv_heads + head, split - SPLITS, num_masses, flags_ptr, mass_ptr, rest_mass_ptr,
+                    max_units, GROUP, GROUP_P, MASS_WIDTH, MASS_SPLITS, PER_UNIT,
                 )  # fmt: skip
                 works = split >= SPLITS
         if split < splits:

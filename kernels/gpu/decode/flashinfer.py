@@ -242,7 +242,7 @@ def subtract_kernel(
             if (split >= SPLITS) & has_rest:
                 mass_of_rest(
                     token * num_kv_heads + head, split - SPLITS, num_complete, flags_ptr, mass_ptr, rest_mass_ptr,
-                    max_units, GROUP, GROUP_P, MASS_WIDTH, MASS_SPLITS,
+                    max_units, GROUP, GROUP_P, MASS_WIDTH, MASS_SPLITS, 1,
                 )  # fmt: skip
                 works = split >= SPLITS
         if split < splits:

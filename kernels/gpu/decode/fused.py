@@ -57,6 +57,8 @@ class _Params(ctypes.Structure):
 
 def refusal(params: SplaParameters, *, group: int, head_size: int, cache_dtype: torch.dtype) -> str | None:
     """Why the fused launch does not compute this, or None where it does."""
+    if params.fine_block:
+        return "selection has two levels"
     if head_size not in (64, 128):
         return f"head size {head_size} is neither 64 nor 128"
     if group > 8:

@@ -7,7 +7,7 @@ import torch
 
 from ...interface import Limits
 from ..layer import GpuLayer
-from ..scratch import shared_scratch
+from ..scratch import Shapes, shared_scratch
 from .tuning import DecodeSizes, Tuning
 
 
@@ -23,8 +23,20 @@ def decode_scratch(
     parts = max(n * kv_heads * shapes.attend_splits for n, shapes in tunings)
     lse = max(n * shapes.score_splits for n, shapes in tunings)
     mass = max(n * shapes.mass_splits for n, shapes in tunings)
+    fine_lse = max(n * shapes.fine_splits for n, shapes in tunings)
     slices = max(1, sizes.slices)
     f32, i32 = torch.float32, torch.int32
+    two_levels: Shapes = {}
+    if sizes.candidates:
+        candidates, fine = sizes.largest_candidates, sizes.largest_candidates * sizes.per_unit
+        two_levels = {
+            "candidates": ((tokens, kv_heads, candidates), i32),
+            "candidate_units": ((tokens, kv_heads, candidates), i32),
+            "candidate_count": ((tokens, kv_heads), i32),
+            "fine_scores": ((tokens, kv_heads, fine, group), f32),
+            "fine_lse": ((fine_lse, kv_heads, group), f32),  # [tokens, G, fine splits, GROUP_P]
+            "fine_grouped": ((tokens, kv_heads, fine) if sizes.fine_width < sizes.fine_p else (1,), f32),
+        }
     return shared_scratch(
         {
             "scores": ((tokens, kv_heads, units, group), f32),
@@ -34,6 +46,7 @@ def decode_scratch(
             "table": ((tokens, kv_heads, budget), i32),  # layers with smaller budgets take the beginning
             "count": ((tokens, kv_heads), i32),
             "flags": ((tokens, kv_heads, units), torch.int8),
+            **two_levels,
             "part_out": ((parts, sizes.attend_n, layer.dp), f32),
             "part_sum": ((parts, 2, sizes.attend_n), f32),
             "rest_mass": ((mass, kv_heads, group), f32),  # [tokens, G, MASS_SPLITS, GROUP_P]

@@ -54,6 +54,101 @@ def _group_scores(
 
 
 @triton.jit
+def all_group_scores(
+    pair, num_complete, scores_ptr, lse_ptr, grouped_ptr, max_units, num_splits,
+    GROUP: tl.constexpr, GROUP_P: tl.constexpr, UNITS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The scores by which a group ranks the units of complete pages, `[UNITS]`, -inf behind them."""
+    if WIDTH == UNITS:
+        grouped = _group_scores(
+            pair, num_complete, scores_ptr, lse_ptr, max_units, num_splits, 0, GROUP, GROUP_P, WIDTH, SPLITS,
+        )  # [UNITS] # fmt: skip
+    else:
+        # A long context and a large group do not fit into registers at once.
+        index = tl.arange(0, UNITS)
+        shared = grouped_ptr + pair * max_units
+        for first in tl.range(0, num_complete, WIDTH):
+            part = _group_scores(
+                pair, num_complete, scores_ptr, lse_ptr, max_units, num_splits, first,
+                GROUP, GROUP_P, WIDTH, SPLITS,
+            )  # fmt: skip
+            here = first + tl.arange(0, WIDTH)
+            tl.store(shared + here, part, mask=here < num_complete)
+        tl.debug_barrier()
+        grouped = tl.load(shared + index, mask=index < num_complete, other=float("-inf"))
+    return grouped
+
+
+@triton.jit
+def choose(grouped, complete, forced, num_complete, num_forced, wanted, TOP_P: tl.constexpr):
+    """Which units are selected, `[UNITS]` bool: the forced ones and the best others.
+
+    Args:
+        grouped: Scores of the units `[UNITS]`.
+        complete: Which units exist, `[UNITS]`: `num_complete`, ahead of those that do not.
+        forced: Which of these are selected whatever their score: `num_forced`.
+        num_complete: At least `wanted`.
+        num_forced: At most `wanted`.
+        wanted: How many to select.
+        TOP_P: Share of the mass of all units at which selecting stops; 0 where it does not.
+    """
+    # Forced units above, units that do not exist below every score.
+    key = tl.where(complete, _ordered(grouped), -2147483648)
+    key = tl.where(forced, 2147483647, key)
+
+    # Invariant: count(key >= low) >= wanted > count(key >= high), or the forced units alone are as many.
+    low = tl.min(tl.where(complete, key, 2147483647), axis=0)
+    high = tl.max(tl.where(complete & ~forced, key, -2147483648), axis=0) + 1
+    low = tl.where(wanted <= num_forced, high, low)
+    count = tl.where(wanted <= num_forced, num_forced, num_complete)
+    span = high.to(tl.int64) - low
+    # Two thresholds a step, their counts in the halves of one number: what costs is the reduction over the program,
+    # not what is reduced.
+    while (count != wanted) & (span > 1):
+        lower = (low + tl.maximum(span // 3, 1)).to(tl.int32)
+        upper = (low + tl.maximum(span * 2 // 3, 1)).to(tl.int32)
+        above = tl.sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0), axis=0)
+        above_upper = (above >> 16) & 65535
+        above_lower = above & 65535
+        at_upper = above_upper >= wanted
+        at_lower = above_lower >= wanted
+        high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
+        low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
+        count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
+        span = high.to(tl.int64) - low
+    selected = key >= low
+    if count > wanted:
+        tied = key == low
+        rank = tl.cumsum(tied.to(tl.int32), axis=0)
+        allowed = wanted - (count - tl.sum(tied.to(tl.int32), axis=0))
+        selected = (key > low) | (tied & (rank <= allowed))
+
+    if TOP_P > 0:
+        # A unit is kept while the mass ranked before it is short of the wanted mass. Bisect for the least key that is:
+        # the mass strictly above a key falls as the key rises.
+        mass = tl.where(complete, tl.exp(grouped), 0.0)
+        enough_mass = TOP_P * tl.sum(mass, axis=0)
+        chosen_mass = tl.where(selected, mass, 0.0)
+        floor_key = tl.min(tl.where(selected, key, 2147483647), axis=0)  # least selected key
+        low_key = floor_key - 1  # may have mass above it >= enough_mass
+        high_key = tl.full([], 2147483647, dtype=tl.int32)  # nothing lies above it
+        middle = midpoint(low_key, high_key)
+        while middle != low_key:
+            above_mass = tl.sum(tl.where(key > middle, chosen_mass, 0.0), axis=0)
+            short = above_mass < enough_mass
+            high_key = tl.where(short, middle, high_key)
+            low_key = tl.where(short, low_key, middle)
+            middle = midpoint(low_key, high_key)
+        # high_key is the least key with too little mass above it; among its ties the lower index goes first.
+        tied = selected & (key == high_key)
+        tied_mass = tl.where(tied, chosen_mass, 0.0)
+        before = tl.sum(tl.where(key > high_key, chosen_mass, 0.0), axis=0)
+        before += tl.cumsum(tied_mass, axis=0) - tied_mass
+        selected &= forced | (key > high_key) | (tied & (before < enough_mass))
+    return selected
+
+
+@triton.jit
 def select_units(
     row,
     token_in_row,
@@ -67,6 +162,7 @@ def select_units(
     table_ptr,  # [tokens, G, BUDGET] int32: (page * G + head) * PER_PAGE + unit of the page, ascending
     count_ptr,  # [tokens, G] int32: units in the table
     flags_ptr,  # [tokens, G, max_units] int8: which units of complete pages are selected; written where some are not
+    units_ptr,  # as the table: the units by their number in the sequence; None where nobody asks
     block_table_stride,
     max_units,
     num_kv_heads,
@@ -112,81 +208,17 @@ def select_units(
             every = (every * num_kv_heads + head) * PER_PAGE + slot % PER_PAGE
             tl.store(table + slot, every, mask=slot <= current)
             tl.store(count_ptr + pair, current + 1)
+            if units_ptr is not None:
+                tl.store(units_ptr + pair * BUDGET + slot, slot, mask=slot <= current)
         else:
-            if WIDTH == UNITS:
-                grouped = _group_scores(
-                    pair, num_complete, scores_ptr, lse_ptr, max_units, num_splits, 0, GROUP, GROUP_P, WIDTH, SPLITS,
-                )  # [UNITS] # fmt: skip
-            else:
-                # A long context and a large group do not fit into registers at once.
-                shared = grouped_ptr + pair * max_units
-                for first in tl.range(0, num_complete, WIDTH):
-                    part = _group_scores(
-                        pair, num_complete, scores_ptr, lse_ptr, max_units, num_splits, first,
-                        GROUP, GROUP_P, WIDTH, SPLITS,
-                    )  # fmt: skip
-                    here = first + tl.arange(0, WIDTH)
-                    tl.store(shared + here, part, mask=here < num_complete)
-                tl.debug_barrier()
-                grouped = tl.load(shared + index, mask=complete, other=float("-inf"))
-
-            # Forced units above, units that do not exist below every score.
+            grouped = all_group_scores(
+                pair, num_complete, scores_ptr, lse_ptr, grouped_ptr, max_units, num_splits,
+                GROUP, GROUP_P, UNITS, WIDTH, SPLITS,
+            )  # fmt: skip
             forced = complete & ((index < FIRST) | (index > current - LAST))
-            key = tl.where(complete, _ordered(grouped), -2147483648)
-            key = tl.where(forced, 2147483647, key)
             num_forced = FIRST + tl.maximum(LAST - num_current, 0)  # the budget is larger: no overlap
             wanted = BUDGET - num_current  # units of complete pages to take; those of the current page come last
-
-            # Invariant: count(key >= low) >= wanted > count(key >= high), or the forced units alone are as many.
-            low = tl.min(tl.where(complete, key, 2147483647), axis=0)
-            high = tl.max(tl.where(complete & ~forced, key, -2147483648), axis=0) + 1
-            low = tl.where(wanted <= num_forced, high, low)
-            count = tl.where(wanted <= num_forced, num_forced, num_complete)
-            span = high.to(tl.int64) - low
-            # Two thresholds a step, their counts in the halves of one number: what costs is the reduction over the
-            # program, not what is reduced.
-            while (count != wanted) & (span > 1):
-                lower = (low + tl.maximum(span // 3, 1)).to(tl.int32)
-                upper = (low + tl.maximum(span * 2 // 3, 1)).to(tl.int32)
-                above = tl.sum(tl.where(key >= lower, 1, 0) + tl.where(key >= upper, 65536, 0), axis=0)
-                above_upper = (above >> 16) & 65535
-                above_lower = above & 65535
-                at_upper = above_upper >= wanted
-                at_lower = above_lower >= wanted
-                high = tl.where(at_upper, high, tl.where(at_lower, upper, lower))
-                low = tl.where(at_upper, upper, tl.where(at_lower, lower, low))
-                count = tl.where(at_upper, above_upper, tl.where(at_lower, above_lower, count))
-                span = high.to(tl.int64) - low
-            selected = key >= low
-            if count > wanted:
-                tied = key == low
-                rank = tl.cumsum(tied.to(tl.int32), axis=0)
-                allowed = wanted - (count - tl.sum(tied.to(tl.int32), axis=0))
-                selected = (key > low) | (tied & (rank <= allowed))
-
-            if TOP_P > 0:
-                # A unit is kept while the mass ranked before it is short of the wanted mass. Bisect for the least key
-                # that is: the mass strictly above a key falls as the key rises.
-                mass = tl.where(complete, tl.exp(grouped), 0.0)
-                enough_mass = TOP_P * tl.sum(mass, axis=0)
-                chosen_mass = tl.where(selected, mass, 0.0)
-                floor_key = tl.min(tl.where(selected, key, 2147483647), axis=0)  # least selected key
-                low_key = floor_key - 1  # may have mass above it >= enough_mass
-                high_key = tl.full([], 2147483647, dtype=tl.int32)  # nothing lies above it
-                middle = midpoint(low_key, high_key)
-                while middle != low_key:
-                    above_mass = tl.sum(tl.where(key > middle, chosen_mass, 0.0), axis=0)
-                    short = above_mass < enough_mass
-                    high_key = tl.where(short, middle, high_key)
-                    low_key = tl.where(short, low_key, middle)
-                    middle = midpoint(low_key, high_key)
-                # high_key is the least key with too little mass above it; among its ties the lower index goes first.
-                tied = selected & (key == high_key)
-                tied_mass = tl.where(tied, chosen_mass, 0.0)
-                before = tl.sum(tl.where(key > high_key, chosen_mass, 0.0), axis=0)
-                before += tl.cumsum(tied_mass, axis=0) - tied_mass
-                selected &= forced | (key > high_key) | (tied & (before < enough_mass))
-
+            selected = choose(grouped, complete, forced, num_complete, num_forced, wanted, TOP_P)
             taken = selected.to(tl.int32)
             place = tl.cumsum(taken, axis=0) - 1
             tl.store(table + place, unit_id, mask=selected)
@@ -196,3 +228,7 @@ def select_units(
             unit = tl.arange(0, BUDGET_P)
             tl.store(table + num_taken + unit, last + unit, mask=unit < num_current)
             tl.store(count_ptr + pair, num_taken + num_current)
+            if units_ptr is not None:
+                units = units_ptr + pair * BUDGET
+                tl.store(units + place, index, mask=selected)
+                tl.store(units + num_taken + unit, num_complete + unit, mask=unit < num_current)

@@ -7,7 +7,8 @@ Where it covers the parameters and pays, `fused` makes a step in one launch or t
 each dependent on the one before:
 
 1. `prepare_kernel`: fold the recurrent state (`gpu/state`), score all selection blocks (`score`)
-2. `select_kernel`: select (`select`)
+2. `select_kernel`: select (`select`); with two levels the candidates, among which `fine_score_kernel` and
+   `fine_select_kernel` select by their keys (`fine`)
 3. `attend_kernel`: selected blocks, residual, merge, combination (`attend`); `flashinfer` with that executor
 
 Grids depend on shapes only; lengths, validity of states, and which rows are dense are decided on the device. Nothing
@@ -29,6 +30,7 @@ from ..checks import check_decode
 from ..layer import GpuLayer
 from ..state import fold_slice
 from .attend import attend_constants, attend_kernel, mass_programs
+from .fine import select_fine
 from .flashinfer import FlashInferDecode
 from .fused import FusedDecode, refusal
 from .score import score_units
@@ -91,6 +93,7 @@ def prepare_kernel(
     FP8: tl.constexpr,
     LOG_UNIT: tl.constexpr,
     BUDGET: tl.constexpr,
+    SCORE_BUDGET: tl.constexpr,  # the same, or with two levels what fits without a score
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
     SELECTOR: tl.constexpr,
@@ -118,7 +121,7 @@ def prepare_kernel(
             row, head, program - SLICES, SPLITS, query_ptr, kv_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr,
             scores_ptr, mass_ptr, lse_ptr, query_token_stride, query_head_stride, page_stride, head_stride,
             block_table_stride, last_page, max_units, num_kv_heads, scale,
-            GROUP, GROUP_P, N, D, DP, PAGE, UNIT, STRIDE, FP8, LOG_UNIT, BUDGET, CHUNK, STAGES, SELECTOR,
+            GROUP, GROUP_P, N, D, DP, PAGE, UNIT, STRIDE, FP8, LOG_UNIT, SCORE_BUDGET, CHUNK, STAGES, SELECTOR,
             WRITE_MASS,
         )  # fmt: skip
 
@@ -134,6 +137,7 @@ def select_kernel(
     table_ptr,
     count_ptr,
     flags_ptr,
+    units_ptr,
     block_table_stride,
     max_units,
     num_kv_heads,
@@ -160,7 +164,7 @@ def select_kernel(
     token_in_row = tl.program_id(1) % QUERY_LEN
     select_units(
         row, token_in_row, tl.program_id(0), query_start_loc_ptr, seq_lens_ptr, block_table_ptr, scores_ptr, lse_ptr,
-        grouped_ptr, table_ptr, count_ptr, flags_ptr, block_table_stride, max_units, num_kv_heads,
+        grouped_ptr, table_ptr, count_ptr, flags_ptr, units_ptr, block_table_stride, max_units, num_kv_heads,
         num_splits, GROUP, GROUP_P, PAGE, UNIT, BUDGET, BUDGET_P, FIRST, LAST, UNITS, WIDTH, SPLITS_P, TOP_P,
         DEPENDENT,
     )  # fmt: skip
@@ -178,7 +182,7 @@ class DecodeSteps:
 
     Attributes:
         page_table: `[tokens, G, budget]` int32, ids `(page * G + head) * blocks_per_page + block` of the last `decode`,
-            ascending, the current selection block last (`page_table.py`).
+            ascending, the current block last (`page_table.py`); fine blocks where selection has two levels.
         page_counts: `[tokens, G]` int32, blocks of each list.
         scratch: Buffers between the launches, which all layers of one geometry share.
         fused: The launch that takes the batches that it pays for; None where it does not cover the layer.
@@ -311,6 +315,11 @@ class DecodeSteps:
             tuning, query, kv_cache, state_cache, query_start_loc, seq_lens, block_table, state_table, max_query_len
         )
         self._select(tuning, query_start_loc, seq_lens, block_table, max_query_len)
+        if sizes.candidates:
+            select_fine(
+                layer, sizes, scratch, tuning, query, kv_cache, query_start_loc, seq_lens, self.page_table,
+                max_query_len,
+            )  # fmt: skip
         if self.flashinfer is not None:
             self.flashinfer.attend(
                 layer, sizes, scratch, tuning, query, kv_cache, query_start_loc, seq_lens, output, max_query_len
@@ -352,7 +361,8 @@ class DecodeSteps:
             residual_scale=layer.params.residual_scale,
             norm_eps=layer.params.rms_norm_eps,
             QUERY_LEN=max_query_len,
-            UNIT=layer.params.selection_block,
+            UNIT=layer.params.attended_block,
+            PER_UNIT=sizes.per_unit,
             SPLITS=tuning.attend_splits,
             DEPENDENT=layer.dependent,
             **attend_constants(layer, sizes, tuning),
@@ -427,7 +437,9 @@ class DecodeSteps:
             STRIDE=layer.page_layout.statistics_stride,
             FP8=layer.page_layout.fp8_statistics,
             LOG_UNIT=math.log(params.selection_block),
-            BUDGET=sizes.budget,
+            BUDGET=params.budget_blocks,
+            # With two levels, candidates need scores beyond their number only, and the tail needs masses.
+            SCORE_BUDGET=sizes.candidates if sizes.candidates and not layer.has_mass else params.budget_blocks,
             CHUNK=tuning.chunk,
             STAGES=tuning.score_stages,
             SELECTOR=layer.gpu_selector,
@@ -446,8 +458,10 @@ class DecodeSteps:
         block_table: torch.Tensor,
         max_query_len: int,
     ) -> None:
-        """From the scores to `page_table`."""
+        """From the scores to `page_table`, or to the candidates."""
         layer, sizes, scratch, params = self.layer, self.sizes, self.scratch, self.layer.params
+        two_levels = sizes.candidates > 0
+        budget = sizes.candidates if two_levels else sizes.budget
         select_kernel[(layer.num_kv_heads, seq_lens.shape[0] * max_query_len)](
             query_start_loc_ptr=query_start_loc,
             seq_lens_ptr=seq_lens,
@@ -455,9 +469,10 @@ class DecodeSteps:
             scores_ptr=scratch["scores"],
             lse_ptr=scratch["lse"],
             grouped_ptr=scratch["grouped"],
-            table_ptr=self.page_table,
-            count_ptr=scratch["count"],
+            table_ptr=scratch["candidates"] if two_levels else self.page_table,
+            count_ptr=scratch["candidate_count" if two_levels else "count"],
             flags_ptr=scratch["flags"],
+            units_ptr=scratch["candidate_units"] if two_levels else None,
             block_table_stride=block_table.stride(0),
             max_units=sizes.max_units,
             num_kv_heads=layer.num_kv_heads,
@@ -467,14 +482,14 @@ class DecodeSteps:
             QUERY_LEN=max_query_len,
             PAGE=params.page_size,
             UNIT=params.selection_block,
-            BUDGET=sizes.budget,
-            BUDGET_P=triton.next_power_of_2(sizes.budget),
+            BUDGET=budget,
+            BUDGET_P=triton.next_power_of_2(budget),
             FIRST=params.first_blocks,
             LAST=params.last_blocks,
             UNITS=sizes.units_p,
             WIDTH=sizes.width,
             SPLITS_P=triton.next_power_of_2(tuning.score_splits),
-            TOP_P=layer.top_p,
+            TOP_P=0.0 if two_levels else layer.top_p,
             DEPENDENT=layer.dependent,
             num_warps=tuning.select_warps,
             **layer.launch_early,

@@ -28,8 +28,13 @@ class DecodeSizes:
     slice_size: int  # features of a slice of the state
     slices: int  # slices of the state; 0 without a residual
     write_mass: bool  # masses are other numbers than scores
-    budget: int  # units of this layer's budget
+    budget: int  # blocks that a token attends to: selection blocks, with two levels fine blocks
     largest_budget: int  # of all layers that share scratch
+    per_unit: int  # fine blocks a selection block; 1 with one level
+    candidates: int  # selection blocks among which the fine level chooses; 0 with one level
+    largest_candidates: int  # of all layers that share scratch
+    fine_p: int  # fine blocks of the candidates, padded to a power of two
+    fine_width: int  # as `width`, of fine blocks
 
     @classmethod
     def of(cls, layer: GpuLayer, limits: Limits) -> "DecodeSizes":
@@ -42,6 +47,11 @@ class DecodeSizes:
         # `wgmma` is chosen for matrix products of 16 columns.
         columns = max(4 if has_residual else 16, layer.group_p)
         slice_size = min(32, layer.dp)
+        largest_budget = max(limits.largest_budget, params.budget_blocks)
+        per_unit = params.selection_block // params.attended_block
+        factor = params.candidate_factor if params.fine_block else 0
+        candidates = min(factor * params.budget_blocks, max_units)
+        fine_p = triton.next_power_of_2(max(1, candidates * per_unit))
         return cls(
             max_pages=max_pages,
             max_units=max_units,
@@ -52,8 +62,13 @@ class DecodeSizes:
             slice_size=slice_size,
             slices=-(-layer.head_size // slice_size) if has_residual else 0,
             write_mass=layer.own_mass,
-            budget=params.budget_blocks,
-            largest_budget=max(limits.largest_budget, params.budget_blocks),
+            budget=params.budget_blocks * per_unit,
+            largest_budget=largest_budget * per_unit,
+            per_unit=per_unit,
+            candidates=candidates,
+            largest_candidates=min(factor * largest_budget, max_units),
+            fine_p=fine_p,
+            fine_width=min(fine_p, max(16, SELECT_ELEMENTS // layer.group_p)),
         )
 
 
@@ -72,10 +87,15 @@ class Tuning:
     mass_splits: int = 1  # programs that sum the mass of the blocks left out
     select_warps: int = 8
     score_registers: int | None = 168  # cap, for more programs on a multiprocessor
+    fine_splits: int = 1  # of the candidates of a (token, kv head)
+    fine_tile: int = 64  # tokens a step of these
+    fine_stages: int = 3  # for more programs on a multiprocessor
+    fine_warps: int = 4
+    fine_select_warps: int = 4
 
 
 def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len: int, budget: int) -> Tuning:
-    """Launch shapes for `num_rows` rows of up to `query_len` query tokens; `budget` in selection blocks."""
+    """Launch shapes for `num_rows` rows of up to `query_len` query tokens; `budget` in blocks that are attended to."""
     chunk = 64 if layer.dp <= 128 else 32
     chunk //= layer.selector.sets_per_block
     tile = 64 if layer.dp <= 128 else 32
@@ -87,18 +107,26 @@ def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len:
     if wide:
         chunk *= 2
     # More splits than tiles would be idle; past 16, merging costs more than reading gains.
-    tiles = -(-budget * layer.params.selection_block // tile)
+    tiles = -(-budget * layer.params.attended_block // tile)
     pairs *= query_len
     attend_splits = min(tiles, 16, max(_power(128 / pairs), 2 if pairs <= 256 else 1))
+    candidate_tiles = -(-sizes.candidates * layer.params.selection_block // Tuning.fine_tile)
     return Tuning(
         score_splits,
         attend_splits,
         chunk=chunk,
         tile=tile,
         mass_splits=min(8, _power(64 / pairs)),
-        select_warps=min(32, max(4, min(sizes.units_p * layer.group_p, SELECT_ELEMENTS) // 1024)),
+        select_warps=_select_warps(min(sizes.units_p * layer.group_p, SELECT_ELEMENTS)),
         score_registers=None if wide else Tuning.score_registers,
+        fine_splits=max(1, min(candidate_tiles, _power(512 / pairs), 32)),
+        fine_select_warps=_select_warps(min(sizes.fine_p * layer.group_p, SELECT_ELEMENTS)),
     )
+
+
+def _select_warps(num_scores: int) -> int:
+    """Warps that select by so many scores at a time."""
+    return min(32, max(4, num_scores // 1024))
 
 
 def _power(x: float) -> int:

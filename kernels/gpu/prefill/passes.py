@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from ...interface import Limits
 from ...layout import STATE_MAGIC
+from ..checks import check_prefill
 from ..dense import DenseRows
 from ..launch import Launch, current_stream, layer_of
 from ..layer import GpuLayer
@@ -190,6 +191,7 @@ class PrefillPasses:
         self.layer, self.device = layer, layer.device
         max_num_tokens, max_num_rows = limits.max_num_tokens, limits.max_num_rows
         params, d = layer.params, layer.head_size
+        check_prefill(params, limits.prefill_dense_below, limits.max_model_len)
         small = d > 128 or params.residual == "linear"
         if tuning is None:
             tuning = SMALL if small else PrefillTuning()
