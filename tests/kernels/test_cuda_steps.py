@@ -192,3 +192,17 @@ def test_layers_of_several_budgets(dense_below: int, num_plans: int, monkeypatch
         assert engine.num_plans == num_plans
     assert engine.compared >= 12 and engine.steady > 0
     assert engine.differing <= 2
+
+
+def test_two_levels_of_several_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts attend to everything; scratch is laid out for the candidates of the largest budget."""
+    torch.manual_seed(random.randrange(1 << 30))
+    layers = [SplaParameters(32, 32, n, fine_block=16, candidate_factor=2) for n in (4, 3)]
+    engine = Engine(layers, monkeypatch, dense_below=256, tokens=100, rows=2)
+    assert engine.ops[1].steps.scratch is engine.ops[0].steps.scratch
+    engine.waiting = [draw(*lengths, 32) for lengths in [(231, 2), (140, 2)]]
+    while engine.waiting or engine.running:
+        engine.step()
+        assert engine.num_plans == 1
+    assert engine.compared >= 8 and engine.steady > 0
+    assert engine.differing <= 2

@@ -4,11 +4,12 @@ import itertools
 from collections.abc import Callable
 
 import torch
+import triton
 
 from ...interface import Limits
 from ..layer import GpuLayer
 from ..scratch import Shapes, shared_scratch
-from .tuning import DecodeSizes, Tuning
+from .tuning import DecodeSizes, Tuning, select_width
 
 
 def decode_scratch(
@@ -29,13 +30,14 @@ def decode_scratch(
     two_levels: Shapes = {}
     if sizes.candidates:
         candidates, fine = sizes.largest_candidates, sizes.largest_candidates * sizes.per_unit
+        fine_p = triton.next_power_of_2(fine)
         two_levels = {
             "candidates": ((tokens, kv_heads, candidates), i32),
             "candidate_units": ((tokens, kv_heads, candidates), i32),
             "candidate_count": ((tokens, kv_heads), i32),
             "fine_scores": ((tokens, kv_heads, fine, group), f32),
             "fine_lse": ((fine_lse, kv_heads, group), f32),  # [tokens, G, fine splits, GROUP_P]
-            "fine_grouped": ((tokens, kv_heads, fine) if sizes.fine_width < sizes.fine_p else (1,), f32),
+            "fine_grouped": ((tokens, kv_heads, fine) if select_width(fine_p, layer) < fine_p else (1,), f32),
         }
     return shared_scratch(
         {

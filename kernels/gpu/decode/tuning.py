@@ -56,7 +56,7 @@ class DecodeSizes:
             max_pages=max_pages,
             max_units=max_units,
             units_p=units_p,
-            width=min(units_p, max(16, SELECT_ELEMENTS // layer.group_p)),
+            width=select_width(units_p, layer),
             columns=columns,
             attend_n=4 * columns if has_residual else columns,
             slice_size=slice_size,
@@ -68,7 +68,7 @@ class DecodeSizes:
             candidates=candidates,
             largest_candidates=min(factor * largest_budget, max_units),
             fine_p=fine_p,
-            fine_width=min(fine_p, max(16, SELECT_ELEMENTS // layer.group_p)),
+            fine_width=select_width(fine_p, layer),
         )
 
 
@@ -96,6 +96,7 @@ class Tuning:
 
 def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len: int, budget: int) -> Tuning:
     """Launch shapes for `num_rows` rows of up to `query_len` query tokens; `budget` in blocks that are attended to."""
+    params = layer.params
     chunk = 64 if layer.dp <= 128 else 32
     chunk //= layer.selector.sets_per_block
     tile = 64 if layer.dp <= 128 else 32
@@ -107,10 +108,11 @@ def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len:
     if wide:
         chunk *= 2
     # More splits than tiles would be idle; past 16, merging costs more than reading gains.
-    tiles = -(-budget * layer.params.attended_block // tile)
+    tiles = -(-budget * params.attended_block // tile)
     pairs *= query_len
     attend_splits = min(tiles, 16, max(_power(128 / pairs), 2 if pairs <= 256 else 1))
-    candidate_tiles = -(-sizes.candidates * layer.params.selection_block // Tuning.fine_tile)
+    tokens = min(params.candidate_factor * budget * params.attended_block, sizes.max_units * params.selection_block)
+    candidate_tiles = -(-tokens // Tuning.fine_tile) if sizes.candidates else 1
     return Tuning(
         score_splits,
         attend_splits,
@@ -122,6 +124,11 @@ def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len:
         fine_splits=max(1, min(candidate_tiles, _power(512 / pairs), 32)),
         fine_select_warps=_select_warps(min(sizes.fine_p * layer.group_p, SELECT_ELEMENTS)),
     )
+
+
+def select_width(units_p: int, layer: GpuLayer) -> int:
+    """Units that selection goes through at a time; `units_p`, a power of two, where all of them fit."""
+    return min(units_p, max(16, SELECT_ELEMENTS // layer.group_p))
 
 
 def _select_warps(num_scores: int) -> int:
