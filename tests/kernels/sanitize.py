@@ -1,6 +1,7 @@
 """Small cases on a GPU for `scripts/sanitize.sh`, compared with the float64 reference as well."""
 
 import sys
+from typing import Any
 
 import torch
 from test_triton_prefill import check as check_prefill
@@ -8,13 +9,14 @@ from triton_cases import make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
 
+TWO_LEVELS = {"page_size": 32, "selection_block": 32, "budget_blocks": 3, "fine_block": 16, "candidate_factor": 2}
 SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_size": 64, "device": "cuda"}
 
 
-def decode(query_len: int, statistics_dtype: str = "auto", score_blocks: int = 0) -> None:
+def decode(query_len: int, score_blocks: int = 0, **options: Any) -> None:
     """Rows beyond the budget, within it and padded: pages completed by the token itself (320), states folded from
     nothing, by one page, and not at all."""
-    params = SplaParameters(16, 16, 6, statistics_dtype=statistics_dtype)
+    params = SplaParameters(**{"page_size": 16, "selection_block": 16, "budget_blocks": 6} | options)
     batch = make_batch(params, [319, 200, 40, 0], query_len=query_len, **SHAPE)
     if score_blocks:
         batch.op.fused.fixed_score_blocks = score_blocks
@@ -40,8 +42,9 @@ if __name__ == "__main__":
     for case in sys.argv[1:]:
         {
             "decode": lambda: decode(1),
-            "decode-fp8": lambda: decode(1, "fp8"),
+            "decode-fp8": lambda: decode(1, statistics_dtype="fp8"),
             "decode-scored-ahead": lambda: decode(1, score_blocks=2),
+            "decode-two-levels": lambda: decode(1, **TWO_LEVELS),
             "verify": lambda: decode(2),
             "prefill": prefill,
             "prefill-fp8": lambda: prefill("fp8"),

@@ -22,6 +22,7 @@ KINDS = {
     "exact": {"residual": "none"},
     "top-p": {"top_p": 0.9},
 }
+IN_DECODE = {**KINDS, "two-levels": {"fine_block": 16, "candidate_factor": 3}}
 gpu = pytest.mark.gpu
 
 
@@ -36,15 +37,16 @@ def make(
     kind: str, length: int, page: int, budget: int, queries: int, dtype: torch.dtype = torch.float16, **more: object
 ) -> Batch:
     return make_batch(
-        SplaParameters(page, page, budget, **KINDS[kind]), [length], num_heads=HEADS, num_kv_heads=KV_HEADS,
+        SplaParameters(page, page, budget, **IN_DECODE[kind]), [length], num_heads=HEADS, num_kv_heads=KV_HEADS,
         head_size=HEAD_SIZE, dtype=dtype, query_len=queries, device=DEVICE, chunk=0,
         captured=[captured(length, queries)], **more,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_DECODE)
 def test_decode(kind: str) -> None:
-    batch = make(kind, 333, 16, 7, 1)
+    page, budget = (32, 3) if kind == "two-levels" else (16, 7)
+    batch = make(kind, 333, page, budget, 1)
     batch.check(batch.decode(), TOLERANCE[torch.float16])
 
 
@@ -62,7 +64,7 @@ def test_prefill(kind: str) -> None:
 @gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_DECODE)
 def test_gpu_decode(kind: str, dtype: torch.dtype) -> None:
     batch = make(kind, len(INPUTS["k"]), 64, 8, 4, dtype)
     batch.check(batch.decode(), TOLERANCE[dtype])
