@@ -2,6 +2,7 @@
 candidate, and what is not selected, is not read."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -146,6 +147,37 @@ def test_shapes(heads: tuple[int, int, int], page: int, block: int, fine: int) -
         seed=fresh(), chunk=0, token_major=True,
     )  # fmt: skip
     batch.check(batch.decode(), 2e-3)
+
+
+def step_of_layers(layers: list[Batch], outputs: list[torch.Tensor]) -> Callable[[], None]:
+    """A decode step as an engine makes it, one layer after the other: store the rows' last tokens, attend,
+    with nothing in between that waits."""
+    assert all(layer.op.scratch is layers[0].op.scratch for layer in layers)
+    last = []
+    for layer in layers:
+        rows = [(row, length - 1) for row, length in enumerate(layer.lengths) if length]
+        keys, values = (torch.stack([x[row][at] for row, at in rows]) for x in (layer.keys, layer.values))
+        last.append((keys, values, torch.cat([layer.slots(row, at, at + 1) for row, at in rows]).to(keys.device)))
+
+    def step() -> None:
+        for layer, (keys, values, slots), output in zip(layers, last, outputs, strict=True):
+            layer.store.update_cache(keys, values, layer.kv_cache, slots)
+            layer.run(output)
+
+    return step
+
+
+def test_layers_share_scratch() -> None:
+    """What other layers leave in it makes no difference."""
+    lengths = [450, 128, 129, 257, 33, 0]
+    layers = [make_batch(params(), lengths, seed=fresh(), chunk=0, **SMALL) for _ in range(3)]
+    expected = [layer.decode() for layer in layers]
+    outputs = [torch.full_like(layer.query, float("nan")) for layer in layers]
+    step = step_of_layers(layers, outputs)
+    for _ in range(2):
+        step()
+        for output, alone in zip(outputs, expected, strict=True):
+            assert torch.equal(output, alone)
 
 
 def poison(batch: Batch) -> tuple[int, int]:
@@ -357,3 +389,39 @@ def test_gpu_graph_replay(query_len: int) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(output, expected)
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize(
+    "lengths", [[3500, 1600], [3079, 2128, 1079, 592, 591, 579, 144, 143, 142, 84] + [0] * 6], ids=len
+)
+def test_gpu_layers_one_after_another(lengths: list[int], graphs: bool) -> None:
+    """Launches of layers that share scratch overlap as they may: the same bits, time and again, as of each alone."""
+    layers = [
+        make_batch(
+            params(64, 64, 8, 16, 2), lengths, num_heads=16, num_kv_heads=4, head_size=128, device=DEVICE,
+            seed=fresh(), chunk=0, max_model_len=4096,
+        )
+        for _ in range(6)
+    ]  # fmt: skip
+    expected = [layer.decode() for layer in layers]
+    for layer, output in zip(layers, expected, strict=True):
+        layer.check(output, TOLERANCE[torch.float16], rows=[0, 1])
+    outputs = [torch.empty_like(layer.query) for layer in layers]
+    step = step_of_layers(layers, outputs)
+    if graphs:
+        step()  # compiled before it is captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        step = graph.replay
+    differing = torch.zeros(len(layers), dtype=torch.int64, device=DEVICE)
+    for _ in range(300):
+        for output in outputs:
+            output.fill_(float("nan"))
+        step()
+        for i, (output, alone) in enumerate(zip(outputs, expected, strict=True)):
+            differing[i] += (output != alone).any()
+    assert differing.tolist() == [0] * len(layers)
