@@ -185,18 +185,30 @@ def test_finer_blocks_chunked_prefill(model, fine):
 TWO_LEVELS = {"fine_block_size": 16, "candidates": 2, "prefill_dense_below": None}  # prompts attend to everything
 
 
-def test_two_levels(model):
+@pytest.fixture(scope="module")
+def even_model(tmp_path_factory):
+    """Smaller weights make attention less peaked: blocks at the threshold seldom hold a token that weighs much.
+
+    In `model` some do, and where rounding decides about one, log-probabilities move by nats: second-best tokens leave
+    the `TOP` best. Here they move far less than by what is left out, and so less than the tolerance.
+    """
+    return save_random_model(tmp_path_factory.mktemp("gpu") / "even", MODEL, std=0.03)
+
+
+def test_two_levels(even_model):
     """One answer by graphs, without them, and where prompts come in pieces or from the cache; the dense one where
     everything fits into the budget."""
-    expected = ask(model, "spla", {**SPARSE, **TWO_LEVELS})
-    assert_same(ask(model, "spla", {**SPARSE, **TWO_LEVELS}, enforce_eager=True), expected)
+    expected = ask(even_model, "spla", {**SPARSE, **TWO_LEVELS})
+    assert_same(ask(even_model, "spla", {**SPARSE, **TWO_LEVELS}, enforce_eager=True), expected)
     arguments = {"max_num_batched_tokens": 256, "max_num_seqs": 16, "enable_prefix_caching": True}
-    with start(model, "spla", {**SPARSE, **TWO_LEVELS}, **arguments) as engine:
+    with start(even_model, "spla", {**SPARSE, **TWO_LEVELS}, **arguments) as engine:
         for _ in range(2):
             assert_same(generate(engine, PROMPTS), expected)
-    dense = ask(model, "FLASH_ATTN")
-    assert_same(ask(model, "spla", {"budget": 4096, **TWO_LEVELS}), dense, ROUNDING)
-    assert differences(expected, dense)[0] > ROUNDING[0]  # it did leave something out
+    dense = ask(even_model, "FLASH_ATTN")
+    assert_same(ask(even_model, "spla", {"budget": 4096, **TWO_LEVELS}), dense, ROUNDING)
+    long = [i for i, length in enumerate(LENGTHS) if length > 2 * BUDGET]  # beyond the candidates
+    mean, _ = differences([expected[i] for i in long], [dense[i] for i in long])
+    assert mean > 2 * SELECTION[0]  # it did leave something out
 
 
 def test_eager_equals_graphs(model, sparse):
