@@ -185,7 +185,7 @@ def prefill_score_kernel(
                 more = tl.load(lse_ptr + (pair * num_norms + other) * M + m)
                 larger = tl.maximum(lse, more)
                 lse = larger + tl.log2(tl.exp2(lse - larger) + tl.exp2(more - larger))
-            shift = tl.where(member < GROUP, SHIFT - lse, float("-inf"))
+            shift = tl.where(member < GROUP, lse - SHIFT, float("inf"))
             t = tl.arange(0, TQ)
             shared_row = grouped_ptr + (pair * TQ + t) * max_units  # [TQ]
             best_row = best_ptr + (pair * TQ + t) * (max_units // SUB)
@@ -203,7 +203,7 @@ def prefill_score_kernel(
             rows = statistic[:, None] + column[None, :]
             # The mass of a unit is over that of a token.
             if MODE == SHARE:
-                beyond = shift[:, None]
+                beyond = shift[:, None] * -1.0  # a sign of the multiply-add in the loop, where a difference is none
             else:
                 beyond = tl.where(exists, 0.0, float("-inf"))[None, :]
             score, mass_score, product = SELECTOR.score(query, Blocks(
