@@ -185,7 +185,7 @@ def prefill_score_kernel(
                 more = tl.load(lse_ptr + (pair * num_norms + other) * M + m)
                 larger = tl.maximum(lse, more)
                 lse = larger + tl.log2(tl.exp2(lse - larger) + tl.exp2(more - larger))
-            shift = tl.where(member < GROUP, SHIFT - lse, float("-inf"))
+            shift = tl.where(member < GROUP, lse - SHIFT, float("inf"))
             t = tl.arange(0, TQ)
             shared_row = grouped_ptr + (pair * TQ + t) * max_units  # [TQ]
             best_row = best_ptr + (pair * TQ + t) * (max_units // SUB)
@@ -203,7 +203,7 @@ def prefill_score_kernel(
             rows = statistic[:, None] + column[None, :]
             # The mass of a unit is over that of a token.
             if MODE == SHARE:
-                beyond = shift[:, None]
+                beyond = shift[:, None] * -1.0  # a sign of the multiply-add in the loop, where a difference is none
             else:
                 beyond = tl.where(exists, 0.0, float("-inf"))[None, :]
             score, mass_score, product = SELECTOR.score(query, Blocks(
@@ -560,8 +560,10 @@ def prefill_list_kernel(
                 statistic += head * head_stride + PAGE * 2 * D + unit % PER_PAGE * STRIDE
             rows = statistic[:, None] + column[None, :]
             mask = taken[:, None] & in_head[None, :]
-            query = SELECTOR.prepare(q, scale, True, LOG2E)
-            _, mass, product = SELECTOR.score(query, Blocks(
+            # The score is asked twice, for the products and then for the mass over what is known only below. What both
+            # need is computed once, and what only the mass needs after the loop: registers and shared memory hold one
+            # operand at a time.
+            _, _, product = SELECTOR.score(SELECTOR.prepare(q, scale, True, LOG2E), Blocks(
                 statistic, rows, mask, scale * LOG2E, 0.0, D, DP, FP8, True, True, UNIT, LOG2_UNIT, LOG2E
             ))  # [MP, SLOTS_P] # fmt: skip
             sums = sums_ptr + pair * num_norms * 3 * TQ * GROUP_P + token * GROUP_P + member
@@ -586,7 +588,10 @@ def prefill_list_kernel(
                 if not FP8:
                     all_products += tl.load(sums + 2 * TQ * GROUP_P, mask=in_group, other=0.0)
                 top = larger
-            weight = sum_over(mass, top[:, None])
+            _, mass, _ = SELECTOR.score(SELECTOR.prepare(q, scale, True, LOG2E), Blocks(
+                statistic, rows, mask, scale * LOG2E, -top[:, None], D, DP, FP8, True, True, UNIT, LOG2_UNIT, LOG2E
+            ))  # [MP, SLOTS_P] # fmt: skip
+            weight = sum_over(mass, 0.0)
             rest = all_mass - tl.sum(tl.where(taken[None, :], weight, 0.0), axis=1)  # [MP]
             rest = tl.where(num_complete > count, rest, 0.0)
             num_rest = tl.maximum(num_complete - count, 1).to(tl.float32)  # units
