@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What continuous integration cannot run: kernel tests, the engine's and compute-sanitizer, side by side on one GPU.
 # Writes a report (outcomes, versions, hardware) and fails if anything does. With 16 cores it takes under ten minutes.
+# Needs pytest-xdist and compute-sanitizer.
 #
 #     scripts/test_gpu.sh benchmarks/results/tests_h200.json [processes for kernels] [processes for engines]
 set -uo pipefail
@@ -10,6 +11,7 @@ report=${1:?name the file of the report}
 python=${PYTHON:-python}
 export PYTHON=$python OMP_NUM_THREADS=2 # the float64 reference: processes share the cores
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "needs a CUDA GPU" >&2; exit 1; }
+"$python" -c 'import xdist' || { echo "needs pytest-xdist" >&2; exit 1; }
 logs=$(mktemp -d)
 echo "logs: $logs"
 begin=$SECONDS

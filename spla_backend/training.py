@@ -111,11 +111,11 @@ class LearnedSpla(nn.Module):
                 log_gain=log_gain,
                 norm_weights=norms,
                 feature_weight=own.get("feature_weight"),
-                reader=_block_reader(params, q),
+                reader=block_reader(params, q),
             )
 
 
-def _block_reader(params: SplaParameters, q: Tensor) -> BlockReader | None:
+def block_reader(params: SplaParameters, q: Tensor) -> BlockReader | None:
     """The kernel that reads the blocks of the rest for `q [..., d]`, on a GPU and for sums in float32; else None."""
     residual = make_residual(params, q.shape[-1])
     if residual is None or not q.is_cuda or q.dtype == torch.float64:

@@ -9,7 +9,7 @@ from spla_backend.algorithm import feature_maps, selectors
 
 @pytest.fixture(autouse=True)
 def _as_registered() -> Iterator[None]:
-    tables = selectors._SELECTORS, feature_maps._FEATURE_MAPS
+    tables = selectors.REGISTERED, feature_maps.REGISTERED
     before = [dict(table) for table in tables]
     yield
     for table, registered in zip(tables, before, strict=True):

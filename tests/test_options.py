@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from spla_backend.algorithm import selectors
-from spla_backend.algorithm.selectors import MeanSelector
+from spla_backend.algorithm.selectors import MeanSelector, register_selector
 from spla_backend.kernels.layout import layouts
 from spla_backend.options import SplaOptions
 
@@ -34,14 +33,14 @@ def test_two_levels():
         SplaOptions.from_sources({"fine_block_size": 24}).parameters(64)
 
 
-def test_a_selector_without_formats(monkeypatch):
+def test_a_selector_without_formats():
     class Mine(MeanSelector):
         name = "mine"
 
         def formats(self, head_size):
             return None
 
-    monkeypatch.setitem(selectors._SELECTORS, "mine", Mine)
+    register_selector(Mine)
     assert SplaOptions.from_sources({"selector": "mine"}).selector == "mine"
     with pytest.raises(ValueError, match=r"'mine' does not say how to store its statistics in fp8 .*to 'auto'"):
         SplaOptions.from_sources({"selector": "mine", "statistics_dtype": "fp8"})

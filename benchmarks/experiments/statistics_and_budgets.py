@@ -105,7 +105,7 @@ class LowRank(RemSelector):
         factors = torch.nn.functional.pad(factors, (0, 0, 0, self.rank - factors.shape[-2]))
         return torch.cat([mean.squeeze(-2), rest, factors.flatten(-2)], -1)
 
-    def _moments(self, q: torch.Tensor, statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(self, q: torch.Tensor, statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, rest, factors = statistics.tensor_split((q.shape[-1], 2 * q.shape[-1]), -1)
         s2 = q.square() @ rest.mT
         for factor in factors.unflatten(-1, (self.rank, -1)).unbind(-2):

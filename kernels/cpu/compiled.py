@@ -108,7 +108,7 @@ def _exp(x):
 
 
 @njit(fastmath=_FAST, error_model="numpy")
-def _load(cache, start, out):
+def load_elements(cache, start, out):
     """Copy `len(out)` elements of a cache to float32."""
     elements = cache[start : start + out.shape[0]]  # an index that may be negative would keep it from vectorising
     for i in range(out.shape[0]):
@@ -134,7 +134,7 @@ def _byte_loader(mantissa_bits, rebias):
     return load
 
 
-_load_e4m3, _load_e5m2 = _byte_loader(3, 120), _byte_loader(2, 112)
+load_e4m3, load_e5m2 = _byte_loader(3, 120), _byte_loader(2, 112)
 
 
 def _load_statistics(stored, start, formats, out):
@@ -146,7 +146,7 @@ def _load_statistics_overload(stored, start, formats, out):
     """Statistics of a block, which begin at element `start`, as float32 into `out`: elements of the cache, or bytes of
     some `formats`; see `attend`."""
     if stored.dtype != types.uint8:
-        return lambda stored, start, formats, out: _load(stored, start, out)
+        return lambda stored, start, formats, out: load_elements(stored, start, out)
 
     def of_bytes(stored, start, formats, out):
         at = 0
@@ -154,9 +154,9 @@ def _load_statistics_overload(stored, start, formats, out):
             kind, size = formats[i]
             elements, numbers = stored[start + at : start + at + size], out[at : at + size]
             if kind == _E4M3:
-                _load_e4m3(elements, numbers)
+                load_e4m3(elements, numbers)
             elif kind == _E5M2:
-                _load_e5m2(elements, numbers)
+                load_e5m2(elements, numbers)
             else:
                 for e in range(size):
                     numbers[e] = np.float32(elements[e])
@@ -349,7 +349,7 @@ def _logits(q, cache, starts, lengths, row_step, logits):
         for first in range(0, lengths[i], 4):
             some = min(4, lengths[i] - first)
             for t in range(some):
-                _load(cache, starts[i] + (first + t) * row_step, keys[t])
+                load_elements(cache, starts[i] + (first + t) * row_step, keys[t])
             for h in range(group):
                 s0 = s1 = s2 = s3 = np.float32(0)  # four sums at a time, none of which waits for another
                 for e in range(d):
@@ -377,7 +377,7 @@ def _sum_values(weights, token, cache, starts, lengths, d, row_step, out):
         for first in range(0, lengths[i], 8):
             some = min(8, lengths[i] - first)
             for t in range(some):
-                _load(cache, starts[i] + (first + t) * row_step + d, v[t])
+                load_elements(cache, starts[i] + (first + t) * row_step + d, v[t])
             for h in range(weights.shape[0]):
                 total, w = out[h], weights[h, token : token + some]
                 if some == 8:  # the sums are loaded and stored once for eight values
@@ -601,7 +601,7 @@ def _attend_one(
     body = np.empty((d + 2 if tail else 0, d), np.float32)
     for r in range(body.shape[0]):
         start = state_starts[token, r // together] + kv_head * state_step + r % together * d
-        _load(state, start, body[r])
+        load_elements(state, start, body[r])
     qkv = np.empty(d, np.float32)
     first = kv_head * group
     for h in range(group):

@@ -128,10 +128,10 @@ def _gather(
         size: Elements of a slice; it stays within the page.
     """
     steps = cache.stride()[:3]
-    unit = math.gcd(*steps)
-    start = page * (steps[0] // unit) + head * (steps[1] // unit) + row * (steps[2] // unit)
+    stride = math.gcd(*steps)
+    start = page * (steps[0] // stride) + head * (steps[1] // stride) + row * (steps[2] // stride)
     end = sum((count - 1) * step for count, step in zip(cache.shape[:3], steps, strict=True)) + cache.shape[3]
-    slices = cache.as_strided(((end - size) // unit + 1, size), (unit, 1))
+    slices = cache.as_strided(((end - size) // stride + 1, size), (stride, 1))
     return slices.index_select(0, torch.from_numpy(np.asarray(start).reshape(-1)))
 
 

@@ -19,7 +19,7 @@ _BLOCKS, _QUERIES = 16, 16
 
 
 @triton.jit
-def _store_blocks(
+def store_blocks_kernel(
     keys_ptr,  # [blocks, UNIT + 1, 2 D]: blocks that are pages, as the cache has them, one row too many
     slots_ptr,  # [1] int64: -1, no token of a block is in the batch
     statistics_ptr,  # [blocks, STRIDE]
@@ -39,7 +39,7 @@ def _store_blocks(
 
 
 @triton.jit
-def _score_blocks(
+def score_blocks_kernel(
     query_ptr,  # [QUERIES, D]
     statistics_ptr,
     out_ptr,  # [3, blocks, QUERIES] float32: score, mass, product with the mean key
@@ -129,11 +129,17 @@ def check_gpu_selector(
     stride = -(-width // 16) * 16
     statistics = torch.zeros(_BLOCKS, stride, dtype=torch.uint8 if fp8 else dtype, device=device)
     padded = triton.next_power_of_2(head_size)
-    shape = {"D": head_size, "DP": padded, "UNIT": block, "STRIDE": stride, "FP8": fp8}
+    constants = {"D": head_size, "DP": padded, "UNIT": block, "STRIDE": stride, "FP8": fp8}
     tile = triton.next_power_of_2(block) if functions.whole_blocks else min(64, block & -block)
     none = torch.full((1,), -1, dtype=torch.int64, device=device)
-    _store_blocks[(_BLOCKS,)](
-        keys, none, statistics, SELECTOR=functions, TILE=tile, LIMIT=torch.finfo(dtype).max, **shape
+    store_blocks_kernel[(_BLOCKS,)](
+        keys_ptr=keys,
+        slots_ptr=none,
+        statistics_ptr=statistics,
+        SELECTOR=functions,
+        TILE=tile,
+        LIMIT=torch.finfo(dtype).max,
+        **constants,
     )
     exact = selector.statistics(keys[:, :block, :head_size].double().cpu())  # [blocks, width]
     stored = statistics[:, :width].cpu()
@@ -150,10 +156,19 @@ def check_gpu_selector(
     score = selector.score(q, read, block).T  # [blocks, queries]
     for rows, nat in ((False, 1.0), (True, LOG2E.value)):
         out = torch.full((3, _BLOCKS, _QUERIES), float("nan"), device=device)
-        _score_blocks[(1,)](
-            queries, statistics, out, scale, SELECTOR=functions, BLOCKS=_BLOCKS, QUERIES=_QUERIES, ROWS=rows,
-            LOG_UNIT=math.log(block) * nat, NAT=nat, **shape,
-        )  # fmt: skip
+        score_blocks_kernel[(1,)](
+            query_ptr=queries,
+            statistics_ptr=statistics,
+            out_ptr=out,
+            scale=scale,
+            SELECTOR=functions,
+            BLOCKS=_BLOCKS,
+            QUERIES=_QUERIES,
+            ROWS=rows,
+            LOG_UNIT=math.log(block) * nat,
+            NAT=nat,
+            **constants,
+        )
         got = out.double().cpu()
         where = f"score, of queries in {'rows' if rows else 'columns'}"
         if not selector.has_mass:  # which may leave a constant out

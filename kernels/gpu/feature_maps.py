@@ -14,7 +14,8 @@ import triton.language as tl
 
 from ...algorithm.feature_maps import FeatureMap, get_feature_map, softmax_features
 
-_GPU_FEATURE_MAPS: dict[FeatureMap, Any] = {}
+REGISTERED: dict[FeatureMap, Any] = {}
+"""Device functions by the map of tensors; `register_gpu_feature_map` adds to it."""
 
 
 def register_gpu_feature_map(phi: FeatureMap, function: Any) -> None:
@@ -26,7 +27,7 @@ def register_gpu_feature_map(phi: FeatureMap, function: Any) -> None:
             of vectors of which `every` has all, along dimension `AXIS`, float32. It must be 0 where `some` is -inf, as
             are elements beyond the vectors' end.
     """
-    _GPU_FEATURE_MAPS[phi] = function
+    REGISTERED[phi] = function
 
 
 def gpu_feature_map(name: str) -> Any:
@@ -36,12 +37,12 @@ def gpu_feature_map(name: str) -> Any:
         ValueError: No such feature map, or it has none.
     """
     phi = get_feature_map(name)
-    if phi not in _GPU_FEATURE_MAPS:
+    if phi not in REGISTERED:
         raise ValueError(
             f"feature_map {name!r} has no device function: give it one by register_gpu_feature_map "
             "(spla_backend/kernels/gpu/feature_maps.py, where that of softmax is an example), or choose softmax"
         )
-    return _GPU_FEATURE_MAPS[phi]
+    return REGISTERED[phi]
 
 
 @triton.jit

@@ -10,19 +10,20 @@ import torch
 
 FeatureMap = Callable[[torch.Tensor], torch.Tensor]
 
-_FEATURE_MAPS: dict[str, FeatureMap] = {}
+REGISTERED: dict[str, FeatureMap] = {}
+"""By name; `register_feature_map` adds to it."""
 
 
 def register_feature_map(name: str) -> Callable[[FeatureMap], FeatureMap]:
     def decorate(phi: FeatureMap) -> FeatureMap:
-        _FEATURE_MAPS[name] = phi
+        REGISTERED[name] = phi
         return phi
 
     return decorate
 
 
 def feature_map_names() -> list[str]:
-    return sorted(_FEATURE_MAPS)
+    return sorted(REGISTERED)
 
 
 def get_feature_map(name: str) -> FeatureMap:
@@ -31,9 +32,9 @@ def get_feature_map(name: str) -> FeatureMap:
     Raises:
         ValueError: No such feature map; the message names those that exist.
     """
-    if name not in _FEATURE_MAPS:
+    if name not in REGISTERED:
         raise ValueError(f"unknown feature map {name!r}: choose one of {', '.join(feature_map_names())}")
-    return _FEATURE_MAPS[name]
+    return REGISTERED[name]
 
 
 @register_feature_map("softmax")

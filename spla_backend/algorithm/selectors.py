@@ -75,17 +75,18 @@ class Selector(ABC):
         return self.score(q, statistics, block_size), self.mass(q, statistics, block_size)
 
 
-_SELECTORS: dict[str, type[Selector]] = {}
+REGISTERED: dict[str, type[Selector]] = {}
+"""By name; `register_selector` adds to it."""
 
 
 def register_selector(cls: type[Selector]) -> type[Selector]:
     """Class decorator: make a selector available under its `name`."""
-    _SELECTORS[cls.name] = cls
+    REGISTERED[cls.name] = cls
     return cls
 
 
 def selector_names() -> list[str]:
-    return sorted(_SELECTORS)
+    return sorted(REGISTERED)
 
 
 def get_selector(name: str) -> Selector:
@@ -94,9 +95,9 @@ def get_selector(name: str) -> Selector:
     Raises:
         ValueError: No such selector; the message names those that exist.
     """
-    if name not in _SELECTORS:
+    if name not in REGISTERED:
         raise ValueError(f"unknown selector {name!r}: choose one of {', '.join(selector_names())}")
-    return _SELECTORS[name]()
+    return REGISTERED[name]()
 
 
 def stored_formats(params: SplaParameters, head_size: int) -> Formats | None:
@@ -162,22 +163,23 @@ class _MomentSelector(Selector):
         variance, mean = torch.var_mean(keys, dim=-2, correction=0)
         return torch.cat([mean, variance], -1)
 
-    def _moments(self, q: torch.Tensor, statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(self, q: torch.Tensor, statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance of the logits of a block, shaped as `score`."""
         mean, variance = statistics.chunk(2, -1)
         return q @ mean.mT, q.square() @ variance.mT
 
     def score(self, q: torch.Tensor, statistics: torch.Tensor, block_size: int) -> torch.Tensor:
-        linear, s2 = self._moments(q, statistics)
+        linear, s2 = self.moments(q, statistics)
         return math.log(block_size) + linear + self._second_order(s2, block_size)
 
     def mass(self, q: torch.Tensor, statistics: torch.Tensor, block_size: int) -> torch.Tensor:
-        linear, s2 = self._moments(q, statistics)
+        linear, s2 = self.moments(q, statistics)
         return math.log(block_size) + linear + _log1p_half(s2)
 
     def score_and_mass(
         self, q: torch.Tensor, statistics: torch.Tensor, block_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        linear, s2 = self._moments(q, statistics)
+        linear, s2 = self.moments(q, statistics)
         linear = linear + math.log(block_size)
         return linear + self._second_order(s2, block_size), linear + _log1p_half(s2)
 

@@ -24,19 +24,19 @@ class Continued(CapturingModel):
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Read the beginning."""
-        self._cache = DynamicCache(config=self._model.config)
-        ids = torch.tensor([list(tokens)], device=self._model.device)
+        self._cache = DynamicCache(config=self.model.config)
+        ids = torch.tensor([list(tokens)], device=self.model.device)
         with torch.no_grad():
-            self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
 
     def go_on(self, tokens: Sequence[int], visit: Visit | None) -> torch.Tensor:
         """Logits `[tokens, vocabulary]` of the end; `visit` as in `CapturingModel.forward`, its keys are the whole
         document's."""
-        ids = torch.tensor([list(tokens)], device=self._model.device)
+        ids = torch.tensor([list(tokens)], device=self.model.device)
         self._visit = visit
         try:
             # A copy: what layers with windows have dropped could not be brought back.
-            return self._model(input_ids=ids, past_key_values=deepcopy(self._cache), use_cache=True).logits[0]
+            return self.model(input_ids=ids, past_key_values=deepcopy(self._cache), use_cache=True).logits[0]
         finally:
             self._visit = None
 

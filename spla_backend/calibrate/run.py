@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> str:
     some = windows[: args.budgets or _WINDOWS] if args.budgets or args.dense_layers else []
     if some:
         chosen = _fit_layers(args, model, some, before)
-        options = _chosen_options(options, chosen, params.selection_block)
+        options = chosen_options(options, chosen, params.selection_block)
     after = options.layers(args.page_size, shape.attention_layers)
     fitted = HeadParameters(
         shape.attention_layers,
@@ -192,7 +192,7 @@ def _fit_layers(
         )
 
 
-def _chosen_options(options: SplaOptions, chosen: FittedLayers, block: int) -> SplaOptions:
+def chosen_options(options: SplaOptions, chosen: FittedLayers, block: int) -> SplaOptions:
     """The options with the layers that were chosen added to `dense_layers`, and their budgets if some were fitted."""
     budgets = {i: n * block for i, n in chosen.budgets.items()} or options.layer_budgets
     return replace(

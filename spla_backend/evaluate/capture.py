@@ -86,10 +86,10 @@ class CapturingModel:
         self._visit: Visit | None = None
         try:
             kind = AutoModelForCausalLM if head else AutoModel
-            self._model = kind.from_pretrained(model, attn_implementation=name, dtype=dtype, local_files_only=True)
+            self.model = kind.from_pretrained(model, attn_implementation=name, dtype=dtype, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {model!r} with transformers: {str(error).splitlines()[0]}") from error
-        self._model.to(device).eval().requires_grad_(False)
+        self.model.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def run(self, tokens: Sequence[int], visit: Visit | None) -> Any:
@@ -99,18 +99,18 @@ class CapturingModel:
     def forward(self, tokens: Sequence[int], visit: Visit | None) -> Any:
         """Run one document; `visit` is called once for each layer of full attention, in order. Returns what the model
         does. Gradients flow to what the visitor brings in, not to the model's weights."""
-        ids = torch.tensor([list(tokens)], device=self._model.device)
+        ids = torch.tensor([list(tokens)], device=self.model.device)
         self._visit = visit
         try:
-            return self._model(input_ids=ids, use_cache=False)
+            return self.model(input_ids=ids, use_cache=False)
         finally:
             self._visit = None
 
     @torch.inference_mode()
     def logprobs(self, tokens: Sequence[int], visit: Visit | None) -> list[float]:
         """Log-probability of every token but the first, given those before it."""
-        ids = torch.tensor([list(tokens)], device=self._model.device)
-        body, piece = self._model.base_model, max(1, _LOGITS // self._model.config.get_text_config().vocab_size)
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        body, piece = self.model.base_model, max(1, _LOGITS // self.model.config.get_text_config().vocab_size)
         self._visit = visit
         try:
             outputs = body(input_ids=ids, use_cache=False)
@@ -122,7 +122,7 @@ class CapturingModel:
         body.forward = lambda *_, **__: outputs
         try:
             for rows in torch.arange(len(tokens) - 1, device=ids.device).split(piece):
-                logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
+                logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
                 chances = logits.float().log_softmax(-1)  # [rows, vocabulary]
                 found += chances.gather(-1, ids[0, rows + 1, None])[:, 0].tolist()
         finally:

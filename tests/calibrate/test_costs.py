@@ -48,7 +48,7 @@ def test_costs_rank_layers_as_their_divergence_does(tmp_path):
     """Of one layer under SPLA, all others dense; layers are made to matter by different amounts."""
     model, tail = Continued(save(tmp_path, num_hidden_layers=4), head=True), 96
     with torch.no_grad():
-        for layer, weight in zip(model._model.model.layers, (0.01, 1.0, 0.0, 0.3), strict=True):
+        for layer, weight in zip(model.model.model.layers, (0.01, 1.0, 0.0, 0.3), strict=True):
             layer.self_attn.o_proj.weight.mul_(weight)
     documents, layers, seen = [random_tokens(400, seed) for seed in range(3)], dict.fromkeys(range(4), PARAMS), []
     costs = layer_costs(

@@ -13,7 +13,7 @@ from spla_backend.algorithm.parameters import SplaParameters  # noqa: E402
 from spla_backend.calibrate import cli  # noqa: E402
 from spla_backend.calibrate.costs import Continued  # noqa: E402
 from spla_backend.calibrate.layers import FittedLayers, fit_layers  # noqa: E402
-from spla_backend.calibrate.run import _chosen_options  # noqa: E402
+from spla_backend.calibrate.run import chosen_options  # noqa: E402
 from spla_backend.evaluate.variants import ModelShape  # noqa: E402
 from spla_backend.options import SplaOptions  # noqa: E402
 
@@ -29,7 +29,7 @@ def planted(tmp_path) -> Continued:
     """A model whose layer 2 looks things up, layer 1 does nothing, and layer 0 a little."""
     model = Continued(save(tmp_path, num_hidden_layers=3), head=True)  # noqa: F811
     with torch.no_grad():
-        for layer, weight in zip(model._model.model.layers, (0.01, 0.0, 1.0), strict=True):
+        for layer, weight in zip(model.model.model.layers, (0.01, 0.0, 1.0), strict=True):
             layer.self_attn.o_proj.weight.mul_(weight)
     return model
 
@@ -152,7 +152,7 @@ def test_layers_with_windows_are_not_splas(model, text, tmp_path, capsys):  # no
 
 def test_layers_that_are_named_stay_dense():
     options = SplaOptions.from_sources({"budget": 96, "dense_layers": [3], "layer_budgets": {"0": 192, "1": 64}})
-    chosen = _chosen_options(options, FittedLayers({}, (1,), {}), 16)
+    chosen = chosen_options(options, FittedLayers({}, (1,), {}), 16)
     assert chosen.dense_layers == (1, 3) and chosen.layer_budgets == {0: 192}
 
 

@@ -55,7 +55,7 @@ def test_attention_from_the_captured_tensors(tmp_path):
     model = CapturingModel(save(tmp_path))
     seen: list[AttentionInputs] = []
     outputs = []
-    for layer in model._model.layers:
+    for layer in model.model.layers:
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0][0]))
     model.run(TOKENS, seen.append)
     assert [inputs.layer for inputs in seen] == [0, 1]

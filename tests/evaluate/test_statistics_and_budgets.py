@@ -28,7 +28,7 @@ def test_full_rank_is_the_full_covariance(study, block, rank):
     selector = get_selector(f"rem-lr{rank}")
     statistics = selector.statistics(keys)
     assert statistics.shape == (3, selector.width(32))
-    mean, s2 = selector._moments(q, statistics)
+    mean, s2 = selector.moments(q, statistics)
     logits = q @ keys.mT  # [3, 5, block]
     torch.testing.assert_close(mean, logits.mean(-1).T)
     torch.testing.assert_close(s2, logits.var(-1, correction=0).T)

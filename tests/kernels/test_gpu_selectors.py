@@ -50,9 +50,9 @@ for name in gpu_selector_names():
     functions = gpu_selector(name)
     tile = {"TILE": 64 if functions.whole_blocks else 16, "LIMIT": 65504.0}
     for kernel, constants in (
-        (check._store_blocks, tile),
+        (check.store_blocks_kernel, tile),
         *(
-            (check._score_blocks, {"BLOCKS": 16, "QUERIES": 16, "ROWS": rows, "LOG_UNIT": 4.0, "NAT": nat})
+            (check.score_blocks_kernel, {"BLOCKS": 16, "QUERIES": 16, "ROWS": rows, "LOG_UNIT": 4.0, "NAT": nat})
             for rows, nat in ((False, 1.0), (True, LOG2E.value))
         ),
     ):
@@ -157,7 +157,7 @@ def test_own_feature_map(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ValueError, match="'elu1' has no device function: give it one by register_gpu_feature_map"):
         case()
-    monkeypatch.setattr(feature_maps, "_GPU_FEATURE_MAPS", dict(feature_maps._GPU_FEATURE_MAPS))
+    monkeypatch.setattr(feature_maps, "REGISTERED", dict(feature_maps.REGISTERED))
     feature_maps.register_gpu_feature_map(elu_plus_one, _elu_plus_one)
     batch = case()
     batch.check(batch.decode(), 2e-3)

