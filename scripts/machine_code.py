@@ -29,7 +29,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +311,8 @@ class NoMemory(TorchFunctionMode):
         def elsewhere(value: Any) -> Any:
             return torch.device("meta") if isinstance(value, torch.device) else value
 
+        if function is torch.device:  # `dispatch` and layers ask what kind of device they are on
+            return function(*args, **kwargs or {})
         if function is torch.Tensor.cpu:
             return args[0]
         kwargs = {name: elsewhere(value) for name, value in (kwargs or {}).items() if name != "pin_memory"}
@@ -441,7 +443,9 @@ def main() -> int:
         return compare(*args.compare)
     if args.sass:
         args.sass.mkdir(parents=True, exist_ok=True)
-    names, compiled = [*GEOMETRIES, "training"], functools.partial(compile_geometry, only=args.only)
+    known = {parameter.name for parameter in fields(SplaParameters)}  # a tree of before may not know all
+    names = [name for name, geometry in GEOMETRIES.items() if known.issuperset(geometry.options)]
+    names, compiled = [*names, "training"], functools.partial(compile_geometry, only=args.only)
     launches: dict[str, list[dict]] = {}
     with contextlib.ExitStack() as stack:
         if args.jobs == 1:
