@@ -44,6 +44,8 @@ FIRST = {8192: 4096, 16384: 4096, 32768: 8192}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "rem 64, regression": {"selector": "rem", "selection_block_size": 64, "residual": "regression"},
+    "two levels x4, 16": {"fine_block_size": 16, "candidates": 4},
+    "two levels x8, 16": {"fine_block_size": 16, "candidates": 8},
     "rem 64": {"selector": "rem", "selection_block_size": 64, "residual": "none"},
     "quest 64": {"selector": "quest", "selection_block_size": 64, "residual": "none"},
     "quest 16": {"selector": "quest", "selection_block_size": 16, "residual": "none"},
@@ -130,6 +132,8 @@ def main() -> None:
     args = parser.parse_args()
     began = time.monotonic()
     known = VARIANTS | (json.loads(args.options.read_text()) if args.options else {})
+    if unknown := set(args.variants or ()) - set(known):
+        parser.error(f"no variant {', '.join(sorted(unknown))}: choose among {', '.join(known)}")
     variants = {name: known[name] for name in args.variants or known}
     settings = {"texts": [Path(file).name for file in args.text], "page_size": PAGE_SIZE, "variants": variants}
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
