@@ -1,10 +1,6 @@
 """What is installed, under which names: by a wheel from the sdist, by `pip install`, editable, and in a checkout."""
 
-<<<<<<< HEAD
-import importlib.util
-=======
 import importlib.metadata
->>>>>>> suite
 import shutil
 import subprocess
 import sys
@@ -51,13 +47,8 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 def skip_without_pip() -> None:
-<<<<<<< HEAD
-    """To import pip would make setuptools leave distutils alone, and vLLM could not be imported afterwards."""
-    if importlib.util.find_spec("pip") is None:
-=======
     """Not by looking for its module: setuptools would then leave distutils alone, and vLLM could not be imported."""
     if not any(importlib.metadata.distributions(name="pip")):
->>>>>>> suite
         pytest.skip("needs pip")
 
 
