@@ -26,7 +26,8 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
     machine_code("--arch", "90", "--only", ONLY, "--output", output)
     result = json.loads(output.read_text())
     launches = [launch for step in result["launches"].values() for launch in step]
-    source = "".join(path.read_text() for path in (ROOT / "kernels").rglob("*.py"))
+    files = (ROOT / "kernels").rglob("*.py")  # kernels of check_selector.py are no step of an engine
+    source = "".join(path.read_text() for path in files if path.name != "check_selector.py")
     assert set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)) < {launch["kernel"] for launch in launches}
     result["launches"]["main: decode 8 rows"][0]["code"] |= {"digest": "0", "registers": 255}
     changed.write_text(json.dumps(result))
