@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import Batch, limits, make_batch
+from triton_cases import Batch, limits, make_batch, residual_of
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import select_blocks, spla_token
@@ -60,8 +60,7 @@ def test_lengths_around_every_edge_and_padding(page: int, block: int, fine: int)
 @pytest.mark.parametrize("selector", ["mean", "taylor2", "quest", "km2-rem"])
 @pytest.mark.parametrize("statistics", ["auto", "fp8"])
 def test_selectors(selector: str, statistics: str) -> None:
-    residual = "none" if selector == "quest" else "regression"
-    p = params(selector=selector, residual=residual, statistics_dtype=statistics)
+    p = params(selector=selector, residual=residual_of(selector), statistics_dtype=statistics)
     batch = make_batch(p, [p.budget_tokens * 3 + 7, 200], seed=fresh(), chunk=0, **SMALL)
     batch.check(batch.decode(), 2e-3)
 

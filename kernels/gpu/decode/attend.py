@@ -29,6 +29,7 @@ from ..feature_maps import map_features
 from ..layer import GpuLayer
 from ..residual import LINEAR, NO_RESIDUAL, REGRESSION, RESIDUAL_CODES
 from .residual import subtract_weights, tail_of_rest
+from .running_sum import add_exponentials, log_of_columns
 from .tuning import DecodeSizes, Tuning
 
 
@@ -232,14 +233,8 @@ def mass_of_rest(
             left = PER_UNIT - flag.to(tl.int32)  # [WIDTH]
             share = tl.log(tl.maximum(left, 1).to(tl.float32) / PER_UNIT)
             mass = tl.where((left > 0)[:, None], mass + share[:, None], float("-inf"))
-        new_top = tl.maximum(top, mass)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - safe) + tl.exp(mass - safe)
-        top = new_top
-    best = tl.max(top, axis=0)  # [GROUP_P]
-    safe = tl.where(best == float("-inf"), 0.0, best)
-    norm = tl.sum(total * tl.exp(top - safe[None, :]), axis=0)
-    result = tl.where(norm > 0, safe + tl.log(tl.where(norm > 0, norm, 1.0)), float("-inf"))
+        top, total = add_exponentials(top, total, mass)
+    result = log_of_columns(top, total)  # [GROUP_P]
     tl.store(rest_mass_ptr + (pair * MASS_SPLITS + split) * GROUP_P + member, result)
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..layer import GpuLayer
 from .attend import rows_of, unit_of
+from .running_sum import add_exponentials, log_of_columns
 from .select import all_group_scores, choose
 from .tuning import DecodeSizes, Tuning
 
@@ -113,14 +114,8 @@ def fine_score_kernel(
             stored = (index < stop // FINE)[:, None] & (n < GROUP)[None, :]
             tl.store(scores_ptr + (pair * max_fine + index)[:, None] * GROUP_P + n[None, :], score, mask=stored)
             score = tl.where(stored, score, float("-inf"))
-            new_top = tl.maximum(top, score)
-            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-            total = total * tl.exp(top - safe) + tl.exp(score - safe)
-            top = new_top
-        best = tl.max(top, axis=0)  # [N]
-        safe = tl.where(best == float("-inf"), 0.0, best)
-        norm = tl.sum(total * tl.exp(top - safe[None, :]), axis=0)
-        lse = tl.where(norm > 0, safe + tl.log(tl.where(norm > 0, norm, 1.0)), float("-inf"))
+            top, total = add_exponentials(top, total, score)
+        lse = log_of_columns(top, total)  # [N]
         tl.store(lse_ptr + (pair * num_splits + split) * GROUP_P + n, lse, mask=n < GROUP)
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..selectors import log_sum
 from ..statistics import Blocks, as_factor
+from .running_sum import add_exponentials, log_of_columns
 
 
 @triton.jit
@@ -121,13 +122,7 @@ def score_units(
             if WRITE_MASS:
                 tl.store(mass_ptr + out, log_sum(mass), mask=stored)
             score = tl.where(stored, score, float("-inf"))
-            new_top = tl.maximum(top, score)
-            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-            total = total * tl.exp(top - safe) + tl.exp(score - safe)
-            top = new_top
-        best = tl.max(top, axis=0)  # [N]
-        safe = tl.where(best == float("-inf"), 0.0, best)
-        mass_sum = tl.sum(total * tl.exp(top - safe[None, :]), axis=0)
-        lse = tl.where(mass_sum > 0, safe + tl.log(tl.where(mass_sum > 0, mass_sum, 1.0)), float("-inf"))
+            top, total = add_exponentials(top, total, score)
+        lse = log_of_columns(top, total)  # [N]
         lse_row = ((query_row * num_kv_heads + head) * num_splits + split) * GROUP_P + member
         tl.store(lse_ptr + lse_row, lse, mask=exists)
