@@ -8,6 +8,7 @@ import torch
 from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import make_residual
 from ..algorithm.selectors import get_selector, stored_formats
+from ..algorithm.sketch import BYTES_PER_CHUNK, CHUNK, num_chunks
 from ..algorithm.statistics_format import Formats, decode, encode
 
 STAMP_WORDS = 4  # int32: salt_lo, salt_hi, counter, page id
@@ -36,6 +37,7 @@ class PageLayout:
         selection_block: Tokens a selection block; divides `page_size`.
         statistics_width: Elements a selection block's statistics take (`Selector.width`).
         formats: How they are stored where they take a byte each; None: in the cache dtype.
+        has_sketch: Whether a sketch of the keys follows them (`algorithm/sketch.py`).
     """
 
     page_size: int
@@ -44,6 +46,7 @@ class PageLayout:
     selection_block: int
     statistics_width: int
     formats: Formats | None = None
+    has_sketch: bool = False
 
     @property
     def blocks_per_page(self) -> int:
@@ -67,13 +70,24 @@ class PageLayout:
 
     @property
     def statistics_bytes(self) -> int:
-        """Bytes of the statistics area in use, stamp excluded."""
+        """Bytes of the statistics, a multiple of 16; where there is a sketch, it begins behind them."""
         return self.blocks_per_page * self.statistics_stride * self.statistics_itemsize
+
+    @property
+    def sketch_scales(self) -> int:
+        """Bytes from the begin of the sketch to its scales, behind all tokens' codes."""
+        return self.page_size * num_chunks(self.head_size) * CHUNK // 2
+
+    @property
+    def sketch_bytes(self) -> int:
+        """Bytes of the sketch, a multiple of 16."""
+        return self.page_size * num_chunks(self.head_size) * BYTES_PER_CHUNK if self.has_sketch else 0
 
     @property
     def statistics_rows(self) -> int:
         """Rows of `2 * head_size` elements behind a page's tokens (`r` in docs/design.md)."""
-        return _ceil_div(self.statistics_bytes + STAMP_WORDS * 4, 2 * self.head_size * self.itemsize)
+        used = self.statistics_bytes + self.sketch_bytes + STAMP_WORDS * 4
+        return _ceil_div(used, 2 * self.head_size * self.itemsize)
 
     def area(self, pages: torch.Tensor) -> torch.Tensor:
         """Statistics areas `[..., statistics_rows * 2 * head_size]` of pages `[..., rows, 2 * head_size]`, a view."""
@@ -103,6 +117,14 @@ class PageLayout:
     def statistics(self, pages: torch.Tensor) -> torch.Tensor:
         """Statistics `[..., blocks_per_page, statistics_width]` float32 in pages `[..., rows, 2 * head_size]`."""
         return self.load(self.area(pages))
+
+    def sketch(self, area: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes `[..., page_size, chunks * 16]` uint8 and scales `[..., page_size, chunks]` float16 in a whole area,
+        views (`algorithm.sketch.sketch`)."""
+        begin, chunks = self.statistics_bytes, num_chunks(self.head_size)
+        of_sketch = area.view(torch.uint8)[..., begin : begin + self.sketch_bytes]
+        codes, scales = of_sketch[..., : self.sketch_scales], of_sketch[..., self.sketch_scales :].view(torch.float16)
+        return codes.unflatten(-1, (self.page_size, -1)), scales.unflatten(-1, (self.page_size, chunks))
 
     @property
     def rows(self) -> int:
@@ -155,7 +177,9 @@ class StateLayout:
 def layouts(params: SplaParameters, head_size: int, dtype: torch.dtype) -> tuple[PageLayout, StateLayout]:
     """Pages and recurrent states of a layer whose cache is of `dtype`; without a residual the state has no rows."""
     width, formats = get_selector(params.selector).width(head_size), stored_formats(params, head_size)
-    page = PageLayout(params.page_size, head_size, dtype.itemsize, params.selection_block, width, formats)
+    page = PageLayout(
+        params.page_size, head_size, dtype.itemsize, params.selection_block, width, formats, params.has_sketch
+    )
     residual = make_residual(params, head_size)
     s_rows, z_size = (residual.s_rows, residual.z_size) if residual else (0, 0)
     return page, StateLayout(page, s_rows, z_size)

@@ -25,6 +25,8 @@ class SplaParameters:
         fine_block: Tokens a fine block (`f`), divides `selection_block`: selection in two levels
             (`spla_backend.algorithm.two_level`); 0 selects whole selection blocks.
         candidate_factor: Candidates of the fine level, in budgets, at least 2.
+        fine_source: What the fine level reads of candidates: `keys`, or `int4`, a sketch of them in the page
+            (`spla_backend.algorithm.sketch`).
         top_p: Stop selecting once this share of the estimated mass is covered; None keeps the whole budget.
         residual: `regression`, `linear` (the paper's) or `none`.
         feature_map: Name of a feature map, used by the `linear` residual.
@@ -42,6 +44,7 @@ class SplaParameters:
     statistics_dtype: str = "auto"
     fine_block: int = 0
     candidate_factor: int = 4
+    fine_source: str = "keys"
     top_p: float | None = None
     residual: str = "regression"
     feature_map: str = "softmax"
@@ -52,6 +55,11 @@ class SplaParameters:
     @property
     def blocks_per_page(self) -> int:
         return self.page_size // self.selection_block
+
+    @property
+    def has_sketch(self) -> bool:
+        """Whether pages hold a sketch of their keys."""
+        return self.fine_block > 0 and self.fine_source == "int4"
 
     @property
     def attended_block(self) -> int:

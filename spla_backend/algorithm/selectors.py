@@ -29,6 +29,9 @@ class Selector(ABC):
     """Whether `mass` exists: a bound (`quest`) ranks blocks but does not estimate how much they hold."""
     score_is_mass: bool = False
     """Whether `mass` is `score`, so that one number a block does for both."""
+    mean_first: bool = False
+    """Whether the statistics of a block begin with the mean of its keys, from which a sketch of them counts
+    (`sketch.py`)."""
     sets_per_block: int = 1
     """Sets of vectors that a query is multiplied with to score a block: launches of twice as many take half the blocks
     at a time."""
@@ -134,6 +137,7 @@ class MeanSelector(Selector):
 
     name = "mean"
     score_is_mass = True
+    mean_first = True
 
     def width(self, head_size: int) -> int:
         return head_size
@@ -152,6 +156,8 @@ class MeanSelector(Selector):
 
 class _MomentSelector(Selector):
     """Selectors on the mean and the diagonal of the covariance: `log b + q . mu + f(q^T Sigma q)`."""
+
+    mean_first = True
 
     def width(self, head_size: int) -> int:
         return 2 * head_size

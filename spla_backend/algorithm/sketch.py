@@ -1,0 +1,60 @@
+"""A sketch of keys in 4 bits an element: what the fine level may read in place of the keys (docs/design.md, 1 and 5).
+
+A key, less the mean of its selection block as the statistics have it, is cut into chunks of 32 channels. Of a chunk are
+kept a scale, by which the element farthest from 0 becomes -8, and of each element the nearest of the 16 multiples
+`-8 .. 7` of the scale. The last chunk of a head that is no multiple of 32 is filled up with zeros.
+"""
+
+import torch
+
+from .parameters import SplaParameters
+from .selectors import block_statistics
+
+CHUNK = 32
+"""Channels that share a scale."""
+BYTES_PER_CHUNK = CHUNK // 2 + 2
+"""Of a token: codes and scale."""
+FINE_SOURCES = ("keys", "int4")
+"""What the fine level reads: the keys themselves, or this sketch of them."""
+
+
+def num_chunks(head_size: int) -> int:
+    """Chunks of a key."""
+    return -(-head_size // CHUNK)
+
+
+def sketch(keys: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of keys.
+
+    Args:
+        keys: `[..., head_size]` floating point, as they are stored.
+        centre: What is taken off them first, of a shape that broadcasts.
+
+    Returns:
+        Codes `[..., chunks * 16]` uint8, 8 more than the multiples: byte `i` has that of channel `2 i` in its lower half and
+        that of `2 i + 1` in its upper one; scales `[..., chunks]` float16.
+    """
+    rest = keys - centre
+    chunks = torch.nn.functional.pad(rest, (0, -rest.shape[-1] % CHUNK)).unflatten(-1, (-1, CHUNK))
+    high, low = chunks.amax(-1), -chunks.amin(-1)
+    limit = torch.finfo(torch.float16).max
+    scales = (torch.where(high >= low, -high, low) / 8).clamp(-limit, limit).half()
+    scale = scales.to(chunks.dtype)[..., None]
+    multiples = torch.where(scale == 0, 0, chunks / scale).round().clamp(-8, 7)
+    codes = (multiples + 8).to(torch.uint8).unflatten(-1, (-1, 2))
+    return (codes[..., 0] | codes[..., 1] << 4).flatten(-2), scales
+
+
+def unsketch(codes: torch.Tensor, scales: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
+    """What a sketch says the keys are, `[..., head_size]`, in the dtype of `centre`; arguments as of `sketch`."""
+    multiples = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).to(centre.dtype) - 8
+    rest = (multiples.unflatten(-1, (-1, CHUNK)) * scales.to(centre.dtype)[..., None]).flatten(-2)
+    return rest[..., : centre.shape[-1]] + centre
+
+
+def read_keys(keys: torch.Tensor, params: SplaParameters) -> torch.Tensor:
+    """Keys of whole selection blocks `[..., blocks, block_size, head_size]` as the fine level reads them."""
+    if params.fine_source == "keys":
+        return keys
+    centre = block_statistics(keys, params)[..., None, : keys.shape[-1]]
+    return unsketch(*sketch(keys.detach(), centre.detach()), centre.detach())
