@@ -31,8 +31,8 @@ def sketch(keys: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, torc
         centre: What is taken off them first, of a shape that broadcasts.
 
     Returns:
-        Codes `[..., chunks * 16]` uint8, 8 more than the multiples: byte `i` has that of channel `2 i` in its lower half and
-        that of `2 i + 1` in its upper one; scales `[..., chunks]` float16.
+        Codes `[..., chunks * 16]` uint8, 8 more than the multiples: the lower half of byte `i` is of channel `2 i`, the
+        upper half of `2 i + 1`; scales `[..., chunks]` float16.
     """
     rest = keys - centre
     chunks = torch.nn.functional.pad(rest, (0, -rest.shape[-1] % CHUNK)).unflatten(-1, (-1, CHUNK))
