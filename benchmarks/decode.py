@@ -53,6 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
 from spla_backend.algorithm.selectors import get_selector
+from spla_backend.algorithm.sketch import sketch
 from spla_backend.evaluate.variants import bytes_read
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
 from spla_backend.kernels.gpu.layer import GpuLayer
@@ -89,6 +90,7 @@ class Shape:
     statistics_dtype: str = "auto"
     fine_block: int = 0  # tokens a fine block; 0: one level
     candidates: int = 0  # of the fine level, in budgets
+    fine_source: str = "keys"
 
     @property
     def budget_blocks(self) -> int:
@@ -108,6 +110,7 @@ class Shape:
             statistics_dtype=self.statistics_dtype,
             fine_block=self.fine_block,
             candidate_factor=self.candidates,
+            fine_source=self.fine_source,
         )
 
     def op(self, executor: str = "spla") -> DecodeSteps:
@@ -157,6 +160,10 @@ class Pool:
             part.normal_()
             keys = part[:, :, :page, :HEAD_SIZE].float().unflatten(2, (-1, layer.params.selection_block))
             layout.store(layout.area(part), selector.statistics(keys))
+            if layout.has_sketch:
+                mean = layout.statistics(part)[..., None, :HEAD_SIZE]
+                for to, of in zip(layout.sketch(layout.area(part)), sketch(keys, mean), strict=True):
+                    to[:] = of.flatten(2, 3)
             ids = torch.arange(start, start + len(part), dtype=torch.int32, device=DEVICE)
             words[start : start + 1024, :, -4:] = ids[:, None, None]
         order = torch.randperm(num_pages, device=DEVICE).to(torch.int32)

@@ -10,7 +10,9 @@
 //   1. score the units (selection blocks) of the block's share, or fetch the scores that were made ahead; meanwhile one warp
 //      asks whether the recurrent state is valid for this sequence. Where it lacks pages, fold them in
 //   2. normalisers of all heads are exchanged, then histograms of the group scores; with them every block knows which of its
-//      units are selected but for those near the threshold, and sends both kinds to all blocks, which rank the latter
+//      units are selected but for those near the threshold, and sends both kinds to all blocks, which rank the latter.
+//      With two levels (FINE) these are the candidates: their fine blocks are scored by the sketches of their keys, dealt out to
+//      the blocks anew, and chosen among in the same way
 //   3. each block attends to its share of the selected tokens, and reads its rows of the state
 //   4. partial results are merged over warps; each block gets the columns of the output that are its own from all others
 //
@@ -19,11 +21,13 @@
 // Statistics in fp8 become float16 in registers, and meet the query in it.
 //
 // Floor, bytes a (row, kv head): `2 D` elements, or bytes, a unit and 4 bytes a page; `2 D` elements a selected token;
-// `(D + 2) D` float32 of state. FLOP: `4 GROUP D` a unit, `8 GROUP D` a selected token, on tensor cores that are mostly empty.
+// `(D + 2) D` float32 of state; with two levels `9 D / 16` bytes a token of the candidates, and their mean again. FLOP:
+// `4 GROUP D` a unit, `8 GROUP D` a selected token, `2 GROUP D` a token of the candidates, on tensor cores that are mostly empty.
 //
 // Compiled with: D, GROUP, PAGE, UNIT (tokens a selection block), FP16 (0: bf16), FP8 (statistics are bytes), SELECTOR, RESIDUAL (0 none,
 // 1 regression), NUM_BLOCKS, BODY (state blocks a request, body rows a block), STAMP_WORD, MAGIC, LOG_UNIT (log of UNIT),
-// BLOCKS (of a cluster), TABLE (1: the row's block table fits into shared memory, too), SCORED (1: scores are made ahead).
+// FINE (tokens a fine block: 16, or 0 for one level), SKETCH_AT, SKETCH_SCALES (bytes from a page's first token to the sketch of its
+// keys, from there to its scales), BLOCKS (of a cluster), TABLE (1: the row's block table fits into shared memory, too), SCORED (1: scores are made ahead).
 
 namespace spla {
 
@@ -46,6 +50,9 @@ constexpr int THREADS = WARPS * 32;
 constexpr int ROW = 2 * D;                 // elements of a row
 constexpr int ROW_BYTES = 2 * ROW;
 constexpr int UNITS_PER_PAGE = PAGE / UNIT;
+constexpr int FINE_PER_UNIT = FINE ? UNIT / (FINE ? FINE : 1) : 1;
+constexpr int ATTENDED = UNIT / FINE_PER_UNIT;  // tokens of what is attended to: a fine block, or a unit where there is one level
+constexpr int ATTENDED_PER_PAGE = PAGE / ATTENDED;
 constexpr int STRIDE = ROW_BYTES + 16;     // bytes between rows in shared memory: eight rows lie in different banks
 constexpr int TILE = 16;                   // rows of a matrix tile
 constexpr int RING_ROWS = 4096 / D;                      // rows of the cache dtype that a warp has in flight
@@ -86,6 +93,13 @@ constexpr float LN2 = 0.6931471805599453f;
 
 static_assert(COLUMN_TILES * 8 * PART_STRIDE * 4 <= RING_BYTES, "a warp's partial result fits into its ring");
 
+// The sketch of a unit: of each token `KEY_CHUNKS` pieces of 16 bytes, 32 codes each, and as many scales. The unit's mean is read again.
+constexpr int KEY_CHUNKS = D / 32;
+constexpr int CODE_BYTES = UNIT * D / 2, SCALE_BYTES = UNIT * D / 16, MEAN_BYTES = STATISTIC_BYTES / 2;
+constexpr int SKETCH_STRIDE = CODE_BYTES + SCALE_BYTES + MEAN_BYTES;
+constexpr int SKETCHES = RING_BYTES / SKETCH_STRIDE;     // that a warp has in flight
+static_assert(!FINE || (FINE == TILE && SKETCHES > 0), "a fine block is a tile, and its unit's sketch fits into a warp's ring");
+
 struct Params {
     const u16 *query;        // [tokens, H, D], unscaled
     const u16 *kv;           // [pages, G, PAGE + r, 2 D]
@@ -98,6 +112,8 @@ struct Params {
     const int *state_table;  // [rows, NUM_BLOCKS]
     int *table;              // [tokens, G, table_width]: ids of the selected units, ascending, the current one last
     int *count;              // [tokens, G]
+    int *candidates;         // [tokens, G, max_candidates]: as `table`, of units, where FINE
+    int *candidate_count;    // [tokens, G]
     float *scores, *mass;    // [rows, G, max_units, GP]: what `spla_score_units` writes, where SCORED; for TAYLOR2 the same array
     i64 query_token_stride, query_head_stride;
     i64 page_stride, head_stride;              // elements
@@ -105,7 +121,7 @@ struct Params {
     i64 output_token_stride, output_head_stride;
     i64 block_table_stride, state_table_stride;
     int num_rows, num_kv_heads, last_page, max_units, table_width;
-    int budget, first, last;  // units
+    int budget, first, last, max_candidates;  // units
     int early;                // 1: the launch before this one writes no statistics but those of pages that it completes
     float scale, residual_scale;
 };
@@ -330,9 +346,12 @@ DEVICE Forms forms_of(u16 raw, float scale, float to_1024) {
 struct Shared {
     char *ring;       // [WARPS][RING_BYTES]
     u32 *keys;        // [share]: of this block's units: bits of a bound less the group score, so that the least is the best
-    float *score;     // [share][GP]: of this block's units
+    float *score;     // [share][GP]: of this block's units, then of the fine blocks of its candidates
     float *mass;      // [share][GP], where there is a residual
-    int *list;        // [budget]: selected units, where some are left out
+    int *list;        // [budget]: selected blocks, where some are left out; before, candidates in any order
+    int *candidates;  // [max_candidates]: units, ascending, where FINE
+    u32 *fine_keys;   // [fine_share]: as `keys`, of the fine blocks of this block's candidates, behind their scores; `keys` then
+                      // counts how many of its fine blocks a unit has in the list
     u16 *query;       // [QUERIES][8][QUERY_STRIDE]: q; q^2 in two parts, normalised; q as the statistics meet it where that
                       // is another; row `r` is head `r % GP`
     float *scaled;    // [GP][D]: q times the softmax scale
@@ -344,7 +363,8 @@ struct Shared {
     u32 *bins;        // [BIN_WORDS]: units a bin, forced ones left out, of this block
     u32 *all_bins;    // [2][BLOCKS][BIN_WORDS]: of all blocks, in turns
     Pair *members;    // [MEMBERS]: key and index of the units in the bin of the threshold
-    float *lse;       // [GP], of all scores
+    float *lse;       // [GP], of all scores of units
+    float *fine_lse;  // [GP], of all scores of fine blocks
     float *scalars;   // [MAX_CLUSTER][SCALARS][GP]: of all blocks
     float *warp;      // [WARPS][SCALARS][GP]
     float *final_;    // [MAX_CLUSTER + 4][GP]
@@ -355,23 +375,28 @@ struct Shared {
 
 // Units of a block's share.
 DEVICE int share_of(int units) { return (ceil_div(units, BLOCKS) + 3) / 4 * 4; }
+// Candidates of a block.
+DEVICE int candidate_share(int candidates) { return ceil_div(candidates, BLOCKS); }
 
 // `kernels/gpu/decode/fused.py: shared_bytes` adds up the same.
 DEVICE Shared carve(char *base, const Params &p) {
     Shared s;
     char *at = base;
-    int share = share_of(p.max_units);
+    int share = share_of(p.max_units), fine_share = FINE ? candidate_share(p.max_candidates) * FINE_PER_UNIT : 0;
+    int scores = max_(share * GP, fine_share * (GP + 1));
 #define TAKE(field, type, n) s.field = (type *)at; at += ((n) * sizeof(type) + 15) / 16 * 16;
     TAKE(ring, char, WARPS * RING_BYTES)
     TAKE(keys, u32, share)
-    TAKE(score, float, share * GP)
+    TAKE(score, float, scores)
+    s.fine_keys = (u32 *)s.score + fine_share * GP;
     // No block needs the scores of single heads any more when partial results are sent.
     s.part = s.score;
-    if (share * GP < BLOCKS * PART_ROWS * SLICE * 4) {
+    if (scores < BLOCKS * PART_ROWS * SLICE * 4) {
         TAKE(part, float, BLOCKS * PART_ROWS * SLICE * 4)
     }
     TAKE(mass, float, RESIDUAL ? share * GP : 0)
-    TAKE(list, int, p.budget)
+    TAKE(list, int, max_(p.budget * FINE_PER_UNIT, FINE ? p.max_candidates : 0))
+    TAKE(candidates, int, FINE ? p.max_candidates : 0)
     TAKE(query, u16, QUERIES * 8 * QUERY_STRIDE)
     TAKE(scaled, float, GP * D)
     TAKE(restore, float, GP)
@@ -381,6 +406,7 @@ DEVICE Shared carve(char *base, const Params &p) {
     TAKE(all_bins, u32, 2 * BLOCKS * BIN_WORDS)
     TAKE(members, Pair, MEMBERS)
     TAKE(lse, float, GP)
+    TAKE(fine_lse, float, FINE ? GP : 0)
     TAKE(scalars, float, MAX_CLUSTER * SCALARS * GP)
     TAKE(warp, float, WARPS * SCALARS * GP)
     TAKE(final_, float, (MAX_CLUSTER + 4) * GP)
@@ -411,9 +437,9 @@ DEVICE const u16 *page_at(const Row &row, int id) {
     return row.kv + (i64)within_cache(row, id) * row.page_stride;
 }
 
-// Of the page that has a unit.
-DEVICE int page_id(const Shared &s, const Row &row, int unit) {
-    return within_cache(row, (TABLE ? s.table : row.pages)[unit / UNITS_PER_PAGE]);
+// Of a page by its number in the sequence.
+DEVICE int page_id(const Shared &s, const Row &row, int index) {
+    return within_cache(row, (TABLE ? s.table : row.pages)[index]);
 }
 
 // Where the statistics of a unit stand, in `STEP` bytes from `row.kv` on, so that one register has it.
@@ -680,7 +706,7 @@ DEVICE void score_units(const Shared &s, const Row &row, const Params &p, int fi
     u32 next = 0;  // place of this lane's unit of the tiles to be asked for next: `TILE` lanes a tile
     auto look_up = [&](int k) {
         int unit = unit_of(first, num, warp, k + (TILES > 1 ? lane / TILE : 0), lane % TILE);
-        return place_of(row, page_id(s, row, unit), unit);
+        return place_of(row, page_id(s, row, unit / UNITS_PER_PAGE), unit);
     };
     if (STAGES < tiles) next = look_up(STAGES);
 
@@ -852,8 +878,10 @@ DEVICE void fetch_scores(const Shared &s, const Params &p, i64 pair, int first, 
     fetch(s.score, p.scores);
     if (RESIDUAL) fetch(s.mass, p.mass);
 }
+#endif
 
-// Their maximum of a warp's share and sum of exponentials from it, in `s.warp [warp][2][GP]`.
+#if SCORED || FINE
+// Maximum of a warp's share of scores that stand in `s.score`, and sum of exponentials from it, in `s.warp [warp][2][GP]`.
 DEVICE void norms_of_scores(const Shared &s, int num, int warp, int lane) {
     float top = -infinity(), sum = 0.0f;  // of head `lane % GP`
     int begin = warp * 32 + lane;
@@ -912,8 +940,8 @@ DEVICE Forced forced_units(const Row &row, const Params &p) {
 DEVICE bool is_forced(const Forced &f, int unit) { return unit < f.leading || unit >= f.trailing; }
 DEVICE int forced_before(const Forced &f, int unit) { return min_(unit, f.leading) + max_(unit - f.trailing, 0); }
 
-// Keys of this block's units, from the group scores.
-DEVICE void make_keys(const Shared &s, const Forced &forced, int first, int num, int tid) {
+// Keys of this block's units, or fine blocks, from the scores in `s.score`; normalisers to `to_lse`.
+DEVICE void make_keys(const Shared &s, u32 *keys, float *to_lse, const Forced &forced, int first, int num, int tid) {
     int lane = tid % 32;
     // Normalisers over the blocks: a lane has head `lane % GP` of every so many-th block.
     constexpr int ROUNDS = (BLOCKS * GP + 31) / 32;
@@ -932,7 +960,7 @@ DEVICE void make_keys(const Shared &s, const Forced &forced, int first, int num,
 #pragma unroll
     for (int other = GP; other < 32; other *= 2) sum += shuffle_xor(sum, other);
     float log_sum = log_(sum), mine = top + log_sum;
-    if (tid < GP) s.lse[tid] = mine;
+    if (tid < GP) to_lse[tid] = mine;
     // No group score is larger than the bound.
     float lse[GROUP], bound = -infinity();
 #pragma unroll
@@ -956,7 +984,7 @@ DEVICE void make_keys(const Shared &s, const Forced &forced, int first, int num,
         for (int h = 0; h < GROUP; h++) total += exp_(x[h] - anchor);
         float less = bound - (anchor + log_(total));
         u32 key = less == less ? (u32)as_int(max_(less, 0.0f)) : END_OF_KEYS - 1;  // NaN is last
-        s.keys[i] = is_forced(forced, first + i) ? FORCED : key;
+        keys[i] = is_forced(forced, first + i) ? FORCED : key;
     }
 }
 
@@ -966,12 +994,13 @@ struct Bins {
     int shift;
 };
 
-// The list of the `n_complete` units that are selected: the forced ones, and of the others the `free` of least key, ties to
-// the lower index. First what is surely selected, in ascending order, then the rest by key. This block's masses of selected
-// units are removed. `between` runs while the blocks wait for each other.
-template <typename F>
+// The list of the `n_complete` units, or fine blocks, that are selected: the forced ones, and of the others the `free` of least
+// key, ties to the lower index. First what is surely selected, in ascending order, then the rest by key. `name(i)` is what the
+// list has of the `i`-th of all, `taken(i)` hears of those of this block; `between` runs while the blocks wait for each other.
+template <typename N, typename T, typename F>
 DEVICE void select(
-    const Shared &s, const Forced &forced, int n_complete, int first, int num, int rank, int tid, F between) {
+    const Shared &s, const u32 *keys, const Forced &forced, int n_complete, int first, int num, int rank, int tid, N name, T taken,
+    F between) {
     int lane = tid % 32, warp = tid / 32;
     Mine units = units_of(num, warp);
     int free = n_complete - forced_before(forced, forced.num_units);
@@ -990,7 +1019,7 @@ DEVICE void select(
         };
 #pragma unroll 1
         for (int i = units.start + lane; i < units.stop; i += 32) {
-            u32 key = s.keys[i];
+            u32 key = keys[i];
             if (key >= range.lower && key < range.upper) {
                 int bin = bin_of(key);
                 add_to(s.bins + bin / 2, bin % 2 ? 65536u : 1u);
@@ -1064,7 +1093,7 @@ DEVICE void select(
     u32 counts = 0;  // of the first kind, and of the second in the upper half
     auto kind = [&](u32 key) { return key == FORCED || key < range.lower ? 1u : key < range.upper ? 65536u : 0u; };
 #pragma unroll 1
-    for (int i = units.start + lane; i < units.stop; i += 32) counts += kind(s.keys[i]);
+    for (int i = units.start + lane; i < units.stop; i += 32) counts += kind(keys[i]);
     counts = warp_sum(counts);
     if (lane == 0) s.count[warp] = counts;
     sync_block();
@@ -1076,7 +1105,7 @@ DEVICE void select(
 #pragma unroll 1
     for (int base = units.start; base < units.stop; base += 32) {
         int i = base + lane;
-        u32 key = i < units.stop ? s.keys[i] : END_OF_KEYS;
+        u32 key = i < units.stop ? keys[i] : END_OF_KEYS;
         u32 mine = kind(key);
         u32 all_sure = ballot(mine == 1), all_members = ballot(mine == 65536);
         u32 lanes_before = (1u << lane) - 1;
@@ -1088,11 +1117,8 @@ DEVICE void select(
         }
         if (selected) {
 #pragma unroll
-            for (int b = 0; b < BLOCKS; b++) *of_block(s.list + min_(place, n_complete - 1), b) = first + i;
-#if RESIDUAL
-#pragma unroll
-            for (int h = 0; h < GP; h++) s.mass[i * GP + h] = -infinity();
-#endif
+            for (int b = 0; b < BLOCKS; b++) *of_block(s.list + min_(place, n_complete - 1), b) = name(first + i);
+            taken(i);
         } else if (mine == 65536 && ranked) {
 #pragma unroll
             for (int b = 0; b < BLOCKS; b++) *of_block(s.members + min_(member, MEMBERS - 1), b) = {{key, (u32)(first + i)}};
@@ -1119,14 +1145,147 @@ DEVICE void select(
             }
             if (place >= wanted) continue;
             int unit = (int)mine.x[1], own = unit - first;
-            if (lane == 0) s.list[min_(sure + place, n_complete - 1)] = unit;
-#if RESIDUAL
-            if (lane < GP && own >= 0 && own < num) s.mass[own * GP + lane] = -infinity();
-#endif
+            if (lane == 0) {
+                s.list[min_(sure + place, n_complete - 1)] = name(unit);
+                if (own >= 0 && own < num) taken(own);
+            }
         }
     }
     sync_block();
 }
+
+#if FINE
+// ---------------------------------------------------------------------------------------------------- the fine level
+
+// Candidates in ascending order, from the list.
+DEVICE void sort_candidates(const Shared &s, int num, int tid) {
+#pragma unroll 1
+    for (int i = tid; i < num; i += THREADS) {
+        int unit = s.list[i], place = 0;
+#pragma unroll 8
+        for (int k = 0; k < num; k++) place += s.list[k] < unit;
+        s.candidates[place] = unit;
+    }
+}
+
+// Where a piece of 16 bytes stands in the ring, so that eight tokens' words of one chunk lie in different banks.
+DEVICE int piece_at(int token, int chunk) {
+    return token * KEY_CHUNKS + (chunk ^ token * KEY_CHUNKS / 8 % KEY_CHUNKS);
+}
+
+// Ask for sketch and mean of a warp's `k`-th candidate.
+DEVICE void issue_sketch(const Shared &s, const Row &row, int unit, int k, int warp, int lane) {
+    const char *page = (const char *)(row.kv + page_id(s, row, unit / UNITS_PER_PAGE) * row.page_stride);
+    const char *codes = page + SKETCH_AT + unit % UNITS_PER_PAGE * CODE_BYTES;
+    const char *scales = page + SKETCH_AT + SKETCH_SCALES + unit % UNITS_PER_PAGE * SCALE_BYTES;
+    const char *mean = page + PAGE * ROW_BYTES + unit % UNITS_PER_PAGE * STATISTIC_BYTES;
+    char *to = s.ring + warp * RING_BYTES + k % SKETCHES * SKETCH_STRIDE;
+#pragma unroll
+    for (int i = lane; i < CODE_BYTES / 16; i += 32) copy_in(to + piece_at(i / KEY_CHUNKS, i % KEY_CHUNKS) * 16, codes + i * 16);
+#pragma unroll
+    for (int i = lane; i < SCALE_BYTES / 16; i += 32) copy_in(to + CODE_BYTES + i * 16, scales + i * 16);
+    if (lane < MEAN_BYTES / 16) copy_in(to + CODE_BYTES + SCALE_BYTES + lane * 16, mean + lane * 16);
+}
+
+// The halves of a word have codes 0 and 4, 1 and 5, ...: `j` names the pair. As numbers of the cache dtype they are multiples of
+// `CODE_UNIT`, 0 is `CODE_ZERO`: with bf16 128 more than the code; float16 has codes as its least numbers.
+constexpr float CODE_UNIT = FP16 ? 1.0f / (1 << 24) : 1.0f;
+constexpr float CODE_ZERO = FP16 ? 8.0f / (1 << 24) : 136.0f;
+DEVICE u32 code_pair(u32 word, int j) { return (word >> 4 * j & 0x000f000fu) | (FP16 ? 0u : 0x43004300u); }
+
+// Log masses of the fine blocks of this block's candidates, `num` from the `first`-th on, to `s.score`.
+DEVICE void score_fine(const Shared &s, const Row &row, const Params &p, int first, int num, int warp, int lane) {
+    int count = num > warp ? ceil_div(num - warp, WARPS) : 0;
+#pragma unroll
+    for (int k = 0; k < SKETCHES; k++) {
+        if (k < count) issue_sketch(s, row, s.candidates[first + warp + k * WARPS], k, warp, lane);
+        close_copies();
+    }
+    // Heads are the columns. A word of a lane has the codes of eight neighbouring channels, which meet the same eight of q.
+    int l = lane % 4, token = lane / 4;
+    u32 q[D / 16][2];
+    float less[KEY_CHUNKS][2];  // what the products with codes have too much, of a lane's heads
+    constexpr u32 ONES = FP16 ? 0x3c003c00u : 0x3f803f80u;
+    const u16 *query = s.query + lane / 4 * QUERY_STRIDE, *of_mean = query + (OWN_QUERY ? 24 * QUERY_STRIDE : 0);
+#pragma unroll
+    for (int c = 0; c < KEY_CHUNKS; c++) {
+        Words x = *(const Words *)(query + c * 32 + l * 8);
+        float sum[4] = {};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {  // of channels 0 .. 7 the pairs 0 4, 1 5; then 2 6, 3 7
+            q[2 * c + i][0] = (x.x[i] & 0xffffu) | x.x[2 + i] << 16;
+            q[2 * c + i][1] = x.x[i] >> 16 | (x.x[2 + i] & 0xffff0000u);
+            multiply(sum, ONES, ONES, ONES, ONES, q[2 * c + i][0], q[2 * c + i][1]);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) less[c][j] = -CODE_ZERO * sum[j];
+    }
+#pragma unroll 1
+    for (int k = 0; k < count; k++) {
+        wait_copies<SKETCHES - 1>();
+        sync_warp();
+        const char *ring = s.ring + warp * RING_BYTES + k % SKETCHES * SKETCH_STRIDE;
+        // The mean is the first row of a tile whose others are zero.
+        float mean[4] = {};
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) {
+            Pair b = *(const Pair *)(of_mean + i * 16 + l * 4);
+            const char *from = ring + CODE_BYTES + SCALE_BYTES + i * (FP8 ? 16 : 32) + l * (FP8 ? 4 : 8);
+#if FP8
+            u32 x = lane < 4 ? *(const u32 *)from : 0;
+            multiply_half(mean, e4m3_lower(x), 0, e4m3_upper(x), 0, b.x[0], b.x[1]);
+#else
+            Pair x = {{0, 0}};
+            if (lane < 4) x = *(const Pair *)from;
+            multiply(mean, x.x[0], 0, x.x[1], 0, b.x[0], b.x[1]);
+#endif
+        }
+        float base[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) base[j] = shuffle(mean[j], l) * p.scale;
+        // Lane `8 c + r` names the piece of chunk `c` of a tile's row `r`, so that a lane gets its word of each chunk.
+        int matrix = lane / 8 % KEY_CHUNKS;
+        const u16 *scales = (const u16 *)(ring + CODE_BYTES);
+#pragma unroll
+        for (int fine = 0; fine < FINE_PER_UNIT; fine++) {
+            float logit[4] = {};
+            u32 words[2][4], of_row[2][(KEY_CHUNKS + 1) / 2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int first_row = fine * TILE + i * 8;
+                load_tiles(words[i], ring + piece_at(first_row + lane % 8, matrix) * 16);
+#pragma unroll
+                for (int c = 0; c < KEY_CHUNKS; c += 2) of_row[i][c / 2] = *(const u32 *)(scales + (first_row + token) * KEY_CHUNKS + c);
+            }
+#pragma unroll
+            for (int c = 0; c < KEY_CHUNKS; c++) {
+                float of_chunk[4] = {less[c][0], less[c][1], less[c][0], less[c][1]};
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    multiply(
+                        of_chunk, code_pair(words[0][c], 2 * i), code_pair(words[1][c], 2 * i), code_pair(words[0][c], 2 * i + 1),
+                        code_pair(words[1][c], 2 * i + 1), q[2 * c + i][0], q[2 * c + i][1]);
+#pragma unroll
+                for (int j = 0; j < 4; j++) logit[j] += half_to_float((u16)(of_row[j / 2][c / 2] >> c % 2 * 16)) * of_chunk[j];
+            }
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float a = logit[j] * (p.scale / CODE_UNIT), b = logit[2 + j] * (p.scale / CODE_UNIT), top = max_(a, b);
+#pragma unroll
+                for (int other = 4; other < 32; other *= 2) top = max_(top, shuffle_xor(top, other));
+                float sum = exp_(a - top) + exp_(b - top);
+#pragma unroll
+                for (int other = 4; other < 32; other *= 2) sum += shuffle_xor(sum, other);
+                if (token == 0 && l * 2 + j < GP)
+                    s.score[((warp + k * WARPS) * FINE_PER_UNIT + fine) * GP + l * 2 + j] = base[j] + top + log_(sum);
+            }
+        }
+        sync_warp();  // all lanes have read the sketch
+        if (k + SKETCHES < count) issue_sketch(s, row, s.candidates[first + warp + (k + SKETCHES) * WARPS], k + SKETCHES, warp, lane);
+        close_copies();
+    }
+}
+#endif
 
 // ----------------------------------------------------------------------------------------------------- attention
 
@@ -1134,39 +1293,54 @@ struct Tokens {
     int limit;       // of the list: tokens that exist
     int covered;     // of these, leading ones that the state covers
     int start, stop; // this warp's steps of TOKENS
-    int complete;    // units of complete pages in the list
-    bool all;        // the list is all units there are
+    int complete;    // blocks of complete pages in the list
+    bool all;        // the list is all blocks there are
 };
 
-DEVICE int listed_unit(const Shared &s, const Row &row, const Tokens &n, int entry) {
-    // Behind the complete units of the list stand the current page's.
-    return n.all ? entry : entry < n.complete ? s.list[entry] : row.num_units + entry - n.complete;
+DEVICE int listed_block(const Shared &s, const Row &row, const Tokens &n, int entry) {
+    // Behind the complete blocks of the list stand the current page's.
+    return n.all ? entry : entry < n.complete ? s.list[entry] : row.num_units * FINE_PER_UNIT + entry - n.complete;
 }
 
 // The selection, in ascending order.
 DEVICE void write_table(const Shared &s, const Row &row, const Params &p, const Tokens &n, i64 token, int tid) {
-    int entries = (n.limit + UNIT - 1) / UNIT;
+    int entries = (n.limit + ATTENDED - 1) / ATTENDED;
     i64 pair = token * p.num_kv_heads + row.head;
 #pragma unroll 1
     for (int i = tid; i < min_(entries, p.table_width); i += THREADS) {
-        int unit = listed_unit(s, row, n, i), place = i;
+        int block = listed_block(s, row, n, i), place = i;
         if (!n.all && i < n.complete) {
             place = 0;
 #pragma unroll 8
-            for (int k = 0; k < n.complete; k++) place += s.list[k] < unit;
+            for (int k = 0; k < n.complete; k++) place += s.list[k] < block;
         }
         p.table[pair * p.table_width + place] =
-            (page_id(s, row, unit) * p.num_kv_heads + row.head) * UNITS_PER_PAGE + unit % UNITS_PER_PAGE;
+            (page_id(s, row, block / ATTENDED_PER_PAGE) * p.num_kv_heads + row.head) * ATTENDED_PER_PAGE + block % ATTENDED_PER_PAGE;
     }
     if (tid == 0) p.count[pair] = entries;
 }
 
-// Ask for the tokens of a warp's `k`-th step, which are of one unit.
+#if FINE
+// The candidates, where some blocks are left out: `num` of complete pages, then the current page's.
+DEVICE void write_candidates(const Shared &s, const Row &row, const Params &p, int num, int num_current, i64 token, int tid) {
+    i64 pair = token * p.num_kv_heads + row.head;
+#pragma unroll 1
+    for (int i = tid; i < num + num_current; i += THREADS) {
+        int unit = i < num ? s.candidates[i] : row.num_units + i - num;
+        p.candidates[pair * p.max_candidates + i] =
+            (page_id(s, row, unit / UNITS_PER_PAGE) * p.num_kv_heads + row.head) * UNITS_PER_PAGE + unit % UNITS_PER_PAGE;
+    }
+    if (tid == 0) p.candidate_count[pair] = num + num_current;
+}
+#endif
+
+// Ask for the tokens of a warp's `k`-th step, which are of one block.
 DEVICE void issue_step(const Shared &s, const Row &row, const Tokens &n, int k, int warp, int lane) {
     int t = (n.start + k) * TOKENS;
-    int unit = listed_unit(s, row, n, t / UNIT);
+    int block = listed_block(s, row, n, t / ATTENDED);
     int r = lane / STATE_LANES;
-    const u16 *from = row.kv + page_id(s, row, unit) * row.page_stride + (unit % UNITS_PER_PAGE * UNIT + t % UNIT + r) * ROW;
+    const u16 *from = row.kv + page_id(s, row, block / ATTENDED_PER_PAGE) * row.page_stride +
+                      (block % ATTENDED_PER_PAGE * ATTENDED + t % ATTENDED + r) * ROW;
     char *to = s.ring + warp * RING_BYTES + (k % STEPS * TOKENS + r) * STRIDE + lane % STATE_LANES * 16;
 #pragma unroll
     for (int j = 0; j < TOKENS; j += STATE_ROWS_AT_ONCE)
@@ -1327,11 +1501,14 @@ DEVICE void attend(
     }
 }
 
-// Mass of this block's units that were not selected, from the normaliser of the scores, which are no smaller.
+// Mass of this block's units that were not selected, of some of them the share that was not, from the normaliser of the scores, which are no smaller.
 DEVICE void mass_of_rest(const Shared &s, int num, int warp, int lane) {
     float anchor = s.lse[lane % GP], sum = 0.0f;
 #pragma unroll 1
-    for (int i = warp * 32 + lane; i < num * GP; i += THREADS) sum += exp_(s.mass[i] - anchor);
+    for (int i = warp * 32 + lane; i < num * GP; i += THREADS) {
+        float left = FINE ? 1.0f - (float)s.keys[i / GP] * (1.0f / FINE_PER_UNIT) : 1.0f;
+        sum += left * exp_(s.mass[i] - anchor);
+    }
 #pragma unroll
     for (int other = GP; other < 32; other *= 2) sum += shuffle_xor(sum, other);
     if (lane < GP) s.warp[(warp * SCALARS + 3) * GP + lane] = sum;
@@ -1533,9 +1710,10 @@ KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
     int target = row.position / PAGE;  // complete pages
     row.num_units = target * UNITS_PER_PAGE;
     int num_current = row.position % PAGE / UNIT + 1;  // units of the current page, the last one partly filled
+    int complete_blocks = row.num_units * FINE_PER_UNIT, current_blocks = row.position % PAGE / ATTENDED + 1;
     Tokens n;
-    n.all = row.num_units + num_current <= p.budget;
-    n.complete = n.all ? row.num_units : p.budget - num_current;
+    n.all = complete_blocks + current_blocks <= p.budget * FINE_PER_UNIT;
+    n.complete = n.all ? complete_blocks : p.budget * FINE_PER_UNIT - current_blocks;
     bool reads = !n.all;  // some units are left out
     int share = share_of(row.num_units);
     int first = min_(rank * share, row.num_units);
@@ -1618,16 +1796,59 @@ KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
     if (RESIDUAL && warp == 0 && rank == 0 && covered < target) write_headers(row, target, lane);
     StateRead state;
     if (reads) {
+        Forced forced = forced_units(row, p);
+        make_keys(s, s.keys, s.lse, forced, first, num, tid);
+        auto same = [](int unit) { return unit; };
+#if FINE
+        int candidates = min_(row.num_units, p.max_candidates - num_current);
+        auto nothing = [](auto...) {};
+        if (candidates == row.num_units) {
+            for (int i = tid; i < candidates; i += THREADS) s.candidates[i] = i;
+            sync_cluster();  // every block has read the normalisers
+        } else {
+            select(s, s.keys, forced, candidates, first, num, rank, tid, same, nothing, nothing);
+            sort_candidates(s, candidates, tid);
+        }
+        if (tid < BIN_WORDS) s.bins[tid] = 0;
+        for (int i = tid; i < num; i += THREADS) s.keys[i] = 0;
+        sync_block();
+        int of_block = candidate_share(candidates), first_candidate = min_(rank * of_block, candidates);
+        int num_candidates = min_(of_block, candidates - first_candidate);
+        score_fine(s, row, p, first_candidate, num_candidates, warp, lane);
+        sync_block();
+        norms_of_scores(s, num_candidates * FINE_PER_UNIT, warp, lane);
+        sync_block();
+        share_norms(s, rank, tid);
+        sync_cluster();
+        if (rank == 0) write_candidates(s, row, p, candidates, num_current, token, tid);
+#endif
         StateAhead ahead;
         if (RESIDUAL) ahead = ask_state(row, rank, warp, lane);
-        Forced forced = forced_units(row, p);
-        make_keys(s, forced, first, num, tid);
-        select(s, forced, n.complete, first, num, rank, tid, [&]() {
+        auto between = [&]() {
             if (RESIDUAL) read_state(state, ahead, s, row, rank, warp, lane);
-        });
+        };
+#if FINE
+        int trailing = row.num_units - forced.trailing;  // forced units at the end of the candidates
+        Forced fine = {forced.leading * FINE_PER_UNIT, (candidates - trailing) * FINE_PER_UNIT, candidates * FINE_PER_UNIT};
+        int first_fine = first_candidate * FINE_PER_UNIT, num_fine = num_candidates * FINE_PER_UNIT;
+        make_keys(s, s.fine_keys, s.fine_lse, fine, first_fine, num_fine, tid);
+        auto block_of = [&](int i) { return s.candidates[i / FINE_PER_UNIT] * FINE_PER_UNIT + i % FINE_PER_UNIT; };
+        select(s, s.fine_keys, fine, n.complete, first_fine, num_fine, rank, tid, block_of, nothing, between);
+        if (RESIDUAL)
+            for (int i = tid; i < n.complete; i += THREADS) {
+                int own = s.list[i] / FINE_PER_UNIT - first;
+                if (own >= 0 && own < num) add_to(s.keys + own, 1);
+            }
+#else
+        select(s, s.keys, forced, n.complete, first, num, rank, tid, same, [&](int i) {
+            if (RESIDUAL)
+#pragma unroll
+                for (int h = 0; h < GP; h++) s.mass[i * GP + h] = -infinity();
+        }, between);
+#endif
     }
-    n.covered = n.complete * UNIT;
-    n.limit = (n.complete + num_current - 1) * UNIT + row.position % UNIT + 1;
+    n.covered = n.complete * ATTENDED;
+    n.limit = (n.complete + current_blocks - 1) * ATTENDED + row.position % ATTENDED + 1;
     int steps = ceil_div(n.limit, TOKENS);
     int per_warp = ceil_div(steps, BLOCKS * WARPS);
     n.start = min_((rank * WARPS + warp) * per_warp, steps);
@@ -1637,12 +1858,13 @@ KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
         if (n.start + k < n.stop) issue_step(s, row, n, k, warp, lane);
         close_copies();
     }
+    if (FINE && RESIDUAL && reads) sync_block();  // all selected blocks have been counted
     if (RESIDUAL && reads) mass_of_rest(s, num, warp, lane);
     if (rank == BLOCKS - 1) write_table(s, row, p, n, token, tid);  // while tokens are on their way
     attend(s, row, p, n, state, reads, warp, lane);
     merge_warps(s, reads, rank, tid);
     sync_cluster();  // nobody reads or writes another block's shared memory from here on
-    merge_blocks(s, row, p, token, reads ? (row.num_units - n.complete) * UNIT : 0, rank, tid);
+    merge_blocks(s, row, p, token, reads ? row.num_units * UNIT - n.complete * ATTENDED : 0, rank, tid);
 }
 
 #if SCORED

@@ -27,6 +27,7 @@ WARPS = 8
 MAX_CLUSTER = 16
 SHARED_LIMIT = 227 << 10  # bytes a thread block may have on Hopper
 PAGE_STEP = 64  # bytes, `STEP` of the source
+FINE_BLOCK = 16  # tokens, `TILE` of the source
 SCORE_WARPS = 4  # of a thread block that scores ahead, each of them another kv head's; as in the source
 # Scores are made ahead where that was measured to be faster (`benchmarks/NOTES.md`).
 SCORED_FROM = 6144  # the fewest pages that a sequence may have
@@ -41,7 +42,7 @@ class _Params(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in (
             "query", "kv", "state", "output", "gain", "query_start_loc", "seq_lens", "block_table", "state_table",
-            "table", "count", "scores", "mass",
+            "table", "count", "candidates", "candidate_count", "scores", "mass",
         )]
         + [(name, ctypes.c_int64) for name in (
             "query_token_stride", "query_head_stride", "page_stride", "head_stride", "state_block_stride",
@@ -49,7 +50,8 @@ class _Params(ctypes.Structure):
             "state_table_stride",
         )]
         + [(name, ctypes.c_int) for name in (
-            "num_rows", "num_kv_heads", "last_page", "max_units", "table_width", "budget", "first", "last", "early",
+            "num_rows", "num_kv_heads", "last_page", "max_units", "table_width", "budget", "first", "last",
+            "max_candidates", "early",
         )]
         + [("scale", ctypes.c_float), ("residual_scale", ctypes.c_float)]
     )  # fmt: skip
@@ -57,8 +59,12 @@ class _Params(ctypes.Structure):
 
 def refusal(params: SplaParameters, *, group: int, head_size: int, cache_dtype: torch.dtype) -> str | None:
     """Why the fused launch does not compute this, or None where it does."""
-    if params.fine_block:
-        return "selection has two levels"
+    if params.fine_block and params.fine_source != "int4":
+        return "the fine level reads keys"
+    if params.fine_block not in (0, FINE_BLOCK):
+        return f"fine blocks have {params.fine_block} tokens, not {FINE_BLOCK}"
+    if params.fine_block and params.selection_block > 128:
+        return f"the sketch of {params.selection_block} tokens exceeds a warp's share of shared memory"
     if head_size not in (64, 128):
         return f"head size {head_size} is neither 64 nor 128"
     if group > 8:
@@ -100,6 +106,9 @@ class FusedDecode:
         params = layer.params
         self._fp8 = layer.page_layout.fp8_statistics
         self.max_units = -(-max_model_len // params.page_size) * params.blocks_per_page
+        candidates = params.candidate_factor * params.budget_blocks if params.fine_block else 0
+        self.max_candidates = min(candidates, self.max_units)
+        self._per_unit = params.selection_block // params.attended_block
         has_state = params.residual != "none"
         self.defines = {
             "D": layer.head_size,
@@ -113,6 +122,10 @@ class FusedDecode:
             "RESIDUAL": RESIDUALS[params.residual],
             "NUM_BLOCKS": layer.state_layout.num_blocks if has_state else 1,
             "BODY": layer.state_layout.rows_per_block - 1,
+            "FINE": params.fine_block,
+            "SKETCH_AT": 2 * layer.head_size * params.page_size * layer.page_layout.itemsize
+            + layer.page_layout.statistics_bytes,
+            "SKETCH_SCALES": layer.page_layout.sketch_scales,
             "STAMP_WORD": layer.page_layout.stamp_word,
             "MAGIC": STATE_MAGIC,
         }
@@ -172,16 +185,19 @@ class FusedDecode:
     def _bytes_without_table(self, blocks: int) -> int:
         group, d = self.layer.group_p, self.layer.head_size
         share = (-(-self.max_units // blocks) + 3) // 4 * 4
+        fine_share = -(-self.max_candidates // blocks) * self._per_unit
+        scores = max(share * group, fine_share * (group + 1))
         has_residual = self.params.residual != "none"
         rows = 4096 // d  # of a warp's ring
         ring = WARPS * rows * max(4 * d + 16, 2 * (2 * d + 16) if self._fp8 else 0)
         queries = 4 if self._fp8 and self.layer.cache_dtype != torch.float16 else 3
         part = blocks * (2 * group + 1 if has_residual else group) * -(-d // 4 // blocks) * 4
-        words = share * (1 + group * (2 if has_residual else 1)) + (part if share * group < part else 0)
-        words += self.params.budget_blocks + queries * 4 * (d + 8) + group * d + MAX_CLUSTER * 2 * group + 3 * group
+        words = share * (1 + group * has_residual) + scores + (part if scores < part else 0)
+        words += max(self.params.budget_blocks * self._per_unit, self.max_candidates) + self.max_candidates
+        words += queries * 4 * (d + 8) + group * d + MAX_CLUSTER * 2 * group + 4 * group
         words += (MAX_CLUSTER + WARPS) * 4 * group + (MAX_CLUSTER + 4) * group
         words += (2 * blocks + 1) * 128 + 2 * 256 + WARPS + 4  # selection
-        return ring + 4 * words + 23 * 16  # the last: every part begins at 16 bytes
+        return ring + 4 * words + 25 * 16  # the last: every part begins at 16 bytes
 
     def pays(self, num_rows: int) -> bool:
         """Whether this launch is for batches of `num_rows`: larger ones wait for memory, not for each other."""
@@ -201,6 +217,8 @@ class FusedDecode:
         count: torch.Tensor,
         scores: torch.Tensor,
         mass: torch.Tensor,
+        candidates: torch.Tensor | None = None,
+        candidate_count: torch.Tensor | None = None,
         early: bool = False,
     ) -> None:
         """Attention of one query token a row.
@@ -214,11 +232,15 @@ class FusedDecode:
             block_table: `[rows, pages]` int32.
             state_table: `[rows, >= K]` int32.
             output: `[rows, H, d]`; rows of padding become zero.
-            table: `[rows, G, width]` int32, written: the ids of the selected blocks, ascending, the current one last.
+            table: `[rows, G, width]` int32, written: the ids of the selected blocks, or fine blocks, ascending, the
+                current one last.
             count: `[rows, G]` int32, written.
             scores: `[rows, G, max_units, group]` float32, the group padded to a power of two: scratch of the launch
                 that scores ahead.
             mass: As `scores`; the same tensor where masses are the scores (`taylor2`) or there are none (no residual).
+            candidates: `[rows, G, max_candidates]` int32, written where selection has two levels and leaves some out: as
+                `table`, of selection blocks.
+            candidate_count: `[rows, G]` int32, likewise.
             early: The launch before this one writes no statistics but those of pages that the rows' own tokens
                 complete, so that the others are read before it has ended.
 
@@ -240,6 +262,8 @@ class FusedDecode:
             state_table=state_table.data_ptr(),
             table=table.data_ptr(),
             count=count.data_ptr(),
+            candidates=None if candidates is None else candidates.data_ptr(),
+            candidate_count=None if candidate_count is None else candidate_count.data_ptr(),
             scores=scores.data_ptr(),
             mass=mass.data_ptr(),
             query_token_stride=query.stride(0),
@@ -260,6 +284,7 @@ class FusedDecode:
             budget=params.budget_blocks,
             first=params.first_blocks,
             last=params.last_blocks,
+            max_candidates=self.max_candidates,
             early=early,
             scale=self.layer.scale,
             residual_scale=params.residual_scale,

@@ -307,7 +307,8 @@ class DecodeSteps:
         if self.fused and max_query_len == 1 and query.dtype == layer.cache_dtype and self.fused.pays(num_rows):
             self.fused.run(
                 query, kv_cache, state_cache, query_start_loc, seq_lens, block_table, state_table, output,
-                self.page_table, scratch["count"], scratch["scores"], mass, early=steady,
+                self.page_table, scratch["count"], scratch["scores"], mass, scratch.get("candidates"),
+                scratch.get("candidate_count"), early=steady,
             )  # fmt: skip
             return
         tuning = self.tuning(num_rows, max_query_len)
