@@ -1,18 +1,19 @@
 """What users feel: many long requests through vLLM, dense and SPLA, each with the machine to itself.
 
     python benchmarks/serving.py --only 24x32K 5x128K document --output benchmarks/results/serving_h200.json
-    python benchmarks/serving.py --only 24x32K-http --merge benchmarks/results/serving_h200.json \
-        --output benchmarks/results/serving_h200.json
+    python benchmarks/serving.py --only 24x32K-http 5x128K-http document-http \
+        --merge benchmarks/results/serving_h200.json --output benchmarks/results/serving_h200.json
 
 Scenarios: `24x32K` and `5x128K` are prompts of that length, all sent at once; `document` is 16 questions on one
-document of 100K tokens that the engine has in its prefix cache; `24x32K-http` is 24 prompts again, sent by `vllm bench
-serve` to `vllm serve`. Each request is answered with 256 tokens, greedy, no early stop.
+document of 100K tokens that the engine has in its prefix cache. `24x32K-http`, `5x128K-http` and `document-http` are
+the same, sent by `vllm bench serve` to one `vllm serve`. Each request is answered with 256 tokens, greedy, no early
+stop.
 
 Protocol: the shape of Llama-3.1-8B, normal weights that are the same for every engine, prompts of random tokens. One
 engine after the other, with the same arguments but for the backend: as much memory, room for 128K tokens, and what vLLM
-does unless told otherwise (chunked prefill, prefix caching, CUDA graphs). The server's chunks are smaller than those of
-`LLM` (8192 and 16384 tokens on an H200), and it caches no prefixes, because the client warms up with a prompt that it
-sends again. Before each scenario a few requests of its kind warm up.
+does unless told otherwise (chunked prefill, prefix caching, CUDA graphs). Over HTTP prompts are text, and the server's
+chunks are smaller than those of `LLM` (8192 and 16384 tokens on an H200). Before each scenario a few requests of its
+kind warm up, with prompts that are not sent again but for the document.
 
 Rows are `{backend, scenario, requests, prompt, output, wall_s, out_tok_s, ttft_median_s, ttft_max_s, tpot_ms, ...}`.
 Times are the engine's statistics of each request, over HTTP the client's. A request's time to the first token counts
@@ -20,7 +21,7 @@ from when it is sent, so that it includes its wait for others. Its time per outp
 its last token, divided by the tokens between them, and includes the prompts that are computed meanwhile: `tpot_ms` is
 the median, `tpot_last_ms` that of the request which began last, when there were only answers. `preemptions` counts how
 often a request had to be computed again for want of memory, `cached` the tokens of a prompt that were in the prefix
-cache (the median).
+cache (the median, over HTTP the mean).
 
 `--small` runs the same on a tiny model with short prompts, to see that it runs.
 """
@@ -41,7 +42,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,10 @@ LARGE = Setup(
         "5x128K": Scenario(5, 131072 - 256, 256, expected_s={"dense": 60, "spla": 26}),
         "document": Scenario(16, 102400 + 64, 256, document=102400, expected_s={"dense": 10, "spla": 3}),
         "24x32K-http": Scenario(24, 32768, 256, http=True, expected_s={"dense": 37, "spla": 28}),
+        "5x128K-http": Scenario(5, 131072 - 256, 256, http=True, expected_s={"dense": 60, "spla": 26}),
+        "document-http": Scenario(
+            16, 102400 + 64, 256, document=102400, http=True, expected_s={"dense": 12, "spla": 5}
+        ),
     },
 )
 SMALL = Setup(
@@ -120,6 +125,7 @@ SMALL = Setup(
         "2x600": Scenario(2, 600, 16),
         "document": Scenario(3, 512 + 20, 16, document=512),
         "4x300-http": Scenario(4, 300, 16, http=True),
+        "document-http": Scenario(3, 512 + 20, 16, document=512, http=True),
     },
 )
 
@@ -137,13 +143,14 @@ class RandomWeights:
 
 def make_model(folder: Path, config: dict[str, Any]) -> str:
     """A model folder without weights. Its tokenizer writes token 17 as "17", so that any text of numbers has as many
-    tokens as numbers, and needs no files from elsewhere."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    tokens as numbers, and needs no files from elsewhere. The space before a number is part of its token, because the
+    server refuses a text that is longer than as many of the longest token as the model takes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(config["vocab_size"])}))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(models.WordLevel({f"▁{i}": i for i in range(config["vocab_size"])}))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return str(folder)
@@ -176,49 +183,83 @@ def in_process(llm: Any, scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def over_http(model: str, arguments: dict[str, Any], scenario: Scenario) -> dict[str, Any]:
-    """As `in_process`, by `vllm serve` and `vllm bench serve`.
+def over_http(url: str, model: str, scenario: Scenario) -> dict[str, Any]:
+    """As `in_process`, by `vllm bench serve`.
 
     Raises:
-        RuntimeError: The server or the client ended with an error, or not every request was answered as asked.
+        RuntimeError: The client ended with an error, not every request was answered as asked, or the prefix cache held
+            something else than the document.
     """
-    scratch = Path(tempfile.mkdtemp(prefix="serving-"))
-    with server(model, arguments, scratch / "server.log") as url:
+    seed = scenario.prompt
+    if scenario.document:
+        # The client draws the document after the first token of each question: it is the same only if the seed and the
+        # number of requests are. One token of a question fills no block, so that no question is cached.
+        client(url, model, replace(scenario, prompt=scenario.document + 1, output=16), seed)
+    else:
+        client(url, model, replace(scenario, requests=2, prompt=min(scenario.prompt, 32768), output=16), seed + 1)
+    before = counted(url)
+    result = client(url, model, scenario, seed)
+    preemptions, hits = (after - number for after, number in zip(counted(url), before, strict=True))
+    cached = hits / scenario.requests
+    if not 0.9 * scenario.document <= cached <= scenario.document:
+        raise RuntimeError(
+            f"{cached} tokens of a prompt were in the prefix cache instead of {scenario.document}, the times are of"
+            " something else: does this version of `vllm bench serve` draw or send prompts in another way?"
+        )
+    tpots = [sum(itls) / (scenario.output - 1) for itls in result["itls"]]
+    last = max(range(len(tpots)), key=lambda i: result["start_times"][i] + result["ttfts"][i])
+    row = summary(scenario, result["duration"], result["ttfts"], tpots, last)
+    return row | {"preemptions": preemptions, "cached": cached}
+
+
+def client(url: str, model: str, scenario: Scenario, seed: int) -> dict[str, Any]:
+    """The result of `vllm bench serve`, each prompt sent once. Prompts of one seed begin alike, whatever their length.
+
+    Raises:
+        RuntimeError: Not every request was answered as asked.
+    """
+    with tempfile.TemporaryDirectory() as folder:
         settings = {
             "model": model,
             "base_url": url,
             "dataset_name": "random",
-            "random_input_len": scenario.prompt,
+            "random_prefix_len": scenario.document,
+            "random_input_len": scenario.prompt - scenario.document,
             "random_output_len": scenario.output,
             "num_prompts": scenario.requests,
+            "seed": seed,
             "ignore_eos": True,
             "temperature": 0,
-            "ready_check_timeout_sec": 60,
-            "num_warmups": 2,
+            "ready_check_timeout_sec": 0,  # it sends a prompt
+            "num_warmups": 0,
             "save_result": True,
             "save_detailed": True,
-            "result_dir": str(scratch),
+            "result_dir": folder,
             "result_filename": "client.json",
         }
-        before = preemptions(url)
         subprocess.run([*VLLM, "bench", "serve", *flags(settings)], check=True)
-        preempted = preemptions(url) - before
-    result = json.loads((scratch / "client.json").read_text())
+        result = json.loads((Path(folder) / "client.json").read_text())
     wanted = ([scenario.prompt] * scenario.requests, [scenario.output] * scenario.requests)
     if (result["input_lens"], result["output_lens"]) != wanted:
-        raise RuntimeError(f"not every request was answered as asked, see {scratch}")
-    tpots = [sum(itls) / (scenario.output - 1) for itls in result["itls"]]
-    last = max(range(len(tpots)), key=lambda i: result["start_times"][i] + result["ttfts"][i])
-    return summary(scenario, result["duration"], result["ttfts"], tpots, last) | {"preemptions": preempted}
+        raise RuntimeError(
+            f"not every request was answered as asked: prompts of {result['input_lens']} tokens, answers of"
+            f" {result['output_lens']}, errors {result['errors']}"
+        )
+    return result
 
 
-def preemptions(url: str) -> int:
-    """How many a server counts so far."""
+def counted(url: str) -> tuple[int, int]:
+    """How many preemptions and how many tokens from the prefix cache a server counts so far."""
     with urllib.request.urlopen(url + "/metrics") as reply:
-        found = re.findall(r"^vllm:num_preemptions_total\{.*\} (\S+)$", reply.read().decode(), re.MULTILINE)
-    if not found:
-        raise RuntimeError("the server's /metrics has no vllm:num_preemptions_total: another version of vLLM?")
-    return sum(int(float(number)) for number in found)
+        metrics = reply.read().decode()
+
+    def total(counter: str) -> int:
+        found = re.findall(rf"^{counter}\{{.*\}} (\S+)$", metrics, re.MULTILINE)
+        if not found:
+            raise RuntimeError(f"the server's /metrics has no {counter}: another version of vLLM?")
+        return sum(int(float(number)) for number in found)
+
+    return total("vllm:num_preemptions_total"), total("vllm:prefix_cache_hits_total")
 
 
 def summary(scenario: Scenario, wall_s: float, ttfts: list[float], tpots: list[float], last: int) -> dict[str, Any]:
@@ -308,14 +349,14 @@ def plot(path: Path) -> None:
     result = json.loads(path.read_text())
     rows = {(r["scenario"], r["backend"]): r for r in result["rows"]}
     names = list(dict.fromkeys(scenario for scenario, _ in rows))
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4))
     panels = (("wall_s", "seconds for all requests", "{:.1f}"), ("out_tok_s", "output tokens per second", "{:.0f}"))
     for axis, (column, title, number) in zip(axes, panels, strict=True):
         for i, backend in enumerate(BACKENDS):
             bars = [(x + 0.4 * i - 0.2, rows[n, backend][column]) for x, n in enumerate(names) if (n, backend) in rows]
             drawn = axis.bar([x for x, _ in bars], [y for _, y in bars], 0.38, label=backend, color=f"C{i}")
             axis.bar_label(drawn, fmt=number, fontsize=8)
-        axis.set_xticks(range(len(names)), names)
+        axis.set_xticks(range(len(names)), [name.replace("-http", "\nover HTTP") for name in names])
         axis.set(title=title, axisbelow=True)
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend()
@@ -327,16 +368,16 @@ def plot(path: Path) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """What is printed last."""
     columns = ("wall_s", "out_tok_s", "ttft_median_s", "ttft_max_s", "tpot_ms", "tpot_last_ms", "preemptions")
-    lines = [" ".join([f"{'scenario':12} {'backend':7}", *(f"{name:>13}" for name in columns)])]
+    lines = [" ".join([f"{'scenario':13} {'backend':7}", *(f"{name:>13}" for name in columns)])]
     for r in rows:
-        lines.append(" ".join([f"{r['scenario']:12} {r['backend']:7}", *(f"{r[name]:13.6g}" for name in columns)]))
+        lines.append(" ".join([f"{r['scenario']:13} {r['backend']:7}", *(f"{r[name]:13.6g}" for name in columns)]))
     return "\n".join(lines)
 
 
 def measure(
     backend: str, scenarios: dict[str, Scenario], model: str, arguments: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and rows of scenarios: of those without a server first, in one engine."""
+    """Names and rows of scenarios: those without a server first, by one engine, then the others, by one server."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -359,8 +400,11 @@ def measure(
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
-    for name, scenario in announced(http=True):
-        yield name, over_http(model, arguments | {"enable_prefix_caching": False}, scenario)
+    if any(s.http for s in scenarios.values()):
+        log = Path(tempfile.mkdtemp(prefix="serving-")) / "server.log"
+        with server(model, arguments, log) as url:
+            for name, scenario in announced(http=True):
+                yield name, over_http(url, model, scenario)
 
 
 def merge(result: dict[str, Any], earlier: dict[str, Any]) -> None:

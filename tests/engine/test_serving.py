@@ -34,15 +34,16 @@ def test_rows(tmp_path):
     first = measured(tmp_path / "first.json", "0", "--only", "2x600", "document", "4x300")
     names = [(row["scenario"], row["backend"]) for row in first["rows"]]
     assert names == [(s, b) for s in ("4x300", "2x600", "document") for b in ("dense", "spla")]
-    for row in first["rows"]:
-        # Prompts of one scenario are in no cache, those of the document are as far as the document goes.
-        assert row["cached"] == (512 if row["scenario"] == "document" else 0)
 
-    arguments = ("--only", "4x300-http", "--backends", "spla", "--merge", str(tmp_path / "first.json"))
+    # One server for both.
+    arguments = ("--only", "4x300-http", "document-http", "--backends", "spla", "--merge", str(tmp_path / "first.json"))
     both = measured(tmp_path / "both.json", "1", *arguments)
-    assert both["rows"][:-1] == first["rows"]
+    assert both["rows"][:-2] == first["rows"]
+    assert [row["scenario"] for row in both["rows"][-2:]] == ["4x300-http", "document-http"]
     assert both["command"].startswith(first["command"] + " && python ")
     for row in both["rows"]:
+        # Prompts of one scenario are in no cache, those of the document are as far as the document goes.
+        assert row["cached"] == (512 if row["scenario"].startswith("document") else 0)
         assert all(row[name] > 0 for name in COUNTS + TIMES) and row["preemptions"] == 0
         assert row["ttft_median_s"] <= row["ttft_max_s"] <= row["wall_s"]
         assert row["out_tok_s"] == pytest.approx(row["requests"] * row["output"] / row["wall_s"], rel=0.02)
