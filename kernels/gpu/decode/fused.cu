@@ -97,6 +97,10 @@ static_assert(COLUMN_TILES * 8 * PART_STRIDE * 4 <= RING_BYTES, "a warp's partia
 constexpr int KEY_CHUNKS = D / 32;
 constexpr int CODE_BYTES = UNIT * D / 2, SCALE_BYTES = UNIT * D / 16, MEAN_BYTES = STATISTIC_BYTES / 2;
 constexpr int SKETCH_STRIDE = CODE_BYTES + SCALE_BYTES + MEAN_BYTES;
+constexpr int HEAD_TILES = (GP + 3) / 4;                 // of q in bytes: four heads are eight columns
+constexpr int BYTES_STRIDE = D + 32;
+constexpr int INTEGER = 0x4b400000;                      // to this as a float, 3 * 2^22, a small integer adds itself
+constexpr float INTEGER_ZERO = 12582912.0f;
 constexpr int SKETCHES = RING_BYTES / SKETCH_STRIDE;     // that a warp has in flight
 static_assert(!FINE || (FINE == TILE && SKETCHES > 0), "a fine block is a tile, and its unit's sketch fits into a warp's ring");
 
@@ -164,6 +168,7 @@ DEVICE void grid_launch() { asm volatile("griddepcontrol.launch_dependents;"); }
 DEVICE float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float log2_(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE float sqrt_(float x) { float y; asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE int as_int(float x) { return __float_as_int(x); }
 DEVICE float as_float(u32 x) { return __uint_as_float(x); }
@@ -203,6 +208,12 @@ DEVICE u32 transposed(u32 x) {
     }
 MULTIPLY(multiply, MMA_TYPE)
 MULTIPLY(multiply_half, "f16")  // whatever the cache dtype
+// d [16, 8] = a [16, 32] b [32, 8] + c, unsigned and signed bytes: m16n8k32.
+DEVICE void multiply_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const int (&c)[4]) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
 // The two lower, or upper, of four e4m3 bytes as float16.
 DEVICE u32 e4m3_lower(u32 x) {
     u32 y;
@@ -346,26 +357,29 @@ DEVICE Forms forms_of(u16 raw, float scale, float to_1024) {
 struct Shared {
     char *ring;       // [WARPS][RING_BYTES]
     u32 *keys;        // [share]: of this block's units: bits of a bound less the group score, so that the least is the best
-    float *score;     // [share][GP]: of this block's units, then of the fine blocks of its candidates
+    float *score;     // [share][GP]: of this block's units; then of the fine blocks of all candidates
     float *mass;      // [share][GP], where there is a residual
-    int *list;        // [budget]: selected blocks, where some are left out; before, candidates in any order
-    int *candidates;  // [max_candidates]: units, ascending, where FINE
-    u32 *fine_keys;   // [fine_share]: as `keys`, of the fine blocks of this block's candidates, behind their scores; `keys` then
-                      // counts how many of its fine blocks a unit has in the list
+    int *list;        // [budget]: selected blocks, where some are left out; before, the candidates
+    int *candidates;  // [max_candidates]: units, in any order, where FINE
+    u32 *fine_keys;   // as `keys`, of the fine blocks of all candidates, behind their scores; `keys` then counts how many of its fine
+                      // blocks a unit has in the list
     u16 *query;       // [QUERIES][8][QUERY_STRIDE]: q; q^2 in two parts, normalised; q as the statistics meet it where that
                       // is another; row `r` is head `r % GP`
+    char *bytes;      // [HEAD_TILES * 8][BYTES_STRIDE]: q in 16 bits, as codes meet it: the upper and the lower bytes of a head are
+                      // neighbouring columns; of eight channels first the even ones, then the odd ones
+    float *step;      // [GP]: what logits by these count in
     float *scaled;    // [GP][D]: q times the softmax scale
     float *restore;   // [GP]: what undoes the normalisation of q^2
     float *part;      // [BLOCKS][PART_ROWS][SLICE * 4]: partial results of all blocks, this block's columns of them; shares
                       // the scores' memory where it can
     float *gain;      // [GP]
-    float *norms;     // [MAX_CLUSTER][2 GP]: maxima and sums of the blocks' scores
+    float *norms;     // [BLOCKS][2 GP]: maxima and sums of the blocks' scores
     u32 *bins;        // [BIN_WORDS]: units a bin, forced ones left out, of this block
     u32 *all_bins;    // [2][BLOCKS][BIN_WORDS]: of all blocks, in turns
     Pair *members;    // [MEMBERS]: key and index of the units in the bin of the threshold
     float *lse;       // [GP], of all scores of units
     float *fine_lse;  // [GP], of all scores of fine blocks
-    float *scalars;   // [MAX_CLUSTER][SCALARS][GP]: of all blocks
+    float *scalars;   // [BLOCKS][SCALARS][GP]: of all blocks
     float *warp;      // [WARPS][SCALARS][GP]
     float *final_;    // [MAX_CLUSTER + 4][GP]
     u32 *count;       // [WARPS]
@@ -375,20 +389,18 @@ struct Shared {
 
 // Units of a block's share.
 DEVICE int share_of(int units) { return (ceil_div(units, BLOCKS) + 3) / 4 * 4; }
-// Candidates of a block.
-DEVICE int candidate_share(int candidates) { return ceil_div(candidates, BLOCKS); }
 
 // `kernels/gpu/decode/fused.py: shared_bytes` adds up the same.
 DEVICE Shared carve(char *base, const Params &p) {
     Shared s;
     char *at = base;
-    int share = share_of(p.max_units), fine_share = FINE ? candidate_share(p.max_candidates) * FINE_PER_UNIT : 0;
-    int scores = max_(share * GP, fine_share * (GP + 1));
+    int share = share_of(p.max_units), fine = FINE ? p.max_candidates * FINE_PER_UNIT : 0;
+    int scores = max_(share * GP, fine * (GP + 1));
 #define TAKE(field, type, n) s.field = (type *)at; at += ((n) * sizeof(type) + 15) / 16 * 16;
     TAKE(ring, char, WARPS * RING_BYTES)
     TAKE(keys, u32, share)
     TAKE(score, float, scores)
-    s.fine_keys = (u32 *)s.score + fine_share * GP;
+    s.fine_keys = (u32 *)s.score + fine * GP;
     // No block needs the scores of single heads any more when partial results are sent.
     s.part = s.score;
     if (scores < BLOCKS * PART_ROWS * SLICE * 4) {
@@ -398,16 +410,18 @@ DEVICE Shared carve(char *base, const Params &p) {
     TAKE(list, int, max_(p.budget * FINE_PER_UNIT, FINE ? p.max_candidates : 0))
     TAKE(candidates, int, FINE ? p.max_candidates : 0)
     TAKE(query, u16, QUERIES * 8 * QUERY_STRIDE)
+    TAKE(bytes, char, FINE ? HEAD_TILES * 8 * BYTES_STRIDE : 0)
+    TAKE(step, float, FINE ? GP : 0)
     TAKE(scaled, float, GP * D)
     TAKE(restore, float, GP)
     TAKE(gain, float, GP)
-    TAKE(norms, float, MAX_CLUSTER * 2 * GP)
+    TAKE(norms, float, BLOCKS * 2 * GP)
     TAKE(bins, u32, BIN_WORDS)
     TAKE(all_bins, u32, 2 * BLOCKS * BIN_WORDS)
     TAKE(members, Pair, MEMBERS)
     TAKE(lse, float, GP)
     TAKE(fine_lse, float, FINE ? GP : 0)
-    TAKE(scalars, float, MAX_CLUSTER * SCALARS * GP)
+    TAKE(scalars, float, BLOCKS * SCALARS * GP)
     TAKE(warp, float, WARPS * SCALARS * GP)
     TAKE(final_, float, (MAX_CLUSTER + 4) * GP)
     TAKE(count, u32, WARPS)
@@ -940,17 +954,20 @@ DEVICE Forced forced_units(const Row &row, const Params &p) {
 DEVICE bool is_forced(const Forced &f, int unit) { return unit < f.leading || unit >= f.trailing; }
 DEVICE int forced_before(const Forced &f, int unit) { return min_(unit, f.leading) + max_(unit - f.trailing, 0); }
 
-// Keys of this block's units, or fine blocks, from the scores in `s.score`; normalisers to `to_lse`.
-DEVICE void make_keys(const Shared &s, u32 *keys, float *to_lse, const Forced &forced, int first, int num, int tid) {
+// Keys of this block's units, or of all fine blocks, from the scores in `s.score`; `norms [parts][2 GP]`, maxima and sums of parts
+// of all scores, are joined to `to_lse`. `unit(i)` is the unit that the `i`-th is, or is of.
+template <typename Unit>
+DEVICE void make_keys(
+    const Shared &s, const float *norms, int parts, u32 *keys, float *to_lse, const Forced &forced, int num, int tid, Unit unit) {
     int lane = tid % 32;
-    // Normalisers over the blocks: a lane has head `lane % GP` of every so many-th block.
-    constexpr int ROUNDS = (BLOCKS * GP + 31) / 32;
+    // A lane has head `lane % GP` of every so many-th part.
+    constexpr int ROUNDS = ((FINE ? max_of(BLOCKS, WARPS) : BLOCKS) * GP + 31) / 32;
     float tops[ROUNDS], sums[ROUNDS], top = -infinity(), sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {
         int b = lane / GP + i * (32 / GP);
-        tops[i] = b < BLOCKS ? s.norms[b * 2 * GP + lane % GP] : -infinity();
-        sums[i] = b < BLOCKS ? s.norms[b * 2 * GP + GP + lane % GP] : 0.0f;
+        tops[i] = b < parts ? norms[b * 2 * GP + lane % GP] : -infinity();
+        sums[i] = b < parts ? norms[b * 2 * GP + GP + lane % GP] : 0.0f;
         top = max_(top, tops[i]);
     }
 #pragma unroll
@@ -984,7 +1001,7 @@ DEVICE void make_keys(const Shared &s, u32 *keys, float *to_lse, const Forced &f
         for (int h = 0; h < GROUP; h++) total += exp_(x[h] - anchor);
         float less = bound - (anchor + log_(total));
         u32 key = less == less ? (u32)as_int(max_(less, 0.0f)) : END_OF_KEYS - 1;  // NaN is last
-        keys[i] = is_forced(forced, first + i) ? FORCED : key;
+        keys[i] = is_forced(forced, unit(i)) ? FORCED : key;
     }
 }
 
@@ -994,16 +1011,17 @@ struct Bins {
     int shift;
 };
 
-// The list of the `n_complete` units, or fine blocks, that are selected: the forced ones, and of the others the `free` of least
-// key, ties to the lower index. First what is surely selected, in ascending order, then the rest by key. `name(i)` is what the
-// list has of the `i`-th of all, `taken(i)` hears of those of this block; `between` runs while the blocks wait for each other.
-template <typename N, typename T, typename F>
+// The list of the `n_complete` units, or fine blocks, that are selected: the `num_forced`, and of the others those of least key, ties to
+// the lower number. First what is surely selected, in the order of the keys' places, then the rest by key. `name(i)` is the number in
+// the sequence of the `i`-th key's, `taken(i)` hears of those of this block; `between` runs while the blocks wait for each other. The
+// blocks have a share each, of which `forced_ahead` were forced in the blocks before, or this one has all (`alone`).
+template <typename Name, typename Taken, typename Between>
 DEVICE void select(
-    const Shared &s, const u32 *keys, const Forced &forced, int n_complete, int first, int num, int rank, int tid, N name, T taken,
-    F between) {
+    const Shared &s, const u32 *keys, int num_forced, int forced_ahead, int n_complete, int num, bool alone, int rank, int tid,
+    Name name, Taken taken, Between between) {
     int lane = tid % 32, warp = tid / 32;
     Mine units = units_of(num, warp);
-    int free = n_complete - forced_before(forced, forced.num_units);
+    int free = n_complete - num_forced;
     Bins range = {0, END_OF_KEYS, FIRST_BIN << BIN_SHIFT, BIN_SHIFT};
     int better = 0, better_before = 0;  // units of less key than the range; those of the blocks before this one
     int members, members_before;        // units in the bin of the threshold
@@ -1028,15 +1046,19 @@ DEVICE void select(
         sync_block();
         u32 *all_bins = s.all_bins + level % 2 * BLOCKS * BIN_WORDS;
 #pragma unroll 1
-        for (int i = tid; i < BLOCKS * BIN_WORDS / 4; i += THREADS) {
+        for (int i = tid; i < (alone ? 1 : BLOCKS) * BIN_WORDS / 4; i += THREADS) {
             Words *to = (Words *)all_bins + rank * (BIN_WORDS / 4) + i % (BIN_WORDS / 4);
-            *of_block(to, i / (BIN_WORDS / 4)) = ((const Words *)s.bins)[i % (BIN_WORDS / 4)];
+            *of_block(to, alone ? rank : i / (BIN_WORDS / 4)) = ((const Words *)s.bins)[i % (BIN_WORDS / 4)];
         }
-        sync_cluster();
+        if (alone)
+            sync_block();
+        else
+            sync_cluster();
         // Every warp for itself, a lane eight bins.
         u32 all[4] = {}, before[4] = {};
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
+            if (alone && b != rank) continue;
             Words x = ((const Words *)all_bins)[b * (BIN_WORDS / 4) + lane];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -1089,7 +1111,7 @@ DEVICE void select(
     // What is surely selected, and the members of the bin; of many that weigh just the same, the first are taken.
     int wanted = free - better;  // members
     bool ranked = members <= MEMBERS;
-    int sure = forced_before(forced, forced.num_units) + better;
+    int sure = num_forced + better;
     u32 counts = 0;  // of the first kind, and of the second in the upper half
     auto kind = [&](u32 key) { return key == FORCED || key < range.lower ? 1u : key < range.upper ? 65536u : 0u; };
 #pragma unroll 1
@@ -1100,7 +1122,7 @@ DEVICE void select(
     u32 ahead = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) ahead += w < warp ? s.count[w] : 0;
-    int at_sure = forced_before(forced, first) + better_before + (int)(ahead & 65535);
+    int at_sure = forced_ahead + better_before + (int)(ahead & 65535);
     int at_member = members_before + (int)(ahead >> 16);
 #pragma unroll 1
     for (int base = units.start; base < units.stop; base += 32) {
@@ -1117,20 +1139,25 @@ DEVICE void select(
         }
         if (selected) {
 #pragma unroll
-            for (int b = 0; b < BLOCKS; b++) *of_block(s.list + min_(place, n_complete - 1), b) = name(first + i);
+            for (int b = 0; b < BLOCKS; b++)
+                if (!alone || b == rank) *of_block(s.list + min_(place, n_complete - 1), b) = name(i);
             taken(i);
         } else if (mine == 65536 && ranked) {
 #pragma unroll
-            for (int b = 0; b < BLOCKS; b++) *of_block(s.members + min_(member, MEMBERS - 1), b) = {{key, (u32)(first + i)}};
+            for (int b = 0; b < BLOCKS; b++)
+                if (!alone || b == rank) *of_block(s.members + min_(member, MEMBERS - 1), b) = {{key, (u32)name(i)}};
         }
         at_sure += popcount(all_sure);
         at_member += popcount(all_members);
     }
     sync_warp();
-    arrive_at_cluster();
+    if (!alone) arrive_at_cluster();
     between();
     sync_warp();
-    wait_for_cluster();
+    if (alone)
+        sync_block();
+    else
+        wait_for_cluster();
     if (ranked) {
         // A warp a member, a lane one of the others.
 #pragma unroll 1
@@ -1144,9 +1171,9 @@ DEVICE void select(
                 place += popcount(ballot(is && k < members));
             }
             if (place >= wanted) continue;
-            int unit = (int)mine.x[1], own = unit - first;
+            int number = (int)mine.x[1], own = number - name(0);
             if (lane == 0) {
-                s.list[min_(sure + place, n_complete - 1)] = name(unit);
+                s.list[min_(sure + place, n_complete - 1)] = number;
                 if (own >= 0 && own < num) taken(own);
             }
         }
@@ -1154,19 +1181,22 @@ DEVICE void select(
     sync_block();
 }
 
+// How many of `num` numbers are less than `x`.
+DEVICE int place_in(const int *numbers, int num, int x) {
+    int place = 0;
+#pragma unroll 2
+    for (int k = 0; k < num / 4; k++) {
+        Words four = ((const Words *)numbers)[k];
+#pragma unroll
+        for (int i = 0; i < 4; i++) place += (int)four.x[i] < x;
+    }
+#pragma unroll 1
+    for (int k = num / 4 * 4; k < num; k++) place += numbers[k] < x;
+    return place;
+}
+
 #if FINE
 // ---------------------------------------------------------------------------------------------------- the fine level
-
-// Candidates in ascending order, from the list.
-DEVICE void sort_candidates(const Shared &s, int num, int tid) {
-#pragma unroll 1
-    for (int i = tid; i < num; i += THREADS) {
-        int unit = s.list[i], place = 0;
-#pragma unroll 8
-        for (int k = 0; k < num; k++) place += s.list[k] < unit;
-        s.candidates[place] = unit;
-    }
-}
 
 // Where a piece of 16 bytes stands in the ring, so that eight tokens' words of one chunk lie in different banks.
 DEVICE int piece_at(int token, int chunk) {
@@ -1175,112 +1205,133 @@ DEVICE int piece_at(int token, int chunk) {
 
 // Ask for sketch and mean of a warp's `k`-th candidate.
 DEVICE void issue_sketch(const Shared &s, const Row &row, int unit, int k, int warp, int lane) {
-    const char *page = (const char *)(row.kv + page_id(s, row, unit / UNITS_PER_PAGE) * row.page_stride);
-    const char *codes = page + SKETCH_AT + unit % UNITS_PER_PAGE * CODE_BYTES;
-    const char *scales = page + SKETCH_AT + SKETCH_SCALES + unit % UNITS_PER_PAGE * SCALE_BYTES;
-    const char *mean = page + PAGE * ROW_BYTES + unit % UNITS_PER_PAGE * STATISTIC_BYTES;
-    char *to = s.ring + warp * RING_BYTES + k % SKETCHES * SKETCH_STRIDE;
+    const char *page = opaque((const char *)(row.kv + page_id(s, row, unit / UNITS_PER_PAGE) * row.page_stride) + lane * 16);
+    int in_page = unit % UNITS_PER_PAGE;
+    const char *codes = page + SKETCH_AT + in_page * CODE_BYTES, *scales = page + SKETCH_AT + SKETCH_SCALES + in_page * SCALE_BYTES;
+    char *to = s.ring + warp * RING_BYTES + k % SKETCHES * SKETCH_STRIDE, *plain = to + lane * 16;
+    // 32 pieces on, a piece stands as before.
+    char *swizzled = to + piece_at(lane / KEY_CHUNKS, lane % KEY_CHUNKS) * 16;
 #pragma unroll
-    for (int i = lane; i < CODE_BYTES / 16; i += 32) copy_in(to + piece_at(i / KEY_CHUNKS, i % KEY_CHUNKS) * 16, codes + i * 16);
+    for (int i = 0; i < CODE_BYTES; i += 512) copy_in(swizzled + i, codes + i);
 #pragma unroll
-    for (int i = lane; i < SCALE_BYTES / 16; i += 32) copy_in(to + CODE_BYTES + i * 16, scales + i * 16);
-    if (lane < MEAN_BYTES / 16) copy_in(to + CODE_BYTES + SCALE_BYTES + lane * 16, mean + lane * 16);
+    for (int i = 0; i < SCALE_BYTES; i += 512)
+        if (i + lane * 16 < SCALE_BYTES) copy_in(plain + CODE_BYTES + i, scales + i);
+    if (lane * 16 < MEAN_BYTES) copy_in(plain + CODE_BYTES + SCALE_BYTES, page + PAGE * ROW_BYTES + in_page * STATISTIC_BYTES);
 }
 
-// The halves of a word have codes 0 and 4, 1 and 5, ...: `j` names the pair. As numbers of the cache dtype they are multiples of
-// `CODE_UNIT`, 0 is `CODE_ZERO`: with bf16 128 more than the code; float16 has codes as its least numbers.
-constexpr float CODE_UNIT = FP16 ? 1.0f / (1 << 24) : 1.0f;
-constexpr float CODE_ZERO = FP16 ? 8.0f / (1 << 24) : 136.0f;
-DEVICE u32 code_pair(u32 word, int j) { return (word >> 4 * j & 0x000f000fu) | (FP16 ? 0u : 0x43004300u); }
-
-// Log masses of the fine blocks of this block's candidates, `num` from the `first`-th on, to `s.score`.
+// Log masses of the fine blocks of this block's candidates, `num` from the `first`-th on, to the `s.score` of all blocks. Codes
+// meet q in integers; of the eight codes of a lane's word the even channels are one operand, the odd ones the other.
 DEVICE void score_fine(const Shared &s, const Row &row, const Params &p, int first, int num, int warp, int lane) {
     int count = num > warp ? ceil_div(num - warp, WARPS) : 0;
-#pragma unroll
-    for (int k = 0; k < SKETCHES; k++) {
-        if (k < count) issue_sketch(s, row, s.candidates[first + warp + k * WARPS], k, warp, lane);
-        close_copies();
-    }
-    // Heads are the columns. A word of a lane has the codes of eight neighbouring channels, which meet the same eight of q.
     int l = lane % 4, token = lane / 4;
-    u32 q[D / 16][2];
-    float less[KEY_CHUNKS][2];  // what the products with codes have too much, of a lane's heads
-    constexpr u32 ONES = FP16 ? 0x3c003c00u : 0x3f803f80u;
-    const u16 *query = s.query + lane / 4 * QUERY_STRIDE, *of_mean = query + (OWN_QUERY ? 24 * QUERY_STRIDE : 0);
+    u32 q[HEAD_TILES][KEY_CHUNKS][2];
+    int zero[HEAD_TILES][KEY_CHUNKS][4];  // what products with codes begin with: codes are 8 too large; and `INTEGER`
+    float step[HEAD_TILES];               // of the logits of the lane's heads, `4 t + l`
 #pragma unroll
-    for (int c = 0; c < KEY_CHUNKS; c++) {
-        Words x = *(const Words *)(query + c * 32 + l * 8);
-        float sum[4] = {};
+    for (int t = 0; t < HEAD_TILES; t++) {
+        step[t] = s.step[(t * 4 + l) % GP];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {  // of channels 0 .. 7 the pairs 0 4, 1 5; then 2 6, 3 7
-            q[2 * c + i][0] = (x.x[i] & 0xffffu) | x.x[2 + i] << 16;
-            q[2 * c + i][1] = x.x[i] >> 16 | (x.x[2 + i] & 0xffff0000u);
-            multiply(sum, ONES, ONES, ONES, ONES, q[2 * c + i][0], q[2 * c + i][1]);
+        for (int c = 0; c < KEY_CHUNKS; c++) {
+            Pair x = *(const Pair *)(s.bytes + (t * 8 + token) * BYTES_STRIDE + c * 32 + l * 8);
+#pragma unroll
+            for (int i = 0; i < 2; i++) q[t][c][i] = x.x[i];
+            int none[4] = {}, sum[4];
+            constexpr u32 EIGHTS = 0x08080808u;
+            multiply_bytes(sum, EIGHTS, EIGHTS, EIGHTS, EIGHTS, q[t][c][0], q[t][c][1], none);
+#pragma unroll
+            for (int j = 0; j < 4; j++) zero[t][c][j] = INTEGER - sum[j];
         }
-#pragma unroll
-        for (int j = 0; j < 2; j++) less[c][j] = -CODE_ZERO * sum[j];
     }
+    const u16 *of_mean = s.query + token * QUERY_STRIDE + (OWN_QUERY ? 24 * QUERY_STRIDE : 0);
+    // The first turns only ask: code that runs once costs its fetching.
 #pragma unroll 1
-    for (int k = 0; k < count; k++) {
-        wait_copies<SKETCHES - 1>();
-        sync_warp();
-        const char *ring = s.ring + warp * RING_BYTES + k % SKETCHES * SKETCH_STRIDE;
-        // The mean is the first row of a tile whose others are zero.
-        float mean[4] = {};
+    for (int k = -SKETCHES; k < count; k++) {
+        if (k >= 0) {
+            wait_copies<SKETCHES - 1>();
+            sync_warp();
+            const char *ring = s.ring + warp * RING_BYTES + k % SKETCHES * SKETCH_STRIDE;
+            // The mean is the first row of a tile whose others are zero.
+            float mean[2][4] = {};
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            Pair b = *(const Pair *)(of_mean + i * 16 + l * 4);
-            const char *from = ring + CODE_BYTES + SCALE_BYTES + i * (FP8 ? 16 : 32) + l * (FP8 ? 4 : 8);
+            for (int i = 0; i < D / 16; i++) {
+                Pair b = *(const Pair *)(of_mean + i * 16 + l * 4);
+                const char *from = ring + CODE_BYTES + SCALE_BYTES + i * (FP8 ? 16 : 32) + l * (FP8 ? 4 : 8);
 #if FP8
-            u32 x = lane < 4 ? *(const u32 *)from : 0;
-            multiply_half(mean, e4m3_lower(x), 0, e4m3_upper(x), 0, b.x[0], b.x[1]);
+                u32 x = lane < 4 ? *(const u32 *)from : 0;
+                multiply_half(mean[i % 2], e4m3_lower(x), 0, e4m3_upper(x), 0, b.x[0], b.x[1]);
 #else
-            Pair x = {{0, 0}};
-            if (lane < 4) x = *(const Pair *)from;
-            multiply(mean, x.x[0], 0, x.x[1], 0, b.x[0], b.x[1]);
+                Pair x = {{0, 0}};
+                if (lane < 4) x = *(const Pair *)from;
+                multiply(mean[i % 2], x.x[0], 0, x.x[1], 0, b.x[0], b.x[1]);
 #endif
+            }
+            float base[HEAD_TILES];
+#pragma unroll
+            for (int t = 0; t < HEAD_TILES; t++) {
+                float even = shuffle(mean[0][0] + mean[1][0], t * 2 + l / 2), odd = shuffle(mean[0][1] + mean[1][1], t * 2 + l / 2);
+                base[t] = (l % 2 ? odd : even) * p.scale;
+            }
+            // Lane `8 c + r` names the piece of chunk `c` of a tile's row `r`, so that a lane gets its word of each chunk.
+            int matrix = lane / 8 % KEY_CHUNKS;
+            const u16 *scales = (const u16 *)(ring + CODE_BYTES);
+            float logit[HEAD_TILES][FINE_PER_UNIT][2] = {};
+#pragma unroll
+            for (int fine = 0; fine < FINE_PER_UNIT; fine++) {
+                u32 words[2][4], of_row[2][KEY_CHUNKS / 2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int first_row = fine * TILE + i * 8;
+                    load_tiles(words[i], ring + piece_at(first_row + lane % 8, matrix) * 16);
+#pragma unroll
+                    for (int c = 0; c < KEY_CHUNKS; c += 2) of_row[i][c / 2] = *(const u32 *)(scales + (first_row + token) * KEY_CHUNKS + c);
+                }
+#pragma unroll
+                for (int c = 0; c < KEY_CHUNKS; c++) {
+                    u32 a[4] = {words[0][c], words[1][c], words[0][c] >> 4, words[1][c] >> 4};
+#pragma unroll
+                    for (int i = 0; i < 4; i++) a[i] &= 0x0f0f0f0fu;
+#pragma unroll
+                    for (int t = 0; t < HEAD_TILES; t++) {
+                        int product[4];
+                        multiply_bytes(product, a[0], a[1], a[2], a[3], q[t][c][0], q[t][c][1], zero[t][c]);
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            float upper = as_float(product[2 * i]) - INTEGER_ZERO, lower = as_float(product[2 * i + 1]) - INTEGER_ZERO;
+                            logit[t][fine][i] += half_to_float((u16)(of_row[i][c / 2] >> c % 2 * 16)) * (upper * 256.0f + lower);
+                        }
+                    }
+                }
+            }
+            // Over the tokens of all tiles at once, so that no exchange waits for another.
+#pragma unroll
+            for (int t = 0; t < HEAD_TILES; t++) {
+                float top[FINE_PER_UNIT], sum[FINE_PER_UNIT];
+#pragma unroll
+                for (int fine = 0; fine < FINE_PER_UNIT; fine++) top[fine] = larger(logit[t][fine][0] * step[t], logit[t][fine][1] * step[t]);
+#pragma unroll
+                for (int other = 4; other < 32; other *= 2)
+#pragma unroll
+                    for (int fine = 0; fine < FINE_PER_UNIT; fine++) top[fine] = larger(top[fine], shuffle_xor(top[fine], other));
+#pragma unroll
+                for (int fine = 0; fine < FINE_PER_UNIT; fine++)
+                    sum[fine] = exp_(logit[t][fine][0] * step[t] - top[fine]) + exp_(logit[t][fine][1] * step[t] - top[fine]);
+#pragma unroll
+                for (int other = 4; other < 32; other *= 2)
+#pragma unroll
+                    for (int fine = 0; fine < FINE_PER_UNIT; fine++) sum[fine] += shuffle_xor(sum[fine], other);
+                // All lanes of a head have its scores: each brings them to another thread block.
+                if (t * 4 + l < GP)
+#pragma unroll
+                    for (int block = 0; block < BLOCKS; block += 8)
+                        if (block + token < BLOCKS)
+#pragma unroll
+                            for (int fine = 0; fine < FINE_PER_UNIT; fine++) {
+                                float *to = s.score + ((first + warp + k * WARPS) * FINE_PER_UNIT + fine) * GP + t * 4 + l;
+                                *of_block(to, block + token) = base[t] + top[fine] + log_(sum[fine]);
+                            }
+            }
+            sync_warp();  // all lanes have read the sketch
         }
-        float base[2];
-#pragma unroll
-        for (int j = 0; j < 2; j++) base[j] = shuffle(mean[j], l) * p.scale;
-        // Lane `8 c + r` names the piece of chunk `c` of a tile's row `r`, so that a lane gets its word of each chunk.
-        int matrix = lane / 8 % KEY_CHUNKS;
-        const u16 *scales = (const u16 *)(ring + CODE_BYTES);
-#pragma unroll
-        for (int fine = 0; fine < FINE_PER_UNIT; fine++) {
-            float logit[4] = {};
-            u32 words[2][4], of_row[2][(KEY_CHUNKS + 1) / 2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int first_row = fine * TILE + i * 8;
-                load_tiles(words[i], ring + piece_at(first_row + lane % 8, matrix) * 16);
-#pragma unroll
-                for (int c = 0; c < KEY_CHUNKS; c += 2) of_row[i][c / 2] = *(const u32 *)(scales + (first_row + token) * KEY_CHUNKS + c);
-            }
-#pragma unroll
-            for (int c = 0; c < KEY_CHUNKS; c++) {
-                float of_chunk[4] = {less[c][0], less[c][1], less[c][0], less[c][1]};
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    multiply(
-                        of_chunk, code_pair(words[0][c], 2 * i), code_pair(words[1][c], 2 * i), code_pair(words[0][c], 2 * i + 1),
-                        code_pair(words[1][c], 2 * i + 1), q[2 * c + i][0], q[2 * c + i][1]);
-#pragma unroll
-                for (int j = 0; j < 4; j++) logit[j] += half_to_float((u16)(of_row[j / 2][c / 2] >> c % 2 * 16)) * of_chunk[j];
-            }
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                float a = logit[j] * (p.scale / CODE_UNIT), b = logit[2 + j] * (p.scale / CODE_UNIT), top = max_(a, b);
-#pragma unroll
-                for (int other = 4; other < 32; other *= 2) top = max_(top, shuffle_xor(top, other));
-                float sum = exp_(a - top) + exp_(b - top);
-#pragma unroll
-                for (int other = 4; other < 32; other *= 2) sum += shuffle_xor(sum, other);
-                if (token == 0 && l * 2 + j < GP)
-                    s.score[((warp + k * WARPS) * FINE_PER_UNIT + fine) * GP + l * 2 + j] = base[j] + top + log_(sum);
-            }
-        }
-        sync_warp();  // all lanes have read the sketch
         if (k + SKETCHES < count) issue_sketch(s, row, s.candidates[first + warp + (k + SKETCHES) * WARPS], k + SKETCHES, warp, lane);
         close_copies();
     }
@@ -1309,11 +1360,7 @@ DEVICE void write_table(const Shared &s, const Row &row, const Params &p, const 
 #pragma unroll 1
     for (int i = tid; i < min_(entries, p.table_width); i += THREADS) {
         int block = listed_block(s, row, n, i), place = i;
-        if (!n.all && i < n.complete) {
-            place = 0;
-#pragma unroll 8
-            for (int k = 0; k < n.complete; k++) place += s.list[k] < block;
-        }
+        if (!n.all && i < n.complete) place = place_in(s.list, n.complete, block);
         p.table[pair * p.table_width + place] =
             (page_id(s, row, block / ATTENDED_PER_PAGE) * p.num_kv_heads + row.head) * ATTENDED_PER_PAGE + block % ATTENDED_PER_PAGE;
     }
@@ -1321,13 +1368,14 @@ DEVICE void write_table(const Shared &s, const Row &row, const Params &p, const 
 }
 
 #if FINE
-// The candidates, where some blocks are left out: `num` of complete pages, then the current page's.
+// The candidates, ascending, where some blocks are left out: `num` of complete pages, then the current page's.
 DEVICE void write_candidates(const Shared &s, const Row &row, const Params &p, int num, int num_current, i64 token, int tid) {
     i64 pair = token * p.num_kv_heads + row.head;
 #pragma unroll 1
     for (int i = tid; i < num + num_current; i += THREADS) {
         int unit = i < num ? s.candidates[i] : row.num_units + i - num;
-        p.candidates[pair * p.max_candidates + i] =
+        int place = i < num ? place_in(s.candidates, num, unit) : i;
+        p.candidates[pair * p.max_candidates + place] =
             (page_id(s, row, unit / UNITS_PER_PAGE) * p.num_kv_heads + row.head) * UNITS_PER_PAGE + unit % UNITS_PER_PAGE;
     }
     if (tid == 0) p.candidate_count[pair] = num + num_current;
@@ -1659,6 +1707,25 @@ DEVICE void load_query(const Shared &s, const Params &p, i64 token, int head, in
         lower.x[i] = forms.lower;
         if (warp < GP) s.scaled[h * D + lane * EACH + i] = element(raw.x[i]) * p.scale;
     }
+#if FINE
+    // A step is a 32512th of the head's largest element.
+    float largest = 1e-30f;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) largest = larger(largest, larger(element(raw.x[i]), -element(raw.x[i])));
+#pragma unroll
+    for (int other = 1; other < 32; other *= 2) largest = larger(largest, shuffle_xor(largest, other));
+    if (warp < HEAD_TILES * 4) {
+        char *to = s.bytes + warp * 2 * BYTES_STRIDE + lane * EACH / 8 * 8;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int steps = as_int(element(raw.x[i]) * (32512.0f / largest) + INTEGER_ZERO) - INTEGER, upper = (steps + 128) >> 8;
+            int channel = (lane * EACH + i) % 8, at = channel % 2 * 4 + channel / 2;
+            to[at] = (char)upper;
+            to[at + BYTES_STRIDE] = (char)(steps - upper * 256);
+        }
+        if (lane == 0 && warp < GP) s.step[warp] = largest * (p.scale / 32512.0f);
+    }
+#endif
     *(Elements *)(q + lane * EACH) = raw;
     *(Elements *)(q + 8 * QUERY_STRIDE + lane * EACH) = upper;
     *(Elements *)(q + 16 * QUERY_STRIDE + lane * EACH) = lower;
@@ -1795,56 +1862,66 @@ KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
     // All blocks have read the headers.
     if (RESIDUAL && warp == 0 && rank == 0 && covered < target) write_headers(row, target, lane);
     StateRead state;
+    int candidates = min_(row.num_units, p.max_candidates - num_current);  // of complete pages
     if (reads) {
-        Forced forced = forced_units(row, p);
-        make_keys(s, s.keys, s.lse, forced, first, num, tid);
-        auto same = [](int unit) { return unit; };
-#if FINE
-        int candidates = min_(row.num_units, p.max_candidates - num_current);
-        auto nothing = [](auto...) {};
-        if (candidates == row.num_units) {
-            for (int i = tid; i < candidates; i += THREADS) s.candidates[i] = i;
-            sync_cluster();  // every block has read the normalisers
-        } else {
-            select(s, s.keys, forced, candidates, first, num, rank, tid, same, nothing, nothing);
-            sort_candidates(s, candidates, tid);
-        }
-        if (tid < BIN_WORDS) s.bins[tid] = 0;
-        for (int i = tid; i < num; i += THREADS) s.keys[i] = 0;
-        sync_block();
-        int of_block = candidate_share(candidates), first_candidate = min_(rank * of_block, candidates);
-        int num_candidates = min_(of_block, candidates - first_candidate);
-        score_fine(s, row, p, first_candidate, num_candidates, warp, lane);
-        sync_block();
-        norms_of_scores(s, num_candidates * FINE_PER_UNIT, warp, lane);
-        sync_block();
-        share_norms(s, rank, tid);
-        sync_cluster();
-        if (rank == 0) write_candidates(s, row, p, candidates, num_current, token, tid);
-#endif
         StateAhead ahead;
-        if (RESIDUAL) ahead = ask_state(row, rank, warp, lane);
-        auto between = [&]() {
+        auto ask = [&]() {
+            if (RESIDUAL) ahead = ask_state(row, rank, warp, lane);
+        };
+        auto read = [&]() {
             if (RESIDUAL) read_state(state, ahead, s, row, rank, warp, lane);
         };
+        Forced forced = forced_units(row, p);
+        int num_forced = forced_before(forced, row.num_units);
+        if (!FINE) ask();
+        // One level, or the first of two, and then the second: one loop, because code takes time to fetch.
+        bool fine = false;
+#pragma unroll 1
+        for (;; fine = true) {
+            // The second each block does for itself, which takes less time than waiting for the others.
+            int fine_blocks = candidates * FINE_PER_UNIT, number = fine ? fine_blocks : num;
+            auto name = [&](int i) {
+                return fine ? s.candidates[i / FINE_PER_UNIT] * FINE_PER_UNIT + i % FINE_PER_UNIT : first + i;
+            };
+            auto unit = [&](int i) { return fine ? s.candidates[i / FINE_PER_UNIT] : first + i; };
+            u32 *keys = fine ? s.fine_keys : s.keys;
+            make_keys(
+                s, fine ? s.warp : s.norms, fine ? WARPS : BLOCKS, keys, fine ? s.fine_lse : s.lse, forced, number, tid, unit);
+            if (fine || !FINE || candidates < row.num_units)
+                select(
+                    s, keys, num_forced * (fine ? FINE_PER_UNIT : 1), fine ? 0 : forced_before(forced, first),
+                    FINE && !fine ? candidates : n.complete, number, fine, rank, tid, name,
+                    [&](int i) {
+                        if (RESIDUAL && !FINE)
+#pragma unroll
+                            for (int h = 0; h < GP; h++) s.mass[i * GP + h] = -infinity();
+                    },
+                    [&]() {
+                        if (fine || !FINE) read();
+                    });
+            else
+                sync_cluster();  // all blocks have read scores of units
+            if (fine || !FINE) break;
 #if FINE
-        int trailing = row.num_units - forced.trailing;  // forced units at the end of the candidates
-        Forced fine = {forced.leading * FINE_PER_UNIT, (candidates - trailing) * FINE_PER_UNIT, candidates * FINE_PER_UNIT};
-        int first_fine = first_candidate * FINE_PER_UNIT, num_fine = num_candidates * FINE_PER_UNIT;
-        make_keys(s, s.fine_keys, s.fine_lse, fine, first_fine, num_fine, tid);
-        auto block_of = [&](int i) { return s.candidates[i / FINE_PER_UNIT] * FINE_PER_UNIT + i % FINE_PER_UNIT; };
-        select(s, s.fine_keys, fine, n.complete, first_fine, num_fine, rank, tid, block_of, nothing, between);
+            for (int i = tid; i < candidates; i += THREADS) s.candidates[i] = candidates < row.num_units ? s.list[i] : i;
+            if (tid < BIN_WORDS) s.bins[tid] = 0;
+            for (int i = tid; i < num; i += THREADS) s.keys[i] = 0;
+            sync_block();
+            int of_block = ceil_div(candidates, BLOCKS), first_candidate = min_(rank * of_block, candidates);
+            score_fine(s, row, p, first_candidate, min_(of_block, candidates - first_candidate), warp, lane);
+            sync_cluster();
+            ask();
+            norms_of_scores(s, fine_blocks, warp, lane);
+            sync_block();
+#endif
+        }
+#if FINE
+        arrive_at_cluster();  // this block has read scores of fine blocks
         if (RESIDUAL)
             for (int i = tid; i < n.complete; i += THREADS) {
                 int own = s.list[i] / FINE_PER_UNIT - first;
                 if (own >= 0 && own < num) add_to(s.keys + own, 1);
             }
-#else
-        select(s, s.keys, forced, n.complete, first, num, rank, tid, same, [&](int i) {
-            if (RESIDUAL)
-#pragma unroll
-                for (int h = 0; h < GP; h++) s.mass[i * GP + h] = -infinity();
-        }, between);
 #endif
     }
     n.covered = n.complete * ATTENDED;
@@ -1861,7 +1938,11 @@ KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
     if (FINE && RESIDUAL && reads) sync_block();  // all selected blocks have been counted
     if (RESIDUAL && reads) mass_of_rest(s, num, warp, lane);
     if (rank == BLOCKS - 1) write_table(s, row, p, n, token, tid);  // while tokens are on their way
+#if FINE
+    if (rank == 0 && reads) write_candidates(s, row, p, candidates, num_current, token, tid);
+#endif
     attend(s, row, p, n, state, reads, warp, lane);
+    if (FINE && reads) wait_for_cluster();  // all blocks have read scores, whose place partial results take
     merge_warps(s, reads, rank, tid);
     sync_cluster();  // nobody reads or writes another block's shared memory from here on
     merge_blocks(s, row, p, token, reads ? row.num_units * UNIT - n.complete * ATTENDED : 0, rank, tid);

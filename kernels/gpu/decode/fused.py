@@ -185,8 +185,7 @@ class FusedDecode:
     def _bytes_without_table(self, blocks: int) -> int:
         group, d = self.layer.group_p, self.layer.head_size
         share = (-(-self.max_units // blocks) + 3) // 4 * 4
-        fine_share = -(-self.max_candidates // blocks) * self._per_unit
-        scores = max(share * group, fine_share * (group + 1))
+        scores = max(share * group, self.max_candidates * self._per_unit * (group + 1))
         has_residual = self.params.residual != "none"
         rows = 4096 // d  # of a warp's ring
         ring = WARPS * rows * max(4 * d + 16, 2 * (2 * d + 16) if self._fp8 else 0)
@@ -194,10 +193,12 @@ class FusedDecode:
         part = blocks * (2 * group + 1 if has_residual else group) * -(-d // 4 // blocks) * 4
         words = share * (1 + group * has_residual) + scores + (part if scores < part else 0)
         words += max(self.params.budget_blocks * self._per_unit, self.max_candidates) + self.max_candidates
-        words += queries * 4 * (d + 8) + group * d + MAX_CLUSTER * 2 * group + 4 * group
-        words += (MAX_CLUSTER + WARPS) * 4 * group + (MAX_CLUSTER + 4) * group
+        if self.params.fine_block:
+            words += -(-group // 4) * 8 * (d + 32) // 4 + group  # q in bytes
+        words += queries * 4 * (d + 8) + group * d + blocks * 2 * group + 4 * group
+        words += (blocks + WARPS) * 4 * group + (MAX_CLUSTER + 4) * group
         words += (2 * blocks + 1) * 128 + 2 * 256 + WARPS + 4  # selection
-        return ring + 4 * words + 25 * 16  # the last: every part begins at 16 bytes
+        return ring + 4 * words + 27 * 16  # the last: every part begins at 16 bytes
 
     def pays(self, num_rows: int) -> bool:
         """Whether this launch is for batches of `num_rows`: larger ones wait for memory, not for each other."""

@@ -130,6 +130,7 @@ static void grid_launch() {}
 static float exp2_(float x) { return std::exp2(x); }
 static float log2_(float x) { return std::log2(x); }
 static float reciprocal(float x) { return 1.0f / x; }
+static float larger(float a, float b) { return std::fmax(a, b); }
 static float sqrt_(float x) { return std::sqrt(x); }
 static int as_int(float x) { int y; std::memcpy(&y, &x, 4); return y; }
 static float as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
@@ -204,6 +205,21 @@ static void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsig
 }
 static void multiply_half(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     multiply_as<true>(c, a0, a1, a2, a3, b0, b1);
+}
+static void multiply_bytes(
+    int (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, const int (&c)[4]) {
+    unsigned mine[6] = {a0, a1, a2, a3, b0, b1}, all[32][6];
+    gather(mine, all);
+    int g = thread_id() % 32 / 4, t = thread_id() % 4;
+    for (int j = 0; j < 4; j++) {
+        int row = g + j / 2 * 8, column = t * 2 + j % 2;
+        d[j] = c[j];
+        for (int k = 0; k < 32; k++) {
+            unsigned a = all[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2];
+            unsigned b = all[column * 4 + k % 16 / 4][4 + k / 16];
+            d[j] += (int)(a >> k % 4 * 8 & 255) * (signed char)(b >> k % 4 * 8 & 255);
+        }
+    }
 }
 static unsigned short e4m3_to_half(unsigned char x) {
     int exponent = x >> 3 & 15, mantissa = x & 7;
