@@ -400,24 +400,25 @@ def _sketched_logits(q, codes, halves, sketch, stored, formats, pages, page_step
     begin, scales_behind, from_page = sketch
     per_page, stride = area
     mean = np.zeros(chunks * CHUNK, np.float32)
-    keys, scales = np.empty((4, chunks * CHUNK), np.float32), np.empty(chunks, np.float32)
+    keys, scales = np.empty((4, chunks * CHUNK), np.float32), np.empty(block * chunks, np.float32)
     for i in range(ids.shape[0]):
         page, of_page = np.int64(pages[ids[i] // per_page]), ids[i] % per_page
         # The mean comes first in the statistics, in its own format.
         _load_statistics(stored, start + page * page_step + of_page * stride, formats[:1], mean[:d])
-        at = begin + page * from_page
-        for first in range(of_page * block, (of_page + 1) * block, 4):
+        first_chunk, at = of_page * block * chunks, begin + page * from_page
+        load_elements(halves, (at + scales_behind) // 2 + first_chunk, scales)
+        at += first_chunk * (CHUNK // 2)
+        for first in range(0, block, 4):
             for t in range(4):
-                load_elements(halves, (at + scales_behind) // 2 + (first + t) * chunks, scales)
                 for c in range(chunks):
-                    from_byte = at + ((first + t) * chunks + c) * (CHUNK // 2)
-                    of_chunk, scale = codes[from_byte : from_byte + CHUNK // 2], scales[c]
+                    n = (first + t) * chunks + c
+                    of_chunk, scale = codes[at + n * (CHUNK // 2) : at + (n + 1) * (CHUNK // 2)], scales[n]
                     key, centre = keys[t, c * CHUNK : (c + 1) * CHUNK], mean[c * CHUNK : (c + 1) * CHUNK]
                     for e in range(CHUNK // 2):
                         low, high = np.int32(of_chunk[e] & 15) - 8, np.int32(of_chunk[e] >> 4) - 8
                         key[2 * e] = np.float32(low) * scale + centre[2 * e]
                         key[2 * e + 1] = np.float32(high) * scale + centre[2 * e + 1]
-            _four_logits(q, keys, 4, logits, i * block + first - of_page * block)
+            _four_logits(q, keys, 4, logits, i * block + first)
 
 
 @njit(fastmath=_FAST, error_model="numpy")

@@ -382,7 +382,8 @@ def select_fine_blocks(
         return list(range(num_fine)), {}
 
     coarse = replace(params, budget_blocks=params.candidate_factor * params.budget_blocks, top_p=None)
-    candidates, keys = [], []  # ids of fine blocks, and the keys [f, d] of each as they are read
+    candidates: list[int] = []  # fine blocks
+    keys: list[Tensor] = []  # of each as they are read [f, d]
     for block in select_blocks(group_scores, position, coarse):
         if block < len(group_scores):
             of_block = k[block * params.selection_block : (block + 1) * params.selection_block]

@@ -40,16 +40,17 @@ def sketch(keys: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, torc
     high, low = chunks.amax(-1), -chunks.amin(-1)
     limit = torch.finfo(torch.float16).max
     scales = (torch.where(high >= low, -high, low) / 8).clamp(-limit, limit).half()
-    scale = scales.float()[..., None]
-    multiples = torch.where(scale == 0, 0, chunks / scale).round().clamp(-8, 7)
-    codes = (multiples + 8).to(torch.uint8).unflatten(-1, (-1, 2))
+    scale = scales.float().masked_fill(scales == 0, torch.inf)[..., None]  # of which all is 0 times as much
+    codes = (chunks / scale).round_().clamp_(-8, 7).add_(8).to(torch.uint8).unflatten(-1, (-1, 2))
     return (codes[..., 0] | codes[..., 1] << 4).flatten(-2), scales
 
 
 def unsketch(codes: torch.Tensor, scales: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
     """What a sketch says the keys are, `[..., head_size]`, in the dtype of `centre`; arguments as of `sketch`."""
-    multiples = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).to(centre.dtype) - 8
-    rest = (multiples.unflatten(-1, (-1, CHUNK)) * scales.to(centre.dtype)[..., None]).flatten(-2)
+    multiples = torch.empty(*codes.shape, 2, dtype=centre.dtype, device=centre.device)
+    multiples[..., 0], multiples[..., 1] = codes & 15, codes >> 4
+    chunks = multiples.flatten(-2).sub_(8).unflatten(-1, (-1, CHUNK))
+    rest = chunks.mul_(scales.to(centre.dtype)[..., None]).flatten(-2)
     return rest[..., : centre.shape[-1]] + centre
 
 
