@@ -596,22 +596,30 @@ def test_steady_state_reads_the_state(residual: str) -> None:
 
 
 @both
-def test_two_levels_read_no_more_than_they_need(implementation: type[VectorisedAttention]) -> None:
-    """With a state that covers everything: keys of candidates, values of what is selected, statistics."""
-    params = SplaParameters(16, 16, budget_blocks=4, fine_block=8, candidate_factor=2)
+@pytest.mark.parametrize("source", FINE_SOURCES)
+def test_two_levels_read_no_more_than_they_need(source: str, implementation: type[VectorisedAttention]) -> None:
+    """With a state that covers everything: keys of candidates, values of what is selected, statistics. With a sketch
+    that of candidates, and keys of what is selected."""
+    params = SplaParameters(16, 16, budget_blocks=4, fine_block=8, candidate_factor=2, fine_source=source)
     layer = Layer(Shape(params, 2, 2, 64, False, 1.0, seed=5, implementation=implementation), [260])
     sequence = layer.sequences[0]
     layer.write((0, 0, 200))
     layer.forward([(0, 199, 200)])
     for position in range(200, 260):
         layer.write((0, position, position + 1))
-        want = layer.reference(0, position)
+        want = layer.reference(0, position, layer.stored_statistics(0, position // 16))
         held = layer.kv_cache.clone()
         for g in range(2):
             candidates = ref.select_blocks(want.group_scores[g], position, coarse_parameters(params))
             keys = set(ref.tokens_of(candidates, position + 1, 16))
             values = set(ref.tokens_of(want.selected[g], position + 1, 8))
             assert len(values) <= 64 and len(keys) <= 128
+            if params.has_sketch:
+                keys = values
+                beyond = sequence.pages[[i for i in range(position // 16) if i not in candidates]]
+                for page in beyond:
+                    codes, scales = layer.op.page_layout.sketch(layer.op.page_layout.area(layer.kv_cache[page, g]))
+                    codes[:], scales[:] = 255, math.nan
             for t in range((position // 16 - 1) * 16):  # a page that this step completes is read for the state
                 page, row = sequence.pages[t // 16], t % 16
                 if t not in keys:
