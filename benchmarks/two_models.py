@@ -41,11 +41,17 @@ from spla_backend.evaluate.variants import DENSE, ModelShape, Variant, layers_of
 PAGE_SIZE = 64
 FIRST = {8192: 4096, 16384: 4096, 32768: 8192}
 """By context, the first position that counts."""
+INT4 = {"fine_block_size": 16, "fine_source": "int4"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "rem 64, regression": {"selector": "rem", "selection_block_size": 64, "residual": "regression"},
     "two levels x4, 16": {"fine_block_size": 16, "candidates": 4},
     "two levels x8, 16": {"fine_block_size": 16, "candidates": 8},
+    "two levels x4, 16, int4": {**INT4, "candidates": 4},
+    "two levels x8, 16, int4": {**INT4, "candidates": 8},
+    "two levels x4, 16, int4, fp8 statistics": {**INT4, "candidates": 4, "statistics_dtype": "fp8"},
+    "two levels x4, 16, int4, mean fp8": {**INT4, "candidates": 4, "selector": "mean", "statistics_dtype": "fp8"},
+    "two levels x6, 16, int4, mean fp8": {**INT4, "candidates": 6, "selector": "mean", "statistics_dtype": "fp8"},
     "rem 64": {"selector": "rem", "selection_block_size": 64, "residual": "none"},
     "quest 64": {"selector": "quest", "selection_block_size": 64, "residual": "none"},
     "quest 16": {"selector": "quest", "selection_block_size": 16, "residual": "none"},
@@ -109,11 +115,11 @@ class Measurement:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for people."""
-    lines = [f"{'model':14} {'context':>7} {'budget':>6} {'variant':32} {'KiB':>7} {'loss':>8} {'+-':>7}  by document"]
+    lines = [f"{'model':14} {'context':>7} {'budget':>6} {'variant':40} {'KiB':>7} {'loss':>8} {'+-':>7}  by document"]
     for row in rows:
         documents = "  ".join(f"{name} {loss:+.4f}" for name, loss in row["documents"].items())
         lines.append(
-            f"{row['model']:14} {row['context']:7} {row['budget'] or '':>6} {row['variant']:32} {row['kib']:7.1f} "
+            f"{row['model']:14} {row['context']:7} {row['budget'] or '':>6} {row['variant']:40} {row['kib']:7.1f} "
             f"{row['loss']:+8.4f} {row['error']:7.4f}  {documents}"
         )
     return "\n".join(lines)

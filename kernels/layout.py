@@ -8,7 +8,7 @@ import torch
 from ..algorithm.parameters import SplaParameters
 from ..algorithm.residual import make_residual
 from ..algorithm.selectors import get_selector, stored_formats
-from ..algorithm.sketch import BYTES_PER_CHUNK, CHUNK, num_chunks
+from ..algorithm.sketch import BYTES_PER_CHUNK, CHUNK, num_chunks, sketch, unsketch
 from ..algorithm.statistics_format import Formats, decode, encode
 
 STAMP_WORDS = 4  # int32: salt_lo, salt_hi, counter, page id
@@ -125,6 +125,19 @@ class PageLayout:
         of_sketch = area.view(torch.uint8)[..., begin : begin + self.sketch_bytes]
         codes, scales = of_sketch[..., : self.sketch_scales], of_sketch[..., self.sketch_scales :].view(torch.float16)
         return codes.unflatten(-1, (self.page_size, -1)), scales.unflatten(-1, (self.page_size, chunks))
+
+    def store_sketch(self, area: torch.Tensor, keys: torch.Tensor) -> None:
+        """Write the sketch of keys `[..., page_size, head_size]` float32 into a whole area that holds their mean."""
+        for held, new in zip(self.sketch(area), sketch(keys, self._centre(area)), strict=True):
+            held[:] = new
+
+    def sketched_keys(self, area: torch.Tensor) -> torch.Tensor:
+        """What the sketch in a whole area says the keys are, `[..., page_size, head_size]` float32."""
+        return unsketch(*self.sketch(area), self._centre(area))
+
+    def _centre(self, area: torch.Tensor) -> torch.Tensor:
+        """The mean that each key of a page counts from, `[..., page_size, head_size]` float32."""
+        return self.load(area)[..., : self.head_size].repeat_interleave(self.selection_block, -2)
 
     @property
     def rows(self) -> int:

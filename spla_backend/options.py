@@ -35,6 +35,8 @@ class SplaOptions:
         fine_block_size: Tokens a block of the fine level, where selection has two (`algorithm/two_level.py`); 0: one
             level.
         candidates: What the fine level chooses among, in budgets.
+        fine_source: What the fine level reads of the candidates: `keys`, or `int4`, a sketch of them in the page
+            (`algorithm/sketch.py`).
         first_blocks: Leading blocks always selected (attention sink).
         last_blocks: Trailing blocks always selected, the current one included.
         residual: What stands for the pages that are not selected: `regression`, `linear` (the paper's) or `none`.
@@ -58,6 +60,7 @@ class SplaOptions:
     selection_block_size: int | None = None
     fine_block_size: int = 0
     candidates: int = 4
+    fine_source: str = "keys"
     first_blocks: int = 1
     last_blocks: int = 2
     residual: str = "regression"
@@ -106,6 +109,7 @@ class SplaOptions:
     def _check(self) -> None:
         from .algorithm.feature_maps import feature_map_names
         from .algorithm.selectors import get_selector, selector_names
+        from .algorithm.sketch import FINE_SOURCES
         from .algorithm.statistics_format import STATISTICS_DTYPES
 
         self._check_integer("budget", 1)
@@ -141,6 +145,7 @@ class SplaOptions:
             )
         self._check_choice("selector", selector_names())
         self._check_choice("statistics_dtype", STATISTICS_DTYPES)
+        self._check_choice("fine_source", FINE_SOURCES)
         self._check_choice("residual", RESIDUALS)
         self._check_choice("feature_map", feature_map_names())
         self._check_choice("combine", COMBINES)
@@ -153,6 +158,13 @@ class SplaOptions:
             raise ValueError(
                 f"SPLA selector {self.selector!r} does not say how to store its statistics in fp8 (Selector.formats): "
                 "set statistics_dtype to 'auto'"
+            )
+        needs_mean = self.fine_block_size and self.fine_source == "int4"
+        if needs_mean and not get_selector(self.selector).mean_first:
+            raise ValueError(
+                f"SPLA selector {self.selector!r} does not keep the mean of a block's keys in front of its statistics "
+                "(Selector.mean_first), from which the sketch of fine_source 'int4' counts: set fine_source to 'keys' "
+                "or choose another selector"
             )
         needs_mass = self.residual != "none" and self.combine == "shared_normalizer"
         if needs_mass and not get_selector(self.selector).has_mass:
@@ -250,6 +262,7 @@ class SplaOptions:
             statistics_dtype=self.statistics_dtype,
             fine_block=self.fine_block_size,
             candidate_factor=self.candidates,
+            fine_source=self.fine_source,
             top_p=self.top_p,
             residual=self.residual,
             feature_map=self.feature_map,

@@ -33,6 +33,22 @@ def test_two_levels():
         SplaOptions.from_sources({"fine_block_size": 24}).parameters(64)
 
 
+def test_fine_source():
+    int4 = {"fine_block_size": 16, "fine_source": "int4"}
+    params = SplaOptions.from_sources(int4).parameters(64)
+    assert params.fine_source == "int4" and params.has_sketch
+    page, _ = layouts(params, 128, torch.bfloat16)
+    assert page.sketch_bytes == 64 * 4 * 18 and page.statistics_rows == 11
+    for one_level in ({"fine_source": "int4"}, {"fine_source": "int4", "selector": "quest", "residual": "none"}):
+        params = SplaOptions.from_sources(one_level).parameters(64)
+        assert not params.has_sketch and layouts(params, 128, torch.bfloat16)[0].sketch_bytes == 0
+    with pytest.raises(ValueError, match="unknown SPLA fine_source 'int8': choose one of keys, int4"):
+        SplaOptions.from_sources({"fine_source": "int8"})
+    for selector in ("quest", "km2-rem"):
+        with pytest.raises(ValueError, match=f"'{selector}' does not keep the mean .*: set fine_source to 'keys' or"):
+            SplaOptions.from_sources({**int4, "selector": selector, "residual": "none"})
+
+
 def test_a_selector_without_formats():
     class Mine(MeanSelector):
         name = "mine"

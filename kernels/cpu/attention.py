@@ -277,6 +277,9 @@ class CpuAttention(VectorisedAttention):
         stored = cache.bytes if layout.fp8_statistics else cache.elements
         from_page, from_head, from_row = (step * layout.itemsize // layout.statistics_itemsize for step in cache.steps)
         area = layout.page_size * from_row, from_page, from_head, layout.statistics_stride
+        from_page, from_head, from_row = (step * layout.itemsize for step in cache.steps)
+        begin = layout.page_size * from_row + layout.statistics_bytes if layout.has_sketch else 0
+        sketch = begin, layout.sketch_scales, from_page, from_head
         num_read = np.empty((len(tokens.rows), self.num_kv_heads), np.int32)
         compiled.attend(
             q.numpy(),
@@ -286,6 +289,9 @@ class CpuAttention(VectorisedAttention):
             stored,
             area,
             self._formats,
+            cache.bytes,
+            cache.bytes.view(np.int16),
+            sketch,
             tokens.positions,
             tokens.rows,
             block_table.numpy(),

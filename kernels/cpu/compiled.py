@@ -3,7 +3,8 @@ over tokens and kv heads (docs/design.md, 1 to 4).
 
 A decode step of a layer is a few hundred microseconds of arithmetic, of which a chain of tensor operations would spend
 most on calls and copies. Here every selected key and value is read once, from the page where it lies; with two levels
-every key of the candidates, whose logits choose among them and are then those of the selected.
+every key of the candidates, whose logits choose among them and are then those of the selected, or their sketches in the
+place of the keys that are not selected.
 
 The cache arrives as a flat array whose dtype stands for what it holds: uint16 for bfloat16, int16 for float16, float32
 for itself; where statistics are stored in bytes, it comes as uint8, too. All arithmetic is float32. Built-in selectors
@@ -27,6 +28,7 @@ from ...algorithm.selectors import (
     RemSelector,
     Taylor2Selector,
 )
+from ...algorithm.sketch import CHUNK
 from ...algorithm.statistics_format import COUNT, E4M3, E5M2
 from ..layout import STAMP_WORDS
 
@@ -340,32 +342,83 @@ def _log_mass(linear, variance, rest):
 
 
 @njit(fastmath=_FAST, error_model="numpy")
+def _four_logits(q, keys, some, logits, token):
+    """`q . k` of the first `some` of `keys [4, >= head_size]`, into `logits [group, tokens]` from `token` on."""
+    group, d = q.shape
+    for h in range(group):
+        s0 = s1 = s2 = s3 = np.float32(0)  # four sums at a time, none of which waits for another
+        for e in range(d):
+            x = q[h, e]
+            s0 += x * keys[0, e]
+            s1 += x * keys[1, e]
+            s2 += x * keys[2, e]
+            s3 += x * keys[3, e]
+        logits[h, token] = s0
+        if some > 1:
+            logits[h, token + 1] = s1
+        if some > 2:
+            logits[h, token + 2] = s2
+        if some > 3:
+            logits[h, token + 3] = s3
+
+
+@njit(fastmath=_FAST, error_model="numpy")
 def _logits(q, cache, starts, lengths, row_step, logits):
     """`q . k` of the tokens of some blocks, side by side in `logits [group, tokens]`."""
-    group, d = q.shape
-    keys = np.zeros((4, d), np.float32)
+    keys = np.zeros((4, q.shape[1]), np.float32)
     token = 0
     for i in range(starts.shape[0]):
         for first in range(0, lengths[i], 4):
             some = min(4, lengths[i] - first)
             for t in range(some):
                 load_elements(cache, starts[i] + (first + t) * row_step, keys[t])
-            for h in range(group):
-                s0 = s1 = s2 = s3 = np.float32(0)  # four sums at a time, none of which waits for another
-                for e in range(d):
-                    x = q[h, e]
-                    s0 += x * keys[0, e]
-                    s1 += x * keys[1, e]
-                    s2 += x * keys[2, e]
-                    s3 += x * keys[3, e]
-                logits[h, token] = s0
-                if some > 1:
-                    logits[h, token + 1] = s1
-                if some > 2:
-                    logits[h, token + 2] = s2
-                if some > 3:
-                    logits[h, token + 3] = s3
+            _four_logits(q, keys, some, logits, token)
             token += some
+
+
+@njit(fastmath=_FAST, error_model="numpy")
+def _sketched_logits(q, codes, halves, sketch, stored, formats, pages, page_step, start, area, ids, block, logits):
+    """`q . k` of the tokens of some blocks by their sketches, side by side in `logits [group, tokens]`.
+
+    Args:
+        q: `[group, head_size]`, scaled.
+        codes: As in `attend`.
+        halves: As in `attend`.
+        sketch: `(byte of page 0 at which that of this kv head begins, from there to the scales, from page to page)`.
+        stored: As in `_score`, like the next five.
+        formats: Of bytes.
+        pages: Page ids.
+        page_step: From page to page.
+        start: Of this kv head's statistics in page 0.
+        area: Of a block's statistics.
+        ids: `[blocks]`, by their number in the sequence.
+        block: Tokens of each, a multiple of 4.
+        logits: Output.
+    """
+    d = q.shape[1]
+    chunks = (d + CHUNK - 1) // CHUNK
+    begin, scales_behind, from_page = sketch
+    per_page, stride = area
+    mean = np.zeros(chunks * CHUNK, np.float32)
+    keys, scales = np.empty((4, chunks * CHUNK), np.float32), np.empty(block * chunks, np.float32)
+    for i in range(ids.shape[0]):
+        page, of_page = np.int64(pages[ids[i] // per_page]), ids[i] % per_page
+        # The mean comes first in the statistics, in its own format.
+        _load_statistics(stored, start + page * page_step + of_page * stride, formats[:1], mean[:d])
+        first_chunk, at = of_page * block * chunks, begin + page * from_page
+        load_elements(halves, (at + scales_behind) // 2 + first_chunk, scales)
+        at += first_chunk * (CHUNK // 2)
+        for first in range(0, block, 4):
+            for t in range(4):
+                for c in range(chunks):
+                    n = (first + t) * chunks + c
+                    of_chunk, scale = codes[at + n * (CHUNK // 2) : at + (n + 1) * (CHUNK // 2)], scales[n]
+                    key, centre = keys[t, c * CHUNK : (c + 1) * CHUNK], mean[c * CHUNK : (c + 1) * CHUNK]
+                    for e in range(CHUNK // 2):
+                        low, high = np.int32(of_chunk[e] & 15) - 8, np.int32(of_chunk[e] >> 4) - 8
+                        key[2 * e] = np.float32(low) * scale + centre[2 * e]
+                        key[2 * e + 1] = np.float32(high) * scale + centre[2 * e + 1]
+            _four_logits(q, keys, 4, logits, i * block + first)
 
 
 @njit(fastmath=_FAST, error_model="numpy")
@@ -453,6 +506,9 @@ def _attend_one(
     stored,
     area,
     formats,
+    codes,
+    halves,
+    sketch,
     positions,
     rows,
     table,
@@ -533,8 +589,18 @@ def _attend_one(
     num_weights = 2 * group + 1 if tail else group
     rest = np.full(num_complete, block)  # tokens of each block that are not attended to
     if two_levels:
-        logits = np.empty((group, num_tokens), np.float32)
-        _logits(q, cache, starts, lengths, row_step, logits)
+        begin, scales_behind, sketch_page, sketch_head = sketch
+        sketched = begin > 0
+        logits = np.empty((group, complete_tokens if sketched else num_tokens), np.float32)
+        if sketched:
+            of_head = (begin + kv_head * sketch_head, scales_behind, sketch_page)
+            first, from_page, from_head, stride = area
+            _sketched_logits(
+                q, codes, halves, of_head, stored, formats, pages, from_page, first + kv_head * from_head,
+                (per_page, stride), ids[:num_chosen], block, logits,
+            )  # fmt: skip
+        else:
+            _logits(q, cache, starts, lengths, row_step, logits)
         per_block = block // fine
         forced_fine = np.empty(num_chosen * per_block, np.bool_)
         for i in range(forced_fine.shape[0]):
@@ -557,15 +623,19 @@ def _attend_one(
                 of = i // per_block
                 fine_starts[n] = starts[of] + i % per_block * fine * row_step
                 rest[ids[of]] -= fine
-                for h in range(group):
-                    for t in range(fine):
-                        weights[h, n * fine + t] = logits[h, i * fine + t]
+                if not sketched:
+                    for h in range(group):
+                        for t in range(fine):
+                            weights[h, n * fine + t] = logits[h, i * fine + t]
                 n += 1
         for i in range(num_current):
             fine_starts[n + i], fine_lengths[n + i] = starts[num_chosen + i], lengths[num_chosen + i]
-        for h in range(group):
-            for t in range(current_tokens):
-                weights[h, n * fine + t] = logits[h, complete_tokens + t]
+        if sketched:
+            _logits(q, cache, fine_starts, fine_lengths, row_step, weights)
+        else:
+            for h in range(group):
+                for t in range(current_tokens):
+                    weights[h, n * fine + t] = logits[h, complete_tokens + t]
         starts, lengths, num_chosen, complete_tokens = fine_starts, fine_lengths, num_fine, num_fine * fine
     else:
         weights = np.empty((num_weights, num_tokens), np.float32)
@@ -638,6 +708,9 @@ def attend(
     stored,
     area,
     formats,
+    codes,
+    halves,
+    sketch,
     positions,
     rows,
     table,
@@ -664,6 +737,10 @@ def attend(
             head to kv head, block to block)`.
         formats: Of statistics in bytes, `[parts, 2]` int64, for consecutive parts the place in `FORMATS` and elements;
             not read where `stored` is the cache.
+        codes: The flat cache as uint8; like `halves` read only where there is a sketch of keys.
+        halves: The flat cache as int16.
+        sketch: Where it is, in bytes: `(that of page 0, kv head 0, or 0 where there is none, from there to the scales,
+            steps from page to page and kv head to kv head)`.
         positions: `[tokens]` int64.
         rows: `[tokens]` int64, rows of `table`.
         table: `[rows, pages]` int, page ids.
@@ -692,6 +769,9 @@ def attend(
             stored,
             area,
             formats,
+            codes,
+            halves,
+            sketch,
             positions,
             rows,
             table,

@@ -196,10 +196,12 @@ class VectorisedAttention:
     def _write_statistics(self, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
         params, layout, d = self.params, self.page_layout, self.head_size
         keys = kv_cache[pages, :, : params.page_size, :d].float()  # [pages, kv_heads, page_size, head_size]
-        keys = keys.unflatten(2, (params.blocks_per_page, params.selection_block))
         shape = (pages.numel(), self.num_kv_heads, layout.statistics_rows * 2 * d)
         area = torch.zeros(shape, dtype=kv_cache.dtype)
-        layout.store(area, self.selector.statistics(keys))
+        blocks = keys.unflatten(2, (params.blocks_per_page, params.selection_block))
+        layout.store(area, self.selector.statistics(blocks))
+        if params.has_sketch:
+            layout.store_sketch(area, keys)
         self._counter += 1
         stamp = torch.empty(pages.numel(), STAMP_WORDS, dtype=torch.int32)
         stamp[:, :2], stamp[:, 2], stamp[:, 3] = self._salt, self._counter, pages
@@ -412,22 +414,27 @@ class VectorisedAttention:
         self, tile: Tile, q: torch.Tensor, kv_cache: torch.Tensor, candidates: torch.Tensor
     ) -> torch.Tensor:
         """Selected fine blocks of complete pages `[rows, kv_heads, tokens, num_fine]`, by the keys of the candidates
-        `[rows, kv_heads, tokens, num_blocks]`."""
-        params, block = self.params, self.params.selection_block
+        `[rows, kv_heads, tokens, num_blocks]` or by their sketches."""
+        params, layout = self.params, self.page_layout
         assert tile.fine is not None
+        size = params.page_size if params.has_sketch else params.selection_block  # tokens that are read together
         # Neighbouring tokens have much the same candidates: the union is read once.
-        slots, _ = _places(candidates.any(2).flatten(0, 1))  # [requests, slots]
-        page, of_page = np.divmod(slots.numpy(), params.blocks_per_page)
+        wanted = candidates.any(2).flatten(0, 1).unflatten(-1, (-1, size // params.selection_block)).any(-1)
+        slots, _ = _places(wanted)  # [requests, slots]
+        page, of_page = np.divmod(slots.numpy(), params.page_size // size)
         pages = np.take_along_axis(tile.pages.repeat(self.num_kv_heads, 0), page, 1)[..., None]
         heads = np.tile(self._head, (len(tile.rows), 1))[..., None]  # [requests, 1, 1]
-        rows = of_page[..., None] * block + np.arange(block)
-        keys = _gather(kv_cache, pages, heads, rows, self.head_size).view(len(slots), -1, self.head_size)
-        scores = fine_scores(q @ keys.float().mT, params.fine_block)  # [requests, tokens * group, slots * per_block]
-        per_block = block // params.fine_block
-        where = (slots[..., None] * per_block + torch.arange(per_block)).flatten(1)[:, None].expand(scores.shape)
-        every = scores.new_full((*q.shape[:2], candidates.shape[-1] * per_block), -torch.inf).scatter_(
-            -1, where, scores
-        )
+        if params.has_sketch:
+            elements = layout.statistics_rows * 2 * self.head_size
+            keys = layout.sketched_keys(_gather(kv_cache, pages, heads, layout.page_size, elements))
+        else:
+            rows = of_page[..., None] * size + np.arange(size)
+            keys = _gather(kv_cache, pages, heads, rows, self.head_size).float()
+        keys = keys.view(len(slots), -1, self.head_size)  # [requests, slots * size, head_size]
+        scores = fine_scores(q @ keys.mT, params.fine_block)  # [requests, tokens * group, slots * per_slot]
+        per_slot = size // params.fine_block
+        where = (slots[..., None] * per_slot + torch.arange(per_slot)).flatten(1)[:, None].expand(scores.shape)
+        every = scores.new_full((*q.shape[:2], wanted.shape[-1] * per_slot), -torch.inf).scatter_(-1, where, scores)
         every = every.view(-1, self.num_kv_heads, tile.num_tokens, self.group, every.shape[-1])
         return select_fine_blocks(every, candidates, *tile.fine, params.top_p)
 

@@ -28,11 +28,13 @@ from torch import Tensor
 
 from spla_backend.algorithm.parameters import COMBINES, RESIDUALS, SplaParameters
 from spla_backend.algorithm.selectors import get_selector
+from spla_backend.algorithm.sketch import FINE_SOURCES
 
 SELECTORS = ("mean", "taylor2", "cumulant2", "rem", "quest", "km2-rem")
 """Those that are defined here; any other that is registered is defined by its class, in float64."""
 FEATURE_MAPS = ("softmax", "elu1")
 LLOYD_ITERATIONS = 4
+SKETCH_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,32 @@ def first_argmax(values: Tensor) -> int:
 def nearest(keys: Tensor, centroids: Sequence[Tensor]) -> Tensor:
     """Which of two centroids each key is nearest to, 0 at a tie, `[b]` int64."""
     return (squared_distances(keys, centroids[1]) < squared_distances(keys, centroids[0])).long()
+
+
+def sketched_keys(keys: Tensor, mean: Tensor) -> Tensor:
+    """What a sketch in 4 bits an element says the keys of a selection block are.
+
+    A key counts from the mean of the block, as the page stores it, and is cut into chunks of 32 channels. A chunk keeps
+    a scale, by which the element farthest from 0 (of two, the positive one) is to be -8, and of each element the
+    nearest of the multiples -8 to 7 of the scale, at a tie the even one. Scales are float16, the largest of which
+    stands for any beyond; what they are made of is float32, so that all who make a sketch of stored keys make the same.
+
+    Args:
+        keys: `[b, d]` float64.
+        mean: `[d]` float64.
+
+    Returns:
+        `[b, d]` float64.
+    """
+    largest = torch.finfo(torch.float16).max
+    chunks = []
+    for chunk in (keys - mean).float().split(SKETCH_CHUNK, dim=1):  # [b, 32], the last one of what is left
+        highest, lowest = chunk.amax(dim=1, keepdim=True), chunk.amin(dim=1, keepdim=True)
+        farthest = torch.where(highest >= -lowest, highest, lowest)
+        scale = (farthest / -8).clamp(-largest, largest).half().float()  # [b, 1]
+        multiples = torch.where(scale == 0, 0.0, chunk / scale).round().clamp(-8, 7)
+        chunks.append(multiples.double() * scale.double())
+    return torch.cat(chunks, dim=1) + mean
 
 
 # Scores: estimates of `log sum exp(q . k)` over a block
@@ -328,17 +356,19 @@ def choose(scores: Mapping[int, Tensor], forced: list[int], budget: int, top_p: 
 
 
 def select_fine_blocks(
-    q: Tensor, k: Tensor, group_scores: Tensor, params: SplaParameters
+    q: Tensor, k: Tensor, statistics: Tensor, group_scores: Tensor, params: SplaParameters
 ) -> tuple[list[int], dict[int, Tensor]]:
     """Fine blocks that a group attends to exactly, for the last token of a sequence, in two levels.
 
     The candidates are the selection blocks that one level with `candidate_factor` times the budget selects. Among their
     fine blocks those of the selection blocks that one level forces are forced, the others ranked by their mass, which
-    the heads share as in `share_in_group`, over the fine blocks of the candidates in complete pages.
+    the heads share as in `share_in_group`, over the fine blocks of the candidates in complete pages. The mass is that
+    of the keys themselves, or of what a sketch says they are.
 
     Args:
         q: Queries of the group's heads `[group, d]` float64.
         k: Keys of the sequence `[L, d]` float64.
+        statistics: Of selection blocks `[num_complete_blocks, width]` float64; the mean in front is what sketches need.
         group_scores: `[num_complete_blocks]` float64, of selection blocks, from `share_in_group`.
         params: Parameters, with a `fine_block`.
 
@@ -352,13 +382,16 @@ def select_fine_blocks(
         return list(range(num_fine)), {}
 
     coarse = replace(params, budget_blocks=params.candidate_factor * params.budget_blocks, top_p=None)
-    candidates = [
-        fine
-        for block in select_blocks(group_scores, position, coarse)
-        if block < len(group_scores)
-        for fine in range(block * per_block, (block + 1) * per_block)
-    ]
-    masses = [[logsumexp((k[fine * f : (fine + 1) * f] @ q_h).tolist()) for fine in candidates] for q_h in q]
+    candidates: list[int] = []  # fine blocks
+    keys: list[Tensor] = []  # of each as they are read [f, d]
+    for block in select_blocks(group_scores, position, coarse):
+        if block < len(group_scores):
+            of_block = k[block * params.selection_block : (block + 1) * params.selection_block]
+            if params.fine_source == "int4":
+                of_block = sketched_keys(of_block, statistics[block, : k.shape[1]])
+            candidates += range(block * per_block, (block + 1) * per_block)
+            keys += of_block.split(f)
+    masses = [[logsumexp((of_fine @ q_h).tolist()) for of_fine in keys] for q_h in q]
     shared = share_in_group(torch.tensor(masses, dtype=q.dtype).reshape(len(q), len(candidates)))
     forced = [
         fine
@@ -520,7 +553,7 @@ def spla_token(
         group_scores[g] = share_in_group(scores)
         if params.fine_block:
             of_group = q[heads.start : heads.stop]
-            blocks, fine_scores[g] = select_fine_blocks(of_group, k[:, g], group_scores[g], params)
+            blocks, fine_scores[g] = select_fine_blocks(of_group, k[:, g], statistics[:, g], group_scores[g], params)
         else:
             blocks = select_blocks(group_scores[g], position, params)
         selected.append(blocks)
@@ -646,6 +679,10 @@ def _check(
             f"fine_block {params.fine_block} must divide selection_block {params.selection_block}, and "
             f"candidate_factor {params.candidate_factor} be at least 2"
         )
+    if params.fine_source not in FINE_SOURCES:
+        raise ValueError(f"unknown fine_source {params.fine_source!r}, expected one of {', '.join(FINE_SOURCES)}")
+    if params.has_sketch and not get_selector(params.selector).mean_first:
+        raise ValueError(f"selector {params.selector!r} has no mean for a sketch: use fine_source 'keys'")
     if params.budget_blocks < params.max_forced_blocks:
         raise ValueError(f"budget_blocks {params.budget_blocks} is below {params.max_forced_blocks} forced blocks")
     if params.residual not in RESIDUALS:

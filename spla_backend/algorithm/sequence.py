@@ -23,6 +23,7 @@ from .parameters import SplaParameters
 from .residual import BlockReader, Residual, make_residual
 from .selection import forced_blocks, group_scores, select_blocks
 from .selectors import block_statistics, get_selector
+from .sketch import read_keys
 from .two_level import coarse_parameters, fine_scores, forced_fine_blocks, select_fine_blocks
 
 FLEX_QUERIES = 128
@@ -78,7 +79,9 @@ def spla_attention(
     queries = q.reshape(rows, group, length, d)
     keys, values = k.reshape(rows, total, d), v.reshape(rows, total, d)
     whole = total // params.selection_block * params.selection_block
-    statistics = block_statistics(keys[:, :whole].unflatten(1, (-1, params.selection_block)), params)
+    blocks_of_keys = keys[:, :whole].unflatten(1, (-1, params.selection_block))
+    statistics = block_statistics(blocks_of_keys, params)
+    fine_keys = read_keys(blocks_of_keys, params).flatten(1, 2)
     residual = make_residual(params, d, feature_weight)
 
     def per_row(weight: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ def spla_attention(
         step = total if not params.fine_block else max(1, _chunk_elements(q.device) // (batch * num_heads * total))
         with torch.no_grad():
             parts = [
-                unselected_blocks(part, keys, statistics, positions, params)
+                unselected_blocks(part, fine_keys, statistics, positions, params)
                 for part, positions in zip(
                     queries.split(step, 2), torch.arange(total, device=q.device).split(step), strict=True
                 )
@@ -129,7 +132,7 @@ def spla_attention(
         part, keys_seen, values_seen = queries[:, :, start:end], keys[:, :seen], values[:, :seen]
         if rest_of_all is None:
             with torch.no_grad():
-                rest = unselected_blocks(part, keys_seen, blocks, positions, params)
+                rest = unselected_blocks(part, fine_keys, blocks, positions, params)
             attended = None
         else:
             assert exact is not None and lse is not None
@@ -150,7 +153,8 @@ def unselected_blocks(q: Tensor, k: Tensor, statistics: Tensor, positions: Tenso
 
     Args:
         q: `[rows, group, queries, d]`, a row for each sequence and kv head.
-        k: `[rows, tokens, d]`, at least of the blocks that have statistics; of use to two levels.
+        k: Keys as the fine level reads them `[rows, tokens, d]`, at least of the blocks that have statistics; of use to
+            two levels.
         statistics: `[rows, num_blocks, width]` of the full selection blocks below the last position's.
         positions: `[queries]` int64, ascending.
         params: What to select.

@@ -259,7 +259,11 @@ def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
         "residual": params.residual,
     }
     if params.fine_block:
-        fitted_for |= {"fine_block_size": params.fine_block, "candidates": params.candidate_factor}
+        fitted_for |= {
+            "fine_block_size": params.fine_block,
+            "candidates": params.candidate_factor,
+            "fine_source": params.fine_source,
+        }
     if params.statistics_dtype != "auto":
         fitted_for["statistics_dtype"] = params.statistics_dtype
     if params.top_p is not None:

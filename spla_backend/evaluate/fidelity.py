@@ -19,6 +19,7 @@ from ..algorithm.residual import make_residual
 from ..algorithm.selection import forced_blocks, group_scores, select_blocks
 from ..algorithm.selectors import block_statistics, get_selector
 from ..algorithm.sequence import spla_attention
+from ..algorithm.sketch import read_keys
 from ..algorithm.two_level import coarse_parameters, fine_scores, forced_fine_blocks, select_fine_blocks
 from ..learned import LayerParameters
 from .capture import AttentionInputs
@@ -134,6 +135,9 @@ class HeadGroup:
         if params.fine_block:
             per_block = params.selection_block // params.fine_block
             logits = self._logits[..., : complete.shape[1] * params.selection_block]
+            if params.has_sketch:
+                blocks = self.k[: logits.shape[-1]].unflatten(0, (-1, params.selection_block))
+                logits = self.q @ read_keys(blocks, params).flatten(0, 1).mT
             scores = fine_scores(logits, params.fine_block)[:, None, None]  # [queries, 1, 1, group, num_fine]
             forced, num_free = forced_fine_blocks(self.positions[:, None], complete, params)
             chosen = select_fine_blocks(scores, chosen, forced, num_free, params.top_p)

@@ -48,7 +48,12 @@ def points_of(variants: Sequence[Variant], page_size: int, shape: ModelShape, ou
     oracles = {
         Point(
             replace(
-                without_residual(point.params), selector="mean", statistics_dtype="auto", candidate_factor=2, top_p=None
+                without_residual(point.params),
+                selector="mean",
+                statistics_dtype="auto",
+                candidate_factor=2,
+                fine_source="keys",
+                top_p=None,
             ),
             oracle=True,
             output=output,

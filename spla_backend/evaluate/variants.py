@@ -191,6 +191,7 @@ def without_residual(params: SplaParameters) -> SplaParameters:
         statistics_dtype=params.statistics_dtype,
         fine_block=params.fine_block,
         candidate_factor=params.candidate_factor,
+        fine_source=params.fine_source,
         top_p=params.top_p,
         residual="none",
     )
@@ -210,8 +211,9 @@ def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int) -> i
     """Bytes that attention of one decode token must read, for one layer and kv head: the floor, whatever a kernel does.
 
     Statistics of every complete page, keys and values of the selected blocks, the float32 recurrent state; elements of
-    the cache take 2 bytes. Two levels read the keys of all candidates, and no statistics where these are everything and
-    no tail takes its mass from them. With top-p it is what the whole budget reads, an upper bound.
+    the cache take 2 bytes. Two levels read the keys of all candidates, or the sketches of those in complete pages with
+    their means once more, and no statistics where these are everything and no tail takes its mass from them. With top-p
+    it is what the whole budget reads, an upper bound.
 
     Args:
         params: What is computed; None for dense attention.
@@ -234,9 +236,16 @@ def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int) -> i
     # Not `statistics_bytes`: that counts what aligns one block's statistics behind another's.
     statistics = num_complete * page.statistics_width * page.statistics_itemsize
     values = keys = tokens_of(params.budget_tokens, params.attended_block)
+    sketches = 0
     if params.fine_block:
         candidates = params.candidate_factor * params.budget_tokens
-        keys = tokens_of(candidates, params.selection_block)
+        if params.has_sketch:
+            current = seq_len - num_complete * params.selection_block  # tokens of the current page
+            sketched = tokens_of(candidates, params.selection_block) - current
+            means = sketched // params.selection_block * head_size * page.statistics_itemsize
+            sketches = means + sketched * page.sketch_bytes // params.page_size
+        else:
+            keys = tokens_of(candidates, params.selection_block)
         if candidates >= seq_len and (params.residual == "none" or params.combine != "shared_normalizer"):
             statistics = 0
-    return statistics + (keys + values) * of_vector + 4 * (state.s_rows * head_size + state.z_size)
+    return statistics + sketches + (keys + values) * of_vector + 4 * (state.s_rows * head_size + state.z_size)

@@ -17,6 +17,7 @@ from spla_backend.algorithm import reference as ref
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.selectors import get_selector
 from spla_backend.algorithm.sequence import spla_attention, unselected_blocks
+from spla_backend.algorithm.sketch import FINE_SOURCES
 from spla_backend.algorithm.statistics_format import decode, encode
 
 torch.set_num_threads(1)
@@ -54,6 +55,27 @@ def test_the_best_fine_blocks_of_the_candidates() -> None:
         free = sorted((f for f in fine if f not in forced), key=lambda f: -score[fine.index(f)])
         assert got.selected[g] == sorted(forced | set(free[:6]))  # a budget of 16 fine blocks
     assert got.selected[0] != got.selected[1]
+
+
+def test_the_best_fine_blocks_by_the_sketch() -> None:
+    """As if the keys of complete pages were what the sketch says; attended to are the keys themselves."""
+    q, k, v = random_qkv(215, 4, 2, 40, seed=3)
+    params = replace(BASE, fine_source="int4")
+    got = ref.spla_token(q[-1], k, v, params)
+    statistics = ref.complete_statistics(k, params)
+    sketched = k.clone()
+    for i in range(13):
+        for g in (0, 1):
+            sketched[16 * i : 16 * i + 16, g] = ref.sketched_keys(k[16 * i : 16 * i + 16, g], statistics[i, g, :40])
+    want = ref.spla_token(q[-1], sketched, v, BASE, statistics=statistics)
+    assert got.selected == want.selected and got.fine_scores == want.fine_scores
+    assert got.selected != ref.spla_token(q[-1], k, v, BASE).selected
+    tokens = ref.tokens_of(got.selected[0], 215, 4)
+    assert torch.equal(got.exact[0], ref.exact_attention(q[-1, 0], k[tokens, 0], v[tokens, 0])[0])
+    with pytest.raises(ValueError, match="'quest' has no mean for a sketch"):
+        ref.spla_token(q[-1], k, v, replace(params, selector="quest", residual="none"))
+    with pytest.raises(ValueError, match="unknown fine_source 'int8'"):
+        ref.spla_token(q[-1], k, v, replace(params, fine_source="int8"))
 
 
 def test_forced_tokens_are_those_of_one_level() -> None:
@@ -160,6 +182,7 @@ def cases(draw: st.DrawFn) -> tuple[SplaParameters, int, int, int]:
         selector,
         fine_block=fine,
         candidate_factor=draw(st.integers(2, 4)),
+        fine_source=draw(st.sampled_from(FINE_SOURCES if get_selector(selector).mean_first else ["keys"])),
         statistics_dtype=draw(st.sampled_from(["auto", "fp8"])),
         top_p=draw(st.sampled_from([None, None, 0.3, 0.8])),
         residual=residual,

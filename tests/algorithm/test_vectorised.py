@@ -25,6 +25,7 @@ from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.residual import make_residual
 from spla_backend.algorithm.selection import group_scores, select_blocks
 from spla_backend.algorithm.selectors import get_selector, selector_names
+from spla_backend.algorithm.sketch import FINE_SOURCES
 from spla_backend.algorithm.statistics_format import COUNT, E4M3, E5M2, decode, encode
 from spla_backend.algorithm.two_level import coarse_parameters
 from spla_backend.kernels.cpu import compiled
@@ -89,6 +90,7 @@ def shapes(
         statistics_dtype=draw(st.sampled_from(["auto", "auto", "fp8"])),
         fine_block=draw(st.sampled_from([0, *(f for f in (8, 16, 32) if block % f == 0)]), label="fine block"),
         candidate_factor=draw(st.integers(2, 3)),
+        fine_source=draw(st.sampled_from(FINE_SOURCES if get_selector(selector).mean_first else ["keys"])),
         top_p=draw(st.sampled_from([None, None, 0.5, 0.9, 1.0])),
         residual=draw(st.sampled_from(residuals if with_mass else ["none"])),
         feature_map=draw(st.sampled_from(ref.FEATURE_MAPS)),
@@ -295,12 +297,12 @@ def near_top_p(scores: dict[int, float], blocks: Sequence[int], forced: Sequence
 
 
 def compare(layer: Layer, index: int, start: int, got: Tensor, positions: Sequence[int]) -> None:
-    """Check the outputs `got [end - start, H, d]` of a sequence at some of its positions; statistics in fp8 are taken
-    as they are stored."""
+    """Check the outputs `got [end - start, H, d]` of a sequence at some of its positions; statistics in fp8, and those
+    from which sketches count, are taken as they are stored."""
     wants = {}
     for position in positions:
-        in_fp8 = layer.params.statistics_dtype == "fp8"
-        stored = layer.stored_statistics(index, position // layer.params.page_size) if in_fp8 else None
+        of_bytes = layer.params.statistics_dtype == "fp8" or layer.params.has_sketch
+        stored = layer.stored_statistics(index, position // layer.params.page_size) if of_bytes else None
         wants[position] = layer.reference(index, position, stored)
     if any(near_tie(want, position, layer.params) for position, want in wants.items()):
         Ties.dropped += 1
@@ -594,22 +596,30 @@ def test_steady_state_reads_the_state(residual: str) -> None:
 
 
 @both
-def test_two_levels_read_no_more_than_they_need(implementation: type[VectorisedAttention]) -> None:
-    """With a state that covers everything: keys of candidates, values of what is selected, statistics."""
-    params = SplaParameters(16, 16, budget_blocks=4, fine_block=8, candidate_factor=2)
+@pytest.mark.parametrize("source", FINE_SOURCES)
+def test_two_levels_read_no_more_than_they_need(source: str, implementation: type[VectorisedAttention]) -> None:
+    """With a state that covers everything: keys of candidates, values of what is selected, statistics. With a sketch
+    that of candidates, and keys of what is selected."""
+    params = SplaParameters(16, 16, budget_blocks=4, fine_block=8, candidate_factor=2, fine_source=source)
     layer = Layer(Shape(params, 2, 2, 64, False, 1.0, seed=5, implementation=implementation), [260])
     sequence = layer.sequences[0]
     layer.write((0, 0, 200))
     layer.forward([(0, 199, 200)])
     for position in range(200, 260):
         layer.write((0, position, position + 1))
-        want = layer.reference(0, position)
+        want = layer.reference(0, position, layer.stored_statistics(0, position // 16))
         held = layer.kv_cache.clone()
         for g in range(2):
             candidates = ref.select_blocks(want.group_scores[g], position, coarse_parameters(params))
             keys = set(ref.tokens_of(candidates, position + 1, 16))
             values = set(ref.tokens_of(want.selected[g], position + 1, 8))
             assert len(values) <= 64 and len(keys) <= 128
+            if params.has_sketch:
+                keys = values
+                beyond = sequence.pages[[i for i in range(position // 16) if i not in candidates]]
+                for page in beyond:
+                    codes, scales = layer.op.page_layout.sketch(layer.op.page_layout.area(layer.kv_cache[page, g]))
+                    codes[:], scales[:] = 255, math.nan
             for t in range((position // 16 - 1) * 16):  # a page that this step completes is read for the state
                 page, row = sequence.pages[t // 16], t % 16
                 if t not in keys:

@@ -96,7 +96,8 @@ def calibrated(model, text, folder, capsys, *arguments):  # noqa: F811
 
 def test_command(model, text, tmp_path, capsys):  # noqa: F811
     arguments = ["--length", "128", "--steps", "3", "--page-size", "32"]
-    arguments += ["--options", '{"budget": 96, "selector": "mean"}']
+    two_levels = {"fine_block_size": 16, "candidates": 2, "fine_source": "int4"}
+    arguments += ["--options", json.dumps({"budget": 96, "selector": "mean", **two_levels})]
     output, result = calibrated(model, text, tmp_path, capsys, *arguments)
     shape = ModelShape.of(model)
     learned.check(
@@ -110,6 +111,7 @@ def test_command(model, text, tmp_path, capsys):  # noqa: F811
     )
     options = shape.options({"parameters_file": str(output)})
     assert (options.budget, options.selector, options.selection_block_size) == (96, "mean", 32)
+    assert {name: getattr(options, name) for name in two_levels} == two_levels
     assert shape.options({"parameters_file": str(output), "budget": 64 + 32}).budget == 96
 
     assert result["kind"] == "calibration" and len(result["divergence_of_steps"]) == 3

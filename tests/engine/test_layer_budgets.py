@@ -16,7 +16,14 @@ LENGTHS = (3 * PAGE + 1, BUDGET + 40, 450, 700)
 PROMPTS = [random_prompt(n, seed=n) for n in LENGTHS]
 
 
-@pytest.fixture(scope="module", params=[{}, {"fine_block_size": 16, "candidates": 2}], ids=["one-level", "two-levels"])
+TWO_LEVELS = {"fine_block_size": 16, "candidates": 2}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{}, TWO_LEVELS, {**TWO_LEVELS, "fine_source": "int4"}],
+    ids=["one-level", "two-levels", "two-levels-int4"],
+)
 def options(request):
     return OPTIONS | request.param
 

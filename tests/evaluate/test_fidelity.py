@@ -57,6 +57,7 @@ def expected(inputs: AttentionInputs, position: int, params: SplaParameters) -> 
         {"selector": "rem", "residual": "linear", "combine": "double_rmsnorm"},
         {"selector": "mean", "residual": "regression", "first_blocks": 0, "last_blocks": 3},
         {"fine_block": 8, "candidate_factor": 2},
+        {"fine_block": 8, "candidate_factor": 2, "fine_source": "int4", "statistics_dtype": "fp8"},
         {"fine_block": 8, "candidate_factor": 2, "residual": "none", "top_p": 0.4},
     ],
     ids=lambda o: "-".join(str(x) for x in o.values()),

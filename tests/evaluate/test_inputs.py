@@ -123,6 +123,22 @@ def test_bytes_of_two_levels():
     assert bytes_read(without, 4096, 64) == (4096 + 1024) * vector
 
 
+def test_bytes_of_a_sketch():
+    """Keys of the selected; sketches and means of the candidates that lie in complete pages."""
+    options = {"budget": 1024, "fine_block_size": 16, "candidates": 4, "fine_source": "int4"}
+    params = parameters_of(Variant("x", options), 64, None)
+    vector, statistics, state = 2 * 64, 127 * PageLayout(64, 64, 2, 64, 128).statistics_bytes, 4 * (65 * 64 + 64)
+    sketches = 63 * (64 * 2 * 18 + vector)  # two chunks of 16 bytes of codes and a scale
+    assert bytes_read(params, 8192, 64) == statistics + sketches + 2 * 1024 * vector + state
+    assert bytes_read(params, 8192 - 63, 64) == bytes_read(params, 8192, 64) - 2 * 15 * vector
+    assert bytes_read(params, 4096, 64) == 63 * 256 + sketches + 2 * 1024 * vector + state
+    assert bytes_read(params, 1024, 64) == bytes_read(None, 1024, 64)
+    in_fp8 = {**options, "selector": "mean", "statistics_dtype": "fp8", "residual": "none"}
+    params = parameters_of(Variant("x", in_fp8), 64, None)
+    assert bytes_read(params, 8192, 64) == 127 * 64 + 63 * (64 * 2 * 18 + 64) + 2 * 1024 * vector
+    assert bytes_read(params, 4096, 64) == 63 * (64 * 2 * 18 + 64) + 2 * 1024 * vector
+
+
 def test_bytes_of_dense_layers():
     shape = ModelShape("no/model", (0, 1, 2, 3), 4, 2, 64, 8192, {"dense_layers": [0]})
     layers = layers_of(Variant("x", {"layer_budgets": {"1": 1024}}), 64, shape)
