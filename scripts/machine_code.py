@@ -73,6 +73,7 @@ class Geometry:
         return SplaParameters(self.page, self.block, 2048 // self.block, **self.options)
 
 
+SKETCH = {"fine_block": 16, "fine_source": "int4"}
 GEOMETRIES = {
     "main": Geometry(),
     "quest": Geometry({"selector": "quest", "residual": "none"}),
@@ -92,6 +93,9 @@ GEOMETRIES = {
     "linear-shared": Geometry({"residual": "linear"}),
     "d80-group1": Geometry(heads=32, kv_heads=32, head_size=80),
     "two-levels": Geometry({"fine_block": 16}),
+    "sketch": Geometry(SKETCH),
+    "sketch-d256": Geometry(SKETCH, heads=4, kv_heads=1, head_size=256),
+    "sketch-d80-fp8": Geometry(SKETCH | {"statistics_dtype": "fp8"}, block=16, head_size=80, dtype=torch.float16),
     "two-levels-d256": Geometry({"fine_block": 16, "candidate_factor": 2}, heads=4, kv_heads=1, head_size=256),
     "two-levels-top_p": Geometry({"fine_block": 32, "top_p": 0.9}, page=32, block=32, heads=16, kv_heads=1),
 }

@@ -6,6 +6,7 @@ import torch
 
 from ...algorithm.parameters import SplaParameters
 from ...algorithm.selectors import get_selector
+from ...algorithm.sketch import FINE_SOURCES, num_chunks
 from ...algorithm.statistics_format import MAX_COUNT, STATISTICS_DTYPES
 from .feature_maps import gpu_feature_map
 from .residual import RESIDUAL_CODES
@@ -13,6 +14,8 @@ from .selectors import gpu_selector
 
 FLASHINFER_HEAD_SIZES = (64, 128, 256)
 FINE_BLOCKS = (16, 32, 64)
+MAX_SKETCH_COLUMNS = 128
+"""Of a matrix product with sketches: chunks of a key times heads of a group, each as a power of two."""
 
 
 def check_options(
@@ -69,7 +72,7 @@ def check_layer(
             f"selection_block {params.selection_block} is no multiple of 16 that divides page_size {params.page_size}"
         )
     if params.fine_block:
-        check_two_levels(params)
+        check_two_levels(params, num_heads // num_kv_heads, head_size)
     if params.statistics_dtype not in STATISTICS_DTYPES:
         raise ValueError(
             f"statistics_dtype {params.statistics_dtype!r} has no kernel, choose one of {', '.join(STATISTICS_DTYPES)}"
@@ -99,9 +102,9 @@ def check_layer(
         raise ValueError(f"cache_dtype {cache_dtype} is neither float16 nor bfloat16")
 
 
-def check_two_levels(params: SplaParameters) -> None:
+def check_two_levels(params: SplaParameters, group: int, head_size: int) -> None:
     """Raises:
-    ValueError: Fine blocks that no kernel takes.
+    ValueError: Fine blocks, or a sketch of keys, that no kernel takes.
     """
     block, fine = params.selection_block, params.fine_block
     if fine not in FINE_BLOCKS:
@@ -115,6 +118,19 @@ def check_two_levels(params: SplaParameters) -> None:
         )
     if params.candidate_factor < 2:
         raise ValueError(f"candidates {params.candidate_factor} must be at least 2")
+    if params.fine_source not in FINE_SOURCES:
+        raise ValueError(f"fine_source {params.fine_source!r} has no kernel, choose one of {', '.join(FINE_SOURCES)}")
+    if params.has_sketch and not get_selector(params.selector).mean_first:
+        raise ValueError(
+            f"fine_source {params.fine_source!r} has no kernel with selector {params.selector!r}, whose statistics do "
+            "not begin with the mean key: set fine_source to 'keys', or choose another selector"
+        )
+    largest = MAX_SKETCH_COLUMNS >> (num_chunks(head_size) - 1).bit_length()
+    if params.has_sketch and group > largest:
+        raise ValueError(
+            f"fine_source {params.fine_source!r} has no kernel for {group} query heads a kv head of {head_size}, only "
+            f"up to {largest}: set fine_source to 'keys'"
+        )
 
 
 def check_prefill(params: SplaParameters, dense_below: int | None, max_model_len: int) -> None:
