@@ -11,10 +11,11 @@ Floor, bytes a token and kv head: 18 a chunk, and the mean key once a selection 
 import triton
 import triton.language as tl
 
-from .statistics import block_keys, decode_e4m3
+from .statistics import as_factor, block_keys, decode_e4m3
 
 CHUNK = tl.constexpr(32)
 CODES = tl.constexpr(16)  # bytes a chunk
+SMALLEST = tl.constexpr(2.0**-24)  # float16
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken off again it leaves whole numbers, ties to even
 
 
@@ -47,18 +48,20 @@ def store_sketch(block, SKETCH: tl.constexpr):
 
 
 @triton.jit
-def queries_by_chunk(
-    query, head_stride, dtype: tl.constexpr, GROUP: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
-):
-    """The even and the odd channels of a token's queries as `sketch_products` wants them, `[bytes, chunks * N]` each.
+def queries_by_chunk(query, head_stride, GROUP: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """A token's queries as `sketch_products` wants them; `query` points to the first of the `GROUP` heads.
 
-    `query` points to the first of the `GROUP` heads; `dtype` is that of the products' factors.
+    Even channels, and a 16th of the odd ones, `[bytes, chunks * N]` float16, saturated; and the product with what the
+    codes have too much, `[chunks * N]`.
     """
     CHUNKS_P: tl.constexpr = (DP + CHUNK - 1) // CHUNK
     byte, column = tl.arange(0, CHUNKS_P * CODES)[:, None], tl.arange(0, CHUNKS_P * N)[None, :]
     there = (byte // CODES == column // N) & (column % N < GROUP) & (byte * 2 < D)
     even = query + column % N * head_stride + byte * 2
-    return tl.load(even, mask=there, other=0.0).to(dtype), tl.load(even + 1, mask=there, other=0.0).to(dtype)
+    odd = as_factor(tl.load(even + 1, mask=there, other=0.0).to(tl.float32) / 16, query, True)
+    even = as_factor(tl.load(even, mask=there, other=0.0), query, True)
+    total = tl.sum(even.to(tl.float32), axis=0) + tl.sum(odd.to(tl.float32), axis=0) * 16
+    return even, odd, total * (8 * SMALLEST)
 
 
 @triton.jit
@@ -67,7 +70,8 @@ def sketch_products(
 ):
     """Products `[TILE, N]` of keys, less the mean of their selection block, with queries from `queries_by_chunk`.
 
-    `sketch` points to the tokens' pages' sketches, and `token` are their rows in these: one, or `[TILE]` each.
+    `sketch` points to the tokens' pages' sketches, and `token` are their rows in these: one, or `[TILE]` each. Codes
+    are not converted: their bits are float16, too, that many 2^-24; those of the upper halves 16 times as many.
     """
     CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     CHUNKS_P: tl.constexpr = (DP + CHUNK - 1) // CHUNK
@@ -80,21 +84,8 @@ def sketch_products(
     else:
         codes = tl.load(code_rows, mask=byte < CHUNKS * CODES, other=0)
         scales = tl.load(scale_rows, mask=chunk < CHUNKS, other=0.0)
-    even, odd = queries
-    products = tl.dot(multiples(codes & 15, even.dtype), even)
-    products = tl.dot(multiples(codes >> 4, even.dtype), odd, products)
+    even, odd, excess = queries
+    products = tl.dot((codes & 0x0F).to(tl.uint16).to(tl.float16, bitcast=True), even)
+    products = tl.dot((codes & 0xF0).to(tl.uint16).to(tl.float16, bitcast=True), odd, products) - excess[None, :]
     products = tl.reshape(products, [TILE, CHUNKS_P, N]) * scales.to(tl.float32)[:, :, None]
-    return tl.sum(products, axis=1)
-
-
-@triton.jit
-def multiples(codes, dtype: tl.constexpr):
-    """Codes, less 8, in a dtype that matrix products take: exact."""
-    if tl.target_info.cuda_capability_geq(8, 0):
-        if dtype == tl.bfloat16:
-            x = (codes.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
-        else:
-            x = (codes.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
-    else:
-        x = (codes.to(tl.float32) - 8.0).to(dtype)
-    return x
+    return tl.sum(products, axis=1) / SMALLEST

@@ -96,7 +96,7 @@ def fine_score_kernel(
         q = as_factor(q, kv_ptr, SKETCH > 0 and FP8)
         if SKETCH:
             of_group = query_ptr + token * query_token_stride + head * GROUP * query_head_stride
-            by_chunk = queries_by_chunk(of_group, query_head_stride, kv_ptr.dtype.element_ty, GROUP, N, D, DP)
+            by_chunk = queries_by_chunk(of_group, query_head_stride, GROUP, N, D, DP)
         per_split = tl.cdiv(tl.cdiv(limit, num_splits), TILE) * TILE
         start = split * per_split
         stop = tl.minimum(start + per_split, limit)
