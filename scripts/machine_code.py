@@ -65,10 +65,6 @@ class Geometry:
     executor: str = "spla"
 
     @property
-    def sparse_prompts(self) -> bool:
-        return self.executor == "spla" and "fine_block" not in self.options
-
-    @property
     def params(self) -> SplaParameters:
         return SplaParameters(self.page, self.block, 2048 // self.block, **self.options)
 
@@ -120,7 +116,7 @@ def make_operator(geometry: Geometry) -> Any:
         decode = importlib.import_module("spla_backend.kernels.triton_decode")
     decode.refusal = lambda *_, **__: "it is not compiled by Triton"
     device, typed = torch.device("cuda:0"), interface()
-    dense_below = DENSE_BELOW if geometry.sparse_prompts else MAX_MODEL_LEN
+    dense_below = DENSE_BELOW if geometry.executor == "spla" else MAX_MODEL_LEN
     limits = (typed or dispatch).Limits(64, 4, MAX_MODEL_LEN, 8192, dense_below, geometry.params.budget_blocks)
     shape = {
         "num_heads": geometry.heads,
@@ -196,7 +192,7 @@ def steps(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
     if name in ("main", "two-levels"):
         yield "decode 1 row", lambda: run(1, 1, [])
         yield "decode 64 rows", lambda: run(64, 1, [])
-    if not geometry.sparse_prompts:
+    if geometry.executor != "spla":
         return
     yield "prefill 64 tokens at 40000", lambda: run(0, 1, [(64, 40000)])
     yield "prefill 8192 tokens at 40000", lambda: run(0, 1, [(8192, 40000)])

@@ -28,7 +28,6 @@ def check_options(
     max_query_len: int,
     max_model_len: int,
     executor: str,
-    prefill_dense_below: int | None,
 ) -> None:
     """Refuse options before there is a device to make kernels on.
 
@@ -41,7 +40,6 @@ def check_options(
         max_query_len: The most query tokens of a decode row.
         max_model_len: The most tokens of a sequence.
         executor: What attends to the selected pages, see `SplaOptions`.
-        prefill_dense_below: The option.
 
     Raises:
         ValueError: These parameters, by name.
@@ -49,7 +47,6 @@ def check_options(
     try:
         check_layer(params, num_heads, num_kv_heads, head_size, cache_dtype)
         check_decode(params, head_size, max_query_len, max_model_len, executor)
-        check_prefill(params, prefill_dense_below, max_model_len)
     except ValueError as error:
         raise ValueError(f"SPLA on a GPU does not compute these options: {error}") from None
     if params.residual == "linear" and head_size > 128:
@@ -130,17 +127,6 @@ def check_two_levels(params: SplaParameters, group: int, head_size: int) -> None
         raise ValueError(
             f"fine_source {params.fine_source!r} has no kernel for {group} query heads a kv head of {head_size}, only "
             f"up to {largest}: set fine_source to 'keys'"
-        )
-
-
-def check_prefill(params: SplaParameters, dense_below: int | None, max_model_len: int) -> None:
-    """Raises:
-    ValueError: Prompt tokens are to select in two levels.
-    """
-    if params.fine_block and dense_below is not None and dense_below < max_model_len:
-        raise ValueError(
-            f"prefill_dense_below {dense_below}: prompt tokens have no kernel that selects in two levels, leave it "
-            f"out or set it to {max_model_len}"
         )
 
 

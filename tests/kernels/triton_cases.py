@@ -1,15 +1,12 @@
 """Batches over a paged cache for the tests of the Triton kernels, and what the float64 reference says of them."""
 
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 
-from spla_backend.algorithm import reference
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import TokenResult, select_blocks, spla_token
 from spla_backend.algorithm.selectors import get_selector
-from spla_backend.algorithm.sketch import unsketch
 from spla_backend.algorithm.two_level import coarse_parameters
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
 from spla_backend.kernels.gpu.decode.tuning import Tuning
@@ -110,37 +107,10 @@ class Batch:
         pages = self.kv_cache[self.block_table[row, :num_pages].long()]
         return self.layer.page_layout.statistics(pages).transpose(1, 2).flatten(0, 1).double().cpu()
 
-    def reference(self, row: int, token: int, stop: int) -> TokenResult:
-        """What the definition says of a token at position `stop - 1` of a row, by the stored statistics and sketch."""
-        layer, keys = self.layer, self.keys[row][:stop].double().cpu()
-        params, num_pages = layer.params, (stop - 1) // layer.params.page_size
-        fine_keys = keys.clone()
-        if params.has_sketch:
-            fine_keys[: num_pages * params.page_size] = self.sketched_keys(row, num_pages)
-        of_heads, select = iter(fine_keys.unbind(1)), reference.select_fine_blocks
-        with patch.object(
-            reference, "select_fine_blocks", lambda q, k, scores, p: select(q, next(of_heads), scores, params)
-        ):
-            return spla_token(
-                self.query[token].double().cpu() * layer.scale,
-                keys,
-                self.values[row][:stop].double().cpu(),
-                params,
-                statistics=self.statistics(row, num_pages),
-                gain=layer.gain.double().cpu(),
-                norm_weights=tuple(w.double().cpu() for w in layer.norm_weights),
-            )
-
-    def sketched_keys(self, row: int, num_pages: int) -> torch.Tensor:
-        """Keys `[num_pages * B, G, d]` float64, as the sketches in the pages say."""
-        layout = self.layer.page_layout
-        pages = self.kv_cache[self.block_table[row, :num_pages].long()].cpu()
-        mean = layout.statistics(pages)[..., : layout.head_size].repeat_interleave(layout.selection_block, -2)
-        return unsketch(*layout.sketch(layout.area(pages)), mean.double()).transpose(1, 2).flatten(0, 1)
-
     def check(self, output: torch.Tensor, tolerance: float, rows: list[int] | None = None) -> float:
         """Compare with the reference; returns the largest relative error of a token."""
         layer, worst = self.layer, 0.0
+        norm_weights = tuple(w.double().cpu() for w in layer.norm_weights)
         for row in range(len(self.lengths)) if rows is None else rows:
             if self.lengths[row] == 0:
                 assert torch.equal(output[row * self.query_len :][: self.query_len].float().abs().sum().cpu(),
@@ -148,7 +118,15 @@ class Batch:
                 continue
             for t in range(self.query_len):
                 token, stop = row * self.query_len + t, self.lengths[row] - self.query_len + t + 1
-                expected = self.reference(row, token, stop)
+                expected = spla_token(
+                    self.query[token].double().cpu() * layer.scale,
+                    self.keys[row][:stop].double().cpu(),
+                    self.values[row][:stop].double().cpu(),
+                    layer.params,
+                    statistics=self.statistics(row, (stop - 1) // layer.params.page_size),
+                    gain=layer.gain.double().cpu(),
+                    norm_weights=norm_weights,
+                )
                 agrees = torch.ones(layer.num_heads, dtype=torch.bool)
                 for head in range(layer.num_kv_heads):
                     got = self.selected(token, row, head)
