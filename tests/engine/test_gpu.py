@@ -182,9 +182,6 @@ def test_finer_blocks_chunked_prefill(model, fine):
     assert_same(ask(model, "spla", {**SPARSE, **FINE}, **arguments), fine)
 
 
-TWO_LEVELS = {"fine_block_size": 16, "candidates": 2}
-
-
 @pytest.fixture(scope="module")
 def even_model(tmp_path_factory):
     """Smaller weights make attention less peaked: blocks at the threshold seldom hold a token that weighs much.
@@ -200,7 +197,12 @@ def even_model(tmp_path_factory):
 def test_two_levels(even_model, source, dense_below):
     """One answer by graphs, without them, and where prompts come in pieces or from the cache; the dense one where
     everything fits into the budget."""
-    two_levels = {**TWO_LEVELS, "fine_source": source, "prefill_dense_below": dense_below}
+    two_levels = {
+        "fine_block_size": 16,
+        "candidates": 2,
+        "fine_source": source,
+        "prefill_dense_below": dense_below,
+    }
     expected = ask(even_model, "spla", {**SPARSE, **two_levels})
     assert_same(ask(even_model, "spla", {**SPARSE, **two_levels}, enforce_eager=True), expected)
     arguments = {"max_num_batched_tokens": 256, "max_num_seqs": 16, "enable_prefix_caching": True}

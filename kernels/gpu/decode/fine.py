@@ -1,4 +1,5 @@
-"""The fine level of a selection in two levels: score the fine blocks of the candidates by their keys, and select.
+"""The fine level of a selection in two levels: score the fine blocks of the candidates by their keys, or by the sketch of
+these (`gpu/sketch`), and select.
 
 The candidates are what `select` leaves in a table of their own: one level with a larger budget, whose list ends with
 the selection blocks of the current page. The first launch here reads their keys and makes of the logits the mass of
@@ -8,8 +9,9 @@ how many of its fine blocks are selected, which tells `attend.mass_of_rest` what
 
 Plain reference: `reference.select_fine_blocks`. Source: docs/design.md, 1 (two levels).
 
-Floor, bytes a (token, kv head): `d` elements a token of the candidates, read once; written and read again from L2, 4
-bytes a fine block and head. FLOP: `2 d` a token of the candidates and head.
+Floor, bytes a (token, kv head): `d` elements a token of the candidates, read once, or of a sketch 18 bytes for 32 of
+them and a mean key a selection block; written and read again from L2, 4 bytes a fine block and head. FLOP: `2 d` a
+token of the candidates and head.
 """
 
 import torch
