@@ -4,8 +4,8 @@ Plain reference: `VectorisedAttention.update_cache` (`kernels/cpu/vectorised.py`
 one set of statistics for each of its selection blocks of `UNIT` tokens, made by the selector (`selectors.py`).
 
 Floor, bytes a token and kv head: read and write `2 d` elements. Once in `B` tokens a page's `B d` key elements are read
-too, and `width` elements a selection block, the sketch and 16 bytes are written. FLOP: about `4 B d` a completed page (`40 B d` for
-two clusters), nothing otherwise.
+too, and `width` elements a selection block, the sketch and 16 bytes are written. FLOP: about `4 B d` a completed page
+(`40 B d` for two clusters), nothing otherwise.
 """
 
 import triton

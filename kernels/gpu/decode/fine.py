@@ -1,4 +1,4 @@
-"""The fine level of a selection in two levels: score the fine blocks of the candidates by their keys, or by the sketch of
+"""The fine level of a selection in two levels: score the fine blocks of the candidates by their keys, or the sketch of
 these (`gpu/sketch`), and select.
 
 The candidates are what `select` leaves in a table of their own: one level with a larger budget, whose list ends with
