@@ -42,7 +42,6 @@ def check_cuda(
     max_query_len: int,
     max_model_len: int,
     executor: str,
-    prefill_dense_below: int | None,
 ) -> None:
     """Refuse what the kernels of a GPU do not compute, before there is a device to make them on; see `gpu/checks.py`.
 
@@ -60,7 +59,6 @@ def check_cuda(
         max_query_len=max_query_len,
         max_model_len=max_model_len,
         executor=executor,
-        prefill_dense_below=prefill_dense_below,
     )
 
 

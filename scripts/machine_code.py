@@ -65,14 +65,11 @@ class Geometry:
     executor: str = "spla"
 
     @property
-    def sparse_prompts(self) -> bool:
-        return self.executor == "spla" and "fine_block" not in self.options
-
-    @property
     def params(self) -> SplaParameters:
         return SplaParameters(self.page, self.block, 2048 // self.block, **self.options)
 
 
+SKETCH = {"fine_block": 16, "fine_source": "int4"}
 GEOMETRIES = {
     "main": Geometry(),
     "quest": Geometry({"selector": "quest", "residual": "none"}),
@@ -92,6 +89,9 @@ GEOMETRIES = {
     "linear-shared": Geometry({"residual": "linear"}),
     "d80-group1": Geometry(heads=32, kv_heads=32, head_size=80),
     "two-levels": Geometry({"fine_block": 16}),
+    "sketch": Geometry(SKETCH),
+    "sketch-d256": Geometry(SKETCH, heads=4, kv_heads=1, head_size=256),
+    "sketch-d80-fp8": Geometry(SKETCH | {"statistics_dtype": "fp8"}, block=16, head_size=80, dtype=torch.float16),
     "two-levels-d256": Geometry({"fine_block": 16, "candidate_factor": 2}, heads=4, kv_heads=1, head_size=256),
     "two-levels-top_p": Geometry({"fine_block": 32, "top_p": 0.9}, page=32, block=32, heads=16, kv_heads=1),
 }
@@ -116,7 +116,7 @@ def make_operator(geometry: Geometry) -> Any:
         decode = importlib.import_module("spla_backend.kernels.triton_decode")
     decode.refusal = lambda *_, **__: "it is not compiled by Triton"
     device, typed = torch.device("cuda:0"), interface()
-    dense_below = DENSE_BELOW if geometry.sparse_prompts else MAX_MODEL_LEN
+    dense_below = DENSE_BELOW if geometry.executor == "spla" else MAX_MODEL_LEN
     limits = (typed or dispatch).Limits(64, 4, MAX_MODEL_LEN, 8192, dense_below, geometry.params.budget_blocks)
     shape = {
         "num_heads": geometry.heads,
@@ -192,7 +192,7 @@ def steps(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
     if name in ("main", "two-levels"):
         yield "decode 1 row", lambda: run(1, 1, [])
         yield "decode 64 rows", lambda: run(64, 1, [])
-    if not geometry.sparse_prompts:
+    if geometry.executor != "spla":
         return
     yield "prefill 64 tokens at 40000", lambda: run(0, 1, [(64, 40000)])
     yield "prefill 8192 tokens at 40000", lambda: run(0, 1, [(8192, 40000)])

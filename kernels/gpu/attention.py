@@ -25,11 +25,10 @@ def default_dense_below(params: SplaParameters, max_model_len: int) -> int:
     """Where prompt tokens begin to select unless the user says: what a sparse token costs grows with the budget.
 
     Blocks of less than 16, and of two sets of vectors in less than 64, cost more than dense attention at every length.
-    Prompt tokens do not select in two levels.
     """
     sets = get_selector(params.selector).sets_per_block
     block = max((size for size, of in DENSE_BELOW if of == sets and size <= params.selection_block), default=0)
-    if block == 0 or params.fine_block:
+    if block == 0:
         return max_model_len
     return DENSE_BELOW[block, sets] * max(params.budget_blocks * params.selection_block, 2048) // 2048
 

@@ -6,6 +6,7 @@ import torch
 
 from ...algorithm.parameters import SplaParameters
 from ...algorithm.selectors import get_selector
+from ...algorithm.sketch import FINE_SOURCES, num_chunks
 from ...algorithm.statistics_format import MAX_COUNT, STATISTICS_DTYPES
 from .feature_maps import gpu_feature_map
 from .residual import RESIDUAL_CODES
@@ -13,6 +14,8 @@ from .selectors import gpu_selector
 
 FLASHINFER_HEAD_SIZES = (64, 128, 256)
 FINE_BLOCKS = (16, 32, 64)
+MAX_SKETCH_COLUMNS = 128
+"""Of a matrix product with sketches: chunks of a key times heads of a group, each as a power of two."""
 
 
 def check_options(
@@ -25,7 +28,6 @@ def check_options(
     max_query_len: int,
     max_model_len: int,
     executor: str,
-    prefill_dense_below: int | None,
 ) -> None:
     """Refuse options before there is a device to make kernels on.
 
@@ -38,7 +40,6 @@ def check_options(
         max_query_len: The most query tokens of a decode row.
         max_model_len: The most tokens of a sequence.
         executor: What attends to the selected pages, see `SplaOptions`.
-        prefill_dense_below: The option.
 
     Raises:
         ValueError: These parameters, by name.
@@ -46,7 +47,6 @@ def check_options(
     try:
         check_layer(params, num_heads, num_kv_heads, head_size, cache_dtype)
         check_decode(params, head_size, max_query_len, max_model_len, executor)
-        check_prefill(params, prefill_dense_below, max_model_len)
     except ValueError as error:
         raise ValueError(f"SPLA on a GPU does not compute these options: {error}") from None
     if params.residual == "linear" and head_size > 128:
@@ -69,7 +69,7 @@ def check_layer(
             f"selection_block {params.selection_block} is no multiple of 16 that divides page_size {params.page_size}"
         )
     if params.fine_block:
-        check_two_levels(params)
+        check_two_levels(params, num_heads // num_kv_heads, head_size)
     if params.statistics_dtype not in STATISTICS_DTYPES:
         raise ValueError(
             f"statistics_dtype {params.statistics_dtype!r} has no kernel, choose one of {', '.join(STATISTICS_DTYPES)}"
@@ -99,9 +99,9 @@ def check_layer(
         raise ValueError(f"cache_dtype {cache_dtype} is neither float16 nor bfloat16")
 
 
-def check_two_levels(params: SplaParameters) -> None:
+def check_two_levels(params: SplaParameters, group: int, head_size: int) -> None:
     """Raises:
-    ValueError: Fine blocks that no kernel takes.
+    ValueError: Fine blocks, or a sketch of keys, that no kernel takes.
     """
     block, fine = params.selection_block, params.fine_block
     if fine not in FINE_BLOCKS:
@@ -115,16 +115,18 @@ def check_two_levels(params: SplaParameters) -> None:
         )
     if params.candidate_factor < 2:
         raise ValueError(f"candidates {params.candidate_factor} must be at least 2")
-
-
-def check_prefill(params: SplaParameters, dense_below: int | None, max_model_len: int) -> None:
-    """Raises:
-    ValueError: Prompt tokens are to select in two levels.
-    """
-    if params.fine_block and dense_below is not None and dense_below < max_model_len:
+    if params.fine_source not in FINE_SOURCES:
+        raise ValueError(f"fine_source {params.fine_source!r} has no kernel, choose one of {', '.join(FINE_SOURCES)}")
+    if params.has_sketch and not get_selector(params.selector).mean_first:
         raise ValueError(
-            f"prefill_dense_below {dense_below}: prompt tokens have no kernel that selects in two levels, leave it "
-            f"out or set it to {max_model_len}"
+            f"fine_source {params.fine_source!r} has no kernel with selector {params.selector!r}, whose statistics do "
+            "not begin with the mean key: set fine_source to 'keys', or choose another selector"
+        )
+    largest = MAX_SKETCH_COLUMNS >> (num_chunks(head_size) - 1).bit_length()
+    if params.has_sketch and group > largest:
+        raise ValueError(
+            f"fine_source {params.fine_source!r} has no kernel for {group} query heads a kv head of {head_size}, only "
+            f"up to {largest}: set fine_source to 'keys'"
         )
 
 

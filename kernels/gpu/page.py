@@ -1,16 +1,17 @@
-"""Store keys and values in the paged cache; make statistics and stamp of the pages that this completes.
+"""Store keys and values in the paged cache; make statistics, sketch and stamp of the pages that this completes.
 
 Plain reference: `VectorisedAttention.update_cache` (`kernels/cpu/vectorised.py`). Layout: docs/design.md, 5. A page has
 one set of statistics for each of its selection blocks of `UNIT` tokens, made by the selector (`selectors.py`).
 
 Floor, bytes a token and kv head: read and write `2 d` elements. Once in `B` tokens a page's `B d` key elements are read
-too, and `width` elements a selection block and 16 bytes are written. FLOP: about `4 B d` a completed page (`40 B d` for
-two clusters), nothing otherwise.
+too, and `width` elements a selection block, the sketch and 16 bytes are written. FLOP: about `4 B d` a completed page
+(`40 B d` for two clusters), nothing otherwise.
 """
 
 import triton
 import triton.language as tl
 
+from .sketch import store_sketch
 from .statistics import Block
 
 
@@ -33,11 +34,12 @@ def update_cache_kernel(
     int_page_stride,  # int32 words
     int_head_stride,
     D: tl.constexpr,
-    DP: tl.constexpr,  # D, padded to a power of two
+    DP: tl.constexpr,  # D, padded to a power of two, with a sketch at least 32
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,  # tokens a selection block
     STRIDE: tl.constexpr,  # stored elements from the statistics of one selection block to the next
     FP8: tl.constexpr,  # statistics are bytes
+    SKETCH: tl.constexpr,  # bytes from the statistics of a page to its sketch; 0: it has none
     TOKENS: tl.constexpr,  # a program's
     TILE: tl.constexpr,  # keys of a block at a time, see `Block`
     STAMP_WORD: tl.constexpr,  # first int32 of the stamp within a page's head
@@ -69,7 +71,7 @@ def update_cache_kernel(
                 _complete_page(
                     key_ptr, slot_ptr, kv_ptr, kv_int_ptr, salt_ptr, counter_ptr, first, head, slot,
                     key_token_stride, key_head_stride, page_stride, head_stride, int_page_stride, int_head_stride,
-                    D, DP, PAGE, UNIT, STRIDE, FP8, TILE, STAMP_WORD, LIMIT, SELECTOR,
+                    D, DP, PAGE, UNIT, STRIDE, FP8, SKETCH, TILE, STAMP_WORD, LIMIT, SELECTOR,
                 )  # fmt: skip
     else:
         # A program has many registers for the few that complete a page, so that few run at once: each stores several.
@@ -89,7 +91,7 @@ def update_cache_kernel(
             _complete_page(
                 key_ptr, slot_ptr, kv_ptr, kv_int_ptr, salt_ptr, counter_ptr, first + here, head, one,
                 key_token_stride, key_head_stride, page_stride, head_stride, int_page_stride, int_head_stride,
-                D, DP, PAGE, UNIT, STRIDE, FP8, TILE, STAMP_WORD, LIMIT, SELECTOR,
+                D, DP, PAGE, UNIT, STRIDE, FP8, SKETCH, TILE, STAMP_WORD, LIMIT, SELECTOR,
             )  # fmt: skip
             here = tl.min(tl.where(completes > here, completes, TOKENS), axis=0)
 
@@ -99,9 +101,9 @@ def _complete_page(
     key_ptr, slot_ptr, kv_ptr, kv_int_ptr, salt_ptr, counter_ptr, token, head, slot,
     key_token_stride, key_head_stride, page_stride, head_stride, int_page_stride, int_head_stride,
     D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, FP8: tl.constexpr,
-    TILE: tl.constexpr, STAMP_WORD: tl.constexpr, LIMIT: tl.constexpr, SELECTOR: tl.constexpr,
+    SKETCH: tl.constexpr, TILE: tl.constexpr, STAMP_WORD: tl.constexpr, LIMIT: tl.constexpr, SELECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Statistics and stamp of the page whose last slot `token` has."""
+    """Statistics, sketch and stamp of the page whose last slot `token` has."""
     page = slot // PAGE
     base = kv_ptr + page * page_stride + head * head_stride
     for unit in tl.range(0, PAGE // UNIT):
@@ -109,10 +111,10 @@ def _complete_page(
         if FP8:
             area = area.to(tl.pointer_type(tl.uint8))
         area += unit * STRIDE
-        SELECTOR.store(Block(
+        _complete_block(Block(
             key_ptr, slot_ptr, base, token, head, slot, unit * UNIT, key_token_stride, key_head_stride, area,
             D, DP, PAGE, UNIT, TILE, FP8, LIMIT,
-        ))  # fmt: skip
+        ), SKETCH, SELECTOR)  # fmt: skip
     # Every (page, head) that completes takes a number of its own: no program has to wait for the others before
     # the counter may move, and a stamp still names one content of one page.
     count = tl.atomic_add(counter_ptr, 1, sem="relaxed")
@@ -121,3 +123,12 @@ def _complete_page(
     tl.store(stamp + 1, tl.load(salt_ptr + 1))
     tl.store(stamp + 2, count)
     tl.store(stamp + 3, page.to(tl.int32))
+
+
+@triton.jit
+def _complete_block(block, SKETCH: tl.constexpr, SELECTOR: tl.constexpr):
+    """Statistics of a block, and the sketch of its keys where pages have one."""
+    SELECTOR.store(block)
+    if SKETCH > 0:
+        tl.debug_barrier()  # the mean is read back, by other threads than stored it
+        store_sketch(block, SKETCH)

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 import triton
 
+from ...algorithm.sketch import CHUNK
 from ..layout import new_salt
 from .launch import Launch, current_stream, layer_of
 from .layer import GpuLayer
@@ -65,6 +66,7 @@ class Store:
         kv_int = kv_cache.view(torch.int32)
         whole = layer.gpu_selector.whole_blocks
         tile = triton.next_power_of_2(block) if whole else min(64, block & -block)  # keys of a block at a time
+        columns = max(layer.dp, CHUNK) if params.has_sketch else layer.dp
         tokens = 1 if num_tokens <= FEW_TOKENS else TOKENS  # a program
         return Launch(
             update_cache_kernel,
@@ -89,18 +91,19 @@ class Store:
             },
             {
                 "D": layer.head_size,
-                "DP": layer.dp,
+                "DP": columns,
                 "PAGE": params.page_size,
                 "UNIT": block,
                 "STRIDE": layer.page_layout.statistics_stride,
                 "FP8": layer.page_layout.fp8_statistics,
+                "SKETCH": layer.page_layout.statistics_bytes if params.has_sketch else 0,
                 "TOKENS": tokens,
                 "TILE": tile,
                 "STAMP_WORD": layer.page_layout.stamp_word,
                 "LIMIT": torch.finfo(layer.cache_dtype).max,
                 "SELECTOR": layer.gpu_selector,
                 "DEPENDENT": layer.dependent,
-                "num_warps": 8 if tile * layer.dp > 8192 else 4 if tile * layer.dp >= 4096 else 2,
+                "num_warps": 8 if tile * columns > 8192 else 4 if tile * columns >= 4096 else 2,
                 **layer.launch_early,
             },
             alike,

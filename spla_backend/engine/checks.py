@@ -261,7 +261,6 @@ def check_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
         max_query_len=max_decode_query_len(vllm_config),
         max_model_len=model.max_model_len,
         executor=options.executor,
-        prefill_dense_below=options.prefill_dense_below,
     )
 
 

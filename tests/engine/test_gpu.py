@@ -182,9 +182,6 @@ def test_finer_blocks_chunked_prefill(model, fine):
     assert_same(ask(model, "spla", {**SPARSE, **FINE}, **arguments), fine)
 
 
-TWO_LEVELS = {"fine_block_size": 16, "candidates": 2, "prefill_dense_below": None}  # prompts attend to everything
-
-
 @pytest.fixture(scope="module")
 def even_model(tmp_path_factory):
     """Smaller weights make attention less peaked: blocks at the threshold seldom hold a token that weighs much.
@@ -195,17 +192,25 @@ def even_model(tmp_path_factory):
     return save_random_model(tmp_path_factory.mktemp("gpu") / "even", MODEL, std=0.03)
 
 
-def test_two_levels(even_model):
+@pytest.mark.parametrize("source", ["keys", "int4"])
+@pytest.mark.parametrize("dense_below", [None, 0], ids=["dense-prompts", "sparse-prompts"])
+def test_two_levels(even_model, source, dense_below):
     """One answer by graphs, without them, and where prompts come in pieces or from the cache; the dense one where
     everything fits into the budget."""
-    expected = ask(even_model, "spla", {**SPARSE, **TWO_LEVELS})
-    assert_same(ask(even_model, "spla", {**SPARSE, **TWO_LEVELS}, enforce_eager=True), expected)
+    two_levels = {
+        "fine_block_size": 16,
+        "candidates": 2,
+        "fine_source": source,
+        "prefill_dense_below": dense_below,
+    }
+    expected = ask(even_model, "spla", {**SPARSE, **two_levels})
+    assert_same(ask(even_model, "spla", {**SPARSE, **two_levels}, enforce_eager=True), expected)
     arguments = {"max_num_batched_tokens": 256, "max_num_seqs": 16, "enable_prefix_caching": True}
-    with start(even_model, "spla", {**SPARSE, **TWO_LEVELS}, **arguments) as engine:
+    with start(even_model, "spla", {**SPARSE, **two_levels}, **arguments) as engine:
         for _ in range(2):
             assert_same(generate(engine, PROMPTS), expected)
     dense = ask(even_model, "FLASH_ATTN")
-    assert_same(ask(even_model, "spla", {"budget": 4096, **TWO_LEVELS}), dense, ROUNDING)
+    assert_same(ask(even_model, "spla", {"budget": 4096, **two_levels}), dense, ROUNDING)
     long = [i for i, length in enumerate(LENGTHS) if length > 2 * BUDGET]  # beyond the candidates
     mean, _ = differences([expected[i] for i in long], [dense[i] for i in long])
     assert mean > 2 * SELECTION[0]  # it did leave something out

@@ -10,7 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/machine_code.py"
-ONLY = r"^main: (store 8|decode 8|prefill (64|dense))|^(flashinfer|two-levels): decode 8|^training: read blocks d64"
+ONLY = (
+    r"^main: (store 8|decode 8|prefill (64|dense))|^(flashinfer|two-levels): decode 8|^sketch: (store|decode) 8"
+    r"|^training: read blocks d64"
+)
 
 
 def machine_code(*arguments: str | Path, rc: int = 0) -> str:

@@ -7,19 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_triton_prefill import check as check_prefill
 from triton_cases import Batch, limits, make_batch, residual_of
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import select_blocks, spla_token
+from spla_backend.algorithm.sketch import FINE_SOURCES
 from spla_backend.algorithm.two_level import coarse_parameters
 from spla_backend.kernels.gpu.attention import default_dense_below
 from spla_backend.kernels.gpu.checks import check_options
 from spla_backend.kernels.gpu.decode.fused import refusal
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
 from spla_backend.kernels.gpu.decode.tuning import Tuning
-from spla_backend.kernels.gpu.layer import GpuLayer
-from spla_backend.kernels.gpu.prefill.passes import PrefillPasses
-from spla_backend.kernels.interface import Layer
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -47,12 +46,21 @@ def fresh() -> int:
 
 
 @pytest.mark.parametrize(
-    ("page", "block", "fine"),
-    [(32, 32, 16), (64, 32, 16), (64, 64, 16), (32, 32, 32), (48, 16, 16)],
+    ("page", "block", "fine", "source"),
+    [
+        (32, 32, 16, "keys"),
+        (64, 32, 16, "keys"),
+        (64, 64, 16, "keys"),
+        (32, 32, 32, "keys"),
+        (48, 16, 16, "keys"),
+        (64, 32, 16, "int4"),
+        (32, 32, 32, "int4"),
+        (48, 16, 16, "int4"),
+    ],
     ids=str,
 )
-def test_lengths_around_every_edge_and_padding(page: int, block: int, fine: int) -> None:
-    p = params(page, block, page // block + 2, fine)
+def test_lengths_around_every_edge_and_padding(page: int, block: int, fine: int, source: str) -> None:
+    p = params(page, block, page // block + 2, fine, fine_source=source)
     batch = make_batch(p, [*edges(p), 0], seed=fresh(), chunk=0, **SMALL)
     batch.check(batch.decode(), 2e-3)
 
@@ -61,6 +69,14 @@ def test_lengths_around_every_edge_and_padding(page: int, block: int, fine: int)
 @pytest.mark.parametrize("statistics", ["auto", "fp8"])
 def test_selectors(selector: str, statistics: str) -> None:
     p = params(selector=selector, residual=residual_of(selector), statistics_dtype=statistics)
+    batch = make_batch(p, [p.budget_tokens * 3 + 7, 200], seed=fresh(), chunk=0, **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+@pytest.mark.parametrize("selector", ["mean", "rem"])
+@pytest.mark.parametrize("statistics", ["auto", "fp8"])
+def test_sketches_by_selector(selector: str, statistics: str) -> None:
+    p = params(64, 32, 5, selector=selector, statistics_dtype=statistics, fine_source="int4")
     batch = make_batch(p, [p.budget_tokens * 3 + 7, 200], seed=fresh(), chunk=0, **SMALL)
     batch.check(batch.decode(), 2e-3)
 
@@ -77,10 +93,10 @@ def test_residual_and_combination(residual: str, combine: str) -> None:
     batch.check(batch.decode(), 2e-3)
 
 
-@pytest.mark.parametrize("residual", ["regression", "none"])
-def test_verification_rows(residual: str) -> None:
+@pytest.mark.parametrize(("residual", "source"), [("regression", "keys"), ("none", "keys"), ("none", "int4")])
+def test_verification_rows(residual: str, source: str) -> None:
     """Of three tokens, of which the second is the first beyond an edge."""
-    p = params(budget=3, residual=residual, last_blocks=1)
+    p = params(budget=3, residual=residual, last_blocks=1, fine_source=source)
     lengths = [x + 2 for x in edges(p)[:6:2]]
     batch = make_batch(p, [*lengths, 3, 0], query_len=3, seed=fresh(), chunk=0, **SMALL)
     batch.check(batch.decode(), 2e-3)
@@ -92,9 +108,13 @@ def test_top_p_is_a_share_of_the_candidates_mass(top_p: float) -> None:
     batch.check(batch.decode(), 2e-3)
 
 
-def test_splits_of_every_launch() -> None:
-    tuning = Tuning(3, 3, chunk=16, tile=16, mass_splits=2, fine_splits=3, fine_tile=32)
-    batch = make_batch(params(), [450, 260, 129, 30, 0], seed=fresh(), tuning=tuning, chunk=0, **SMALL)
+@pytest.mark.parametrize("source", FINE_SOURCES)
+@pytest.mark.parametrize("tile", [32, 256])
+def test_splits_of_every_launch(source: str, tile: int) -> None:
+    """By tiles of a block, and of so many that they end within one."""
+    tuning = Tuning(3, 3, chunk=16, tile=16, mass_splits=2, fine_splits=3, fine_tile=tile)
+    lengths = [450, 260, 129, 30, 0]
+    batch = make_batch(params(fine_source=source), lengths, seed=fresh(), tuning=tuning, chunk=0, **SMALL)
     batch.check(batch.decode(), 2e-3)
 
 
@@ -137,12 +157,21 @@ def test_scratch_of_layers_with_larger_budgets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "page", "block", "fine"),
-    [((7, 1, 80), 16, 16, 16), ((16, 1, 64), 64, 64, 32), ((2, 2, 16), 32, 32, 16), ((4, 1, 256), 64, 64, 16)],
+    ("heads", "page", "block", "fine", "source"),
+    [
+        ((7, 1, 80), 16, 16, 16, "keys"),
+        ((16, 1, 64), 64, 64, 32, "keys"),
+        ((2, 2, 16), 32, 32, 16, "keys"),
+        ((4, 1, 256), 64, 64, 16, "keys"),
+        ((7, 1, 80), 16, 16, 16, "int4"),
+        ((32, 1, 96), 64, 64, 32, "int4"),
+        ((2, 2, 16), 32, 32, 16, "int4"),
+        ((4, 1, 256), 64, 64, 16, "int4"),
+    ],
     ids=str,
 )
-def test_shapes(heads: tuple[int, int, int], page: int, block: int, fine: int) -> None:
-    p = params(page, block, 4, fine)
+def test_shapes(heads: tuple[int, int, int], page: int, block: int, fine: int, source: str) -> None:
+    p = params(page, block, 4, fine, fine_source=source)
     batch = make_batch(
         p, [10 * page + 3, 6 * page], num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2], device=DEVICE,
         seed=fresh(), chunk=0, token_major=True,
@@ -182,22 +211,31 @@ def test_layers_share_scratch() -> None:
 
 
 def poison(batch: Batch) -> tuple[int, int]:
-    """NaN where no token of a row may read: values that are not selected, keys beyond the candidates. How many fine
-    blocks' values and how many selection blocks' keys there were. What drafts complete is folded, and left alone."""
+    """NaN where no token of a row may read: values that are not selected, keys beyond the candidates; with a sketch
+    keys that are not selected, and sketches beyond the candidates. How many fine blocks' values and how many selection
+    blocks' keys or sketches there were. What drafts complete is folded, and left alone."""
     p, d = batch.layer.params, batch.layer.head_size
     values = keys = 0
     for row, length in enumerate(batch.lengths):
         covered = (length - batch.query_len) // p.page_size * p.page_size  # tokens that the state holds
         tokens = range(row * batch.query_len, (row + 1) * batch.query_len) if length else ()
         for head in range(batch.layer.num_kv_heads):
-            for size, part, chosen in [
-                (p.fine_block, slice(d, None), {i for t in tokens for i in batch.selected(t, row, head)}),
-                (p.selection_block, slice(0, d), {i for t in tokens for i in batch.candidates(t, row, head)}),
+            for size, chosen in [
+                (p.fine_block, {i for t in tokens for i in batch.selected(t, row, head)}),
+                (p.selection_block, {i for t in tokens for i in batch.candidates(t, row, head)}),
             ]:
+                is_fine = size == p.fine_block
                 for i in set(range(covered // size)) - chosen:
-                    page, start = int(batch.block_table[row, i * size // p.page_size]), i * size % p.page_size
-                    batch.kv_cache[page, head, start : start + size, part] = torch.nan
-                    values, keys = values + (part.start == d), keys + (part.start == 0)
+                    page, rows = batch.kv_cache[int(batch.block_table[row, i * size // p.page_size]), head], i * size
+                    rows = slice(rows % p.page_size, rows % p.page_size + size)
+                    if is_fine:
+                        page[rows, 0 if p.has_sketch else d :] = torch.nan
+                    elif p.has_sketch:
+                        codes, scales = batch.layer.page_layout.sketch(batch.layer.page_layout.area(page))
+                        codes[rows], scales[rows] = 255, torch.nan
+                    else:
+                        page[rows, :d] = torch.nan
+                    values, keys = values + is_fine, keys + (not is_fine)
     return values, keys
 
 
@@ -214,12 +252,22 @@ def check_poison(batch: Batch, tolerance: float) -> None:
     assert bool(batch.decode().isnan().any())
 
 
-@pytest.mark.parametrize(("residual", "query_len"), [("regression", 1), ("regression", 3), ("linear", 1), ("none", 1)])
+@pytest.mark.parametrize(
+    ("residual", "query_len", "source"),
+    [
+        ("regression", 1, "keys"),
+        ("regression", 3, "keys"),
+        ("linear", 1, "keys"),
+        ("none", 1, "keys"),
+        ("regression", 1, "int4"),
+        ("none", 3, "int4"),
+    ],
+    ids=str,
+)
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
-def test_nothing_else_is_read(residual: str, query_len: int) -> None:
-    batch = make_batch(
-        params(64, 32, residual=residual), [387, 260, 0], query_len=query_len, seed=fresh(), chunk=0, **SMALL
-    )
+def test_nothing_else_is_read(residual: str, query_len: int, source: str) -> None:
+    p = params(64, 32, residual=residual, fine_source=source)
+    batch = make_batch(p, [387, 260, 0], query_len=query_len, seed=fresh(), chunk=0, **SMALL)
     check_poison(batch, 2e-3)
 
 
@@ -246,33 +294,40 @@ def test_candidates_are_those_of_one_level() -> None:
         ({"page_size": 48, "selection_block": 48, "fine_block": 16}, "selection blocks of 48 tokens are not 1, 2, 4"),
         ({"candidate_factor": 1}, "candidates 1 must be at least 2"),
         ({"executor": "flashinfer"}, "executor 'flashinfer' reads whole pages, no fine blocks of 16 tokens"),
-        ({"prefill_dense_below": 4096}, "prefill_dense_below 4096: prompt tokens have no kernel that selects in two"),
+        ({"fine_source": "int3"}, "fine_source 'int3' has no kernel, choose one of keys, int4"),
+        ({"fine_source": "int4", "selector": "quest", "residual": "none"}, "no kernel with selector 'quest', whose"),
+        ({"fine_source": "int4", "heads": 256}, "no kernel for 128 query heads a kv head of 128, only up to 32: set"),
         ({"budget_blocks": 1 << 13, "candidate_factor": 4}, "more than 65535 fine blocks of 16"),
     ],
     ids=str,
 )
 def test_refusals_name_the_cause(change: dict, message: str) -> None:
     values = {"page_size": 64, "selection_block": 64, "budget_blocks": 32, "fine_block": 16} | change
-    more = {name: values.pop(name, default) for name, default in [("executor", "spla"), ("prefill_dense_below", None)]}
+    more = {"executor": values.pop("executor", "spla"), "num_heads": values.pop("heads", 8)}
     with pytest.raises(ValueError, match=message):
         check_options(
-            SplaParameters(**values), num_heads=8, num_kv_heads=2, head_size=128, cache_dtype=torch.bfloat16,
+            SplaParameters(**values), num_kv_heads=2, head_size=128, cache_dtype=torch.bfloat16,
             max_query_len=1, max_model_len=8192, **more,
         )  # fmt: skip
 
 
-def test_prompts_attend_to_everything() -> None:
+@pytest.mark.parametrize("source", FINE_SOURCES)
+def test_prompts_select_in_one_level(source: str) -> None:
+    """By the same statistics, on the same pages, whose statistics and stamps stand before and behind a sketch."""
+    p = params(32, 16, 5, fine_source=source)
+    batch = make_batch(p, [230], seed=fresh(), chunk=0, **SMALL)
+    assert batch.layer.page_layout.has_sketch == (source == "int4")
+    check_prefill(batch, [(140, 230)], 3e-3, sample=9)
+
+
+def test_prompts_are_sparse_from_where_one_level_is() -> None:
     p = params(64, 64, 32)
-    assert default_dense_below(p, 131072) == 131072
-    layer = GpuLayer(p, Layer(4, 2, 32, torch.float16, 1.0), "cpu")
-    assert not PrefillPasses(layer, limits(1, 8192, dense_below=8192)).plan(0, [0, 8192], [8192]).passes
-    with pytest.raises(ValueError, match="prefill_dense_below 2048"):
-        PrefillPasses(layer, limits(1, 8192, dense_below=2048))
+    assert default_dense_below(p, 131072) == default_dense_below(replace(p, fine_block=0), 131072) < 131072
 
 
 def test_the_fused_launch_leaves_it_to_others() -> None:
     reason = refusal(params(64, 64, 32), group=4, head_size=128, cache_dtype=torch.bfloat16)
-    assert reason == "selection has two levels"
+    assert reason == "the fine level reads keys"
 
 
 def test_what_is_compiled_at_start_up() -> None:
@@ -293,24 +348,34 @@ def test_what_is_compiled_at_start_up() -> None:
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize(
-    ("heads", "page", "block", "fine", "selector"),
+    ("heads", "page", "block", "fine", "selector", "source"),
     [
-        ((8, 2, 128), 64, 64, 16, "rem"),
-        ((8, 2, 128), 64, 64, 32, "taylor2"),
-        ((8, 2, 128), 64, 64, 64, "cumulant2"),
-        ((8, 2, 128), 64, 32, 16, "mean"),
-        ((8, 2, 128), 128, 128, 16, "km2-rem"),
-        ((8, 2, 128), 48, 16, 16, "rem"),
-        ((4, 4, 64), 16, 16, 16, "rem"),
-        ((7, 1, 96), 64, 64, 16, "rem"),
-        ((16, 1, 80), 64, 64, 16, "rem"),
-        ((4, 1, 256), 64, 64, 16, "rem"),
+        ((8, 2, 128), 64, 64, 16, "rem", "keys"),
+        ((8, 2, 128), 64, 64, 32, "taylor2", "keys"),
+        ((8, 2, 128), 64, 64, 64, "cumulant2", "keys"),
+        ((8, 2, 128), 64, 32, 16, "mean", "keys"),
+        ((8, 2, 128), 128, 128, 16, "km2-rem", "keys"),
+        ((8, 2, 128), 48, 16, 16, "rem", "keys"),
+        ((4, 4, 64), 16, 16, 16, "rem", "keys"),
+        ((7, 1, 96), 64, 64, 16, "rem", "keys"),
+        ((16, 1, 80), 64, 64, 16, "rem", "keys"),
+        ((4, 1, 256), 64, 64, 16, "rem", "keys"),
+        ((8, 2, 128), 64, 64, 32, "taylor2", "int4"),
+        ((8, 2, 128), 128, 128, 64, "cumulant2", "int4"),
+        ((8, 2, 128), 64, 32, 16, "mean", "int4"),
+        ((8, 2, 32), 48, 16, 16, "rem", "int4"),
+        ((4, 4, 64), 16, 16, 16, "rem", "int4"),
+        ((7, 1, 96), 64, 64, 16, "rem", "int4"),
+        ((16, 1, 80), 64, 64, 16, "rem", "int4"),
+        ((16, 1, 256), 64, 64, 16, "rem", "int4"),
     ],
     ids=str,
 )
-def test_gpu_shapes(heads: tuple[int, int, int], page: int, block: int, fine: int, selector: str, dtype) -> None:
+def test_gpu_shapes(
+    heads: tuple[int, int, int], page: int, block: int, fine: int, selector: str, source: str, dtype
+) -> None:
     num_heads, num_kv_heads, head_size = heads
-    p = params(page, block, 6 * page // block, fine, 3, selector=selector)
+    p = params(page, block, 6 * page // block, fine, 3, selector=selector, fine_source=source)
     batch = make_batch(
         p, [*edges(p), 12 * p.budget_tokens + 5, 0], num_heads=num_heads, num_kv_heads=num_kv_heads,
         head_size=head_size, dtype=dtype, device=DEVICE, seed=fresh(), chunk=0, gain=torch.rand(num_heads) * 2,
@@ -321,18 +386,35 @@ def test_gpu_shapes(heads: tuple[int, int, int], page: int, block: int, fine: in
 
 @gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("source", FINE_SOURCES)
 @pytest.mark.parametrize("statistics", ["auto", "fp8"])
 @pytest.mark.parametrize("residual", ["regression", "linear", "none"])
 @pytest.mark.parametrize("combine", ["shared_normalizer", "double_rmsnorm"])
 @pytest.mark.parametrize("query_len", [1, 4])
-def test_gpu_residuals_and_verification(residual: str, combine: str, query_len: int, statistics: str) -> None:
+def test_gpu_residuals_and_verification(
+    residual: str, combine: str, query_len: int, statistics: str, source: str
+) -> None:
     weights = (torch.rand(8, 128) + 0.5, torch.rand(8, 128) + 0.5)
-    p = params(64, 64, 8, 16, 3, residual=residual, combine=combine, statistics_dtype=statistics)
+    more = {"statistics_dtype": statistics, "fine_source": source}
+    p = params(64, 64, 8, 16, 3, residual=residual, combine=combine, **more)
     batch = make_batch(
         p, [4000, 1538, 1537, 1300, 577, 515, 70, 5, 0], num_heads=8, num_kv_heads=2, head_size=128,
         dtype=torch.bfloat16, query_len=query_len, device=DEVICE, seed=fresh(), chunk=0, norm_weights=weights,
     )  # fmt: skip
     batch.check(batch.decode(), TOLERANCE[torch.bfloat16])
+
+
+@gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize(("block", "tile", "splits"), [(64, 64, 3), (64, 128, 8), (64, 256, 1), (16, 128, 4)], ids=str)
+def test_gpu_sketches_by_launches(block: int, tile: int, splits: int) -> None:
+    """Where the fused launch would take the batch."""
+    tuning = Tuning(4, 4, fine_splits=splits, fine_tile=tile)
+    batch = make_batch(
+        params(64, block, 512 // block, 16, 3, fine_source="int4"), [4000, 1600, 1537, 577, 5, 0], num_heads=8,
+        num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device=DEVICE, seed=fresh(), chunk=0, tuning=tuning,
+    )  # fmt: skip
+    check_poison(batch, TOLERANCE[torch.bfloat16])
 
 
 @gpu
@@ -365,9 +447,10 @@ def test_gpu_long_context(candidates: int) -> None:
 @gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("query_len", [1, 4])
-def test_gpu_nothing_else_is_read(query_len: int) -> None:
+@pytest.mark.parametrize("source", FINE_SOURCES)
+def test_gpu_nothing_else_is_read(query_len: int, source: str) -> None:
     batch = make_batch(
-        params(64, 64, 8, 16, 2), [3000, 1500, 900, 0], num_heads=8, num_kv_heads=2, head_size=128,
+        params(64, 64, 8, 16, 2, fine_source=source), [3000, 1500, 900, 0], num_heads=8, num_kv_heads=2, head_size=128,
         dtype=torch.bfloat16, query_len=query_len, device=DEVICE, seed=fresh(), chunk=0,
     )  # fmt: skip
     check_poison(batch, TOLERANCE[torch.bfloat16])
@@ -394,16 +477,17 @@ def test_gpu_graph_replay(query_len: int) -> None:
 
 @gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("source", FINE_SOURCES)
 @pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graph"])
 @pytest.mark.parametrize(
     "lengths", [[3500, 1600], [3079, 2128, 1079, 592, 591, 579, 144, 143, 142, 84] + [0] * 6], ids=len
 )
-def test_gpu_layers_one_after_another(lengths: list[int], graphs: bool) -> None:
+def test_gpu_layers_one_after_another(lengths: list[int], graphs: bool, source: str) -> None:
     """Launches of layers that share scratch overlap as they may: the same bits, time and again, as of each alone."""
     layers = [
         make_batch(
-            params(64, 64, 8, 16, 2), lengths, num_heads=16, num_kv_heads=4, head_size=128, device=DEVICE,
-            seed=fresh(), chunk=0, max_model_len=4096,
+            params(64, 64, 8, 16, 2, fine_source=source), lengths, num_heads=16, num_kv_heads=4, head_size=128,
+            device=DEVICE, seed=fresh(), chunk=0, max_model_len=4096,
         )
         for _ in range(6)
     ]  # fmt: skip

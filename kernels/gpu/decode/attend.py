@@ -47,20 +47,26 @@ def unit_of(table, first, limit, UNIT: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def rows_of(
-    first, entry, kv, page_stride, last_page, num_kv_heads,
-    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Where the keys of the tokens `first .. first + TILE - 1` of a table stand, `[TILE, DP]`; `entry` from `unit_of`.
+def page_of(entry, last_page, num_kv_heads, PAGE: tl.constexpr, UNIT: tl.constexpr):
+    """Page of a table's entries, and the row of it where the unit begins.
 
     The table names units of kv heads of pages, as FlashInfer wants it; all of them are of this program's head. The
     pipeline computes addresses, but does not read, beyond the last tile, where entries are undefined.
     """
-    column = tl.arange(0, DP)
     PER_PAGE: tl.constexpr = PAGE // UNIT
     entry = tl.maximum(entry, 0)
     page = tl.minimum(entry // (num_kv_heads * PER_PAGE), last_page).to(tl.int64)
-    in_page = entry % PER_PAGE * UNIT  # 0 where the unit is the page
+    return page, entry % PER_PAGE * UNIT  # 0 where the unit is the page
+
+
+@triton.jit
+def rows_of(
+    first, entry, kv, page_stride, last_page, num_kv_heads,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Where the keys of a table's tokens `first .. first + TILE - 1` stand, `[TILE, DP]`; `entry` from `unit_of`."""
+    column = tl.arange(0, DP)
+    page, in_page = page_of(entry, last_page, num_kv_heads, PAGE, UNIT)
     if UNIT % TILE == 0:
         start = kv + page * page_stride + (in_page + first % UNIT) * 2 * D
         rows = start + (tl.arange(0, TILE) * 2 * D)[:, None] + column[None, :]

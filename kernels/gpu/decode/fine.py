@@ -1,4 +1,5 @@
-"""The fine level of a selection in two levels: score the fine blocks of the candidates by their keys, and select.
+"""The fine level of a selection in two levels: score the fine blocks of the candidates by their keys, or the sketch of
+these (`gpu/sketch`), and select.
 
 The candidates are what `select` leaves in a table of their own: one level with a larger budget, whose list ends with
 the selection blocks of the current page. The first launch here reads their keys and makes of the logits the mass of
@@ -8,8 +9,9 @@ how many of its fine blocks are selected, which tells `attend.mass_of_rest` what
 
 Plain reference: `reference.select_fine_blocks`. Source: docs/design.md, 1 (two levels).
 
-Floor, bytes a (token, kv head): `d` elements a token of the candidates, read once; written and read again from L2, 4
-bytes a fine block and head. FLOP: `2 d` a token of the candidates and head.
+Floor, bytes a (token, kv head): `d` elements a token of the candidates, read once, or of a sketch 18 bytes for 32 of
+them and a mean key a selection block; written and read again from L2, 4 bytes a fine block and head. FLOP: `2 d` a
+token of the candidates and head.
 """
 
 import torch
@@ -17,7 +19,9 @@ import triton
 import triton.language as tl
 
 from ..layer import GpuLayer
-from .attend import rows_of, unit_of
+from ..sketch import queries_by_chunk, sketch_products
+from ..statistics import as_factor, decode_e4m3
+from .attend import page_of, rows_of, unit_of
 from .running_sum import add_exponentials, log_of_columns
 from .select import all_group_scores, choose
 from .tuning import DecodeSizes, Tuning
@@ -52,6 +56,9 @@ def fine_score_kernel(
     FINE: tl.constexpr,  # tokens a fine block
     BUDGET: tl.constexpr,  # selection blocks
     CANDIDATES: tl.constexpr,
+    STRIDE: tl.constexpr,  # stored elements from the statistics of one selection block to the next
+    FP8: tl.constexpr,  # statistics are bytes
+    SKETCH: tl.constexpr,  # bytes from the statistics of a page to its sketch, read instead of keys; 0: it has none
     TILE: tl.constexpr,  # tokens at a time
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,  # launched as a programmatic dependent
@@ -87,7 +94,11 @@ def fine_score_kernel(
             + column[:, None],
             mask=(n < GROUP)[None, :] & in_head[:, None],
             other=0.0,
-        ).to(kv_ptr.dtype.element_ty)  # [DP, N] # fmt: skip
+        )  # [DP, N] # fmt: skip
+        q = as_factor(q, kv_ptr, SKETCH > 0 and FP8)
+        if SKETCH:
+            of_group = query_ptr + token * query_token_stride + head * GROUP * query_head_stride
+            by_chunk = queries_by_chunk(of_group, query_head_stride, GROUP, N, D, DP)
         per_split = tl.cdiv(tl.cdiv(limit, num_splits), TILE) * TILE
         start = split * per_split
         stop = tl.minimum(start + per_split, limit)
@@ -102,14 +113,27 @@ def fine_score_kernel(
         for first in tl.range(start, stop, TILE, num_stages=STAGES):
             this_entry = entry
             entry = unit_of(table, first + TILE, limit, UNIT, TILE)
-            rows = rows_of(first, this_entry, kv, page_stride, last_page, num_kv_heads, D, DP, PAGE, UNIT, TILE)
-            if D == DP:
-                k = tl.load(rows)  # [TILE, DP]
+            if SKETCH:
+                page, in_page = page_of(this_entry, last_page, num_kv_heads, PAGE, UNIT)
+                sketch = (kv + page * page_stride + PAGE * 2 * D).to(tl.pointer_type(tl.uint8)) + SKETCH
+                in_page += (first + tl.arange(0, TILE)) % UNIT
+                product = sketch_products(sketch, in_page, by_chunk, N, D, DP, PAGE, TILE)
             else:
-                k = tl.load(rows, mask=in_head[None, :], other=0.0)
-            logit = tl.reshape(tl.dot(k, q) * scale, [BLOCKS, FINE, N])
+                rows = rows_of(first, this_entry, kv, page_stride, last_page, num_kv_heads, D, DP, PAGE, UNIT, TILE)
+                if D == DP:
+                    k = tl.load(rows)  # [TILE, DP]
+                else:
+                    k = tl.load(rows, mask=in_head[None, :], other=0.0)
+                product = tl.dot(k, q)
+            logit = tl.reshape(product * scale, [BLOCKS, FINE, N])
             peak = tl.max(logit, axis=1)  # [BLOCKS, N]
             score = peak + tl.log(tl.sum(tl.exp(logit - peak[:, None, :]), axis=1))
+            if SKETCH:
+                mean = mean_products(
+                    this_entry, kv, q, page_stride, last_page, num_kv_heads, N, D, DP, PAGE, UNIT, STRIDE, FP8, TILE
+                )
+                mean = tl.broadcast_to(mean[:, None, :], [mean.shape[0], BLOCKS // mean.shape[0], N])
+                score += tl.reshape(mean, [BLOCKS, N]) * scale
             index = first // FINE + offset
             stored = (index < stop // FINE)[:, None] & (n < GROUP)[None, :]
             tl.store(scores_ptr + (pair * max_fine + index)[:, None] * GROUP_P + n[None, :], score, mask=stored)
@@ -117,6 +141,30 @@ def fine_score_kernel(
             top, total = add_exponentials(top, total, score)
         lse = log_of_columns(top, total)  # [N]
         tl.store(lse_ptr + (pair * num_splits + split) * GROUP_P + n, lse, mask=n < GROUP)
+
+
+@triton.jit
+def mean_products(
+    entry, kv, q, page_stride, last_page, num_kv_heads, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, FP8: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Products `[UNITS, N]` of queries with the mean keys of the selection blocks of a tile, whose entries are `entry`.
+
+    A matrix product of 16 rows, of which only the first of each unit is read.
+    """
+    UNITS: tl.constexpr = (TILE + UNIT - 1) // UNIT
+    if UNITS > 1:
+        entry = tl.max(tl.reshape(entry, [16, TILE // 16]), axis=1)
+    page, in_page = page_of(entry, last_page, num_kv_heads, PAGE, UNIT)
+    area = kv + page * page_stride + PAGE * 2 * D
+    if FP8:
+        area = area.to(tl.pointer_type(tl.uint8))
+    row, column = tl.arange(0, 16), tl.arange(0, DP)
+    rows = (area + in_page // UNIT * STRIDE + tl.zeros([16], tl.int32))[:, None] + column[None, :]
+    mean = tl.load(rows, mask=(row % (16 // UNITS) == 0)[:, None] & (column < D)[None, :], other=0)
+    if FP8:
+        mean = decode_e4m3(mean)
+    return tl.sum(tl.reshape(tl.dot(mean, q), [UNITS, 16 // UNITS, N]), axis=1)
 
 
 @triton.jit
@@ -252,6 +300,9 @@ def select_fine(
         D=layer.head_size,
         DP=layer.dp,
         BUDGET=params.budget_blocks,
+        STRIDE=layer.page_layout.statistics_stride,
+        FP8=layer.page_layout.fp8_statistics,
+        SKETCH=layer.page_layout.statistics_bytes if params.has_sketch else 0,
         TILE=max(tuning.fine_tile, params.fine_block),
         STAGES=tuning.fine_stages,
         num_warps=tuning.fine_warps,

@@ -8,7 +8,7 @@ each dependent on the one before:
 
 1. `prepare_kernel`: fold the recurrent state (`gpu/state`), score all selection blocks (`score`)
 2. `select_kernel`: select (`select`); with two levels the candidates, among which `fine_score_kernel` and
-   `fine_select_kernel` select by their keys (`fine`)
+   `fine_select_kernel` select by their keys or the sketch of these (`fine`)
 3. `attend_kernel`: selected blocks, residual, merge, combination (`attend`); `flashinfer` with that executor
 
 Grids depend on shapes only; lengths, validity of states, and which rows are dense are decided on the device. Nothing

@@ -112,7 +112,9 @@ def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len:
     pairs *= query_len
     attend_splits = min(tiles, 16, max(_power(128 / pairs), 2 if pairs <= 256 else 1))
     tokens = min(params.candidate_factor * budget * params.attended_block, sizes.max_units * params.selection_block)
-    candidate_tiles = -(-tokens // Tuning.fine_tile) if sizes.candidates else 1
+    # What a step of a sketch costs beside its tokens is a third of it: mean keys, addresses, barriers.
+    fine_tile = 128 if params.has_sketch and layer.dp <= 128 else Tuning.fine_tile
+    candidate_tiles = -(-tokens // fine_tile) if sizes.candidates else 1
     return Tuning(
         score_splits,
         attend_splits,
@@ -121,6 +123,7 @@ def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len:
         mass_splits=min(8, _power(64 / pairs)),
         select_warps=_select_warps(min(sizes.units_p * layer.group_p, SELECT_ELEMENTS)),
         score_registers=None if wide else Tuning.score_registers,
+        fine_tile=fine_tile,
         fine_splits=max(1, min(candidate_tiles, _power(512 / pairs), 32)),
         fine_select_warps=_select_warps(min(sizes.fine_p * layer.group_p, SELECT_ELEMENTS)),
     )

@@ -1,8 +1,9 @@
 """SPLA prefill over the engine's paged cache on a GPU: what a step needs, and the launches of one layer.
 
-Every token selects for itself the pages that it would select in decode. Tokens below `dense_below` attend to
-everything, through FlashAttention (`gpu/attention.py`); all others go through the passes planned here, whatever rows
-and chunks they come in. The plain reference of the whole is `reference.spla_sequence`.
+Every token selects for itself the pages that it would select in decode; where decode selects in two levels, it selects
+whole selection blocks, in one level of the same budget. Tokens below `dense_below` attend to everything, through
+FlashAttention (`gpu/attention.py`); all others go through the passes planned here, whatever rows and chunks they come
+in. The plain reference of the whole is `reference.spla_sequence`.
 
 A pass is a number of tiles (`select`) that fits into the scratch. Its launches, for some kv heads at
 a time:
@@ -34,7 +35,6 @@ from tqdm import tqdm
 
 from ...interface import Limits
 from ...layout import STATE_MAGIC
-from ..checks import check_prefill
 from ..dense import DenseRows
 from ..launch import Launch, current_stream, layer_of
 from ..layer import GpuLayer
@@ -191,7 +191,6 @@ class PrefillPasses:
         self.layer, self.device = layer, layer.device
         max_num_tokens, max_num_rows = limits.max_num_tokens, limits.max_num_rows
         params, d = layer.params, layer.head_size
-        check_prefill(params, limits.prefill_dense_below, limits.max_model_len)
         small = d > 128 or params.residual == "linear"
         if tuning is None:
             tuning = SMALL if small else PrefillTuning()
