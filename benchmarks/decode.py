@@ -21,7 +21,8 @@ float64 reference at batch 1, and at larger batches against the same rows at bat
                         the launch ahead ends, which here is the step before
     spla_mixed          the same as in a step that holds prompt tokens too, where everything waits for the launch ahead
     spla_flashinfer     a SPLA step with the option `executor: flashinfer`; not among the defaults
-    spla_two_levels     a SPLA step that selects in two levels, with --fine-block and --candidates; with its own floor
+    spla_two_levels     a SPLA step that selects in two levels, with --fine-block, --candidates and --fine-source; with
+                        its own floor
     floor               bytes that a steady step has to move (statistics of all complete pages, selected pages, float32
                         state) over the bandwidth of a large device-to-device copy measured in the same run
     spla/KERNEL         with --breakdown: time of each kernel of a step, from the profiler. Kernels that are launched
@@ -53,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
 from spla_backend.algorithm.selectors import get_selector
-from spla_backend.algorithm.sketch import sketch
+from spla_backend.algorithm.sketch import FINE_SOURCES, sketch
 from spla_backend.evaluate.variants import bytes_read
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
 from spla_backend.kernels.gpu.layer import GpuLayer
@@ -73,6 +74,7 @@ DEVICE = "cuda"
 LAYER = Layer(HEADS, KV_HEADS, HEAD_SIZE, DTYPE, SCALE)
 
 DENSE = ("fa3", "flashinfer_dense")
+TWO_LEVELS = ("fine_block", "candidates", "fine_source")
 IMPLS = (*DENSE, "flashinfer_sparse", "spla", "spla_mixed")
 Run = Callable[["Rows"], None]
 
@@ -394,7 +396,7 @@ class Benchmark:
     """Measurements of a run, added to those that its file has already."""
 
     def __init__(
-        self, out: Path | None, impls: list[str], breakdown: bool, append: bool, two_levels: dict[str, int]
+        self, out: Path | None, impls: list[str], breakdown: bool, append: bool, two_levels: dict[str, Any]
     ) -> None:
         import triton
 
@@ -424,12 +426,10 @@ class Benchmark:
         self._alone: dict[tuple[int, int], dict[int, torch.Tensor]] = {}  # SPLA's outputs of single rows
 
     def _keep(self, row: dict) -> None:
-        self.rows[row["impl"], row["context"], *where(row), row.get("fine_block"), row.get("candidates")] = row
+        self.rows[row["impl"], row["context"], *where(row), *(row.get(name) for name in TWO_LEVELS)] = row
 
     def record(self, impl: str, shape: Shape, us: float, spread: float) -> None:
-        about = {
-            name: x for name, x in vars(shape).items() if shape.fine_block or name not in ("fine_block", "candidates")
-        }
+        about = {name: x for name, x in vars(shape).items() if shape.fine_block or name not in TWO_LEVELS}
         self._keep({"impl": impl, **about, "us": round(us, 2), "spread_us": round(spread, 2)})
 
     def save(self) -> None:
@@ -530,7 +530,8 @@ class Benchmark:
             pool = None  # before the next one
             torch.cuda.empty_cache()
             largest, longest = Shape(max(batches), max(contexts), budgets[0], *kind), max(contexts)
-            layer = GpuLayer(largest.params, LAYER, DEVICE)
+            # Pages of two levels hold all that one level reads.
+            layer = GpuLayer(replace(largest, **self.two_levels).params, LAYER, DEVICE)
             largest.op()  # its scratch, which stays, is there when the pool takes what is left
             row_bytes = longest * KV_HEADS * layer.page_layout.rows // kind[0] * 2 * HEAD_SIZE * DTYPE.itemsize
             free = torch.cuda.mem_get_info()[0] - 6e9
@@ -588,6 +589,7 @@ def main() -> None:
     parser.add_argument("--statistics", default="auto,fp8", help="how statistics are stored")
     parser.add_argument("--fine-block", type=int, default=0, help="tokens a fine block of `spla_two_levels`; 0: none")
     parser.add_argument("--candidates", type=int, default=4, help="of `spla_two_levels`, in budgets")
+    parser.add_argument("--fine-source", default="int4", choices=FINE_SOURCES, help="what `spla_two_levels` reads")
     parser.add_argument("--impls", default=",".join(IMPLS))
     parser.add_argument("--quick", action="store_true", help="16K and 128K, batches 1, 8, 32, budget 2048, page 64")
     parser.add_argument("--breakdown", action="store_true", help="time the kernels of SPLA apart")
@@ -621,7 +623,11 @@ def main() -> None:
     unknown = set(impls) - {*IMPLS, "spla_flashinfer"}
     if unknown:
         parser.error(f"unknown implementations {', '.join(unknown)}")
-    two_levels = {"fine_block": args.fine_block, "candidates": args.candidates} if args.fine_block else {}
+    two_levels = (
+        {"fine_block": args.fine_block, "candidates": args.candidates, "fine_source": args.fine_source}
+        if args.fine_block
+        else {}
+    )
     if args.warm_up:
         shapes = [Shape(b, c, t, *kind) for kind in kinds for c in contexts for b in batches for t in budgets]
         if two_levels:

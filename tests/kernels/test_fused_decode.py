@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from emulated import COMPILER, EmulatedDecode
+from test_two_levels import check_poison, edges
 from triton_cases import make_batch, residual_of
 
 from spla_backend.algorithm.parameters import SplaParameters
@@ -136,6 +137,66 @@ def test_many_units_about_the_threshold() -> None:
     assert batch.selected(0, 0, 0) == [0, 3, 4, 5, 6, 7, 8, 23, 24]
 
 
+def two_levels(page: int = 32, block: int = 32, budget: int = 4, candidates: int = 2, **more) -> SplaParameters:
+    return SplaParameters(page, block, budget, fine_block=16, candidate_factor=candidates, fine_source="int4", **more)
+
+
+@emulated
+@scored
+@pytest.mark.parametrize(("page", "block", "budget", "blocks"), [(32, 32, 4, 2), (64, 16, 8, 1), (64, 64, 3, 4)])
+def test_two_levels_around_every_edge(page: int, block: int, budget: int, blocks: int, score_blocks: int) -> None:
+    params = two_levels(page, block, budget)
+    batch = make_batch(params, [*edges(params), 0], num_heads=4, num_kv_heads=1, head_size=64, seed=fresh(), chunk=0)
+    emulate(batch, blocks, score_blocks)
+    for _ in range(2):
+        batch.check(batch.decode(steady=True), 2e-3)
+
+
+@emulated
+@scored
+@pytest.mark.parametrize(
+    ("heads", "head_size", "dtype", "more"),
+    [
+        (1, 64, torch.float16, {"selector": "taylor2", "candidates": 3}),
+        (3, 128, torch.bfloat16, {"statistics_dtype": "fp8", "budget": 5}),
+        (8, 64, torch.float16, {"statistics_dtype": "fp8", "selector": "cumulant2"}),
+        (7, 128, torch.bfloat16, {"residual": "none"}),
+    ],
+    ids=str,
+)
+def test_two_levels_of_every_group(
+    heads: int, head_size: int, dtype: torch.dtype, more: dict, score_blocks: int
+) -> None:
+    batch = make_batch(
+        two_levels(**more), [500, 330], num_heads=heads, num_kv_heads=1, head_size=head_size, dtype=dtype,
+        seed=fresh(), chunk=0, gain=torch.rand(heads) * 2,
+    )  # fmt: skip
+    emulate(batch, 2, score_blocks)
+    batch.check(batch.decode(), 2e-3 if dtype == torch.float16 else 1e-2)
+
+
+@emulated
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_two_levels_read_nothing_else() -> None:
+    batch = make_batch(
+        two_levels(64, 32), [387, 260, 0], num_heads=4, num_kv_heads=2, head_size=64, seed=fresh(), chunk=0
+    )  # fmt: skip
+    emulate(batch, 2)
+    check_poison(batch, 2e-3)
+
+
+@emulated
+def test_two_levels_ties_go_to_the_lower_block() -> None:
+    batch = make_batch(two_levels(), [450], num_heads=4, num_kv_heads=2, head_size=64, seed=fresh(), chunk=0)
+    batch.keys[0][:] = batch.keys[0][:16].repeat(29, 1, 1)[:450]
+    batch.write(0, 0, 450)
+    emulate(batch, 2)
+    batch.decode()
+    for head in range(2):
+        assert batch.candidates(0, 0, head) == [0, 1, 2, 3, 4, 5, 13, 14]
+        assert batch.selected(0, 0, head) == [0, 1, 2, 3, 4, 26, 27, 28]
+
+
 def test_scores_are_made_ahead_for_few_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """On an H200, of which 15 clusters of 8 blocks or 33 of 4 take hold at once."""
     monkeypatch.setattr(FusedDecode, "max_clusters", lambda self, blocks: {16: 7, 8: 15, 4: 33, 2: 66, 1: 132}[blocks])
@@ -215,6 +276,47 @@ def test_gpu_finer_blocks(heads: tuple[int, int, int], block: int, statistics: s
 
 @needs_gpu
 @pytest.mark.parametrize("statistics", ["auto", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("heads", "page", "block", "selector"),
+    [
+        ((8, 2, 128), 64, 64, "rem"),
+        ((16, 2, 64), 64, 32, "taylor2"),
+        ((14, 2, 128), 128, 128, "cumulant2"),
+        ((8, 1, 128), 64, 16, "rem"),
+        ((4, 4, 64), 16, 16, "rem"),
+    ],
+    ids=str,
+)
+def test_gpu_two_levels(
+    heads: tuple, page: int, block: int, selector: str, dtype: torch.dtype, statistics: str
+) -> None:
+    num_heads, num_kv_heads, head_size = heads
+    params = two_levels(page, block, 6 * page // block, 3, selector=selector, statistics_dtype=statistics)
+    batch = make_batch(
+        params, [*edges(params), 12 * params.budget_tokens + 5, 0], num_heads=num_heads, num_kv_heads=num_kv_heads,
+        head_size=head_size, dtype=dtype, device="cuda", seed=fresh(), chunk=0, gain=torch.rand(num_heads) * 2,
+    )  # fmt: skip
+    for blocks, score_blocks in ((1, 0), (2, 5), (8, 0), (8, 40)):
+        batch.op.fused.fixed_blocks, batch.op.fused.fixed_score_blocks = blocks, score_blocks
+        for _ in range(2):  # rebuilds the states, then finds them valid
+            batch.check(batch.decode(), 2e-3 if dtype == torch.float16 else 1e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("length", [9000, 40000, 131072])
+def test_gpu_two_levels_long_context(length: int) -> None:
+    batch = make_batch(
+        two_levels(64, 64, 32, 4, statistics_dtype="fp8"), [length], num_heads=4, num_kv_heads=1, head_size=128,
+        dtype=torch.bfloat16, device="cuda", seed=fresh(), chunk=0,
+    )  # fmt: skip
+    for _ in range(2):
+        batch.check(batch.decode(), 1e-2)
+    check_poison(batch, 1e-2)
+
+
+@needs_gpu
+@pytest.mark.parametrize("statistics", ["auto", "fp8"])
 @pytest.mark.parametrize("length", [40000, 131072, 524288 - 7])
 def test_gpu_long_context(length: int, statistics: str) -> None:
     params = SplaParameters(64, 64, 32, statistics_dtype=statistics)
@@ -229,10 +331,11 @@ def test_gpu_long_context(length: int, statistics: str) -> None:
 
 @needs_gpu
 @scored
-def test_gpu_graph_replay(score_blocks: int) -> None:
+@pytest.mark.parametrize("params", [SplaParameters(64, 64, 8), two_levels(64, 64, 4)], ids=["one-level", "two-levels"])
+def test_gpu_graph_replay(params: SplaParameters, score_blocks: int) -> None:
     """A graph captured on short rows replays on long ones, bit for bit."""
     batch = make_batch(
-        SplaParameters(64, 64, 8), [1500, 900, 700], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16,
+        params, [1500, 900, 700], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16,
         device="cuda", seed=fresh(), chunk=0, max_model_len=4096,
     )  # fmt: skip
     batch.op.fused.fixed_score_blocks = score_blocks

@@ -239,8 +239,8 @@ class FusedDecode:
             scores: `[rows, G, max_units, group]` float32, the group padded to a power of two: scratch of the launch
                 that scores ahead.
             mass: As `scores`; the same tensor where masses are the scores (`taylor2`) or there are none (no residual).
-            candidates: `[rows, G, max_candidates]` int32, written where selection has two levels and leaves some out: as
-                `table`, of selection blocks.
+            candidates: `[rows, G, max_candidates]` int32, written where selection has two levels and leaves some out:
+                as `table`, of selection blocks.
             candidate_count: `[rows, G]` int32, likewise.
             early: The launch before this one writes no statistics but those of pages that the rows' own tokens
                 complete, so that the others are read before it has ended.
