@@ -147,11 +147,14 @@ class Pool:
         context: Tokens a row.
         num_rows: Rows.
         num_states: Recurrent states, for when the pages are cut into more rows.
+        state_blocks: Blocks of a state, where another layer's states take more.
     """
 
-    def __init__(self, layer: GpuLayer, context: int, num_rows: int, num_states: int = 1) -> None:
+    def __init__(
+        self, layer: GpuLayer, context: int, num_rows: int, num_states: int = 1, state_blocks: int = 0
+    ) -> None:
         self.layer, layout, page = layer, layer.page_layout, layer.params.page_size
-        per_row, num_blocks = -(-context // page), layer.state_layout.num_blocks
+        per_row, num_blocks = -(-context // page), max(layer.state_layout.num_blocks, state_blocks)
         num_states = max(num_rows, num_states)
         num_pages = num_rows * per_row + num_states * num_blocks
         self.kv_cache = torch.empty(num_pages, KV_HEADS, layout.rows, 2 * HEAD_SIZE, dtype=DTYPE, device=DEVICE)
@@ -532,11 +535,11 @@ class Benchmark:
             largest, longest = Shape(max(batches), max(contexts), budgets[0], *kind), max(contexts)
             # Pages of two levels hold all that one level reads.
             layer = GpuLayer(replace(largest, **self.two_levels).params, LAYER, DEVICE)
-            largest.op()  # its scratch, which stays, is there when the pool takes what is left
+            op = largest.op()  # its scratch, which stays, is there when the pool takes what is left
             row_bytes = longest * KV_HEADS * layer.page_layout.rows // kind[0] * 2 * HEAD_SIZE * DTYPE.itemsize
             free = torch.cuda.mem_get_info()[0] - 6e9
             num_rows = min(int(free / row_bytes), rows or max(2 * max(batches), MAX_STEPS))
-            pool = Pool(layer, longest, num_rows, num_states=MAX_STEPS * max(batches))
+            pool = Pool(layer, longest, num_rows, MAX_STEPS * max(batches), op.layer.state_layout.num_blocks)
             for context in contexts:
                 self._alone.clear()
                 for batch in batches:

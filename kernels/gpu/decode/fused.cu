@@ -376,7 +376,7 @@ struct Shared {
     float *norms;     // [BLOCKS][2 GP]: maxima and sums of the blocks' scores
     u32 *bins;        // [BIN_WORDS]: units a bin, forced ones left out, of this block
     u32 *all_bins;    // [2][BLOCKS][BIN_WORDS]: of all blocks, in turns
-    Pair *members;    // [MEMBERS]: key and index of the units in the bin of the threshold
+    u64 *members;     // [MEMBERS]: key and number of the units in the bin of the threshold
     float *lse;       // [GP], of all scores of units
     float *fine_lse;  // [GP], of all scores of fine blocks
     float *scalars;   // [BLOCKS][SCALARS][GP]: of all blocks
@@ -418,7 +418,7 @@ DEVICE Shared carve(char *base, const Params &p) {
     TAKE(norms, float, BLOCKS * 2 * GP)
     TAKE(bins, u32, BIN_WORDS)
     TAKE(all_bins, u32, 2 * BLOCKS * BIN_WORDS)
-    TAKE(members, Pair, MEMBERS)
+    TAKE(members, u64, MEMBERS)
     TAKE(lse, float, GP)
     TAKE(fine_lse, float, FINE ? GP : 0)
     TAKE(scalars, float, BLOCKS * SCALARS * GP)
@@ -1145,7 +1145,7 @@ DEVICE void select(
         } else if (mine == 65536 && ranked) {
 #pragma unroll
             for (int b = 0; b < BLOCKS; b++)
-                if (!alone || b == rank) *of_block(s.members + min_(member, MEMBERS - 1), b) = {{key, (u32)name(i)}};
+                if (!alone || b == rank) *of_block(s.members + min_(member, MEMBERS - 1), b) = (u64)key << 32 | (u32)name(i);
         }
         at_sure += popcount(all_sure);
         at_member += popcount(all_members);
@@ -1159,23 +1159,17 @@ DEVICE void select(
     else
         wait_for_cluster();
     if (ranked) {
-        // A warp a member, a lane one of the others.
+        // A thread a member: its loads, each of all lanes at once, do not wait for each other.
 #pragma unroll 1
-        for (int i = warp; i < members; i += WARPS) {
-            Pair mine = s.members[i];
+        for (int i = tid; i < members; i += THREADS) {
+            u64 mine = s.members[i];
             int place = 0;
-#pragma unroll 1
-            for (int k = lane; k - lane < members; k += 32) {
-                Pair other = s.members[min_(k, MEMBERS - 1)];
-                bool is = other.x[0] < mine.x[0] || (other.x[0] == mine.x[0] && other.x[1] < mine.x[1]);
-                place += popcount(ballot(is && k < members));
-            }
+#pragma unroll 4
+            for (int k = 0; k < members; k++) place += s.members[k] < mine;
             if (place >= wanted) continue;
-            int number = (int)mine.x[1], own = number - name(0);
-            if (lane == 0) {
-                s.list[min_(sure + place, n_complete - 1)] = number;
-                if (own >= 0 && own < num) taken(own);
-            }
+            int number = (int)(u32)mine, own = number - name(0);
+            s.list[min_(sure + place, n_complete - 1)] = number;
+            if (own >= 0 && own < num) taken(own);
         }
     }
     sync_block();
