@@ -82,7 +82,7 @@ def prepare(q, scale, QUERY_ROWS: tl.constexpr, NAT: tl.constexpr):
 def score(query, blocks):
     """`BallSelector.score` as an estimate of one term; neither a mass nor, which that would need, a mean key."""
     q, half_length = query
-    logit = multiply(load_vectors(blocks, 0), q, blocks) * blocks.unit + blocks.offset
+    logit = multiply(load_vectors(blocks, 0), q, blocks) * blocks.scale + blocks.offset
     return ((logit + half_length * load_numbers(blocks, blocks.D),),), (), ()
 
 

@@ -179,7 +179,7 @@ def _as_they_are(q, scale, QUERY_ROWS: tl.constexpr, NAT: tl.constexpr):
 @triton.jit
 def _score_mean(q, blocks):
     product = multiply(load_vectors(blocks, 0), q, blocks)
-    logit = product * blocks.unit + blocks.offset
+    logit = product * blocks.scale + blocks.offset
     return ((logit,),), ((logit,),), product
 
 
@@ -246,14 +246,14 @@ def _random_energy(half, log_count, root):
 @triton.jit
 def _score_taylor2(query, blocks):
     product, half = _moments(query, blocks, 0)
-    estimate = ((product * blocks.unit + blocks.offset, _second_order(half, blocks)),)
+    estimate = ((product * blocks.scale + blocks.offset, _second_order(half, blocks)),)
     return estimate, estimate, product
 
 
 @triton.jit
 def _score_cumulant2(query, blocks):
     product, half = _moments(query, blocks, 0)
-    logit = product * blocks.unit + blocks.offset
+    logit = product * blocks.scale + blocks.offset
     return ((logit + half,),), ((logit, _second_order(half, blocks)),), product
 
 
@@ -265,10 +265,10 @@ def _score_rem(query, blocks):
     if blocks.QUERY_ROWS:
         factor = _second_order(half, blocks)
         term = _random_energy(half, blocks.LOG_UNIT, root)
-        logit = product * blocks.unit + blocks.offset
+        logit = product * blocks.scale + blocks.offset
         score = logit + term
     else:
-        logit = product * blocks.unit + blocks.offset
+        logit = product * blocks.scale + blocks.offset
         score = logit + _random_energy(half, blocks.LOG_UNIT, root)
         factor = _second_order(half, blocks)
     return ((score,),), ((logit, factor),), product
@@ -300,7 +300,7 @@ def _score_quest(query, blocks):
     least = load_vectors(blocks, 0)
     largest = load_vectors(blocks, blocks.D)
     product = multiply(largest, positive, blocks, multiply(least, negative, blocks))
-    return ((product * blocks.unit + blocks.offset,),), (), ()
+    return ((product * blocks.scale + blocks.offset,),), (), ()
 
 
 # km2-rem: mean and variance of each of two clusters, and the numbers of their keys
@@ -370,7 +370,7 @@ def _score_cluster(query, blocks, AT: tl.constexpr, count):
     log_count = logarithm(count, blocks)
     bound = tl.maximum(log_count, 0.0)
     product, half = _moments(query, blocks, AT)
-    logit = product * blocks.unit + blocks.offset + (log_count - blocks.LOG_UNIT)
+    logit = product * blocks.scale + blocks.offset + (log_count - blocks.LOG_UNIT)
     score = (logit + _random_energy(half, bound, 2 * tl.sqrt(bound)),)
     return score, (logit, _second_order(half, blocks)), product * (count / blocks.UNIT)
 

@@ -192,7 +192,7 @@ class Blocks(NamedTuple):
     first: Any  # [blocks] pointers to the first number
     rows: Any  # [blocks, DP] pointers to the first D numbers
     mask: Any  # which of them to read, where MASKED
-    unit: Any  # softmax scale, in units of the logits
+    scale: Any  # softmax scale, in units of the logits
     offset: Any  # to add to every logit; broadcasts to a matrix
     D: tl.constexpr
     DP: tl.constexpr  # D, padded to a power of two

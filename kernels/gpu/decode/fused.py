@@ -1,6 +1,7 @@
 """SPLA decode of one layer in one launch, for the shapes that most models have: `fused.cu`, compiled with NVRTC.
 
-For long rows in small batches it is two: the scores are made by a launch ahead, on all multiprocessors.
+For long rows in small batches it is two: the scores are made by a launch ahead, on all multiprocessors. Two levels of
+selection are covered where the fine one reads sketches of keys.
 
 The peer of the launches in `steps`, which take over where `refusal` names a reason or it does not pay. It
 computes the same (`reference.spla_token`); the source says how, and what its floor is.
