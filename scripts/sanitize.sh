@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 python=${PYTHON:-python}
 export PYTHONPATH="$PWD:$PWD/tests/kernels${PYTHONPATH:+:$PYTHONPATH}"
-cases=(decode decode-fp8 decode-scored-ahead decode-two-levels verify prefill prefill-fp8)
+cases=(decode decode-fp8 decode-scored-ahead decode-two-levels decode-sketches verify prefill prefill-fp8)
 "$python" tests/kernels/sanitize.py "${cases[@]}" || exit 1
 status=0
 for tool in memcheck racecheck; do

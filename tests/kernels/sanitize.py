@@ -45,6 +45,7 @@ if __name__ == "__main__":
             "decode-fp8": lambda: decode(1, statistics_dtype="fp8"),
             "decode-scored-ahead": lambda: decode(1, score_blocks=2),
             "decode-two-levels": lambda: decode(1, **TWO_LEVELS),
+            "decode-sketches": lambda: decode(1, **TWO_LEVELS, fine_source="int4", statistics_dtype="fp8"),
             "verify": lambda: decode(2),
             "prefill": prefill,
             "prefill-fp8": lambda: prefill("fp8"),
