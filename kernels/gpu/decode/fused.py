@@ -156,7 +156,8 @@ class FusedDecode:
     def _choose(self, num_rows: int) -> int:
         """As many as let all clusters run at once, a thread block a multiprocessor; 0 where this launch does not pay.
 
-        Clusters of one block are but a way to save launches, and pay where they fill the multiprocessors.
+        Clusters of one block are but a way to save launches, and pay where they fill the multiprocessors; with two
+        levels, of which there are more launches, always.
         """
         clusters = num_rows * self.num_kv_heads
         for blocks in (16, 8, 4, 2):
@@ -164,7 +165,7 @@ class FusedDecode:
                 return blocks
         if self.shared_bytes(1) <= SHARED_LIMIT:
             at_once = self.max_clusters(1)
-            if clusters >= 0.9 * at_once * -(-clusters // at_once):
+            if self.params.fine_block or clusters >= 0.9 * at_once * -(-clusters // at_once):
                 return 1
         return 0
 
