@@ -1,6 +1,6 @@
 """SPLA decode over the engine's paged cache on a GPU: the launches of one layer and one step.
 
-`DecodeSteps` takes rows of one to `1 + k` query tokens, each of its own number (plain decode, speculative verification).
+`DecodeSteps` takes rows of one to `1 + k` query tokens, of unequal numbers too (plain decode, drafts to verify).
 The plain reference of the whole is `reference.spla_token`.
 
 Where it covers the parameters and pays, `fused` makes a step in one launch or two. Otherwise its launches are,
