@@ -78,7 +78,8 @@ class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
         wants the batch in another order (vLLM's V1 model runner); then the host waits for the device.
         """
         rows = slice(num_decodes, common.num_reqs)
-        known = common.query_start_loc_cpu.diff()[rows] > threshold
+        query_lens = common.query_start_loc_cpu.diff()[rows]
+        known = (query_lens > threshold) | (query_lens == 0)
         if common.is_prefilling is not None:
             known |= common.is_prefilling[rows]
         bound = common.seq_lens_cpu_upper_bound

@@ -61,10 +61,11 @@ def test_rows_of_one_token(num_drafts):
 
 
 def test_prompts_behind_drafts():
-    """The end of a prompt counts as a decode row; a chunk and a prompt of few tokens behind it do not."""
-    step = plan([4, 5, 2, 100, 3], [302, 50, 700, 900, 3], [304, 54, NEVER, 900, 3], (2, 3, 4))
+    """The end of a prompt counts as a decode row; a chunk, a prompt of few tokens behind it and padding do not. What
+    the host knows of these is not asked of the device."""
+    step = plan([4, 5, 2, 100, 3, 0], [302, 50, 700, NEVER, NEVER, NEVER], [304, 54, NEVER, 900, 3, 0], (2, 3, 4))
     assert decodes(step) == (3, 11, 1 + NUM_DRAFTS)
-    assert prefills(step) == ([11, 111, 114], [900, 3])
+    assert prefills(step) == ([11, 111, 114, 114], [900, 3, 0])
 
 
 def test_without_drafts():
