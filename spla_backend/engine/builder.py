@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class SplaMetadataBuilder(AttentionMetadataBuilder[SplaMetadata]):
     """Plans block selection, page tables and recurrent states of a step."""
 
+    # vLLM replays full graphs for steps of `1 + k` tokens in every row, padded by rows of none. Where drafts were cut
+    # off, attention is launched between piecewise graphs, or all is launched as without graphs.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
