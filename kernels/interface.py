@@ -44,22 +44,31 @@ class Limits:
 
 @dataclass(frozen=True)
 class Step:
-    """The rows of one step, decode rows first. The tensors are on the device; the numbers are what the host knows."""
+    """The rows of one step, decode rows first. The tensors are on the device; the numbers are what the host knows.
+
+    Lengths of decode rows are read on the device alone: the host may not know them yet, see `engine/builder.py`.
+    """
 
     query_start_loc: torch.Tensor  # [rows + 1] int32, where each row's query tokens begin in the batch
     seq_lens: torch.Tensor  # [rows] int32, tokens of each sequence, this step's included; 0: padding
     block_table: torch.Tensor  # [rows, max_pages] int32, page ids
-    num_decodes: int  # leading rows of at most `decode_query_len` query tokens, padding included
+    num_decodes: int  # leading rows of at most `decode_query_len` query tokens each, padding (of none) included
     num_decode_tokens: int  # theirs, padding included
     decode_query_len: int
     prefill_starts: list[int]  # [prefill rows + 1], where the other rows' query tokens begin, and where the last ends
-    prefill_lens: list[int]  # [prefill rows], tokens of their sequences, this step's included
+    prefill_lens: list[int]  # [prefill rows], tokens of their sequences, this step's included; exact
 
     @classmethod
-    def of(cls, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> "Step":
-        """A step whose lengths are on the host: leading rows of up to one query token are its decode rows."""
+    def of(
+        cls,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        decode_query_len: int = 1,
+    ) -> "Step":
+        """A step whose lengths are on the host: leading rows of up to `decode_query_len` tokens are its decode rows."""
         starts = query_start_loc.tolist()
-        longer = (row for row, (a, b) in enumerate(pairwise(starts)) if b - a > 1)
+        longer = (row for row, (a, b) in enumerate(pairwise(starts)) if b - a > decode_query_len)
         num_decodes = next(longer, len(starts) - 1)
         return cls(
             query_start_loc,
@@ -67,7 +76,7 @@ class Step:
             block_table,
             num_decodes=num_decodes,
             num_decode_tokens=starts[num_decodes],
-            decode_query_len=1,
+            decode_query_len=decode_query_len,
             prefill_starts=starts[num_decodes:],
             prefill_lens=seq_lens[num_decodes:].tolist(),
         )

@@ -219,7 +219,8 @@ class VectorisedAttention:
 
     def plan(self, step: Step) -> CpuPlan:
         """See `PagedAttention.plan`. Everything is on the host: rows of one query token are decode rows wherever they
-        stand."""
+        stand. Decode rows of several go through tiles as prefill rows do, but no more of their tokens are dense than if
+        they came one by one."""
         starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
         query_lens = [b - a for a, b in pairwise(starts)]
         table = step.block_table.long()
@@ -232,7 +233,8 @@ class VectorisedAttention:
             if query_len == 1:
                 decode_rows.append(row)
             else:
-                prefill.append(self._plan_prefill(row, starts[row], seq_len - query_len, seq_len, table))
+                dense_below = budget_tokens if row < step.num_decodes else self.prefill_dense_below
+                prefill.append(self._plan_prefill(row, starts[row], seq_len - query_len, seq_len, table, dense_below))
             if seq_len > budget_tokens and seq_len - query_len >= params.page_size:
                 targets.append((row, (seq_len - query_len) // params.page_size))
         decode = self._plan_decodes(decode_rows, starts, lens, table)
@@ -278,10 +280,11 @@ class VectorisedAttention:
             slots = pad_slots(page_table.indptr, page_table.last_page_len, num_current, params.attended_block)
         return DecodeRows(tile, page_table, num_current, slots)
 
-    def _plan_prefill(self, row: int, first_token: int, start: int, end: int, table: torch.Tensor) -> PrefillRow:
-        params = self.params
-        page_size = params.page_size
-        dense_end = max(start, min(end, self.prefill_dense_below))
+    def _plan_prefill(
+        self, row: int, first_token: int, start: int, end: int, table: torch.Tensor, dense_below: int
+    ) -> PrefillRow:
+        page_size = self.params.page_size
+        dense_end = max(start, min(end, dense_below))
         tiles = []
         position = dense_end
         while position < end:

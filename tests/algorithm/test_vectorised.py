@@ -195,8 +195,9 @@ class Layer:
             torch.cat([*keys, pad]), torch.cat([*values, pad]), self.kv_cache, torch.cat([*slots, torch.tensor([-1])])
         )
 
-    def forward(self, rows: Sequence[tuple[int, int, int] | None]) -> list[Tensor]:
-        """One step over rows of (sequence, start, end), written before; None is a padded row.
+    def forward(self, rows: Sequence[tuple[int, int, int] | None], decode_query_len: int = 1) -> list[Tensor]:
+        """One step over rows of (sequence, start, end), written before; None is a padded row. Those ahead of the first
+        of more than `decode_query_len` tokens are decode rows.
 
         Returns:
             The output `[end - start, H, d]` of each row.
@@ -221,7 +222,8 @@ class Layer:
             used = -(-end // self.params.page_size)
             block_table[i, :used] = sequence.pages[:used]
             state_table[i] = sequence.state
-        step = Step.of(starts.to(torch.int32), torch.tensor(seq_lens, dtype=torch.int32), block_table.to(torch.int32))
+        lens = torch.tensor(seq_lens, dtype=torch.int32)
+        step = Step.of(starts.to(torch.int32), lens, block_table.to(torch.int32), decode_query_len)
         self.op.run(self.op.plan(step), query, self.kv_cache, self.state_cache, state_table, output)
         assert bool(output[int(starts[-1]) :].isnan().all()), "a token that no row owns was written"
         return [output[starts[i] : starts[i + 1]] for i in range(len(rows))]
@@ -556,6 +558,20 @@ def test_any_steps_give_the_same_answer(implementation: type[VectorisedAttention
         if end == length or end % (3 * shape.params.page_size) < 2:
             compare(layer, 0, position, got, sample_positions(position, end, shape.params, count=1))
         position = end
+
+
+@both
+def test_drafts_select_where_prompts_are_dense(implementation: type[VectorisedAttention]) -> None:
+    """Rows of unequal numbers of drafts are computed as their tokens one by one, whatever prompts are."""
+    params = SplaParameters(16, 16, budget_blocks=3)
+    layer = Layer(Shape(params, 2, 2, 64, False, 1.0, seed=4, implementation=implementation), [150, 98, 3, 120])
+    layer.op.prefill_dense_below = 200
+    layer.write(*((i, 0, len(sequence.k)) for i, sequence in enumerate(layer.sequences)))
+    rows = [(0, 146, 150), (1, 93, 98), (2, 0, 3), (3, 80, 120)]
+    outputs = layer.forward(rows, decode_query_len=5)
+    for (index, start, end), got in zip(rows[:3], outputs, strict=False):
+        compare(layer, index, start, got, range(start, end))
+    assert relative_error(outputs[3][39], layer.reference(3, 119).output) > 0.01
 
 
 @pytest.mark.parametrize("residual", ["regression", "linear"])

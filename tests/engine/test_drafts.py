@@ -1,4 +1,5 @@
-"""Speculative decoding with a draft model: it has blocks of its own, beside those of the target and of its state."""
+"""Speculative decoding: draft models, which have blocks of their own beside those of the target and of its state, and
+drafts that are cut off at the model's length."""
 
 import pytest
 
@@ -56,3 +57,35 @@ def test_smaller_draft(tmp_path, start):
         drafted, right = accepted(engine)
     assert [a.tokens for a in answers] == [a.tokens for a in expected]
     assert right == drafted > 0
+
+
+@pytest.mark.parametrize("method", ["draft_model", "ngram"])
+@pytest.mark.parametrize("options", [{}, {"prefill_dense_below": 1024}], ids=["select", "dense-prompts"])
+def test_drafts_cut_off(tiny_llama, start, monkeypatch, method, options):
+    """Up to the last token of `max_model_len`, where rows of one step have unequal numbers of drafts: all of them are
+    decode rows, and the tokens are those without drafts."""
+    from spla_backend.engine.builder import SplaMetadataBuilder
+
+    limit, steps, original = 300, [], SplaMetadataBuilder._step
+
+    def step(self, common):
+        result = original(self, common)
+        steps.append((common.query_start_loc_cpu.diff().tolist(), result.num_decodes))
+        return result
+
+    phrase = random_prompt(11, seed=0)
+    prompts = [(phrase * 30)[:n] for n in (6, 150, 195, 230, 258, 291, 296, 299)]
+    drafts = {"method": method, "num_speculative_tokens": 4}
+    drafts |= {"model": tiny_llama} if method == "draft_model" else {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    with start(tiny_llama, options=options, max_model_len=limit) as engine:
+        expected = engine.answer(prompts, max_tokens=limit, logprobs=False)
+    monkeypatch.setattr(SplaMetadataBuilder, "_step", step)
+    arguments = {"speculative_config": drafts, "disable_log_stats": False}
+    with start(tiny_llama, options=options, max_model_len=limit, **arguments) as engine:
+        answers = engine.answer(prompts, max_tokens=limit, logprobs=False)
+        drafted, right = accepted(engine)
+    assert [len(p) + len(a.tokens) for p, a in zip(prompts, answers, strict=True)] == [limit] * len(prompts)
+    assert [a.tokens for a in answers] == [a.tokens for a in expected]
+    assert drafted > right > 0
+    unequal = [(lens, n) for lens, n in steps if max(lens) <= 5 and len(set(lens)) > 1]
+    assert len(unequal) > 5 and all(n == len(lens) for lens, n in unequal)

@@ -266,6 +266,50 @@ def test_preemption(model, plain):
     assert preempted, "the cache was large enough for everything: the test shows nothing"
 
 
+LIMIT = 1200  # tokens of a sequence where drafts are cut off
+
+
+def ask_to_the_limit(model, options, **engine_args):
+    """What is answered up to the last token of the model's length. Most tokens occurred before: there are drafts."""
+    prompts = [random_prompt(n, seed=n) for n in (3, 700, 1000, 1050, 1101, 1150, 1180, 1196, 1199)]
+    with start(model, options=options, max_model_len=LIMIT, **engine_args) as engine:
+        answers = generate(engine, prompts, LIMIT)
+    assert [len(p) + len(a.tokens) for p, a in zip(prompts, answers, strict=True)] == [LIMIT] * len(prompts)
+    return answers
+
+
+@pytest.fixture(scope="module", params=[BUDGET, 2 * LIMIT], ids=["select", "whole-budget"])
+def without_drafts(request, model):
+    options = {"budget": request.param}
+    return options, ask_to_the_limit(model, options)
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize(("method", "is_async"), [("ngram", False), ("ngram_gpu", True)], ids=["sync", "async"])
+def test_drafts_cut_off(model, without_drafts, monkeypatch, method, is_async, eager):
+    """Rows of one step have unequal numbers of drafts, all of them are decode rows, and drafts change no answer."""
+    from spla_backend.engine.builder import SplaMetadataBuilder
+
+    steps, original = [], SplaMetadataBuilder._step
+
+    def step(self, common):
+        result = original(self, common)
+        steps.append((common.query_start_loc_cpu.diff().tolist(), result.num_decodes))
+        return result
+
+    monkeypatch.setattr(SplaMetadataBuilder, "_step", step)
+    options, expected = without_drafts
+    drafts = {"method": method, "num_speculative_tokens": 4, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    answers = ask_to_the_limit(
+        model, options, speculative_config=drafts, async_scheduling=is_async, enforce_eager=eager,
+        cudagraph_capture_sizes=[5, 10, 20, 40, 80],
+    )  # fmt: skip
+    # More tokens are compared than elsewhere, so that the worst of them is worse.
+    assert_same(answers, expected, SELECTION if options["budget"] == BUDGET else (ROUNDING[0], 4 * ROUNDING[1]))
+    unequal = [(lens, n) for lens, n in steps if max(lens) <= 5 and len({x for x in lens if x}) > 1]
+    assert len(unequal) > 5 and all(n == len(lens) for lens, n in unequal)
+
+
 def test_double_rmsnorm_served_as_trained(tmp_path):
     """Log-probabilities of a prompt, within the budget and beyond it, as transformers gives them."""
     from transformers import AutoModelForCausalLM

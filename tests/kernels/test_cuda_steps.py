@@ -1,6 +1,6 @@
 """`GpuAttention` through an engine's steps, interpreted: chunks of prompts beside decode rows, in pages and state
-blocks that other requests have used, in one layer or in several that differ in their budgets. Every token that selects
-is compared with the float64 reference."""
+blocks that other requests have used, in one layer or in several that differ in their budgets, with drafts to verify or
+without. Every token that selects and is no rejected draft is compared with the float64 reference."""
 
 import random
 from dataclasses import dataclass, field
@@ -45,16 +45,24 @@ def draw(prompt: int, generated: int, block: int) -> Request:
 class Engine:
     """Schedules as vLLM does: running requests first, a budget of tokens a step; decode rows stand before others.
 
-    Every layer gets the same queries, keys and values, and has a cache of its own.
+    Every layer gets the same queries, keys and values, and has a cache of its own. A generated token has up to `drafts`
+    drafts behind it, as many as fit into the sequence and the step; some are rejected, and were other tokens.
     """
 
     def __init__(
-        self, layers: list[SplaParameters], monkeypatch: pytest.MonkeyPatch, *, dense_below: int, tokens: int, rows: int
+        self,
+        layers: list[SplaParameters],
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        dense_below: int,
+        tokens: int,
+        rows: int,
+        drafts: int = 0,
     ) -> None:
-        self.tokens, self.rows, self.page_size = tokens, rows, layers[0].page_size
+        self.tokens, self.rows, self.drafts, self.page_size = tokens, rows, drafts, layers[0].page_size
         limits = Limits(
             max_num_rows=rows,
-            max_query_len=1,
+            max_query_len=1 + drafts,
             max_model_len=256,
             max_num_tokens=tokens,
             prefill_dense_below=dense_below,
@@ -72,7 +80,7 @@ class Engine:
         self.free = random.sample(range(num_pages), num_pages)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.differing = self.compared = self.steady = 0
+        self.differing = self.compared = self.steady = self.unequal = 0
 
     def step(self) -> None:
         left, work = self.tokens, []
@@ -82,12 +90,16 @@ class Engine:
             self.running.append(request)
         for request in self.running:
             known = max(request.prompt, request.computed + 1)  # what was generated so far
-            count = min(known - request.computed, left)
+            drafts = min(self.drafts, len(request.query) - known) if known > request.prompt else 0
+            count = min(known + drafts - request.computed, left)
             if count:
                 work.append((request, count))
                 left -= count
-        work.sort(key=lambda item: item[1] > 1)
-        num_decodes = sum(count == 1 for _, count in work)
+        work.sort(key=lambda item: item[1] > 1 + self.drafts)
+        num_decodes = sum(count <= 1 + self.drafts for _, count in work)
+        self.unequal += len({count for _, count in work[:num_decodes]}) > 1
+        # How many tokens of a row are right: of drafts, perhaps not all.
+        right = [count if r.computed < r.prompt else random.randint(1, count) for r, count in work]
         page = self.page_size
         for request, count in work:
             while len(request.pages) * page < request.computed + count:
@@ -107,19 +119,23 @@ class Engine:
         slots = tables[rows, position // page] * page + position % page
         query = of("query")
         self.only_decodes = num_decodes == len(work)
-        plans = {op.plan_key: op.plan(Step.of(starts, lengths, tables)) for op in self.ops}
+        step = Step.of(starts, lengths, tables, 1 + self.drafts)
+        assert step.num_decodes == num_decodes
+        plans = {op.plan_key: op.plan(step) for op in self.ops}
         self.num_plans = len(plans)
+        wrong = torch.cat([torch.arange(count) >= n for (_, count), n in zip(work, right, strict=True)])
+        key, value = (of(name) + 3 * wrong[:, None, None] for name in ("key", "value"))
         for op, cache in zip(self.ops, self.caches, strict=True):
-            op.update_cache(of("key"), of("value"), cache, slots)
+            op.update_cache(key, value, cache, slots)
             output = torch.full_like(query, float("nan"))
             op.run(plans[op.plan_key], query, cache, cache, states, output)
-            for row, (request, count) in enumerate(work):
-                for position in range(request.computed, request.computed + count):
+            for row, (request, _) in enumerate(work):
+                for position in range(request.computed, request.computed + right[row]):
                     if row < num_decodes or position >= op.prefill_dense_below:
                         at = int(starts[row]) + position - request.computed
                         self._check(op, cache, request, position, output[at])
             assert not bool(output.isnan().any())
-        for request, count in work:
+        for (request, _), count in zip(work, right, strict=True):
             request.computed += count
             if request.computed == len(request.query):
                 self.running.remove(request)
@@ -175,6 +191,17 @@ def test_chunks_beside_decode_rows(kind: tuple[int, int, str, int], monkeypatch:
         engine.step()
     assert engine.compared >= 10 and engine.steady > 0
     assert engine.differing <= 1
+
+
+def test_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of unequal numbers of drafts, beside each other and beside prompts, up to the last token of a sequence."""
+    torch.manual_seed(random.randrange(1 << 30))
+    engine = Engine([SplaParameters(16, 16, 5)], monkeypatch, dense_below=1 << 20, tokens=40, rows=4, drafts=4)
+    engine.waiting = [draw(*lengths, 16) for lengths in [(84, 14), (90, 9), (3, 12), (85, 5), (42, 4)]]
+    while engine.waiting or engine.running:
+        engine.step()
+    assert engine.compared >= 40 and engine.steady > 0 and engine.unequal > 2
+    assert engine.differing <= 2
 
 
 @pytest.mark.parametrize(("dense_below", "num_plans"), [(0, 2), (96, 1)])

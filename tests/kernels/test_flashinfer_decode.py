@@ -78,9 +78,10 @@ def test_short_rows_and_padding(reader: None) -> None:
 
 
 @pytest.mark.skipif(GPU, reason="FlashInfer itself is tested there")
-def test_top_p_verification_and_splits(reader: None) -> None:
+@pytest.mark.parametrize("query_len", [3, [3, 1, 2, 3, 2, 0]], ids=["uniform", "fewer-drafts"])
+def test_top_p_verification_and_splits(reader: None, query_len: int | list[int]) -> None:
     tuning = Tuning(2, 3, chunk=16, tile=32, mass_splits=2)
-    batch = small(SplaParameters(16, 16, 8, top_p=0.7), [230, 97, 98, 40, 3, 0], query_len=3, tuning=tuning)
+    batch = small(SplaParameters(16, 16, 8, top_p=0.7), [230, 97, 98, 40, 3, 0], query_len=query_len, tuning=tuning)
     batch.check(batch.decode(), 2e-3)
 
 

@@ -78,6 +78,16 @@ def test_verification_rows() -> None:
     batch.check(batch.decode(), 2e-3)
 
 
+@pytest.mark.parametrize("tuning", [None, Tuning(3, 3, chunk=16, tile=16)], ids=["chosen", "splits"])
+def test_rows_of_fewer_drafts(tuning: Tuning | None) -> None:
+    """Drafts that are cut off leave rows of fewer tokens, among them the beginning of a sequence and one whose drafts
+    complete a page. Nothing is written behind the batch's tokens."""
+    batch = make_batch(
+        params(), [150, 98, 82, 97, 3, 81, 1], query_len=[4, 5, 3, 1, 3, 2, 1], seed=fresh(), tuning=tuning, **SMALL
+    )
+    batch.check(batch.decode(), 2e-3)
+
+
 def test_ties_go_to_the_lower_page() -> None:
     batch = make_batch(params(), [200], seed=fresh(), **SMALL)
     batch.keys[0][:] = batch.keys[0][:16].repeat(13, 1, 1)[:200]
@@ -335,8 +345,8 @@ def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype) 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("residual", ["regression", "linear", "none"])
 @pytest.mark.parametrize("combine", ["shared_normalizer", "double_rmsnorm"])
-@pytest.mark.parametrize("query_len", [1, 4])
-def test_gpu_residuals_and_verification(residual: str, combine: str, query_len: int) -> None:
+@pytest.mark.parametrize("query_len", [1, 4, [4, 3, 4, 1, 2, 4, 0]], ids=["1", "4", "fewer-drafts"])
+def test_gpu_residuals_and_verification(residual: str, combine: str, query_len: int | list[int]) -> None:
     weights = (torch.rand(8, 128) + 0.5, torch.rand(8, 128) + 0.5)
     batch = make_batch(
         params(64, 8, residual=residual, combine=combine, selector="taylor2"), [2300, 577, 578, 515, 70, 5, 0],

@@ -93,12 +93,13 @@ def test_residual_and_combination(residual: str, combine: str) -> None:
     batch.check(batch.decode(), 2e-3)
 
 
+@pytest.mark.parametrize("query_len", [3, [3, 2, 3, 1, 0]], ids=["uniform", "fewer-drafts"])
 @pytest.mark.parametrize(("residual", "source"), [("regression", "keys"), ("none", "keys"), ("none", "int4")])
-def test_verification_rows(residual: str, source: str) -> None:
-    """Of three tokens, of which the second is the first beyond an edge."""
+def test_verification_rows(residual: str, source: str, query_len: int | list[int]) -> None:
+    """Of three tokens, of which the second is the first beyond an edge; or of fewer, where drafts are cut off."""
     p = params(budget=3, residual=residual, last_blocks=1, fine_source=source)
     lengths = [x + 2 for x in edges(p)[:6:2]]
-    batch = make_batch(p, [*lengths, 3, 0], query_len=3, seed=fresh(), chunk=0, **SMALL)
+    batch = make_batch(p, [*lengths, 3, 0], query_len=query_len, seed=fresh(), chunk=0, **SMALL)
     batch.check(batch.decode(), 2e-3)
 
 

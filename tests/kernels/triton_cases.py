@@ -37,8 +37,9 @@ class Batch:
     op: DecodeSteps
     keys: list[torch.Tensor]  # of each row: [L, G, d]
     values: list[torch.Tensor]
-    query: torch.Tensor  # [rows * query_len, H, d]
-    query_len: int
+    query: torch.Tensor  # [tokens, H, d]
+    query_len: int  # of the longest row
+    query_lens: list[int]
     lengths: list[int]
     kv_cache: torch.Tensor  # [pages, G, B + r, 2 d]
     query_start_loc: torch.Tensor
@@ -84,7 +85,9 @@ class Batch:
 
     def decode(self, steady: bool = False) -> torch.Tensor:
         """Run the op on NaN-poisoned output and scratch."""
-        output = torch.full_like(self.query, float("nan"))
+        tokens = len(self.query)
+        beyond = torch.full_like(self.query[:1], float("nan")).repeat(tokens + self.query_len * len(self.lengths), 1, 1)
+        output = beyond[:tokens]
         arrivals = ("fold_arrivals", "attend_arrivals")
         for name, buffer in self.op.scratch.items():
             if name not in arrivals:
@@ -100,6 +103,7 @@ class Batch:
         if between is not None:  # it was FlashInfer that attended
             heads = self.layer.num_kv_heads * int(self.query_start_loc[-1])
             assert not bool(between.lse[:heads].isnan().any())
+        assert bool(beyond[tokens:].isnan().all()), "written behind the output"
         return output
 
     def statistics(self, row: int, num_pages: int) -> torch.Tensor:
@@ -111,13 +115,11 @@ class Batch:
         """Compare with the reference; returns the largest relative error of a token."""
         layer, worst = self.layer, 0.0
         norm_weights = tuple(w.double().cpu() for w in layer.norm_weights)
+        starts = self.query_start_loc.tolist()
+        assert float(output[starts[-1] :].float().abs().sum()) == 0, "padding is not zero"
         for row in range(len(self.lengths)) if rows is None else rows:
-            if self.lengths[row] == 0:
-                assert torch.equal(output[row * self.query_len :][: self.query_len].float().abs().sum().cpu(),
-                                   torch.tensor(0.0))  # fmt: skip
-                continue
-            for t in range(self.query_len):
-                token, stop = row * self.query_len + t, self.lengths[row] - self.query_len + t + 1
+            for t in range(starts[row + 1] - starts[row]):
+                token, stop = starts[row] + t, self.lengths[row] - self.query_lens[row] + t + 1
                 expected = spla_token(
                     self.query[token].double().cpu() * layer.scale,
                     self.keys[row][:stop].double().cpu(),
@@ -170,7 +172,7 @@ class Batch:
         scores = expected.group_scores[head]
         if params.fine_block:
             of_fine = expected.fine_scores[head]
-            position = self.lengths[row] - self.query_len + token % self.query_len
+            position = self.lengths[row] - int(self.query_start_loc[row + 1]) + token
             candidates = select_blocks(scores, position, coarse_parameters(params))
             if self.candidates(token, row, head) == candidates:
                 scores = torch.full((position // params.fine_block + 1,), torch.nan, dtype=torch.float64)
@@ -198,7 +200,7 @@ def make_batch(
     num_kv_heads: int,
     head_size: int,
     dtype: torch.dtype = torch.float16,
-    query_len: int = 1,
+    query_len: int | list[int] = 1,
     device: str = "cpu",
     seed: int = 0,
     max_model_len: int = 0,
@@ -215,12 +217,15 @@ def make_batch(
     Keys have a mean of their own in every selection block, so that blocks differ in mass and the residual has something
     to say.
     `captured` takes their place: of each row keys and values `[length, G, d]` and queries `[query_len, H, d]`.
+    Where `query_len` is one number, rows of length 0 have padding behind the tokens of the others.
     """
+    query_lens = query_len if isinstance(query_len, list) else [query_len if length else 0 for length in lengths]
+    num_tokens = sum(query_len) if isinstance(query_len, list) else query_len * len(lengths)
     generator = torch.Generator().manual_seed(seed)
     page, longest = params.page_size, max(max(lengths), max_model_len, 1)
     sizes = Layer(num_heads, num_kv_heads, head_size, dtype, head_size**-0.5, gain, norm_weights)
     layer, rows = GpuLayer(params, sizes, device), len(lengths)
-    op = DecodeSteps(layer, limits(rows, longest, query_len), executor=executor, tuning=tuning)
+    op = DecodeSteps(layer, limits(rows, longest, max(1, *query_lens)), executor=executor, tuning=tuning)
     width = -(-longest // page)
     num_state = max(1, layer.state_layout.num_blocks)
     ids = torch.randperm(rows * (width + num_state) + 3, generator=generator).int()
@@ -244,15 +249,12 @@ def make_batch(
         mixed = draw(length, num_kv_heads, head_size) + 0.5 * keys[-1].float().cpu() + shift
         values.append(mixed.to(device, dtype))
     # A token stride of its own, as a slice of a joint projection has it.
-    joint = (2 * draw(rows * query_len, num_heads + 2, head_size)).to(device, dtype)
+    joint = (2 * draw(num_tokens, num_heads + 2, head_size)).to(device, dtype)
     if captured is not None:
         keys = [k.to(device, dtype) for k, _, _ in captured]
         values = [v.to(device, dtype) for _, v, _ in captured]
         joint[:, :num_heads] = torch.cat([q for _, _, q in captured]).to(device, dtype)
-    starts = torch.arange(rows + 1) * query_len
-    if lengths and lengths[-1] == 0:  # padded rows stand last and have no tokens
-        real = sum(length > 0 for length in lengths)
-        starts[real:] = real * query_len
+    starts = torch.tensor([0, *query_lens]).cumsum(0)  # padded rows stand last and have no tokens
     batch = Batch(
         layer,
         Store(layer),
@@ -260,7 +262,8 @@ def make_batch(
         keys,
         values,
         joint[:, :num_heads],
-        query_len,
+        max(1, *query_lens),
+        query_lens,
         lengths,
         kv_cache,
         starts.to(device, torch.int32),

@@ -371,19 +371,20 @@ def merge_splits(
 
 @triton.jit
 def clear_padding(
-    split, slot, head, query_start_loc_ptr, num_rows, output_ptr, output_token_stride, output_head_stride,
+    split, slot, head, query_start_loc_ptr, num_rows, num_tokens, output_ptr, output_token_stride, output_head_stride,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Zero the output row of a slot without a token. It is ours to clear only behind the tokens of all real rows."""
+    """Zero the output row of a slot without a token. It is ours to clear only behind the tokens of all real rows, and
+    only where there is one: rows of fewer tokens than they may have leave slots behind the output's end."""
     token = slot.to(tl.int64)
-    if (split == 0) & (token >= tl.load(query_start_loc_ptr + num_rows)):
+    if (split == 0) & (token < num_tokens) & (token >= tl.load(query_start_loc_ptr + num_rows)):
         column = tl.arange(0, DP)
         for member in tl.static_range(GROUP):
             output = output_ptr + token * output_token_stride + (head * GROUP + member) * output_head_stride
             tl.store(output + column, tl.zeros([DP], output_ptr.dtype.element_ty), mask=column < D)
 
 
-@triton.jit(do_not_specialize=["num_rows", "last_page"])
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "last_page"])
 def attend_kernel(
     query_ptr,
     kv_ptr,
@@ -405,6 +406,7 @@ def attend_kernel(
     tail_weight_ptr,
     output_ptr,
     num_rows,
+    num_tokens,  # of the output
     query_token_stride,
     query_head_stride,
     output_token_stride,
@@ -497,8 +499,8 @@ def attend_kernel(
                 )  # fmt: skip
     else:
         clear_padding(
-            split, tl.program_id(2), head, query_start_loc_ptr, num_rows, output_ptr, output_token_stride,
-            output_head_stride, GROUP, D, DP,
+            split, tl.program_id(2), head, query_start_loc_ptr, num_rows, num_tokens, output_ptr,
+            output_token_stride, output_head_stride, GROUP, D, DP,
         )  # fmt: skip
 
 

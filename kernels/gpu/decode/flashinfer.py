@@ -164,7 +164,7 @@ def _subtract_split(
     tl.store(part_sum_ptr + part * 2 * N + N + n, tl.where(exact_group, 1.0, total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def subtract_kernel(
     query_ptr,
     kv_ptr,
@@ -188,6 +188,7 @@ def subtract_kernel(
     tail_weight_ptr,
     output_ptr,
     num_rows,
+    num_tokens,  # of the output
     query_token_stride,
     query_head_stride,
     output_token_stride,
@@ -265,8 +266,8 @@ def subtract_kernel(
                 )  # fmt: skip
     else:
         clear_padding(
-            split, tl.program_id(2), head, query_start_loc_ptr, num_rows, output_ptr, output_token_stride,
-            output_head_stride, GROUP, D, DP,
+            split, tl.program_id(2), head, query_start_loc_ptr, num_rows, num_tokens, output_ptr,
+            output_token_stride, output_head_stride, GROUP, D, DP,
         )  # fmt: skip
 
 
@@ -466,6 +467,7 @@ class FlashInferDecode:
             tail_weight_ptr=layer.norm_weights[1],
             output_ptr=output,
             num_rows=num_rows,
+            num_tokens=output.shape[0],
             query_token_stride=query.stride(0),
             query_head_stride=query.stride(1),
             output_token_stride=output.stride(0),

@@ -1,6 +1,6 @@
 """SPLA decode over the engine's paged cache on a GPU: the launches of one layer and one step.
 
-`DecodeSteps` takes uniform batches of one to `1 + k` query tokens a row (plain decode and speculative verification).
+`DecodeSteps` takes rows of one to `1 + k` query tokens, of unequal numbers too (plain decode, drafts to verify).
 The plain reference of the whole is `reference.spla_token`.
 
 Where it covers the parameters and pays, `fused` makes a step in one launch or two. Otherwise its launches are,
@@ -279,15 +279,15 @@ class DecodeSteps:
         """Attention of one layer for a batch of decode rows.
 
         Args:
-            query: `[rows * max_query_len, H, d]`, unscaled, heads dense.
+            query: `[tokens, H, d]`, unscaled, heads dense; those of a row side by side, row after row.
             kv_cache: `[num_pages, G, page_size + statistics_rows, 2 d]`, this step's tokens already in it.
             state_cache: State blocks of the same geometry; may be None without a residual.
-            query_start_loc: `[rows + 1]` int32.
+            query_start_loc: `[rows + 1]` int32, where the tokens of each row begin, and where the last ends.
             seq_lens: `[rows]` int32, this step's tokens included; 0 marks padding.
             block_table: `[rows, pages]` int32.
             state_table: `[rows, >= K]` int32; may be None without a residual.
-            output: `[rows * max_query_len, H, d]`; rows of padding become zero.
-            max_query_len: Query tokens of a row.
+            output: `[tokens, H, d]`; what is behind the last row's tokens, padding, becomes zero.
+            max_query_len: No row has more query tokens; all have one if it is 1.
             steady: The step has no tokens but these rows', so that all pages but those that they complete now have had
                 their statistics before it began: these may be read while the launch ahead of this one still runs.
         """
@@ -349,6 +349,7 @@ class DecodeSteps:
             tail_weight_ptr=layer.norm_weights[1],
             output_ptr=output,
             num_rows=num_rows,
+            num_tokens=output.shape[0],
             query_token_stride=query.stride(0),
             query_head_stride=query.stride(1),
             output_token_stride=output.stride(0),
