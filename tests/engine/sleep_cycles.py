@@ -34,8 +34,8 @@ def ask(llm: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
 
 
 def sleep(llm: Any, level: int) -> None:
-    """Then write to memory that was given back, so that nothing comes back as it was by luck. What is written is a small
-    number in every dtype: dense attention multiplies what lies behind a sequence by zero."""
+    """Then write to memory that was given back, so that nothing comes back as it was by luck. What is written is finite
+    in every dtype: dense attention multiplies what lies behind a sequence by zero."""
     llm.sleep(level)
     free, _ = torch.cuda.mem_get_info()
     print(f"sleep of level {level} leaves {free >> 20} MiB free", flush=True)
