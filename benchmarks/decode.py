@@ -58,7 +58,6 @@ from spla_backend.algorithm.sketch import FINE_SOURCES, sketch
 from spla_backend.evaluate.variants import bytes_read
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
 from spla_backend.kernels.gpu.layer import GpuLayer
-from spla_backend.kernels.gpu.scratch import forget_scratch
 from spla_backend.kernels.interface import Layer, Limits
 
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
@@ -529,7 +528,6 @@ class Benchmark:
         """`kinds`: page, selection block, selector, dtype of the statistics. `rows`: of the longest context that the
         cache has pages for, 0 as many as are of use."""
         for kind in kinds:
-            forget_scratch()
             pool = None  # before the next one
             torch.cuda.empty_cache()
             largest, longest = Shape(max(batches), max(contexts), budgets[0], *kind), max(contexts)

@@ -42,7 +42,6 @@ from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import forced_blocks, spla_token
 from spla_backend.kernels.gpu.layer import GpuLayer
 from spla_backend.kernels.gpu.prefill.passes import SCRATCH_BYTES, Pass, PrefillPasses, PrefillTuning
-from spla_backend.kernels.gpu.scratch import forget_scratch
 from spla_backend.kernels.interface import Limits
 
 TOLERANCE = 2e-2
@@ -383,7 +382,6 @@ def make_op(
     tuning: PrefillTuning | None = None,
 ) -> PrefillPasses:
     """The op of one row; scratch of others is given back."""
-    forget_scratch()
     torch.cuda.empty_cache()
     layer = GpuLayer(SplaParameters(page, block, budget // block, **(options or {})), LAYER, "cuda")
     sizes = limits(context, max_num_tokens=max_num_tokens, dense_below=dense_below)

@@ -1,9 +1,11 @@
 """Kernels by device: `make` gives every layer its implementation of `PagedAttention`."""
 
+from contextlib import nullcontext
+
 import torch
 
 from ..algorithm.parameters import SplaParameters
-from .interface import Layer, Limits, PagedAttention
+from .interface import Layer, Limits, PagedAttention, Pool
 
 
 def dense_below(device: torch.device, chosen: int | None, params: SplaParameters, max_model_len: int) -> int:
@@ -70,6 +72,7 @@ def make(
     *,
     executor: str = "spla",
     dense: bool = False,
+    scratch_pool: Pool = nullcontext,
 ) -> PagedAttention:
     """The implementation for a device.
 
@@ -80,6 +83,8 @@ def make(
         limits: The largest step, and which tokens attend to everything.
         executor: What attends to the selected pages in decode, see `SplaOptions`.
         dense: Whether this is one of the layers that attend to everything; its cache is as the others'.
+        scratch_pool: On a GPU where scratch lies, whose contents may be lost between steps; those of all else that is
+            allocated here, and all addresses, must be kept.
 
     Raises:
         ValueError: There is none for this device, or not for these parameters.
@@ -97,5 +102,5 @@ def make(
             raise ValueError("SPLA has no CUDA kernels for feature maps with weights: use the CPU engine")
         if dense:
             return GpuDenseAttention(params, layer, limits, device)
-        return GpuAttention(params, layer, limits, device, executor)
+        return GpuAttention(params, layer, limits, device, executor, scratch_pool)
     raise ValueError(f"SPLA has no kernels for device {device.type!r}: use a CPU or a CUDA GPU")

@@ -4,16 +4,20 @@ A step of the engine goes `update_cache` (every layer), `plan` (once for all lay
 layer).
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from .layout import PageLayout, StateLayout
+
+Pool = Callable[[], AbstractContextManager[Any]]
+"""Memory that torch allocates from within the context that this returns."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 attend to everything."""
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from ...algorithm.combine import rms_norm
 from ...algorithm.parameters import SplaParameters
 from ...algorithm.selectors import get_selector
-from ..interface import Layer, Limits, Plan, Step
+from ..interface import Layer, Limits, Plan, Pool, Step
 from .decode.steps import DecodeSteps
 from .dense import attend_densely
 from .layer import GpuLayer
@@ -50,14 +51,21 @@ class GpuAttention:
         limits: The largest step.
         device: Where the cache lives.
         executor: What attends to the selected pages in decode, see `SplaOptions`.
+        scratch_pool: Where scratch lies, see `dispatch.make`.
     """
 
     tokens_read = None
 
     def __init__(
-        self, params: SplaParameters, layer: Layer, limits: Limits, device: torch.device, executor: str = "spla"
+        self,
+        params: SplaParameters,
+        layer: Layer,
+        limits: Limits,
+        device: torch.device,
+        executor: str = "spla",
+        scratch_pool: Pool = nullcontext,
     ) -> None:
-        self.layer = GpuLayer(params, layer, device)
+        self.layer = GpuLayer(params, layer, device, scratch_pool)
         self.page_layout, self.state_layout = self.layer.page_layout, self.layer.state_layout
         store = Store(self.layer)
         self.update_cache = store.update_cache

@@ -1,11 +1,13 @@
 """One layer as the launches of a GPU see it: what storing, decode, prefill and dense attention have in common."""
 
+from contextlib import nullcontext
+
 import torch
 import triton
 
 from ...algorithm.parameters import SplaParameters
 from ...algorithm.selectors import get_selector
-from ..interface import Layer
+from ..interface import Layer, Pool
 from ..layout import layouts
 from .checks import check_layer
 from .feature_maps import gpu_feature_map
@@ -23,6 +25,7 @@ class GpuLayer:
         params: What to compute.
         layer: Of which layer; its cache is fp16 or bf16.
         device: Where the cache lives.
+        scratch_pool: Where scratch lies, see `dispatch.make`.
 
     Attributes:
         page_layout: Bytes of a page.
@@ -47,9 +50,11 @@ class GpuLayer:
         ValueError: Parameters that no kernel covers.
     """
 
-    def __init__(self, params: SplaParameters, layer: Layer, device: torch.device | str) -> None:
+    def __init__(
+        self, params: SplaParameters, layer: Layer, device: torch.device | str, scratch_pool: Pool = nullcontext
+    ) -> None:
         check_layer(params, layer.num_heads, layer.num_kv_heads, layer.head_size, layer.cache_dtype)
-        self.params, self.device = params, torch.device(device)
+        self.params, self.device, self.scratch_pool = params, torch.device(device), scratch_pool
         self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
         self.group = layer.num_heads // layer.num_kv_heads
         self.cache_dtype, self.scale = layer.cache_dtype, float(layer.scale)

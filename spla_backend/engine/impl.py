@@ -18,6 +18,7 @@ from ..kernels.interface import Layer, Limits, PagedAttention
 from ..patches import draft_groups
 from .checks import check_hybrid_manager, parameters_file, refuse_arguments, refuse_spec, resolve_options
 from .logger import logger
+from .memory import kept_pool, scratch_pool
 from .metadata import SplaMetadata
 from .state import RecurrentStateLayer, companion_name
 
@@ -64,7 +65,7 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Tell the layer's backend its options, read learned parameters, and claim what memory profiling must see: the
         kernels' scratch, and the companion layer that makes the engine allocate the recurrent state. Idempotent:
-        weights may be loaded again."""
+        weights may be loaded again, in place; the kernels stay as they are."""
         context = self.vllm_config.compilation_config.static_forward_context
         name, layer = next((n, item) for n, item in context.items() if getattr(item, "impl", None) is self)
         refuse_spec(layer, self.vllm_config)
@@ -77,8 +78,7 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
         if self.options.residual != "none":
             context.setdefault(companion_name(name), RecurrentStateLayer(layer))
         if current_platform.is_cuda():
-            cache = self.vllm_config.cache_config
-            self.bind(cache.block_size, layer.kv_cache_torch_dtype, current_platform.device_type)
+            _bind_all([item for item in context.values() if isinstance(getattr(item, "impl", None), SplaImpl)])
 
     @property
     def is_dense(self) -> bool:
@@ -96,18 +96,22 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
         path = parameters_file(self.vllm_config)
         model = self.vllm_config.model_config
         # Layers behind the model's own are those of a draft that is made with the model's configuration (EAGLE, MTP).
-        if path is None or self.is_dense or self.index >= model.hf_text_config.num_hidden_layers:
-            return learned.LayerParameters()
-        rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        num_heads = self.num_heads * world_size
-        num_kv_heads = model.get_total_num_kv_heads()
-        whole = learned.read_layer(
-            path, self.index, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=self.head_size
-        )
-        found = whole.heads(rank, world_size)
+        found = learned.LayerParameters()
+        if path is not None and not self.is_dense and self.index < model.hf_text_config.num_hidden_layers:
+            rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            num_heads = self.num_heads * world_size
+            num_kv_heads = model.get_total_num_kv_heads()
+            whole = learned.read_layer(
+                path, self.index, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=self.head_size
+            )
+            found = whole.heads(rank, world_size)
+            logger.info_once("SPLA parameters: %s", path)
         if self.learned is not None and not self.learned.same(found):
-            raise RuntimeError(f"{path} changed while the engine ran: start the engine again to use it")
-        logger.info_once("SPLA parameters: %s", path)
+            raise RuntimeError(
+                f"SPLA's learned parameters of {model.model} are not those that the engine started with, which its "
+                "kernels and CUDA graphs hold: start the engine again to use them, or set the option parameters_file "
+                "to one path for all weights"
+            )
         return found
 
     def _parameters(self, page_size: int) -> SplaParameters:
@@ -119,7 +123,8 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
         return replace(params, residual_scale=float(self.learned.residual_scale))
 
     def bind(self, page_size: int, cache_dtype: torch.dtype, device: torch.device | str) -> PagedAttention:
-        """Make the kernels; the metadata builder calls it again with the final page geometry."""
+        """Make the kernels; the metadata builder calls it again with the final page geometry, in memory that sleep mode
+        keeps, too."""
         if self.op is not None and self.bound == (page_size, cache_dtype):
             return self.op
         self.bound = (page_size, cache_dtype)
@@ -148,7 +153,15 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
             feature_weight=self.learned.feature_weight,
         )
         params = self._parameters(page_size)
-        self.op = dispatch.make(device, params, layer, limits, executor=options.executor, dense=self.is_dense)
+        self.op = dispatch.make(
+            device,
+            params,
+            layer,
+            limits,
+            executor=options.executor,
+            dense=self.is_dense,
+            scratch_pool=scratch_pool(),
+        )
         if not self.is_dense:
             logger.info_once("SPLA prompt tokens below position %d attend densely", self.op.prefill_dense_below)
         if self.op.scratch_bytes:
@@ -229,3 +242,13 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
         if isinstance(metadata, list):  # speculative decoding: the first is the model's own
             metadata = metadata[0]
         return companion.kv_cache, metadata[name].block_table
+
+
+def _bind_all(layers: list[Any]) -> None:
+    """Make the kernels of all SPLA layers, once every one of them is ready: they share a pool."""
+    unbound = [layer for layer in layers if layer.impl.op is None]
+    if unbound and all(layer.impl.learned is not None for layer in layers):
+        with kept_pool():
+            for layer in unbound:
+                page_size = layer.impl.vllm_config.cache_config.block_size
+                layer.impl.bind(page_size, layer.kv_cache_torch_dtype, current_platform.device_type)

@@ -3,6 +3,7 @@ blocks that other requests have used, in one layer or in several that differ in 
 without. Every token that selects and is no rejected draft is compared with the float64 reference."""
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +14,7 @@ from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import complete_statistics, spla_token
 from spla_backend.kernels.gpu import attention
 from spla_backend.kernels.gpu.attention import GpuAttention
-from spla_backend.kernels.interface import Layer, Limits, Step
+from spla_backend.kernels.interface import Layer, Limits, Pool, Step
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
 SCALE = HEAD_SIZE**-0.5
@@ -58,6 +59,7 @@ class Engine:
         tokens: int,
         rows: int,
         drafts: int = 0,
+        scratch_pool: Pool = nullcontext,
     ) -> None:
         self.tokens, self.rows, self.drafts, self.page_size = tokens, rows, drafts, layers[0].page_size
         limits = Limits(
@@ -69,7 +71,8 @@ class Engine:
             largest_budget=max(params.budget_blocks for params in layers),
         )
         layer = Layer(HEADS, KV_HEADS, HEAD_SIZE, DTYPE, SCALE)
-        self.ops = [GpuAttention(params, layer, limits, torch.device("cpu")) for params in layers]
+        device = torch.device("cpu")
+        self.ops = [GpuAttention(params, layer, limits, device, scratch_pool=scratch_pool) for params in layers]
         monkeypatch.setattr(attention, "attend_densely", self._attend_densely)
         for op in self.ops:
             monkeypatch.setattr(op.steps, "decode", partial(self._decode, op.steps.decode))

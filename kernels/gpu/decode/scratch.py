@@ -59,4 +59,5 @@ def decode_scratch(
             "attend_arrivals": ((tokens, kv_heads), i32),
         },
         layer.device,
+        layer.scratch_pool,
     )

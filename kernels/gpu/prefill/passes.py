@@ -246,7 +246,7 @@ class PrefillPasses:
         self.fold_programs = layer.num_sms * (2 if self._linear else 1) // self._fold_slices
         self._sparse = limits.max_model_len > self.dense_below
         self._max_num_rows = max_num_rows
-        self.scratch = shared_scratch(self._shapes(), layer.device)
+        self.scratch = shared_scratch(self._shapes(), layer.device, layer.scratch_pool)
         # Layers of one geometry launch the same kernels.
         weights = layer.gain, *layer.norm_weights
         geometry = (str(layer.device), self._shapes_key(), params, self.tuning, layer.scale, layer.cache_dtype,
