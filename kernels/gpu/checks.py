@@ -16,8 +16,9 @@ FLASHINFER_HEAD_SIZES = (64, 128, 256)
 FINE_BLOCKS = (16, 32, 64)
 SKETCHED_SELECTORS: tuple[type[Selector], ...] = (RemSelector, Taylor2Selector, Cumulant2Selector)
 SKETCHED_BLOCK = 64
-"""Selectors, and the least tokens of a selection block, by which sketches were found right on a GPU. On an H200 `mean`
-in blocks of 32 selects other fine blocks than the definition, interpreted the same ones; the cause is not known."""
+"""Selectors, and the least tokens of a selection block, that may have sketches on a GPU. On an H200 `mean` in blocks of
+32 selects other fine blocks than the definition, interpreted the same ones. Others passed, `rem` in blocks of 16 among
+them, but while the cause is not known all that is near the fault is refused."""
 MAX_SKETCH_COLUMNS = 128
 """Of a matrix product with sketches: chunks of a key times heads of a group, each as a power of two."""
 
@@ -112,9 +113,9 @@ def check_sketch(params: SplaParameters) -> None:
     if params.has_sketch and (selector not in SKETCHED_SELECTORS or params.selection_block < SKETCHED_BLOCK):
         names = ", ".join(known.name for known in SKETCHED_SELECTORS)
         raise ValueError(
-            f"fine_source {params.fine_source!r} was not found right for selector {params.selector!r} and selection "
-            f"blocks of {params.selection_block} tokens: set fine_source to 'keys', or choose one of {names} and "
-            f"selection_block_size {SKETCHED_BLOCK} or more"
+            f"fine_source {params.fine_source!r} gave wrong selections with 'mean' in blocks of 32, and until the cause "
+            f"is known it is only for {names} in selection blocks of {SKETCHED_BLOCK} tokens or more, not for "
+            f"{params.selector!r} in blocks of {params.selection_block}: set fine_source to 'keys'"
         )
 
 

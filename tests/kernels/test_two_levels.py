@@ -297,8 +297,11 @@ def test_candidates_are_those_of_one_level() -> None:
         ({"executor": "flashinfer"}, "executor 'flashinfer' reads whole pages, no fine blocks of 16 tokens"),
         ({"fine_source": "int3"}, "fine_source 'int3' has no kernel, choose one of keys, int4"),
         ({"fine_source": "int4", "selector": "quest", "residual": "none"}, "no kernel with selector 'quest', whose"),
-        ({"fine_source": "int4", "selector": "mean"}, "'int4' was not found right for selector 'mean' and selection"),
-        ({"fine_source": "int4", "selection_block": 32}, "and selection blocks of 32 tokens: set fine_source to"),
+        ({"fine_source": "int4", "selector": "mean"}, "not for 'mean' in blocks of 64: set fine_source to 'keys'"),
+        (
+            {"fine_source": "int4", "selection_block": 32},
+            "'int4' gave wrong selections .* not for 'rem' in blocks of 32",
+        ),
         ({"fine_source": "int4", "heads": 256}, "no kernel for 128 query heads a kv head of 128, only up to 32: set"),
         ({"budget_blocks": 1 << 13, "candidate_factor": 4}, "more than 65535 fine blocks of 16"),
     ],
