@@ -113,8 +113,8 @@ def check_sketch(params: SplaParameters) -> None:
     if params.has_sketch and (selector not in SKETCHED_SELECTORS or params.selection_block < SKETCHED_BLOCK):
         names = ", ".join(known.name for known in SKETCHED_SELECTORS)
         raise ValueError(
-            f"fine_source {params.fine_source!r} gave wrong selections with 'mean' in blocks of 32, and until the cause "
-            f"is known it is only for {names} in selection blocks of {SKETCHED_BLOCK} tokens or more, not for "
+            f"fine_source {params.fine_source!r} gave wrong selections with 'mean' in blocks of 32, and until the "
+            f"cause is known it is only for {names} in selection blocks of {SKETCHED_BLOCK} tokens or more, not for "
             f"{params.selector!r} in blocks of {params.selection_block}: set fine_source to 'keys'"
         )
 
