@@ -35,11 +35,10 @@ def test_rows(tmp_path):
     names = [(row["scenario"], row["backend"]) for row in first["rows"]]
     assert names == [(s, b) for s in ("4x300", "2x600", "document") for b in ("dense", "spla")]
 
-    # One server for both.
-    arguments = ("--only", "4x300-http", "document-http", "--backends", "spla", "--merge", str(tmp_path / "first.json"))
+    # A start of vLLM's client costs more than what it measures, so that one scenario stands for all over HTTP.
+    arguments = ("--only", "document-http", "--backends", "spla", "--merge", str(tmp_path / "first.json"))
     both = measured(tmp_path / "both.json", "1", *arguments)
-    assert both["rows"][:-2] == first["rows"]
-    assert [row["scenario"] for row in both["rows"][-2:]] == ["4x300-http", "document-http"]
+    assert both["rows"][:-1] == first["rows"] and both["rows"][-1]["scenario"] == "document-http"
     assert both["command"].startswith(first["command"] + " && python ")
     for row in both["rows"]:
         # Prompts of one scenario are in no cache, those of the document are as far as the document goes.
