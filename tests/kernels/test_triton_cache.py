@@ -66,7 +66,8 @@ def test_statistics_in_fp8(selector: str) -> None:
     expected = encode(exact.float(), layout.formats).int()
     stored = layout.stored(layout.area(batch.kv_cache[batch.block_table[0, :2].long()])).transpose(1, 2).flatten(0, 1)
     off = (stored.cpu().int() - expected).abs()
-    assert off.max() <= 1 and off.float().mean() < 0.01
+    # A sum in another order rounds to another byte now and then: of `mean` there are 256 bytes, and 1 in 500 is off.
+    assert off.max() <= 1 and off.sum() <= 4 + 0.005 * off.numel()
     torch.testing.assert_close(batch.statistics(0, 2)[3:], exact[3:], rtol=0.126, atol=2e-3)
 
 
