@@ -54,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import spla_token
 from spla_backend.algorithm.selectors import get_selector
-from spla_backend.algorithm.sketch import FINE_SOURCES, sketch
+from spla_backend.algorithm.sketch import FINE_SOURCES
 from spla_backend.evaluate.variants import bytes_read
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
 from spla_backend.kernels.gpu.layer import GpuLayer
@@ -162,12 +162,10 @@ class Pool:
         for start in range(0, num_pages, 1024):
             part = self.kv_cache[start : start + 1024]
             part.normal_()
-            keys = part[:, :, :page, :HEAD_SIZE].float().unflatten(2, (-1, layer.params.selection_block))
-            layout.store(layout.area(part), selector.statistics(keys))
+            keys, area = part[:, :, :page, :HEAD_SIZE].float(), layout.area(part)
+            layout.store(area, selector.statistics(keys.unflatten(2, (-1, layer.params.selection_block))))
             if layout.has_sketch:
-                mean = layout.statistics(part)[..., None, :HEAD_SIZE]
-                for to, of in zip(layout.sketch(layout.area(part)), sketch(keys, mean), strict=True):
-                    to[:] = of.flatten(2, 3)
+                layout.store_sketch(area, keys)
             ids = torch.arange(start, start + len(part), dtype=torch.int32, device=DEVICE)
             words[start : start + 1024, :, -4:] = ids[:, None, None]
         order = torch.randperm(num_pages, device=DEVICE).to(torch.int32)

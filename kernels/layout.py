@@ -70,8 +70,13 @@ class PageLayout:
 
     @property
     def statistics_bytes(self) -> int:
-        """Bytes of the statistics, a multiple of 16; where there is a sketch, it begins behind them."""
+        """Bytes of the statistics, a multiple of 16."""
         return self.blocks_per_page * self.statistics_stride * self.statistics_itemsize
+
+    @property
+    def sketch_begin(self) -> int:
+        """Bytes from the begin of the statistics to the sketch; 0 where there is none."""
+        return self.statistics_bytes if self.has_sketch else 0
 
     @property
     def sketch_scales(self) -> int:
@@ -121,7 +126,7 @@ class PageLayout:
     def sketch(self, area: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes `[..., page_size, chunks * 16]` uint8 and scales `[..., page_size, chunks]` float16 in a whole area,
         views (`algorithm.sketch.sketch`)."""
-        begin, chunks = self.statistics_bytes, num_chunks(self.head_size)
+        begin, chunks = self.sketch_begin, num_chunks(self.head_size)
         of_sketch = area.view(torch.uint8)[..., begin : begin + self.sketch_bytes]
         codes, scales = of_sketch[..., : self.sketch_scales], of_sketch[..., self.sketch_scales :].view(torch.float16)
         return codes.unflatten(-1, (self.page_size, -1)), scales.unflatten(-1, (self.page_size, chunks))

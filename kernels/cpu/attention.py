@@ -93,7 +93,7 @@ class CpuAttention(VectorisedAttention):
             self._rule = (
                 compiled.SELECTORS.index(type(self.selector)),
                 params.budget_blocks,
-                params.candidate_factor * params.budget_blocks if params.fine_block else 0,
+                params.candidate_blocks,
                 params.first_blocks,
                 params.last_blocks,
             )
@@ -278,7 +278,7 @@ class CpuAttention(VectorisedAttention):
         from_page, from_head, from_row = (step * layout.itemsize // layout.statistics_itemsize for step in cache.steps)
         area = layout.page_size * from_row, from_page, from_head, layout.statistics_stride
         from_page, from_head, from_row = (step * layout.itemsize for step in cache.steps)
-        begin = layout.page_size * from_row + layout.statistics_bytes if layout.has_sketch else 0
+        begin = layout.page_size * from_row + layout.sketch_begin if layout.has_sketch else 0
         sketch = begin, layout.sketch_scales, from_page, from_head
         num_read = np.empty((len(tokens.rows), self.num_kv_heads), np.int32)
         compiled.attend(

@@ -96,7 +96,7 @@ class Store:
                 "UNIT": block,
                 "STRIDE": layer.page_layout.statistics_stride,
                 "FP8": layer.page_layout.fp8_statistics,
-                "SKETCH": layer.page_layout.statistics_bytes if params.has_sketch else 0,
+                "SKETCH": layer.page_layout.sketch_begin,
                 "TOKENS": tokens,
                 "TILE": tile,
                 "STAMP_WORD": layer.page_layout.stamp_word,

@@ -57,6 +57,11 @@ class SplaParameters:
         return self.page_size // self.selection_block
 
     @property
+    def candidate_blocks(self) -> int:
+        """Candidates of the fine level, in selection blocks; 0 with one level."""
+        return self.candidate_factor * self.budget_blocks if self.fine_block else 0
+
+    @property
     def has_sketch(self) -> bool:
         """Whether pages hold a sketch of their keys."""
         return self.fine_block > 0 and self.fine_source == "int4"

@@ -81,7 +81,7 @@ def spla_attention(
     whole = total // params.selection_block * params.selection_block
     blocks_of_keys = keys[:, :whole].unflatten(1, (-1, params.selection_block))
     statistics = block_statistics(blocks_of_keys, params)
-    fine_keys = read_keys(blocks_of_keys, params).flatten(1, 2)
+    fine_keys = read_keys(blocks_of_keys, statistics, params).flatten(1, 2)
     residual = make_residual(params, d, feature_weight)
 
     def per_row(weight: Tensor) -> Tensor:

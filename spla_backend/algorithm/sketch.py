@@ -8,7 +8,6 @@ kept a scale, by which the element farthest from 0 becomes -8, and of each eleme
 import torch
 
 from .parameters import SplaParameters
-from .selectors import block_statistics
 
 CHUNK = 32
 """Channels that share a scale."""
@@ -55,10 +54,10 @@ def unsketch(codes: torch.Tensor, scales: torch.Tensor, centre: torch.Tensor) ->
 
 
 @torch.no_grad()
-def read_keys(keys: torch.Tensor, params: SplaParameters) -> torch.Tensor:
-    """Keys of whole selection blocks `[..., blocks, block_size, head_size]` as the fine level reads them, without
-    gradients: they choose."""
+def read_keys(keys: torch.Tensor, statistics: torch.Tensor, params: SplaParameters) -> torch.Tensor:
+    """Keys of whole selection blocks `[..., blocks, block_size, head_size]` with statistics `[..., blocks, width]`
+    (`block_statistics`) as the fine level reads them, without gradients: they choose."""
     if not params.has_sketch:
         return keys
-    centre = block_statistics(keys, params)[..., None, : keys.shape[-1]]
+    centre = statistics[..., None, : keys.shape[-1]]
     return unsketch(*sketch(keys, centre), centre)

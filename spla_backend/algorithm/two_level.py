@@ -15,8 +15,7 @@ from .selection import forced_blocks, group_scores, select_blocks
 
 def coarse_parameters(params: SplaParameters) -> SplaParameters:
     """Selection in one level whose selected blocks are the candidates."""
-    blocks = params.candidate_factor * params.budget_blocks
-    return replace(params, fine_block=0, budget_blocks=blocks, top_p=None)
+    return replace(params, fine_block=0, budget_blocks=params.candidate_blocks, top_p=None)
 
 
 def forced_fine_blocks(

@@ -137,7 +137,7 @@ class HeadGroup:
             logits = self._logits[..., : complete.shape[1] * params.selection_block]
             if params.has_sketch:
                 blocks = self.k[: logits.shape[-1]].unflatten(0, (-1, params.selection_block))
-                logits = self.q @ read_keys(blocks, params).flatten(0, 1).mT
+                logits = self.q @ read_keys(blocks, self.statistics(params), params).flatten(0, 1).mT
             scores = fine_scores(logits, params.fine_block)[:, None, None]  # [queries, 1, 1, group, num_fine]
             forced, num_free = forced_fine_blocks(self.positions[:, None], complete, params)
             chosen = select_fine_blocks(scores, chosen, forced, num_free, params.top_p)

@@ -68,15 +68,16 @@ def test_codes_in_their_order() -> None:
 def test_only_what_two_levels_read() -> None:
     keys = torch.randn(2, 3, 16, 80, generator=torch.Generator().manual_seed(0)).requires_grad_()
     params = SplaParameters(16, 16, 4, fine_block=8, fine_source="int4")
-    got = read_keys(keys, params)
-    mean = block_statistics(keys, params)[..., :80]
+    statistics = block_statistics(keys, params)
+    got = read_keys(keys, statistics, params)
+    mean = statistics[..., :80]
     assert not got.requires_grad
     for i in range(2):
         for j in range(3):
             want = ref.sketched_keys(keys[i, j].double(), mean[i, j].double())
             torch.testing.assert_close(got[i, j], want.float(), rtol=0, atol=1e-6)
     for other in (SplaParameters(16, 16, 4, fine_source="int4"), SplaParameters(16, 16, 4, fine_block=8)):
-        assert read_keys(keys, other) is keys
+        assert read_keys(keys, statistics, other) is keys
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

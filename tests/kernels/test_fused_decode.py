@@ -6,6 +6,7 @@ import pytest
 import torch
 from emulated import COMPILER, EmulatedDecode
 from test_two_levels import check_poison, edges
+from test_two_levels import params as two_level_params
 from triton_cases import make_batch, residual_of
 
 from spla_backend.algorithm.parameters import SplaParameters
@@ -138,7 +139,7 @@ def test_many_units_about_the_threshold() -> None:
 
 
 def two_levels(page: int = 32, block: int = 32, budget: int = 4, candidates: int = 2, **more) -> SplaParameters:
-    return SplaParameters(page, block, budget, fine_block=16, candidate_factor=candidates, fine_source="int4", **more)
+    return two_level_params(page, block, budget, candidates=candidates, fine_source="int4", **more)
 
 
 @emulated

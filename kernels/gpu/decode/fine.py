@@ -302,7 +302,7 @@ def select_fine(
         BUDGET=params.budget_blocks,
         STRIDE=layer.page_layout.statistics_stride,
         FP8=layer.page_layout.fp8_statistics,
-        SKETCH=layer.page_layout.statistics_bytes if params.has_sketch else 0,
+        SKETCH=layer.page_layout.sketch_begin,
         TILE=max(tuning.fine_tile, params.fine_block),
         STAGES=tuning.fine_stages,
         num_warps=tuning.fine_warps,

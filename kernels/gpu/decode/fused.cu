@@ -378,7 +378,6 @@ struct Shared {
     u32 *all_bins;    // [2][BLOCKS][BIN_WORDS]: of all blocks, in turns
     u64 *members;     // [MEMBERS]: key and number of the units in the bin of the threshold
     float *lse;       // [GP], of all scores of units
-    float *fine_lse;  // [GP], of all scores of fine blocks
     float *scalars;   // [BLOCKS][SCALARS][GP]: of all blocks
     float *warp;      // [WARPS][SCALARS][GP]
     float *final_;    // [MAX_CLUSTER + 4][GP]
@@ -420,7 +419,6 @@ DEVICE Shared carve(char *base, const Params &p) {
     TAKE(all_bins, u32, 2 * BLOCKS * BIN_WORDS)
     TAKE(members, u64, MEMBERS)
     TAKE(lse, float, GP)
-    TAKE(fine_lse, float, FINE ? GP : 0)
     TAKE(scalars, float, BLOCKS * SCALARS * GP)
     TAKE(warp, float, WARPS * SCALARS * GP)
     TAKE(final_, float, (MAX_CLUSTER + 4) * GP)
@@ -944,18 +942,17 @@ DEVICE Mine units_of(int num, int warp) {
 // Of complete pages: units that are selected anyway, the first and the last ones.
 struct Forced {
     int leading, trailing;  // end of the leading, begin of the trailing
-    int num_units;
 };
 
 DEVICE Forced forced_units(const Row &row, const Params &p) {
     int leading = min_(p.first, row.num_units);
-    return {leading, min_(max_(row.position / UNIT - p.last + 1, leading), row.num_units), row.num_units};
+    return {leading, min_(max_(row.position / UNIT - p.last + 1, leading), row.num_units)};
 }
 DEVICE bool is_forced(const Forced &f, int unit) { return unit < f.leading || unit >= f.trailing; }
 DEVICE int forced_before(const Forced &f, int unit) { return min_(unit, f.leading) + max_(unit - f.trailing, 0); }
 
 // Keys of this block's units, or of all fine blocks, from the scores in `s.score`; `norms [parts][2 GP]`, maxima and sums of parts
-// of all scores, are joined to `to_lse`. `unit(i)` is the unit that the `i`-th is, or is of.
+// of all scores, are joined, and kept in `to_lse` if that is anywhere. `unit(i)` is the unit that the `i`-th is, or is of.
 template <typename Unit>
 DEVICE void make_keys(
     const Shared &s, const float *norms, int parts, u32 *keys, float *to_lse, const Forced &forced, int num, int tid, Unit unit) {
@@ -977,7 +974,7 @@ DEVICE void make_keys(
 #pragma unroll
     for (int other = GP; other < 32; other *= 2) sum += shuffle_xor(sum, other);
     float log_sum = log_(sum), mine = top + log_sum;
-    if (tid < GP) to_lse[tid] = mine;
+    if (to_lse && tid < GP) to_lse[tid] = mine;
     // No group score is larger than the bound.
     float lse[GROUP], bound = -infinity();
 #pragma unroll
@@ -1880,7 +1877,7 @@ KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
             auto unit = [&](int i) { return fine ? s.candidates[i / FINE_PER_UNIT] : first + i; };
             u32 *keys = fine ? s.fine_keys : s.keys;
             make_keys(
-                s, fine ? s.warp : s.norms, fine ? WARPS : BLOCKS, keys, fine ? s.fine_lse : s.lse, forced, number, tid, unit);
+                s, fine ? s.warp : s.norms, fine ? WARPS : BLOCKS, keys, fine ? nullptr : s.lse, forced, number, tid, unit);
             if (fine || !FINE || candidates < row.num_units)
                 select(
                     s, keys, num_forced * (fine ? FINE_PER_UNIT : 1), fine ? 0 : forced_before(forced, first),

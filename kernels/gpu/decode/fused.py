@@ -107,8 +107,7 @@ class FusedDecode:
         params = layer.params
         self._fp8 = layer.page_layout.fp8_statistics
         self.max_units = -(-max_model_len // params.page_size) * params.blocks_per_page
-        candidates = params.candidate_factor * params.budget_blocks if params.fine_block else 0
-        self.max_candidates = min(candidates, self.max_units)
+        self.max_candidates = min(params.candidate_blocks, self.max_units)
         self._per_unit = params.selection_block // params.attended_block
         has_state = params.residual != "none"
         self.defines = {
@@ -197,10 +196,10 @@ class FusedDecode:
         words += max(self.params.budget_blocks * self._per_unit, self.max_candidates) + self.max_candidates
         if self.params.fine_block:
             words += -(-group // 4) * 8 * (d + 32) // 4 + group  # q in bytes
-        words += queries * 4 * (d + 8) + group * d + blocks * 2 * group + 4 * group
+        words += queries * 4 * (d + 8) + group * d + blocks * 2 * group + 3 * group
         words += (blocks + WARPS) * 4 * group + (MAX_CLUSTER + 4) * group
         words += (2 * blocks + 1) * 128 + 2 * 256 + WARPS + 4  # selection
-        return ring + 4 * words + 27 * 16  # the last: every part begins at 16 bytes
+        return ring + 4 * words + 26 * 16  # the last: every part begins at 16 bytes
 
     def pays(self, num_rows: int) -> bool:
         """Whether this launch is for batches of `num_rows`: larger ones wait for memory, not for each other."""

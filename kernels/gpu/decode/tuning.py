@@ -50,7 +50,7 @@ class DecodeSizes:
         largest_budget = max(limits.largest_budget, params.budget_blocks)
         per_unit = params.selection_block // params.attended_block
         factor = params.candidate_factor if params.fine_block else 0
-        candidates = min(factor * params.budget_blocks, max_units)
+        candidates = min(params.candidate_blocks, max_units)
         fine_p = triton.next_power_of_2(max(1, candidates * per_unit))
         return cls(
             max_pages=max_pages,
