@@ -5,7 +5,7 @@ import importlib.util
 import torch
 
 from ...algorithm.parameters import SplaParameters
-from ...algorithm.selectors import Cumulant2Selector, RemSelector, Selector, Taylor2Selector, get_selector
+from ...algorithm.selectors import get_selector
 from ...algorithm.sketch import FINE_SOURCES, num_chunks
 from ...algorithm.statistics_format import MAX_COUNT, STATISTICS_DTYPES
 from .feature_maps import gpu_feature_map
@@ -14,11 +14,6 @@ from .selectors import gpu_selector
 
 FLASHINFER_HEAD_SIZES = (64, 128, 256)
 FINE_BLOCKS = (16, 32, 64)
-SKETCHED_SELECTORS: tuple[type[Selector], ...] = (RemSelector, Taylor2Selector, Cumulant2Selector)
-SKETCHED_BLOCK = 64
-"""Selectors, and the least tokens of a selection block, that may have sketches on a GPU. On an H200 `mean` in blocks of
-32 selects other fine blocks than the definition, interpreted the same ones. Others passed, `rem` in blocks of 16 among
-them, but while the cause is not known all that is near the fault is refused."""
 MAX_SKETCH_COLUMNS = 128
 """Of a matrix product with sketches: chunks of a key times heads of a group, each as a power of two."""
 
@@ -51,7 +46,6 @@ def check_options(
     """
     try:
         check_layer(params, num_heads, num_kv_heads, head_size, cache_dtype)
-        check_sketch(params)
         check_decode(params, head_size, max_query_len, max_model_len, executor)
     except ValueError as error:
         raise ValueError(f"SPLA on a GPU does not compute these options: {error}") from None
@@ -103,20 +97,6 @@ def check_layer(
         raise ValueError(f"head_size {head_size} is no multiple of 16 up to 256")
     if cache_dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"cache_dtype {cache_dtype} is neither float16 nor bfloat16")
-
-
-def check_sketch(params: SplaParameters) -> None:
-    """Raises:
-    ValueError: A sketch of keys where it was not found right.
-    """
-    selector = type(get_selector(params.selector))
-    if params.has_sketch and (selector not in SKETCHED_SELECTORS or params.selection_block < SKETCHED_BLOCK):
-        names = ", ".join(known.name for known in SKETCHED_SELECTORS)
-        raise ValueError(
-            f"fine_source {params.fine_source!r} gave wrong selections with 'mean' in blocks of 32, and until the "
-            f"cause is known it is only for {names} in selection blocks of {SKETCHED_BLOCK} tokens or more, not for "
-            f"{params.selector!r} in blocks of {params.selection_block}: set fine_source to 'keys'"
-        )
 
 
 def check_two_levels(params: SplaParameters, group: int, head_size: int) -> None:

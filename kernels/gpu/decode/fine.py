@@ -130,10 +130,10 @@ def fine_score_kernel(
             score = peak + tl.log(tl.sum(tl.exp(logit - peak[:, None, :]), axis=1))
             if SKETCH:
                 mean = mean_products(
-                    this_entry, kv, q, page_stride, last_page, num_kv_heads, N, D, DP, PAGE, UNIT, STRIDE, FP8, TILE
-                )
-                mean = tl.broadcast_to(mean[:, None, :], [mean.shape[0], BLOCKS // mean.shape[0], N])
-                score += tl.reshape(mean, [BLOCKS, N]) * scale
+                    this_entry, kv, q, page_stride, last_page, num_kv_heads, N, D, DP, PAGE, UNIT, STRIDE, FP8, TILE,
+                    BLOCKS,
+                )  # fmt: skip
+                score += mean * scale
             index = first // FINE + offset
             stored = (index < stop // FINE)[:, None] & (n < GROUP)[None, :]
             tl.store(scores_ptr + (pair * max_fine + index)[:, None] * GROUP_P + n[None, :], score, mask=stored)
@@ -147,24 +147,30 @@ def fine_score_kernel(
 def mean_products(
     entry, kv, q, page_stride, last_page, num_kv_heads, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     PAGE: tl.constexpr, UNIT: tl.constexpr, STRIDE: tl.constexpr, FP8: tl.constexpr, TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Products `[UNITS, N]` of queries with the mean keys of the selection blocks of a tile, whose entries are `entry`.
+    """Products `[BLOCKS, N]` of queries with the mean keys of the selection blocks that a tile's fine blocks are of;
+    `entry` names these for each of its tokens.
 
-    A matrix product of 16 rows, of which only the first of each unit is read.
+    A matrix product takes 16 rows: a fine block has the first of its share of them, and the others are 0. A row for
+    each selection block would be enough, but then Triton 3.6 lays out `[BLOCKS, N]` so that the lanes that have a
+    column's rows are no neighbours, and sums over rows are wrong, without a word (seen with two fine blocks in a
+    selection block and four of these in a tile).
     """
-    UNITS: tl.constexpr = (TILE + UNIT - 1) // UNIT
-    if UNITS > 1:
-        entry = tl.max(tl.reshape(entry, [16, TILE // 16]), axis=1)
+    ROWS: tl.constexpr = max(16, BLOCKS)
+    EACH: tl.constexpr = ROWS // BLOCKS
+    if TILE > UNIT:
+        entry = tl.max(tl.reshape(entry, [ROWS, TILE // ROWS]), axis=1)
     page, in_page = page_of(entry, last_page, num_kv_heads, PAGE, UNIT)
     area = kv + page * page_stride + PAGE * 2 * D
     if FP8:
         area = area.to(tl.pointer_type(tl.uint8))
-    row, column = tl.arange(0, 16), tl.arange(0, DP)
-    rows = (area + in_page // UNIT * STRIDE + tl.zeros([16], tl.int32))[:, None] + column[None, :]
-    mean = tl.load(rows, mask=(row % (16 // UNITS) == 0)[:, None] & (column < D)[None, :], other=0)
+    row, column = tl.arange(0, ROWS), tl.arange(0, DP)
+    rows = (area + in_page // UNIT * STRIDE + tl.zeros([ROWS], tl.int32))[:, None] + column[None, :]
+    mean = tl.load(rows, mask=(row % EACH == 0)[:, None] & (column < D)[None, :], other=0)
     if FP8:
         mean = decode_e4m3(mean)
-    return tl.sum(tl.reshape(tl.dot(mean, q), [UNITS, 16 // UNITS, N]), axis=1)
+    return tl.sum(tl.reshape(tl.dot(mean, q), [BLOCKS, EACH, N]), axis=1)
 
 
 @triton.jit

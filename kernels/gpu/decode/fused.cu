@@ -73,16 +73,17 @@ constexpr int PART_STRIDE = D + 4;                       // floats
 constexpr int PART_ROWS = RESIDUAL ? 2 * GP + 1 : GP;    // exact, residual of each head; sum of values
 constexpr int SCALARS = 4;                               // a head: maximum, sum, phi(q) . z, mass of the rest
 constexpr int MAX_CLUSTER = 16;
-constexpr int BINS = 256;                   // of keys; those of scores are 16 an octave, from 2^-6 on
-constexpr int BIN_SHIFT = 19;
-constexpr u32 FIRST_BIN = (127 - 6) << 4;
+constexpr int BINS = 256;                   // of keys; those of scores are 32 an octave, from 2^-3 on
+constexpr int BIN_SHIFT = 18;
+constexpr u32 FIRST_BIN = (127 - 3) << 5;
 constexpr u32 END_OF_KEYS = 0x80000000u;
 constexpr u32 FORCED = 0xffffffffu;         // key of a unit that is selected anyway
 constexpr int BIN_WORDS = BINS / 2;         // two counts a word: there are fewer than 65,536 units
 #ifndef MOST_MEMBERS
-#define MOST_MEMBERS THREADS
+#define MOST_MEMBERS 64
 #endif
 constexpr int MEMBERS = MOST_MEMBERS;       // of the bin of the threshold, that are ranked against each other; tests set less
+constexpr int MEMBERS_OF_LANE = (MEMBERS + 31) / 32;
 constexpr int ROWS_OF_BLOCK = (D + BLOCKS - 1) / BLOCKS; // of the state, at most
 constexpr int SLICE = (D / 4 + BLOCKS - 1) / BLOCKS;     // columns of the output that a block has at most, by fours
 constexpr int STATE_LANES = D / 4;                       // lanes of a row of the state, or of a value: 4 elements each
@@ -1053,9 +1054,8 @@ DEVICE void select(
             sync_cluster();
         // Every warp for itself, a lane eight bins.
         u32 all[4] = {}, before[4] = {};
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            if (alone && b != rank) continue;
+#pragma unroll 4
+        for (int b = alone ? rank : 0; b < (alone ? rank + 1 : BLOCKS); b++) {
             Words x = ((const Words *)all_bins)[b * (BIN_WORDS / 4) + lane];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -1135,14 +1135,14 @@ DEVICE void select(
             selected = true;
         }
         if (selected) {
-#pragma unroll
-            for (int b = 0; b < BLOCKS; b++)
-                if (!alone || b == rank) *of_block(s.list + min_(place, n_complete - 1), b) = name(i);
+#pragma unroll 4
+            for (int b = alone ? rank : 0; b < (alone ? rank + 1 : BLOCKS); b++)
+                *of_block(s.list + min_(place, n_complete - 1), b) = name(i);
             taken(i);
         } else if (mine == 65536 && ranked) {
-#pragma unroll
-            for (int b = 0; b < BLOCKS; b++)
-                if (!alone || b == rank) *of_block(s.members + min_(member, MEMBERS - 1), b) = (u64)key << 32 | (u32)name(i);
+#pragma unroll 4
+            for (int b = alone ? rank : 0; b < (alone ? rank + 1 : BLOCKS); b++)
+                *of_block(s.members + min_(member, MEMBERS - 1), b) = (u64)key << 32 | (u32)name(i);
         }
         at_sure += popcount(all_sure);
         at_member += popcount(all_members);
@@ -1156,15 +1156,18 @@ DEVICE void select(
     else
         wait_for_cluster();
     if (ranked) {
-        // A thread a member: its loads, each of all lanes at once, do not wait for each other.
+        // A warp a member, whom its lanes compare with those that they have.
+        u64 all[MEMBERS_OF_LANE];
+#pragma unroll
+        for (int k = 0; k < MEMBERS_OF_LANE; k++) all[k] = k * 32 + lane < members ? s.members[k * 32 + lane] : ~(u64)0;
 #pragma unroll 1
-        for (int i = tid; i < members; i += THREADS) {
+        for (int i = warp; i < members; i += WARPS) {
             u64 mine = s.members[i];
             int place = 0;
-#pragma unroll 4
-            for (int k = 0; k < members; k++) place += s.members[k] < mine;
-            if (place >= wanted) continue;
+#pragma unroll
+            for (int k = 0; k < MEMBERS_OF_LANE; k++) place += popcount(ballot(all[k] < mine));
             int number = (int)(u32)mine, own = number - name(0);
+            if (lane > 0 || place >= wanted) continue;
             s.list[min_(sure + place, n_complete - 1)] = number;
             if (own >= 0 && own < num) taken(own);
         }

@@ -198,7 +198,7 @@ class FusedDecode:
             words += -(-group // 4) * 8 * (d + 32) // 4 + group  # q in bytes
         words += queries * 4 * (d + 8) + group * d + blocks * 2 * group + 3 * group
         words += (blocks + WARPS) * 4 * group + (MAX_CLUSTER + 4) * group
-        words += (2 * blocks + 1) * 128 + 2 * 256 + WARPS + 4  # selection
+        words += (2 * blocks + 1) * 128 + 2 * 64 + WARPS + 4  # selection
         return ring + 4 * words + 26 * 16  # the last: every part begins at 16 bytes
 
     def pays(self, num_rows: int) -> bool:
