@@ -526,7 +526,7 @@ def _attend_one(
     """One query token of one kv head; the other arguments as in `attend`."""
     heads, d = query.shape[1:]
     page_size, block, fine = sizes
-    selector, budget, candidates, first_blocks, last_blocks = rule
+    selector, budget, whole, candidates, first_blocks, last_blocks = rule
     page_step, head_step, row_step = steps
     state_step, together = state_steps
     group = heads // num_read.shape[1]
@@ -540,10 +540,10 @@ def _attend_one(
         for e in range(d):
             q[h, e] = query[token, kv_head * group + h, e] * np.float32(scale)
             q2[h, e] = q[h, e] * q[h, e]
-    sparse = current + 1 > budget
+    sparse = current + 1 > whole
     tail = sparse and state_starts.shape[1] > 0
     two_levels = sparse and candidates > 0
-    least = candidates if two_levels else budget  # blocks that statistics choose: to attend to, or to choose among
+    least = candidates if two_levels else whole  # blocks that statistics choose: to attend to, or to choose among
     clusters = 2 if selector == _KM2_REM else 1
     num_scored = num_complete if current + 1 > least or tail else 0
     linear = np.empty((clusters, group, num_scored), np.float32)
@@ -745,13 +745,13 @@ def attend(
         rows: `[tokens]` int64, rows of `table`.
         table: `[rows, pages]` int, page ids.
         sizes: `(page size, selection block, fine block)`; the last is not read where there is one level.
-        rule: `(selector, budget in selection blocks, candidates likewise or 0 for one level, first blocks, last
-            blocks)`.
+        rule: `(selector, budget in selection blocks, likewise those of a row up to which all are attended to,
+            candidates or 0 for one level, first blocks, last blocks)`.
         mass_wanted: Share of the mass at which selection stops; infinite where the budget alone counts.
         state: Flat float32 array with the bodies of the regression residual's states.
         state_steps: Elements from kv head to kv head, and body rows that stand together in a block.
         state_starts: `[tokens, blocks]` int64, where the first body row of the first kv head is, for every block of a
-            token's state; not read for tokens whose blocks all fit into the budget. `[tokens, 0]` without a residual.
+            token's state; not read for tokens that attend to everything. `[tokens, 0]` without a residual.
         residual_scale: Factor on the covariance.
         log_gain: `[heads]` float32, log of the weight of the tail.
         output: Output `[tokens, heads, head_size]` float32.

@@ -149,7 +149,7 @@ class VectorisedAttention:
     Args:
         params: What to compute.
         layer: Of which layer.
-        prefill_dense_below: Prefill tokens at positions below it attend to everything, as those below the budget do.
+        prefill_dense_below: Prefill tokens at positions below it attend to everything, as those of short rows do.
     """
 
     scratch_bytes = 0
@@ -157,7 +157,7 @@ class VectorisedAttention:
     def __init__(self, params: SplaParameters, layer: Layer, prefill_dense_below: int = 0) -> None:
         self.params = params
         self._coarse = coarse_parameters(params) if params.fine_block else params  # what statistics choose
-        self.prefill_dense_below = max(prefill_dense_below, params.budget_tokens)
+        self.prefill_dense_below = max(prefill_dense_below, params.whole_tokens)
         self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
         self.group = layer.num_heads // layer.num_kv_heads
         self.scale = layer.scale
@@ -225,7 +225,7 @@ class VectorisedAttention:
         query_lens = [b - a for a, b in pairwise(starts)]
         table = step.block_table.long()
         params = self.params
-        budget_tokens = params.budget_tokens
+        whole_tokens = params.whole_tokens
         decode_rows, prefill, targets = [], [], []
         for row, (query_len, seq_len) in enumerate(zip(query_lens, lens, strict=False)):
             if query_len == 0 or seq_len == 0:
@@ -233,9 +233,9 @@ class VectorisedAttention:
             if query_len == 1:
                 decode_rows.append(row)
             else:
-                dense_below = budget_tokens if row < step.num_decodes else self.prefill_dense_below
+                dense_below = whole_tokens if row < step.num_decodes else self.prefill_dense_below
                 prefill.append(self._plan_prefill(row, starts[row], seq_len - query_len, seq_len, table, dense_below))
-            if seq_len > budget_tokens and seq_len - query_len >= params.page_size:
+            if seq_len > whole_tokens and seq_len - query_len >= params.page_size:
                 targets.append((row, (seq_len - query_len) // params.page_size))
         decode = self._plan_decodes(decode_rows, starts, lens, table)
         return CpuPlan(table, decode, prefill, self._plan_states(targets, table))
@@ -311,7 +311,7 @@ class VectorisedAttention:
         complete = block < num_complete[:, None]  # [rows, num_blocks]
         forced, num_free, choosing = forced_blocks(positions, complete, self._coarse)
         fine = forced_fine_blocks(positions, complete, params) if params.fine_block else None
-        sparse = positions >= params.budget_tokens
+        sparse = positions >= params.whole_tokens
         complete_tokens = (num_pages * params.page_size).float()[:, None].repeat_interleave(self.num_kv_heads, 0)
         num_rest = None
         if params.top_p is None:

@@ -180,7 +180,7 @@ def fold_slice(
     DP: tl.constexpr,
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
-    BUDGET: tl.constexpr,  # units
+    WHOLE: tl.constexpr,  # units of a row up to which all of it is attended to
     TILE: tl.constexpr,
     PHI: tl.constexpr,  # feature map of the linear residual
 ):
@@ -189,7 +189,7 @@ def fold_slice(
     query_len = tl.load(query_start_loc_ptr + row + 1) - tl.load(query_start_loc_ptr + row)
     target = tl.maximum(seq_len - query_len, 0) // PAGE
     num_pages = (tl.maximum(seq_len, 1) - 1) // PAGE
-    reads = (tl.maximum(seq_len, 1) - 1) // UNIT + 1 > BUDGET
+    reads = (tl.maximum(seq_len, 1) - 1) // UNIT + 1 > WHOLE
     if (target > 0) | reads:
         pages = block_table_ptr + row.to(tl.int64) * block_table_stride
         blocks = state_table_ptr + row.to(tl.int64) * state_table_stride

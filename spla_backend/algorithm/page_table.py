@@ -66,7 +66,9 @@ def plan_page_table(
     last = (positions % size + 1).to(torch.int32).repeat_interleave(kv_heads)
     indptr = None
     if params.top_p is None:
-        indptr = _offsets((current + 1).clamp(max=params.budget_tokens // size).repeat_interleave(kv_heads))
+        whole = positions < params.whole_tokens
+        counts = torch.where(whole, current + 1, params.budget_tokens // size)
+        indptr = _offsets(counts.repeat_interleave(kv_heads))
     return PageTablePlan(kv_heads, ids, in_current_page[:, None].repeat(1, kv_heads, 1), last, indptr)
 
 

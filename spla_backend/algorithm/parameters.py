@@ -62,6 +62,12 @@ class SplaParameters:
         return self.candidate_factor * self.budget_blocks if self.fine_block else 0
 
     @property
+    def whole_blocks(self) -> int:
+        """Selection blocks of a row up to which all of it is attended to: the budget, or with two levels twice as many.
+        Choosing a half by two levels takes as long as reading all (docs/performance.md)."""
+        return 2 * self.budget_blocks if self.fine_block else self.budget_blocks
+
+    @property
     def has_sketch(self) -> bool:
         """Whether pages hold a sketch of their keys."""
         return self.fine_block > 0 and self.fine_source == "int4"
@@ -73,8 +79,13 @@ class SplaParameters:
 
     @property
     def budget_tokens(self) -> int:
-        """Tokens a token attends to exactly."""
+        """Tokens a token attends to exactly, where some are left out."""
         return self.budget_blocks * self.selection_block
+
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens of a row up to which all of it is attended to."""
+        return self.whole_blocks * self.selection_block
 
     @property
     def max_forced_blocks(self) -> int:

@@ -378,7 +378,7 @@ def select_fine_blocks(
     f, position = params.fine_block, len(k) - 1
     per_block = params.selection_block // f
     num_fine, budget = position // f + 1, params.budget_blocks * per_block
-    if budget >= num_fine:
+    if params.whole_blocks * per_block >= num_fine:
         return list(range(num_fine)), {}
 
     coarse = replace(params, budget_blocks=params.candidate_factor * params.budget_blocks, top_p=None)

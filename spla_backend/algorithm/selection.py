@@ -22,11 +22,12 @@ def forced_blocks(
     block = torch.arange(complete.shape[-1], device=complete.device)
     current = positions // params.selection_block  # [rows, tokens]
     forced = (block < params.first_blocks) | (block > current[..., None] - params.last_blocks)
-    sparse = current + 1 > params.budget_blocks
-    forced |= ~sparse[..., None]  # everything fits into the budget
+    sparse = current + 1 > params.whole_blocks
+    forced |= ~sparse[..., None]
     forced &= complete[:, None]
     in_current_page = current + 1 - complete.sum(-1, keepdim=True)
-    num_free = (current + 1).clamp(max=params.budget_blocks) - in_current_page - forced.sum(-1)
+    num_blocks = torch.where(sparse, params.budget_blocks, current + 1)  # to attend to
+    num_free = num_blocks - in_current_page - forced.sum(-1)
     return forced, num_free, sparse
 
 

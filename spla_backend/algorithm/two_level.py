@@ -33,12 +33,12 @@ def forced_fine_blocks(
         ones are to be chosen `[rows, tokens]` int64: what is there of the current page counts by the fine block.
     """
     per_block = params.selection_block // params.fine_block
-    forced, _, _ = forced_blocks(positions, complete, params)
+    forced, _, sparse = forced_blocks(positions, complete, params)
     forced = forced.repeat_interleave(per_block, -1)
     num_fine = positions // params.fine_block + 1
     in_current_page = num_fine - per_block * complete.sum(-1, keepdim=True)
     budget = params.budget_tokens // params.fine_block
-    return forced, num_fine.clamp(max=budget) - in_current_page - forced.sum(-1)
+    return forced, torch.where(sparse, budget, num_fine) - in_current_page - forced.sum(-1)
 
 
 def fine_scores(logits: torch.Tensor, fine_block: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..algorithm.parameters import SplaParameters
 from ..evaluate.capture import CapturingModel
 from ..evaluate.fidelity import attention
-from ..evaluate.variants import smallest_budget
+from ..evaluate.variants import exact_up_to
 from ..learned import LayerParameters
 
 _LOSS_CHUNK = 512  # positions whose distributions over the vocabulary are compared at a time
@@ -126,7 +126,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.55 + 0.45 * math.cos(math.pi * min(step / max(steps, 1), 1.0))
     )
-    budget = smallest_budget(layers)
+    budget = exact_up_to(layers)
     for step in range(steps):
         tokens = documents[step % len(documents)]
         with torch.no_grad():

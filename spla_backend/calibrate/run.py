@@ -19,7 +19,7 @@ from ..evaluate.capture import CapturingModel, Visit
 from ..evaluate.documents import cut_documents, load_tokenizer
 from ..evaluate.fidelity import attention
 from ..evaluate.perplexity import compare, rows_of, segments_of, table
-from ..evaluate.variants import DENSE, ModelShape, smallest_budget, without_residual
+from ..evaluate.variants import DENSE, ModelShape, exact_up_to, without_residual
 from ..options import SplaOptions
 from .costs import Continued
 from .fit import HeadParameters, fit
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> str:
     path = _output(args.output or Path(args.model) / learned.FILE_NAME)
     if args.report is not None:
         _output(args.report)
-    budget = smallest_budget(before)
+    budget = exact_up_to(before)
     if params.residual == "none" or params.combine != "shared_normalizer":
         raise ValueError(
             "spla-calibrate fits the residual under a shared normaliser: set the option residual to 'regression' or "
@@ -63,8 +63,9 @@ def run(args: argparse.Namespace) -> str:
     test_length = min(args.test_length, shape.max_position)
     if min(args.length, test_length) < budget + args.page_size:
         raise ValueError(
-            f"windows of {args.length} and test documents of {test_length} tokens hardly go beyond the budget of "
-            f"{budget}: give greater --length and --test-length or a smaller budget"
+            f"windows of {args.length} and test documents of {test_length} tokens hardly go beyond the "
+            f"{budget} up to which everything is attended to: give greater --length and --test-length or a smaller "
+            "budget"
         )
     windows, tests, files = _documents(args, test_length)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> str:
         AFTER: partial(attention, params=after, learned=layers or None),
     }
     losses = _losses(model, tests, visits)
-    first = smallest_budget(after)
+    first = exact_up_to(after)
     buckets = [(first, budget), (budget, test_length)] if first < budget else [(budget, test_length)]
     gained = compare(losses[AFTER], losses[BEFORE], budget, test_length)
     result: dict[str, Any] = {

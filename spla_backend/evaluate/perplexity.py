@@ -23,10 +23,10 @@ from .variants import (
     DENSE,
     ModelShape,
     Variant,
+    exact_up_to,
     layers_of,
     mean_bytes_read,
     parse_variants,
-    smallest_budget,
     without_residual,
 )
 
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
         result["rows"] = rows_of(losses, layers, files, buckets, shape)
         result["segments"] = segments_of(losses, files)
         if layers[variant.name]:
-            budget = smallest_budget(layers[variant.name])
+            budget = exact_up_to(layers[variant.name])
             if looks_dense(losses[variant.name], losses[DENSE.name], budget):
                 warnings.append(
                     f"{variant.name} is as close to dense beyond its budget as within: was its prefill dense?"

@@ -202,9 +202,9 @@ def mean_bytes_read(layers: Mapping[int, SplaParameters], seq_len: int, shape: M
     return round(fmean(bytes_read(layers.get(i), seq_len, shape.head_size) for i in shape.attention_layers))
 
 
-def smallest_budget(layers: Mapping[int, SplaParameters]) -> int:
-    """Tokens that every layer attends to exactly: up to here the answer is dense attention's."""
-    return min(params.budget_tokens for params in layers.values())
+def exact_up_to(layers: Mapping[int, SplaParameters]) -> int:
+    """Tokens up to which every layer attends to everything, and the answer is dense attention's."""
+    return min(params.whole_tokens for params in layers.values())
 
 
 def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int) -> int:
@@ -221,7 +221,7 @@ def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int) -> i
         head_size: Size of a key and of a value.
     """
     of_vector = head_size * 2
-    if params is None or params.budget_tokens >= seq_len:
+    if params is None or params.whole_tokens >= seq_len:
         return seq_len * 2 * of_vector
     import torch
 

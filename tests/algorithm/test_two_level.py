@@ -128,16 +128,17 @@ def test_mass_of_the_tail(residual: str) -> None:
 
 
 def test_edges() -> None:
-    """Dense up to the budget, the best of everything up to the candidates."""
+    """Dense up to two budgets, the best of everything up to the candidates."""
     q, k, v = random_qkv(200, 2, 1, 8)
-    for length in (1, 4, 5, 16, 17, 63, 64):
-        got = ref.spla_token(q[length - 1], k[:length], v[:length], replace(BASE, top_p=0.5))
+    params = replace(BASE, candidate_factor=3)
+    for length in (1, 4, 5, 16, 17, 63, 64, 65, 127, 128):
+        got = ref.spla_token(q[length - 1], k[:length], v[:length], replace(params, top_p=0.5))
         assert got.selected == [list(range((length + 3) // 4))]
         assert torch.equal(got.output, got.exact)
-    for length in (65, 68, 69, 127, 128, 129, 200):
-        got = ref.spla_token(q[length - 1], k[:length], v[:length], BASE)
+    for length in (129, 132, 133, 191, 192, 193, 200):
+        got = ref.spla_token(q[length - 1], k[:length], v[:length], params)
         assert len(got.selected[0]) == 16
-        assert (len(candidates_of(got, 0, length - 1, BASE)) == (length + 15) // 16) == (length <= 128)
+        assert (len(candidates_of(got, 0, length - 1, params)) == (length + 15) // 16) == (length <= 192)
 
 
 def test_top_p_is_a_share_of_the_candidates() -> None:
@@ -187,7 +188,7 @@ def cases(draw: st.DrawFn) -> tuple[SplaParameters, int, int, int]:
         top_p=draw(st.sampled_from([None, None, 0.3, 0.8])),
         residual=residual,
     )
-    edge = draw(st.sampled_from([page, params.budget_tokens, params.candidate_factor * params.budget_tokens]))
+    edge = draw(st.sampled_from([page, params.whole_tokens, params.candidate_factor * params.budget_tokens]))
     length = edge * draw(st.integers(1, 2)) + draw(st.sampled_from([-fine - 1, -fine, -1, 0, 1, fine, fine + 1, page]))
     return params, draw(st.integers(1, 2)), draw(st.integers(1, 3)), max(1, length)
 
@@ -224,5 +225,5 @@ def test_as_many_fine_blocks_as_the_budget_has_room_for() -> None:
         rest = unselected_blocks(q.transpose(0, 1)[None].float(), keys, statistics, positions, params)  # [1, 160, 40]
         complete = positions // 32 * 8
         selected = positions // 4 + 1 - rest[0].sum(-1)
-        assert torch.equal(selected, (positions // 4 + 1).clamp(max=16))
+        assert torch.equal(selected, torch.where(positions < 128, positions // 4 + 1, 16))
         assert not bool((rest[0] & (torch.arange(40) >= complete[:, None])).any())

@@ -116,7 +116,8 @@ def lengths(params: SplaParameters) -> st.SearchStrategy[int]:
     edges = [page, 2 * page, budget, budget + page, (budget // page + 2) * page, (budget // page + 4) * page]
     if params.fine_block:
         candidates = params.candidate_factor * budget
-        edges += [budget + params.fine_block, candidates, candidates + page, (candidates // page + 2) * page]
+        edges += [budget + params.fine_block, params.whole_tokens]
+        edges += [candidates, candidates + page, (candidates // page + 2) * page]
     about = st.builds(lambda edge, off: max(1, edge + off), st.sampled_from(edges), st.integers(-1, 2))
     anywhere = st.integers(1, max(edges) + page)
     return st.one_of(about, about, anywhere).map(lambda length: min(length, MAX_LENGTH))
@@ -262,7 +263,7 @@ def near_ties_are_rare() -> Iterator[None]:
 
 def near_tie(result: ref.TokenResult, position: int, params: SplaParameters) -> bool:
     """Whether rounding may decide what this token selects."""
-    if position < params.budget_tokens:
+    if position < params.whole_tokens:
         return False
     forced, per_block = ref.forced_blocks(position, params), params.selection_block // params.attended_block
     for of_blocks, of_fine, blocks in zip(result.group_scores, result.fine_scores, result.selected, strict=True):
@@ -324,9 +325,9 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def sample_positions(start: int, end: int, params: SplaParameters, count: int = 5) -> list[int]:
-    """First and last position, both sides of the budget's and of some pages' edges, of `start .. end - 1`."""
-    page, budget = params.page_size, params.budget_tokens
-    inner = [budget - 1, budget, end // page * page - 1, end // page * page, (start // page + 2) * page]
+    """First and last position, both sides of where rows are whole and of some pages' edges, of `start .. end - 1`."""
+    page, whole = params.page_size, params.whole_tokens
+    inner = [whole - 1, whole, end // page * page - 1, end // page * page, (start // page + 2) * page]
     return sorted({start, end - 1, *[p for p in inner if start <= p < end][:count]})
 
 

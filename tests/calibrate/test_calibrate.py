@@ -95,9 +95,9 @@ def calibrated(model, text, folder, capsys, *arguments):  # noqa: F811
 
 
 def test_command(model, text, tmp_path, capsys):  # noqa: F811
-    arguments = ["--length", "128", "--steps", "3", "--page-size", "32"]
-    two_levels = {"fine_block_size": 16, "candidates": 2, "fine_source": "int4"}
-    arguments += ["--options", json.dumps({"budget": 96, "selector": "mean", **two_levels})]
+    arguments = ["--length", "160", "--steps", "3", "--page-size", "32"]
+    two_levels = {"fine_block_size": 16, "candidates": 2, "fine_source": "int4"}  # dense up to 128 tokens
+    arguments += ["--options", json.dumps({"budget": 64, "selector": "mean", "last_blocks": 1, **two_levels})]
     output, result = calibrated(model, text, tmp_path, capsys, *arguments)
     shape = ModelShape.of(model)
     learned.check(
@@ -110,7 +110,7 @@ def test_command(model, text, tmp_path, capsys):  # noqa: F811
         residual="regression",
     )
     options = shape.options({"parameters_file": str(output)})
-    assert (options.budget, options.selector, options.selection_block_size) == (96, "mean", 32)
+    assert (options.budget, options.selector, options.selection_block_size) == (64, "mean", 32)
     assert {name: getattr(options, name) for name in two_levels} == two_levels
     assert shape.options({"parameters_file": str(output), "budget": 64 + 32}).budget == 96
 
@@ -118,15 +118,15 @@ def test_command(model, text, tmp_path, capsys):  # noqa: F811
     rows = {row["variant"]: row for row in result["rows"] if row["file"] == "all"}
     assert set(rows) == {"dense", "no residual", "before", "after"} and rows["dense"]["difference"] == 0
     assert rows["after"]["loss"] != rows["before"]["loss"] and "against_none" in rows["after"]
-    # Held-out text begins the file: (600 - 200) // 128 windows are left.
-    assert result["settings"]["windows"] == 3
+    # Held-out text begins the file: (600 - 200) // 160 windows are left.
+    assert result["settings"]["windows"] == 2
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["--options", '{"budget": 96, "residual": "none"}'], "fits the residual under a shared normaliser"),
-        (["--length", "96"], "hardly go beyond the budget of 96"),
+        (["--length", "96"], "hardly go beyond the 96 up to which"),
         (["--length", "500"], "tokens behind the first 200, less than one document of 500"),
         (["--output", "/nowhere/file"], "cannot write /nowhere/file: there is no folder"),
     ],

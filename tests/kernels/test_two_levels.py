@@ -27,15 +27,15 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 gpu = pytest.mark.gpu
 
 
-def params(page: int = 32, block: int = 32, budget: int = 4, fine: int = 16, candidates: int = 2, **more):
+def params(page: int = 32, block: int = 32, budget: int = 4, fine: int = 16, candidates: int = 3, **more):
     return SplaParameters(page, block, budget, fine_block=fine, candidate_factor=candidates, **more)
 
 
 def edges(p: SplaParameters) -> list[int]:
-    """Lengths on both sides of the budget and of the candidates, and around pages and fine blocks."""
-    budget, candidates = p.budget_tokens, p.candidate_factor * p.budget_tokens
+    """Lengths on both sides of where rows are whole and of the candidates, and around pages and fine blocks."""
+    whole, candidates = p.whole_tokens, p.candidate_factor * p.budget_tokens
     beyond = (candidates // p.page_size + 3) * p.page_size
-    return [budget, budget + 1, candidates, candidates + 1, beyond, beyond + 1, beyond + p.fine_block + 1, 1]
+    return [whole, whole + 1, candidates, candidates + 1, beyond, beyond + 1, beyond + p.fine_block + 1, 1]
 
 
 def fresh() -> int:
@@ -138,7 +138,7 @@ def test_selection_in_pieces() -> None:
 
 def test_ties_go_to_the_lower_block() -> None:
     """Of equal scores, on any CPU: products of such numbers need no rounding, whose kind is the BLAS's own."""
-    batch = make_batch(params(selector="mean"), [450], seed=fresh(), chunk=0, **SMALL)
+    batch = make_batch(params(selector="mean", candidates=2), [450], seed=fresh(), chunk=0, **SMALL)
     batch.keys[0][:] = batch.keys[0][:16].repeat(29, 1, 1)[:450].mul(8).round() / 8
     batch.query.mul_(8).round_().div_(8)
     batch.write(0, 0, 450)
@@ -273,7 +273,7 @@ def test_nothing_else_is_read(residual: str, query_len: int, source: str) -> Non
 
 
 def test_candidates_are_those_of_one_level() -> None:
-    p = params()
+    p = params(candidates=2)
     batch = make_batch(p, [450], seed=fresh(), chunk=0, **SMALL)
     batch.decode()
     want = spla_token(

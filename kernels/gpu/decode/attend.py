@@ -154,7 +154,7 @@ def attend_split(
     DP: tl.constexpr,
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
-    BUDGET: tl.constexpr,
+    TABLE: tl.constexpr,  # entries of a token's page table
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -177,7 +177,7 @@ def attend_split(
     start = split * per_split
     stop = tl.minimum(start + per_split, limit)
     full = tl.minimum(stop, limit // TILE * TILE)  # tiles up to here need no mask
-    table = table_ptr + (token * num_kv_heads + head) * BUDGET
+    table = table_ptr + (token * num_kv_heads + head) * TABLE
     kv = kv_ptr + head * head_stride
     top = tl.full([N], float("-inf"), dtype=tl.float32)
     total = tl.zeros([TILE, N], dtype=tl.float32)
@@ -428,7 +428,7 @@ def attend_kernel(
     DP: tl.constexpr,
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,
-    BUDGET: tl.constexpr,
+    TABLE: tl.constexpr,  # entries of a token's page table
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -483,7 +483,7 @@ def attend_kernel(
                 split, splits, token, head, limit, num_subtract, query_ptr, kv_ptr, table_ptr,
                 part_out_ptr, part_sum_ptr, part + split,
                 query_token_stride, query_head_stride, page_stride, head_stride, last_page, num_kv_heads, scale,
-                GROUP, C, N, D, DP, PAGE, UNIT, BUDGET, TILE, STAGES, RESIDUAL, PHI,
+                GROUP, C, N, D, DP, PAGE, UNIT, TABLE, TILE, STAGES, RESIDUAL, PHI,
             )  # fmt: skip
         if works:
             tl.debug_barrier()  # every thread's partial sums are written before the arrival is announced
@@ -519,7 +519,7 @@ def attend_constants(layer: GpuLayer, sizes: DecodeSizes, tuning: Tuning) -> dic
         "D": layer.head_size,
         "DP": layer.dp,
         "PAGE": layer.params.page_size,
-        "BUDGET": sizes.budget,
+        "TABLE": sizes.table,
         "TILE": tuning.tile,
         "STAGES": tuning.attend_stages,
         "SLICES": sizes.slices,

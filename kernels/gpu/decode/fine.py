@@ -54,7 +54,7 @@ def fine_score_kernel(
     PAGE: tl.constexpr,
     UNIT: tl.constexpr,  # tokens a selection block
     FINE: tl.constexpr,  # tokens a fine block
-    BUDGET: tl.constexpr,  # selection blocks
+    WHOLE: tl.constexpr,  # selection blocks of a row up to which all of it is attended to
     CANDIDATES: tl.constexpr,
     STRIDE: tl.constexpr,  # stored elements from the statistics of one selection block to the next
     FP8: tl.constexpr,  # statistics are bytes
@@ -80,8 +80,7 @@ def fine_score_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         # All programs wait: the launch that follows takes the end of this one for the end of the one before.
         tl.extra.cuda.gdc_wait()
-    # Where everything fits into the budget, selection takes everything.
-    if (seq_len > 0) & (token_in_row < query_len) & (position // UNIT + 1 > BUDGET):
+    if (seq_len > 0) & (token_in_row < query_len) & (position // UNIT + 1 > WHOLE):
         token = (first_token + token_in_row).to(tl.int64)
         pair = token * num_kv_heads + head
         num_current = position // UNIT + 1 - position // PAGE * (PAGE // UNIT)  # units of the current page
@@ -183,7 +182,7 @@ def fine_select_kernel(
     scores_ptr,
     lse_ptr,
     grouped_ptr,  # [tokens, G, max_fine] float32, scratch
-    table_ptr,  # [tokens, G, BUDGET] int32: (page * G + head) * (PAGE // FINE) + fine block of the page, ascending
+    table_ptr,  # [tokens, G, WHOLE] int32: (page * G + head) * (PAGE // FINE) + fine block of the page, ascending
     count_ptr,  # [tokens, G] int32: fine blocks in the table
     flags_ptr,  # [tokens, G, max_units] int8: how many fine blocks of a selection block are selected
     max_units,
@@ -197,7 +196,8 @@ def fine_select_kernel(
     UNIT: tl.constexpr,
     FINE: tl.constexpr,
     BUDGET: tl.constexpr,  # fine blocks
-    BUDGET_P: tl.constexpr,  # padded to a power of two
+    WHOLE: tl.constexpr,  # fine blocks of a row up to which all of it is attended to, entries of a page table
+    WHOLE_P: tl.constexpr,  # padded to a power of two
     CANDIDATES: tl.constexpr,
     FIRST: tl.constexpr,  # selection blocks
     LAST: tl.constexpr,
@@ -224,10 +224,10 @@ def fine_select_kernel(
         num_current = position // UNIT + 1 - num_complete  # selection blocks of the current page
         fine_current = position // FINE + 1 - num_complete * PER_UNIT  # fine blocks of the current page, all selected
         pair = (first_token + token_in_row).to(tl.int64) * num_kv_heads + head
-        table = table_ptr + pair * BUDGET
+        table = table_ptr + pair * WHOLE
         candidates = candidates_ptr + pair * CANDIDATES
-        slot = tl.arange(0, BUDGET_P)
-        if position // FINE + 1 <= BUDGET:
+        slot = tl.arange(0, WHOLE_P)
+        if position // FINE + 1 <= WHOLE:
             stored = slot <= position // FINE
             every = tl.load(candidates + slot // PER_UNIT, mask=stored, other=0)
             tl.store(table + slot, every * PER_UNIT + slot % PER_UNIT, mask=stored)
@@ -305,7 +305,7 @@ def select_fine(
         N=max(8, layer.group_p),
         D=layer.head_size,
         DP=layer.dp,
-        BUDGET=params.budget_blocks,
+        WHOLE=params.whole_blocks,
         STRIDE=layer.page_layout.statistics_stride,
         FP8=layer.page_layout.fp8_statistics,
         SKETCH=layer.page_layout.sketch_begin,
@@ -324,7 +324,8 @@ def select_fine(
         max_units=sizes.max_units,
         num_splits=tuning.fine_splits,
         BUDGET=sizes.budget,
-        BUDGET_P=triton.next_power_of_2(sizes.budget),
+        WHOLE=sizes.table,
+        WHOLE_P=triton.next_power_of_2(sizes.table),
         FIRST=params.first_blocks,
         LAST=params.last_blocks,
         BLOCKS=sizes.fine_p,

@@ -113,7 +113,7 @@ def _subtract_split(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    BUDGET: tl.constexpr,
+    TABLE: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -135,7 +135,7 @@ def _subtract_split(
         kind = (n // C)[None, :]
         per_split = tl.cdiv(tl.cdiv(num_subtract, TILE), num_splits) * TILE
         stop = tl.minimum((split + 1) * per_split, num_subtract)
-        table = table_ptr + (token * num_kv_heads + head) * BUDGET
+        table = table_ptr + (token * num_kv_heads + head) * TABLE
         kv = kv_ptr + head * head_stride
         for first in tl.range(split * per_split, stop, TILE, num_stages=STAGES):
             t = first + tl.arange(0, TILE)
@@ -208,7 +208,7 @@ def subtract_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     PAGE: tl.constexpr,
-    BUDGET: tl.constexpr,
+    TABLE: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -251,7 +251,7 @@ def subtract_kernel(
                 split, splits, token, head, num_subtract, query_ptr, kv_ptr, table_ptr, exact_ptr, lse_ptr,
                 part_out_ptr, part_sum_ptr, part + split,
                 query_token_stride, query_head_stride, page_stride, head_stride, num_kv_heads, scale,
-                GROUP, C, N, D, DP, PAGE, BUDGET, TILE, STAGES, RESIDUAL, PHI,
+                GROUP, C, N, D, DP, PAGE, TABLE, TILE, STAGES, RESIDUAL, PHI,
             )  # fmt: skip
         if works:
             tl.debug_barrier()  # every thread's partial sums are written before the arrival is announced

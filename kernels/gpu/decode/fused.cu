@@ -126,7 +126,7 @@ struct Params {
     i64 output_token_stride, output_head_stride;
     i64 block_table_stride, state_table_stride;
     int num_rows, num_kv_heads, last_page, max_units, table_width;
-    int budget, first, last, max_candidates;  // units
+    int budget, whole, first, last, max_candidates;  // units; a row of up to `whole` is attended to whole
     int early;                // 1: the launch before this one writes no statistics but those of pages that it completes
     float scale, residual_scale;
 };
@@ -1773,7 +1773,7 @@ KERNEL(BOUND, 1) spla_fused_decode(KERNEL_PARAMS) {
     int num_current = row.position % PAGE / UNIT + 1;  // units of the current page, the last one partly filled
     int complete_blocks = row.num_units * FINE_PER_UNIT, current_blocks = row.position % PAGE / ATTENDED + 1;
     Tokens n;
-    n.all = complete_blocks + current_blocks <= p.budget * FINE_PER_UNIT;
+    n.all = complete_blocks + current_blocks <= p.whole * FINE_PER_UNIT;
     n.complete = n.all ? complete_blocks : p.budget * FINE_PER_UNIT - current_blocks;
     bool reads = !n.all;  // some units are left out
     int share = share_of(row.num_units);
@@ -1990,7 +1990,7 @@ KERNEL(SCORE_WARPS * 32, 3) spla_score_units(KERNEL_PARAMS) {
     row.last_page = p.last_page;
     int position = seq_len - 1;
     row.num_units = exists ? position / PAGE * UNITS_PER_PAGE : 0;
-    bool reads = row.num_units + position % PAGE / UNIT + 1 > p.budget;  // some units are left out
+    bool reads = row.num_units + position % PAGE / UNIT + 1 > p.whole;  // some units are left out
     int tiles = exists && reads ? ceil_div(row.num_units, TILE) : 0;
     int step = block_count(), tile = block_x();
     auto place = [&](int k) {

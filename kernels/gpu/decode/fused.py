@@ -51,8 +51,8 @@ class _Params(ctypes.Structure):
             "state_table_stride",
         )]
         + [(name, ctypes.c_int) for name in (
-            "num_rows", "num_kv_heads", "last_page", "max_units", "table_width", "budget", "first", "last",
-            "max_candidates", "early",
+            "num_rows", "num_kv_heads", "last_page", "max_units", "table_width", "budget", "whole", "first",
+            "last", "max_candidates", "early",
         )]
         + [("scale", ctypes.c_float), ("residual_scale", ctypes.c_float)]
     )  # fmt: skip
@@ -284,6 +284,7 @@ class FusedDecode:
             max_units=self.max_units,
             table_width=table.shape[2],
             budget=params.budget_blocks,
+            whole=params.whole_blocks,
             first=params.first_blocks,
             last=params.last_blocks,
             max_candidates=self.max_candidates,

@@ -54,7 +54,7 @@ def score_units(
     STRIDE: tl.constexpr,  # stored elements from the statistics of one unit to the next
     FP8: tl.constexpr,  # statistics are bytes
     LOG_UNIT: tl.constexpr,
-    BUDGET: tl.constexpr,  # units
+    UNSCORED: tl.constexpr,  # units of a row up to which none needs a score
     CHUNK: tl.constexpr,  # units at a time
     STAGES: tl.constexpr,
     SELECTOR: tl.constexpr,  # a GpuSelector
@@ -71,8 +71,7 @@ def score_units(
     PER_PAGE: tl.constexpr = PAGE // UNIT
     position = tl.maximum(seq_len, 1) - 1  # of the row's last token
     num_units = position // PAGE * PER_PAGE  # of complete pages
-    # Where everything fits into the budget, selection takes everything and no score is needed.
-    if position // UNIT + 1 > BUDGET:
+    if position // UNIT + 1 > UNSCORED:
         n = tl.arange(0, N)
         token = n // GROUP_P
         member = n % GROUP_P

@@ -45,7 +45,7 @@ def decode_scratch(
             "mass": ((tokens, kv_heads, units, group) if sizes.write_mass else (1,), f32),
             "lse": ((lse, kv_heads, group), f32),  # [tokens, G, score splits, GROUP_P]
             "grouped": ((tokens, kv_heads, units) if sizes.width < sizes.units_p else (1,), f32),
-            "table": ((tokens, kv_heads, budget), i32),  # layers with smaller budgets take the beginning
+            "table": ((tokens, kv_heads, sizes.largest_table), i32),  # layers with smaller budgets take the beginning
             "count": ((tokens, kv_heads), i32),
             "flags": ((tokens, kv_heads, units), torch.int8),
             **two_levels,

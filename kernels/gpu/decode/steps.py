@@ -92,8 +92,8 @@ def prepare_kernel(
     STRIDE: tl.constexpr,
     FP8: tl.constexpr,
     LOG_UNIT: tl.constexpr,
-    BUDGET: tl.constexpr,
-    SCORE_BUDGET: tl.constexpr,  # the same, or with two levels what fits without a score
+    WHOLE: tl.constexpr,  # units of a row up to which all of it is attended to
+    UNSCORED: tl.constexpr,  # the same, or with two levels what fits without a score
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
     SELECTOR: tl.constexpr,
@@ -114,14 +114,14 @@ def prepare_kernel(
             query_token_stride, query_head_stride, num_kv_heads, page_stride, head_stride,
             int_page_stride, int_head_stride, block_stride, block_head_stride, block_table_stride, state_table_stride,
             scale, MAGIC, STAMP_WORD, NUM_BLOCKS, BODY, SLICES, SLICE, GROUP, GROUP_P, QUERY_LEN, M, D, DP, PAGE, UNIT,
-            BUDGET, FOLD_TILE, PHI,
+            WHOLE, FOLD_TILE, PHI,
         )  # fmt: skip
     else:
         score_units(
             row, head, program - SLICES, SPLITS, query_ptr, kv_ptr, query_start_loc_ptr, seq_lens_ptr, block_table_ptr,
             scores_ptr, mass_ptr, lse_ptr, query_token_stride, query_head_stride, page_stride, head_stride,
             block_table_stride, last_page, max_units, num_kv_heads, scale,
-            GROUP, GROUP_P, N, D, DP, PAGE, UNIT, STRIDE, FP8, LOG_UNIT, SCORE_BUDGET, CHUNK, STAGES, SELECTOR,
+            GROUP, GROUP_P, N, D, DP, PAGE, UNIT, STRIDE, FP8, LOG_UNIT, UNSCORED, CHUNK, STAGES, SELECTOR,
             WRITE_MASS,
         )  # fmt: skip
 
@@ -181,7 +181,7 @@ class DecodeSteps:
             and `fused` none.
 
     Attributes:
-        page_table: `[tokens, G, budget]` int32, ids `(page * G + head) * blocks_per_page + block` of the last `decode`,
+        page_table: `[tokens, G, table]` int32, ids `(page * G + head) * blocks_per_page + block` of the last `decode`,
             ascending, the current block last (`page_table.py`); fine blocks where selection has two levels.
         page_counts: `[tokens, G]` int32, blocks of each list.
         scratch: Buffers between the launches, which all layers of one geometry share.
@@ -202,8 +202,8 @@ class DecodeSteps:
         self.layer, self.limits, self._tuning = layer, limits, tuning
         self.sizes = DecodeSizes.of(layer, limits)
         self.scratch = decode_scratch(layer, self.sizes, limits, self._tuning_for)
-        table, budget = self.scratch["table"], self.sizes.budget
-        self.page_table = table.view(-1)[: table[..., :budget].numel()].view(*table.shape[:2], budget)
+        table, width = self.scratch["table"], self.sizes.table
+        self.page_table = table.view(-1)[: table[..., :width].numel()].view(*table.shape[:2], width)
         self.page_counts = self.scratch["count"]
         self.flashinfer = FlashInferDecode.shared(layer, self.page_table) if executor == "flashinfer" else None
         self.fused: FusedDecode | None = None
@@ -439,9 +439,9 @@ class DecodeSteps:
             STRIDE=layer.page_layout.statistics_stride,
             FP8=layer.page_layout.fp8_statistics,
             LOG_UNIT=math.log(params.selection_block),
-            BUDGET=params.budget_blocks,
+            WHOLE=params.whole_blocks,
             # With two levels, candidates need scores beyond their number only, and the tail needs masses.
-            SCORE_BUDGET=sizes.candidates if sizes.candidates and not layer.has_mass else params.budget_blocks,
+            UNSCORED=sizes.candidates if sizes.candidates and not layer.has_mass else params.whole_blocks,
             CHUNK=tuning.chunk,
             STAGES=tuning.score_stages,
             SELECTOR=layer.gpu_selector,

@@ -4,7 +4,7 @@ Everything here is a function of shapes, never of lengths, so that a step can be
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 
@@ -30,6 +30,8 @@ class DecodeSizes:
     write_mass: bool  # masses are other numbers than scores
     budget: int  # blocks that a token attends to: selection blocks, with two levels fine blocks
     largest_budget: int  # of all layers that share scratch
+    table: int  # entries of a token's page table: blocks of a row up to which all of it is attended to
+    largest_table: int  # of all layers that share scratch
     per_unit: int  # fine blocks a selection block; 1 with one level
     candidates: int  # selection blocks among which the fine level chooses; 0 with one level
     largest_candidates: int  # of all layers that share scratch
@@ -64,6 +66,8 @@ class DecodeSizes:
             write_mass=layer.own_mass,
             budget=params.budget_blocks * per_unit,
             largest_budget=largest_budget * per_unit,
+            table=params.whole_blocks * per_unit,
+            largest_table=replace(params, budget_blocks=largest_budget).whole_blocks * per_unit,
             per_unit=per_unit,
             candidates=candidates,
             largest_candidates=min(factor * largest_budget, max_units),
