@@ -150,6 +150,9 @@ SMALL = PrefillTuning(
     small_merge_stages=3,
 )
 """Where the others do not fit into shared memory: large heads, and `linear`, whose merge reads two matrices."""
+NARROW = replace(SMALL, share_chunk=16, fold_slice=64, fold_stages=2)
+"""Where thread blocks have less of it: consumer cards. It was compiled for them, not measured on them."""
+NARROW_BELOW = 163 << 10  # bytes of shared memory of a thread block
 
 
 def _round_up(units: int) -> int:
@@ -191,9 +194,10 @@ class PrefillPasses:
         self.layer, self.device = layer, layer.device
         max_num_tokens, max_num_rows = limits.max_num_tokens, limits.max_num_rows
         params, d = layer.params, layer.head_size
-        small = d > 128 or params.residual == "linear"
+        narrow = layer.shared_bytes < NARROW_BELOW
+        small = d > 128 or params.residual == "linear" or narrow
         if tuning is None:
-            tuning = SMALL if small else PrefillTuning()
+            tuning = NARROW if narrow else SMALL if small else PrefillTuning()
             if layer.selector.sets_per_block > 1:
                 tuning = replace(tuning, normalise_chunk=32)
             elif layer.page_layout.fp8_statistics and not small:
