@@ -89,9 +89,11 @@ GEOMETRIES = {
     "km2-rem-fp8": Geometry({"selector": "km2-rem", "statistics_dtype": "fp8"}),
     "quest-fp8": Geometry({"selector": "quest", "residual": "none", "statistics_dtype": "fp8"}),
     "linear-shared": Geometry({"residual": "linear"}),
+    "d256-km2-rem": Geometry({"selector": "km2-rem"}, heads=16, kv_heads=4, head_size=256),
     "d80-group1": Geometry(heads=32, kv_heads=32, head_size=80),
     "two-levels": Geometry({"fine_block": 16}),
     "sketch": Geometry(SKETCH),
+    "sketch-block32": Geometry(SKETCH, block=32),
     "sketch-d256": Geometry(SKETCH, heads=4, kv_heads=1, head_size=256),
     "d64-group8-sketch-fp8-fp16": Geometry(
         SKETCH | {"statistics_dtype": "fp8"}, heads=64, head_size=64, dtype=torch.float16

@@ -37,9 +37,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/machine_code.py"
 ONLY = (
     r"^main: (store 8|decode 8|prefill (64|dense))|^flashinfer: decode 8|^d256-group4: (decode 8|prefill (64|dense))"
-    r"|^km2-rem: prefill 64|^d64-group8-sketch-fp8-fp16: (store|decode) 8|^training: read blocks d128"
+    r"|^(km2-rem|d256-km2-rem): prefill 64|^d64-group8-sketch-fp8-fp16: (store|decode) 8|^training: read blocks d128"
 )
-ON_HOPPER = ONLY + "|^two-levels: decode 8|^sketch: (store|decode) 8"
+ON_HOPPER = ONLY + "|^two-levels: decode 8|^sketch: (store|decode) 8|^sketch-block32: decode 8"
 
 
 def load_script(name: str) -> types.ModuleType:

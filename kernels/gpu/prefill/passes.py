@@ -199,7 +199,7 @@ class PrefillPasses:
         if tuning is None:
             tuning = NARROW if narrow else SMALL if small else PrefillTuning()
             if layer.selector.sets_per_block > 1:
-                tuning = replace(tuning, normalise_chunk=32)
+                tuning = replace(tuning, normalise_chunk=16 if narrow and d > 128 else 32)
             elif layer.page_layout.fp8_statistics and not small:
                 # Bytes pass through registers before a matrix product; a tile of few rows has registers for more.
                 if min(32, params.selection_block & -params.selection_block) * layer.group_p <= 64:
