@@ -9,7 +9,7 @@ from ...algorithm.parameters import SplaParameters
 from ...algorithm.selectors import get_selector
 from ..interface import Layer, Pool
 from ..layout import layouts
-from .capability import shared_bytes
+from .capability import has_tensor_memory, is_narrow
 from .checks import check_capability, check_layer
 from .feature_maps import gpu_feature_map
 from .selectors import gpu_selector
@@ -46,7 +46,8 @@ class GpuLayer:
         fold_tile: Tokens that a state is folded by at a time.
         num_sms: Multiprocessors of the GPU.
         capability: Its compute capability.
-        shared_bytes: Shared memory that a thread block of it may have.
+        narrow: Whether its thread blocks have little shared memory.
+        tensor_memory: Whether it sums matrix products in tensor memory.
         dependent: Whether kernels are launched while the ones before them still run.
         launch_early: What a dependent launch is given.
 
@@ -82,7 +83,7 @@ class GpuLayer:
             self.capability = torch.cuda.get_device_capability(self.device)
             self.dependent = self.capability[0] >= 9
         check_capability(self.capability)
-        self.shared_bytes = shared_bytes(self.capability)
+        self.narrow, self.tensor_memory = is_narrow(self.capability), has_tensor_memory(self.capability)
         self.launch_early = {"launch_pdl": True} if self.dependent else {}
 
     def _weight(self, x: torch.Tensor) -> torch.Tensor:

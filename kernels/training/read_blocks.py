@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpu.capability import shared_bytes
+from ..gpu.capability import is_narrow
 
 TILE = 128
 SMALL_TILE = 64
@@ -105,7 +105,7 @@ def _sum_outer(
 
 
 def _constants(d: int, e: int, device: torch.device) -> dict[str, Any]:
-    small = device.type != "cpu" and shared_bytes(torch.cuda.get_device_capability(device)) < 128 << 10
+    small = device.type != "cpu" and is_narrow(torch.cuda.get_device_capability(device))
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     padded = {"DP": max(16, triton.next_power_of_2(d)), "EP": max(16, triton.next_power_of_2(e))}
     warps = 4 if max(d, e) <= 64 else 8  # registers

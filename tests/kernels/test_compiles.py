@@ -19,7 +19,6 @@ from triton_cases import limits
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.kernels.gpu import attention
-from spla_backend.kernels.gpu.capability import shared_bytes
 from spla_backend.kernels.gpu.checks import check_capability
 from spla_backend.kernels.gpu.decode.fused import (
     SCORED_GROUP,
@@ -67,7 +66,6 @@ def test_every_kernel_compiles_and_fits(arch: int, tmp_path: Path) -> None:
     files = (ROOT / "kernels").rglob("*.py")  # kernels of check_selector.py are no step of an engine
     source = "".join(path.read_text() for path in files if path.name != "check_selector.py")
     assert set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)) < {launch["kernel"] for launch in launches}
-    assert max(launch["code"]["shared"] for launch in launches) <= shared_bytes(divmod(arch, 10))
     if arch == 90:
         result["launches"]["main: decode 8 rows"][0]["code"] |= {"digest": "0", "registers": 255}
         changed.write_text(json.dumps(result))
@@ -184,12 +182,9 @@ def test_fused_launch_compiles_for_hopper(case: Fused, tmp_path: Path) -> None:
 # Refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("capability", "kib"), [((8, 0), 163), ((8, 9), 99), ((9, 0), 227), ((10, 0), 227), ((12, 1), 99)]
-)
-def test_gpus_that_are_taken(capability: tuple[int, int], kib: int) -> None:
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)])
+def test_gpus_that_are_taken(capability: tuple[int, int]) -> None:
     check_capability(capability)
-    assert shared_bytes(capability) == kib << 10
 
 
 def test_an_older_gpu_is_refused() -> None:
