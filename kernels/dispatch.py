@@ -44,11 +44,12 @@ def check_cuda(
     max_query_len: int,
     max_model_len: int,
     executor: str,
+    capability: tuple[int, int] | None,
 ) -> None:
     """Refuse what the kernels of a GPU do not compute, before there is a device to make them on; see `gpu/checks.py`.
 
     Raises:
-        ValueError: These parameters, by name.
+        ValueError: These parameters, or this GPU, by name.
     """
     from .gpu.checks import check_options
 
@@ -61,6 +62,7 @@ def check_cuda(
         max_query_len=max_query_len,
         max_model_len=max_model_len,
         executor=executor,
+        capability=capability,
     )
 
 

@@ -11,6 +11,7 @@ from ...algorithm.combine import rms_norm
 from ...algorithm.parameters import SplaParameters
 from ...algorithm.selectors import get_selector
 from ..interface import Layer, Limits, Plan, Pool, Step
+from .checks import refuse_what_does_not_fit
 from .decode.steps import DecodeSteps
 from .dense import attend_densely
 from .layer import GpuLayer
@@ -71,8 +72,9 @@ class GpuAttention:
         self.update_cache = store.update_cache
         self.steps = DecodeSteps(self.layer, limits, executor=executor)
         self.passes = PrefillPasses(self.layer, limits)
-        for part in (store, self.steps, self.passes):
-            part.warm_up()
+        with refuse_what_does_not_fit(layer.head_size, self.layer.capability):
+            for part in (store, self.steps, self.passes):
+                part.warm_up()
 
     @property
     def prefill_dense_below(self) -> int:

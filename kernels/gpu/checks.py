@@ -1,13 +1,17 @@
 """Every case that the kernels of a GPU refuse, each with one sentence."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from ...algorithm.parameters import SplaParameters
 from ...algorithm.selectors import get_selector
 from ...algorithm.sketch import FINE_SOURCES, num_chunks
 from ...algorithm.statistics_format import MAX_COUNT, STATISTICS_DTYPES
+from .capability import LEAST
 from .feature_maps import gpu_feature_map
 from .residual import RESIDUAL_CODES
 from .selectors import gpu_selector
@@ -28,6 +32,7 @@ def check_options(
     max_query_len: int,
     max_model_len: int,
     executor: str,
+    capability: tuple[int, int] | None,
 ) -> None:
     """Refuse options before there is a device to make kernels on.
 
@@ -40,10 +45,13 @@ def check_options(
         max_query_len: The most query tokens of a decode row.
         max_model_len: The most tokens of a sequence.
         executor: What attends to the selected pages, see `SplaOptions`.
+        capability: Compute capability of the GPU; None where nobody could say.
 
     Raises:
-        ValueError: These parameters, by name.
+        ValueError: These parameters, or this GPU, by name.
     """
+    if capability is not None:
+        check_capability(capability)
     try:
         check_layer(params, num_heads, num_kv_heads, head_size, cache_dtype)
         check_decode(params, head_size, max_query_len, max_model_len, executor)
@@ -54,6 +62,36 @@ def check_options(
             f"SPLA's residual 'linear' has no prefill on a GPU for heads of {head_size}, its matrices exceed shared "
             "memory: choose residual 'regression' or 'none'"
         )
+
+
+def check_capability(capability: tuple[int, int]) -> None:
+    """Raises:
+    ValueError: A GPU that the kernels do not run on.
+    """
+    if capability < LEAST:
+        raise ValueError(
+            f"SPLA has no kernels for a GPU of compute capability {'.'.join(map(str, capability))}, which has no "
+            f"bfloat16 on tensor cores: use a GPU of {'.'.join(map(str, LEAST))} (Ampere) or later, or remove "
+            "--attention-backend spla"
+        )
+
+
+@contextmanager
+def refuse_what_does_not_fit(head_size: int, capability: tuple[int, int]) -> Iterator[None]:
+    """Around the warm-up of a layer, where its kernels are loaded for the first time.
+
+    Raises:
+        ValueError: A kernel needs more of the GPU than a thread block may have. Launch shapes are such that what
+            `tests/kernels/test_compiles.py` compiles does not.
+    """
+    try:
+        yield
+    except OutOfResources as error:
+        raise ValueError(
+            f"SPLA's kernels for heads of {head_size} and these options do not fit on a GPU of compute capability "
+            f"{'.'.join(map(str, capability))}, one needs {error.required} of {error.name} and gets {error.limit}: "
+            "choose other SPLA options (the defaults need least), or remove --attention-backend spla"
+        ) from None
 
 
 def check_layer(

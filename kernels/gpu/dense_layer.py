@@ -8,6 +8,7 @@ import torch
 
 from ...algorithm.parameters import SplaParameters
 from ..interface import Layer, Limits, Plan, Step
+from .checks import refuse_what_does_not_fit
 from .dense import DenseRows, attend_densely
 from .layer import GpuLayer
 from .store import Store
@@ -43,7 +44,8 @@ class GpuDenseAttention:
         self.prefill_dense_below = self._max_model_len = limits.max_model_len
         store = Store(self.layer)
         self.update_cache = store.update_cache
-        store.warm_up()
+        with refuse_what_does_not_fit(layer.head_size, self.layer.capability):
+            store.warm_up()
 
     def plan(self, step: Step) -> DensePlan:
         """See `PagedAttention.plan`."""

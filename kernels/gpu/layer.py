@@ -9,13 +9,15 @@ from ...algorithm.parameters import SplaParameters
 from ...algorithm.selectors import get_selector
 from ..interface import Layer, Pool
 from ..layout import layouts
-from .checks import check_layer
+from .capability import has_tensor_memory, is_narrow
+from .checks import check_capability, check_layer
 from .feature_maps import gpu_feature_map
 from .selectors import gpu_selector
 
 INTERPRETED_SMS = 132
-"""Multiprocessors that launch shapes are made for where kernels are interpreted: those of an H200, so that a machine
-without a GPU tests the launches that were measured."""
+INTERPRETED_CAPABILITY = (9, 0)
+"""Multiprocessors and compute capability that launch shapes are made for where kernels are interpreted: those of an
+H200, so that a machine without a GPU tests the launches that were measured."""
 
 
 class GpuLayer:
@@ -43,6 +45,9 @@ class GpuLayer:
         group_p: `group`, padded to a power of two.
         fold_tile: Tokens that a state is folded by at a time.
         num_sms: Multiprocessors of the GPU.
+        capability: Its compute capability.
+        narrow: Whether its thread blocks have little shared memory.
+        tensor_memory: Whether it sums matrix products in tensor memory.
         dependent: Whether kernels are launched while the ones before them still run.
         launch_early: What a dependent launch is given.
 
@@ -72,10 +77,13 @@ class GpuLayer:
         self.dp = triton.next_power_of_2(layer.head_size)
         self.group_p = triton.next_power_of_2(self.group)
         self.fold_tile = min(64, params.page_size & -params.page_size)
-        self.num_sms, self.dependent = INTERPRETED_SMS, False
+        self.num_sms, self.capability, self.dependent = INTERPRETED_SMS, INTERPRETED_CAPABILITY, False
         if self.device.type == "cuda":
             self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-            self.dependent = torch.cuda.get_device_capability(self.device)[0] >= 9
+            self.capability = torch.cuda.get_device_capability(self.device)
+            self.dependent = self.capability[0] >= 9
+        check_capability(self.capability)
+        self.narrow, self.tensor_memory = is_narrow(self.capability), has_tensor_memory(self.capability)
         self.launch_early = {"launch_pdl": True} if self.dependent else {}
 
     def _weight(self, x: torch.Tensor) -> torch.Tensor:

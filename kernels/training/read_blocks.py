@@ -16,8 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpu.capability import is_narrow
+
 TILE = 128
-"""Queries at a time."""
+SMALL_TILE = 64
+"""Queries at a time; the second where one block's sums of `MOST` leave no room for more in shared memory."""
 MOST = 128
 """The most features, and elements of a value, of which a block's sums fit registers."""
 
@@ -101,19 +104,22 @@ def _sum_outer(
     )
 
 
-def _constants(d: int, e: int) -> dict[str, Any]:
+def _constants(d: int, e: int, device: torch.device) -> dict[str, Any]:
+    small = device.type != "cpu" and is_narrow(torch.cuda.get_device_capability(device))
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     padded = {"DP": max(16, triton.next_power_of_2(d)), "EP": max(16, triton.next_power_of_2(e))}
     warps = 4 if max(d, e) <= 64 else 8  # registers
-    return {"D": d, "E": e, **padded, "TILE": TILE, "PRECISION": precision, "num_warps": warps, "num_stages": 2}
+    tile = SMALL_TILE if small else TILE
+    return {"D": d, "E": e, **padded, "TILE": tile, "PRECISION": precision, "num_warps": warps, "num_stages": 2}
 
 
 def _launch_read(q: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     rows, n, d = q.shape
     blocks, e = s.shape[1], s.shape[3]
     out = torch.empty(rows, n, e, dtype=q.dtype, device=q.device)
+    constants = _constants(d, e, q.device)
     with torch.cuda.device_of(q):
-        _read[(triton.cdiv(n, TILE), rows)](
+        _read[(triton.cdiv(n, constants["TILE"]), rows)](
             q_ptr=q,
             s_ptr=s,
             chosen_ptr=chosen,
@@ -124,7 +130,7 @@ def _launch_read(q: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor) -> torc
             s_block_stride=s.stride(1),
             s_d_stride=s.stride(2),
             s_e_stride=s.stride(3),
-            **_constants(d, e),
+            **constants,
         )
     return out
 
@@ -153,7 +159,7 @@ class _ReadChosenSums(torch.autograd.Function):
                     out_ptr=for_s,
                     n_queries=q.shape[1],
                     n_blocks=blocks,
-                    **_constants(d, e),
+                    **_constants(d, e, q.device),
                 )
         return for_q, for_s, None
 

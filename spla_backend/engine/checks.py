@@ -247,11 +247,17 @@ def check_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
     from ..kernels import dispatch
 
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    if not current_platform.is_cuda():
+    if current_platform.is_cpu():
         dispatch.check_cpu(options.executor)
         return
+    if not current_platform.is_cuda():
+        raise ValueError(
+            f"SPLA has kernels for NVIDIA GPUs and for CPUs, none that were tried on {current_platform.device_name}: "
+            "remove --attention-backend spla"
+        )
     if model is None:
         return
+    capability = current_platform.get_device_capability()
     dispatch.check_cuda(
         options.parameters(cache.block_size),
         num_heads=model.get_num_attention_heads(parallel),
@@ -261,6 +267,7 @@ def check_kernels(vllm_config: "VllmConfig", options: SplaOptions) -> None:
         max_query_len=max_decode_query_len(vllm_config),
         max_model_len=model.max_model_len,
         executor=options.executor,
+        capability=None if capability is None else (capability.major, capability.minor),
     )
 
 

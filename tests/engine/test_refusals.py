@@ -118,6 +118,39 @@ def test_layer(field, value, message):
         refuse_layer(Namespace(**{**layer, field: value}))
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "message"),
+    [
+        (
+            "rocm",
+            (9, 4),
+            "SPLA has kernels for NVIDIA GPUs and for CPUs, none that were tried on rocm: remove --attention",
+        ),
+        ("cuda", (7, 5), r"SPLA has no kernels for a GPU of compute capability 7\.5, which .*: use a GPU of 8\.0"),
+    ],
+)
+def test_devices(tiny_llama, monkeypatch, name, capability, message):
+    """Before any process is started on them."""
+    from types import SimpleNamespace as Namespace
+
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms.interface import DeviceCapability
+
+    from spla_backend.engine.checks import check_kernels, resolve_options
+
+    config = EngineArgs(str(tiny_llama), attention_backend="spla").create_engine_config()
+    check_kernels(config, resolve_options(config))
+    platform = Namespace(
+        device_name=name,
+        is_cpu=lambda: False,
+        is_cuda=lambda: name == "cuda",
+        get_device_capability=lambda: DeviceCapability(*capability),
+    )
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+    with pytest.raises(ValueError, match=message):
+        check_kernels(config, resolve_options(config))
+
+
 def test_untested_vllm(tiny_llama, start, monkeypatch):
     import vllm
 

@@ -9,7 +9,7 @@ from triton_cases import SELECTORS, Batch, each_selector, limits, make_batch, re
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import apply_feature_map, key_features, recurrent_state, spla_token
 from spla_backend.kernels.gpu.layer import GpuLayer
-from spla_backend.kernels.gpu.prefill.passes import PrefillPasses, PrefillTuning
+from spla_backend.kernels.gpu.prefill.passes import NARROW, PrefillPasses, PrefillTuning
 from spla_backend.kernels.interface import Layer
 from spla_backend.kernels.layout import STATE_MAGIC
 
@@ -432,6 +432,12 @@ def test_states_of_chunks_and_cached_prefixes(splits: int) -> None:
     assert torch.equal(batch.kv_cache[blocks[1]].view(torch.int16), kept[blocks[1]].view(torch.int16))
     fold(batch, [150, 131, 40, 97], splits)  # fewer pages than the state covers
     check_states(batch, [150, 131, 40, 97])
+
+
+@pytest.mark.parametrize("more", [{}, {"selector": "km2-rem"}, {"residual": "linear", "combine": "double_rmsnorm"}])
+def test_launch_shapes_for_less_shared_memory(more: dict) -> None:
+    batch = case(SplaParameters(16, 16, 5, **more), [330])
+    check(batch, [(250, 330)], 3e-3, sample=7, tuning=NARROW)
 
 
 def test_splits_fill_the_device_once() -> None:

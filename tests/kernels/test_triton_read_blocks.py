@@ -10,7 +10,7 @@ from spla_backend import training
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.residual import make_residual
 from spla_backend.algorithm.sequence import spla_attention
-from spla_backend.kernels.training.read_blocks import read_chosen_sums
+from spla_backend.kernels.training.read_blocks import SMALL_TILE, TILE, read_chosen_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 READERS = {torch.float32: read_chosen_sums, torch.float64: None}
@@ -23,9 +23,13 @@ def check(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("residual", ["regression", "linear"])
-@pytest.mark.parametrize(("d", "queries", "blocks"), [(64, 300, 5), (24, 128, 3), (128, 90, 2)])
-def test_reads_as_the_plain_form(residual, d, queries, blocks):
+@pytest.mark.parametrize(
+    ("d", "queries", "blocks", "tile"),
+    [(64, 300, 5, TILE), (24, 128, 3, TILE), (128, 90, 2, TILE), (64, 300, 5, SMALL_TILE)],
+)
+def test_reads_as_the_plain_form(monkeypatch, residual, d, queries, blocks, tile):
     """Some tiles read nothing of a block, some queries nothing at all."""
+    monkeypatch.setattr("spla_backend.kernels.training.read_blocks.TILE", tile)
     generator = torch.Generator().manual_seed(d)
     q, keys, values = (
         torch.randn(*shape, d, generator=generator) for shape in ((2, queries), (2, blocks, 16), (2, blocks, 16))

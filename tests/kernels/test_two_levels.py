@@ -308,7 +308,7 @@ def test_refusals_name_the_cause(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_options(
             SplaParameters(**values), num_kv_heads=2, head_size=128, cache_dtype=torch.bfloat16,
-            max_query_len=1, max_model_len=8192, **more,
+            max_query_len=1, max_model_len=8192, capability=(9, 0), **more,
         )  # fmt: skip
 
 

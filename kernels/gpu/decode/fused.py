@@ -10,6 +10,7 @@ computes the same (`reference.spla_token`); the source says how, and what its fl
 import ctypes
 import functools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -320,25 +321,39 @@ class FusedDecode:
         module.decode(arguments, (blocks, self.num_kv_heads, num_rows), self.shared_bytes(blocks))
 
 
+def compile_source(defines: Iterable[tuple[str, Any]], capability: tuple[int, int]) -> bytes:
+    """The source as machine code (a cubin), for a GPU that need not be there.
+
+    Args:
+        defines: Names and values of macros, see `FusedDecode.defines`.
+        capability: Compute capability of the GPU.
+
+    Raises:
+        RuntimeError: It does not compile.
+    """
+    from cuda.bindings import nvrtc
+
+    major, minor = capability
+    options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major == 9 else ''}", "--std=c++17"]
+    options.append("--generate-line-info")  # for profilers
+    options.append("--device-as-default-execution-space")  # for `constexpr` functions
+    options += [f"-D{name}={value}" for name, value in defines]
+    program = _checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if int(error) != 0:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{SOURCE.name} does not compile:\n{log.decode()}")
+    cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    return cubin
+
+
 class Module:
     """The source, compiled for this process's GPU."""
 
     def __init__(self, defines: tuple[tuple[str, Any], ...]) -> None:
-        from cuda.bindings import nvrtc
-
-        major, minor = torch.cuda.get_device_capability()
-        options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major == 9 else ''}", "--std=c++17"]
-        options.append("--generate-line-info")  # for profilers
-        options.append("--device-as-default-execution-space")  # for `constexpr` functions
-        options += [f"-D{name}={value}" for name, value in defines]
-        program = _checked(nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], []))
-        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-        if int(error) != 0:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-            _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"{SOURCE.name} does not compile:\n{log.decode()}")
-        cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+        cubin = compile_source(defines, torch.cuda.get_device_capability())
         torch.cuda.current_stream()  # the context exists
         self._module = _checked(_driver().cuModuleLoadData(cubin))
         self._decode = self._function(b"spla_fused_decode")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ...interface import Limits
 from ...layout import STATE_MAGIC
+from ..capability import HOPPER
 from ..checks import check_decode
 from ..layer import GpuLayer
 from ..state import fold_slice
@@ -208,7 +209,8 @@ class DecodeSteps:
         self.flashinfer = FlashInferDecode.shared(layer, self.page_table) if executor == "flashinfer" else None
         self.fused: FusedDecode | None = None
         refused = refusal(params, group=layer.group, head_size=layer.head_size, cache_dtype=layer.cache_dtype)
-        if executor == "spla" and layer.dependent and tuning is None and refused is None:
+        on_hopper = layer.device.type == "cuda" and layer.capability[0] == HOPPER
+        if executor == "spla" and on_hopper and tuning is None and refused is None:
             self.fused = FusedDecode(layer, limits.max_model_len)
             self.fused.prepare(limits.max_num_rows)
 

@@ -123,6 +123,7 @@ def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len:
         score_splits,
         attend_splits,
         chunk=chunk,
+        score_stages=2 if layer.narrow and not (few_columns and layer.dp <= 128) else Tuning.score_stages,
         tile=tile,
         mass_splits=min(8, _power(64 / pairs)),
         select_warps=_select_warps(min(sizes.units_p * layer.group_p, SELECT_ELEMENTS)),

@@ -150,6 +150,8 @@ SMALL = PrefillTuning(
     small_merge_stages=3,
 )
 """Where the others do not fit into shared memory: large heads, and `linear`, whose merge reads two matrices."""
+NARROW = replace(SMALL, share_chunk=16, fold_slice=64, fold_stages=2)
+"""Where thread blocks have less of it (`capability.is_narrow`). It was compiled for such GPUs, not measured on them."""
 
 
 def _round_up(units: int) -> int:
@@ -191,11 +193,13 @@ class PrefillPasses:
         self.layer, self.device = layer, layer.device
         max_num_tokens, max_num_rows = limits.max_num_tokens, limits.max_num_rows
         params, d = layer.params, layer.head_size
-        small = d > 128 or params.residual == "linear"
+        small = d > 128 or params.residual == "linear" or layer.narrow
         if tuning is None:
-            tuning = SMALL if small else PrefillTuning()
+            tuning = NARROW if layer.narrow else SMALL if small else PrefillTuning()
+            if layer.tensor_memory and d > 128:
+                tuning = replace(tuning, fold_slice=64)
             if layer.selector.sets_per_block > 1:
-                tuning = replace(tuning, normalise_chunk=32)
+                tuning = replace(tuning, normalise_chunk=16 if layer.narrow and d > 128 else 32)
             elif layer.page_layout.fp8_statistics and not small:
                 # Bytes pass through registers before a matrix product; a tile of few rows has registers for more.
                 if min(32, params.selection_block & -params.selection_block) * layer.group_p <= 64:
