@@ -114,6 +114,7 @@ class _Layer:
         equal = (got == expected).all(-1)
         counts = self.alone.counts
         counts["outputs_compared"] += equal.numel()
+        counts["outputs_beyond_the_budget"] += int((positions >= self.op.params.budget_tokens).sum()) * NUM_HEADS
         counts["outputs_bit_equal"] += int(equal.sum())
         error = self._error(got, expected)  # [n, H]
         if self.op.params.residual == "none":

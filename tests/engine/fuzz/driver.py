@@ -79,6 +79,7 @@ class Run:
             raise WrongAnswer(f"leak: {leak}")
         self.counts += self.world.poison.counts + self.world.heirs.counts
         self.counts["worlds"] += 1
+        self.counts[f"worlds_with_states_of_{self.world.num_state_blocks}_blocks"] += 1
 
     def _step(self, draw: random.Random, open_to_requests: bool) -> None:
         settings, scheduler, counts = self.settings, self.scheduler, self.counts

@@ -3,7 +3,6 @@
 import random
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +45,21 @@ class Sequence:
 
 
 @dataclass
+class Row:
+    """What a step computes of a request: positions `start .. end - 1`."""
+
+    name: str
+    sequence: Sequence
+    start: int
+    end: int
+    known: int  # tokens that are known; those behind them are drafts
+    bound: int  # what the scheduler takes for the end: with asynchronous scheduling, as if no draft were ever rejected
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+@dataclass
 class Computed:
     """What steps computed of a sequence, to be checked."""
 
@@ -66,7 +80,7 @@ class Worker:
         self.vectors = Vectors(seed, settings.head_size, world.dtype)
         self.sequences: dict[str, Sequence] = {}
         self.unchecked: list[Computed] = []
-        self._width = -(-settings.max_model_len // settings.page_size)
+        self._width = max(-(-settings.max_model_len // settings.page_size), world.num_state_blocks)
 
     # The batch --------------------------------------------------------------------------------------------------
 
@@ -158,59 +172,55 @@ class Worker:
             end = start + count
             if end > len(sequence.hashes) or (drafts and end != len(sequence.hashes)):
                 raise WrongAnswer(f"{name} has {len(sequence.hashes)} tokens, and {start} to {end} are scheduled")
-            rows.append((name, sequence, start, end, known, begins[name] + count))
-        outputs = self._attend(rows, scheduled)
+            rows.append(Row(name, sequence, start, end, known, begins[name] + count))
+        outputs = self._attend(rows)
         sampled = self._sample(rows, outputs, step)
         return ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled)
 
-    def _attend(self, rows: list[tuple[Any, ...]], scheduled: SchedulerOutput) -> torch.Tensor:
+    def _attend(self, rows: list[Row]) -> torch.Tensor:
         """`[tokens, layers, H, d]`."""
         world, size = self.world, self.world.settings.page_size
-        lens = np.array([end - start for _, _, start, end, *_ in rows])
-        tables = [np.zeros((len(rows), self._width), np.int32) for _ in world.groups]
-        slots, hashes = [], []
-        for i, (_, sequence, start, end, *_) in enumerate(rows):
-            for group, ids in enumerate(sequence.blocks):
+        num_tokens = sum(map(len, rows))
+        padding = int(num_tokens % 3 == 0)  # rows of none, as behind those of a CUDA graph
+        tables = [np.zeros((len(rows) + padding, self._width), np.int32) for _ in world.groups]
+        slots = []
+        for i, row in enumerate(rows):
+            for group, ids in enumerate(row.sequence.blocks):
                 tables[group][i, : len(ids)] = ids
-            positions = np.arange(start, end)
-            slots.append(tables[world.of_pages][i, positions // size].astype(np.int64) * size + positions % size)
-            hashes.append(sequence.hashes[start:end])
+            page, offset = np.divmod(np.arange(row.start, row.end), size)
+            slots.append(tables[world.of_pages][i, page].astype(np.int64) * size + offset)
         self._check_ownership(rows, tables, slots)
-        padding = int(scheduled.total_num_scheduled_tokens) % 3 == 0  # rows of none, as behind a CUDA graph's
-        starts = torch.tensor([0, *lens.cumsum(), *[lens.sum()] * padding], dtype=torch.int32)
-        tables = [np.concatenate([table, np.zeros((int(padding), self._width), np.int32)]) for table in tables]
-        none = [0] * padding
-        prompts = [start < sequence.num_prompt for _, sequence, start, *_ in rows]
         slot_mapping = torch.from_numpy(np.concatenate(slots))
+        hashes = np.concatenate([row.sequence.hashes[row.start : row.end] for row in rows])
+        none = [0] * padding
+        starts = torch.tensor([0, *map(len, rows), *none]).cumsum(0).int()
         metadata = {}
-        for group, (layer_names, builder) in enumerate(world.groups):
+        for (layer_names, builder), table in zip(world.groups, tables, strict=True):
             common = CommonAttentionMetadata(
                 query_start_loc=starts,
                 query_start_loc_cpu=starts,
-                seq_lens=torch.tensor([*[row[3] for row in rows], *none], dtype=torch.int32),
+                seq_lens=torch.tensor([*[row.end for row in rows], *none], dtype=torch.int32),
                 num_reqs=len(rows) + padding,
-                num_actual_tokens=int(lens.sum()),
-                max_query_len=int(lens.max()),
-                max_seq_len=max(row[5] for row in rows),
-                block_table_tensor=torch.from_numpy(tables[group]),
+                num_actual_tokens=num_tokens,
+                max_query_len=max(map(len, rows)),
+                max_seq_len=max(row.bound for row in rows),
+                block_table_tensor=torch.from_numpy(table),
                 slot_mapping=slot_mapping,
-                is_prefilling=torch.tensor([*prompts, *[False] * padding]),
-                seq_lens_cpu_upper_bound=torch.tensor([*[row[5] for row in rows], *none], dtype=torch.int32),
+                is_prefilling=torch.tensor([*[row.start < row.sequence.num_prompt for row in rows], *none]).bool(),
+                seq_lens_cpu_upper_bound=torch.tensor([*[row.bound for row in rows], *none], dtype=torch.int32),
             )
-            built = builder.build(0, common)
-            metadata.update(dict.fromkeys(layer_names, built))
-        together = np.concatenate(hashes)
+            metadata.update(dict.fromkeys(layer_names, builder.build(0, common)))
         outputs = []
         with set_forward_context(metadata, world.config):
             for index, layer in enumerate(world.layers):
-                query, key, value = self.vectors.of(together, index)
+                query, key, value = self.vectors.of(hashes, index)
                 out = torch.full(query.shape, torch.nan, dtype=query.dtype)
                 layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slot_mapping)
                 layer.impl.forward(layer, query, key, value, layer.kv_cache, metadata[layer.layer_name], out)
                 outputs.append(out)
         return torch.stack(outputs, 1)
 
-    def _check_ownership(self, rows: list[Any], tables: list[np.ndarray], slots: list[np.ndarray]) -> None:
+    def _check_ownership(self, rows: list[Row], tables: list[np.ndarray], slots: list[np.ndarray]) -> None:
         """Nobody else holds what a row writes: pages of its new tokens, and its state."""
         world = self.world
         blocks = world.scheduler.kv_cache_manager.block_pool.blocks
@@ -219,66 +229,68 @@ class Worker:
             if world.of_states is not None:
                 state = tables[world.of_states][i, : world.num_state_blocks].tolist()
                 if len(set(state)) < world.num_state_blocks or mine & set(state):
-                    raise WrongAnswer(f"{rows[i][0]} has the state blocks {state} and writes to pages {mine}")
+                    raise WrongAnswer(f"{rows[i].name} has the state blocks {state} and writes to pages {mine}")
                 if any(blocks[b].ref_cnt != 1 for b in state):
-                    raise WrongAnswer(f"{rows[i][0]} does not hold its state blocks {state} alone")
+                    raise WrongAnswer(f"{rows[i].name} does not hold its state blocks {state} alone")
                 mine |= set(state)
             if any(b == 0 or blocks[b].ref_cnt == 0 for b in mine):
-                raise WrongAnswer(f"{rows[i][0]} writes to blocks {mine}, which it does not hold")
+                raise WrongAnswer(f"{rows[i].name} writes to blocks {mine}, which it does not hold")
             # vLLM lets a request find pages that another one of the same step is about to fill.
             self.counts["pages_found_while_written"] += sum(blocks[b].ref_cnt > 1 for b in mine)
             if any(mine & other for other in written[:i]):
-                raise WrongAnswer(f"{rows[i][0]} writes where another row of the step does")
+                raise WrongAnswer(f"{rows[i].name} writes where another row of the step does")
 
     # What follows -----------------------------------------------------------------------------------------------
 
-    def _sample(self, rows: list[Any], outputs: torch.Tensor, step: int) -> list[list[int]]:
-        counts, sampled, first = self.counts, [], 0
-        threshold = 1 + self.world.settings.num_drafts
-        limit = self.world.settings.max_model_len
+    def _sample(self, rows: list[Row], outputs: torch.Tensor, step: int) -> list[list[int]]:
+        """What follows each row, if it is not a chunk; drafts are accepted up to the first that is not what is sampled.
+        What was computed is kept to be checked."""
+        sampled = []
         behind_prompt = False
-        for name, sequence, start, end, known, _ in rows:
-            out = outputs[first : first + end - start]
-            first += end - start
-            if not bool(out.isfinite().all()):
-                bad = (~out.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-                raise WrongAnswer(f"{name}: outputs of positions {[start + i for i in bad]} are not finite")
-            behind_prompt |= end - start > threshold
-            counts["tokens"] += end - start
-            counts["prefill_rows" if end - start > threshold else "decode_rows"] += 1
-            drafts = sequence.hashes.tokens[known:]
+        for row, out in zip(rows, outputs.split([len(row) for row in rows]), strict=True):
+            finite = out.isfinite().flatten(1).all(1)
+            if not bool(finite.all()):
+                bad = [row.start + i for i in (~finite).nonzero().flatten().tolist()]
+                raise WrongAnswer(f"{row.name}: outputs of positions {bad} are not finite")
+            is_long = len(row) > 1 + self.world.settings.num_drafts
+            behind_prompt |= is_long
+            as_prompt = behind_prompt and len(row) > 1  # one token is a decode row wherever it stands
+            sequence = row.sequence
+            drafts = sequence.hashes.tokens[row.known :]
             accepted = 0
-            while accepted < len(drafts) and drafts[accepted] == sequence.token(known + accepted):
+            while accepted < len(drafts) and drafts[accepted] == sequence.token(row.known + accepted):
                 accepted += 1
-            stop = min(end, known + accepted)
-            as_prompt = behind_prompt and end - start > 1  # alone, a token is a decode row wherever it stands
-            if stop < end:
-                self.unchecked.append(
-                    Computed(
-                        f"drafts of {name}",
-                        sequence.hashes.tokens[:end],
-                        np.arange(stop, end),
-                        out[stop - start :],
-                        np.full(end - stop, step),
-                        np.full(end - stop, as_prompt),
-                    )
-                )
-            counts["drafts"] += len(drafts)
-            counts["rejected_drafts"] += len(drafts) - accepted
-            counts["verification_rows"] += bool(drafts)
-            sequence.hashes.cut(known + accepted)
-            if bool((sequence.steps[start:stop] >= 0).any()):
-                raise WrongAnswer(f"{name}: positions of {start} to {stop} are computed again")
-            sequence.outputs[start:stop] = out[: stop - start]
-            sequence.steps[start:stop] = step
-            sequence.as_prompt[start:stop] = as_prompt
-            if end < known:  # a chunk of a prompt
-                counts["chunks"] += 1
+            self._keep(row, min(row.end, row.known + accepted), out, step, as_prompt)
+            sequence.hashes.cut(row.known + accepted)
+            if row.end < row.known:
                 sampled.append([])
-                continue
-            new = [*drafts[:accepted], sequence.token(known + accepted)]
-            sequence.hashes.extend(new[-1:])
-            if len(sequence.hashes) > limit:
-                sequence.hashes.cut(limit)
-            sampled.append(new)
+            else:
+                sampled.append([*drafts[:accepted], sequence.token(row.known + accepted)])
+                if len(sequence.hashes) < self.world.settings.max_model_len:
+                    sequence.hashes.extend(sampled[-1][-1:])
+            self.counts["tokens"] += len(row)
+            self.counts["prefill_rows" if is_long else "decode_rows"] += 1
+            self.counts["chunks"] += row.end < row.known
+            self.counts["verification_rows"] += bool(drafts)
+            self.counts["drafts"] += len(drafts)
+            self.counts["rejected_drafts"] += len(drafts) - accepted
         return sampled
+
+    def _keep(self, row: Row, stop: int, out: torch.Tensor, step: int, as_prompt: bool) -> None:
+        """Outputs up to `stop` with the sequence; those of drafts that were rejected by themselves."""
+        sequence, num_kept, num_rejected = row.sequence, stop - row.start, row.end - stop
+        if num_rejected:
+            self.unchecked.append(
+                Computed(
+                    f"drafts of {row.name}",
+                    sequence.hashes.tokens[: row.end],
+                    np.arange(stop, row.end),
+                    out[num_kept:],
+                    np.full(num_rejected, step),
+                    np.full(num_rejected, as_prompt),
+                )
+            )
+        kept = slice(row.start, stop)
+        if (sequence.steps[kept] >= 0).any():
+            raise WrongAnswer(f"{row.name}: positions of {row.start} to {stop} are computed twice")
+        sequence.outputs[kept], sequence.steps[kept], sequence.as_prompt[kept] = out[:num_kept], step, as_prompt
