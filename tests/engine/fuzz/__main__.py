@@ -1,6 +1,7 @@
 """Run worlds until a number of steps or minutes is over: `python -m tests.engine.fuzz --seed 0 --minutes 10`."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -37,7 +38,8 @@ def main() -> int:
     failures: list[str] = []
     only = None if arguments.only is None else frozenset(arguments.only)
     begin, seed = time.monotonic(), arguments.seed
-    with tqdm(total=arguments.steps, unit="step") as bar:
+    # Ctrl-C ends it, too, and there is a report of the worlds before.
+    with tqdm(total=arguments.steps, unit="step") as bar, contextlib.suppress(KeyboardInterrupt):
         while counts["steps"] < arguments.steps and time.monotonic() - begin < 60 * arguments.minutes:
             of_world: Counter[str] = Counter()
             steps = min(arguments.world_steps, arguments.steps - counts["steps"])
