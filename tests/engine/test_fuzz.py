@@ -10,6 +10,7 @@ pytest.importorskip("vllm")
 from spla_backend.engine.state import RecurrentStateManager
 from spla_backend.kernels.cpu.vectorised import VectorisedAttention
 
+from .fuzz.alone import TOLERANCE
 from .fuzz.driver import Failure, run, shrink
 from .fuzz.settings import OPTIONS, Settings
 
@@ -35,6 +36,16 @@ def test_every_token_has_the_answer_that_it_has_alone():
         assert failure is None, f"\n{failure}"
     assert counts["worlds"] == len(OPTIONS)
     assert [event for event in EVENTS.split() if not counts[event]] == []
+
+
+def test_what_differs_by_rounding_is_no_failure(monkeypatch):
+    """Where no rounding is allowed, every output that is not bit for bit the same must be that of a query that differs
+    by rounding; nothing else is let pass, as the tests below show."""
+    monkeypatch.setitem(TOLERANCE, torch.float32, 1e-12)
+    counts: Counter[str] = Counter()
+    _, failure = run(SEEDS[list(OPTIONS).index("top-p")], 5, counts)
+    assert failure is None, f"\n{failure}"
+    assert counts["near_ties"] > 0
 
 
 def first_failure(steps: int) -> Failure:

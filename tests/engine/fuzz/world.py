@@ -41,9 +41,9 @@ from .tokens import VOCABULARY
 
 
 @functools.cache
-def _model_folder(num_layers: int, head_size: int) -> str:
-    """A folder with the configuration of a model that nobody loads."""
-    folder = Path(tempfile.mkdtemp(prefix="spla-fuzz-"))
+def _model_folder(num_layers: int, head_size: int) -> tempfile.TemporaryDirectory:
+    """A folder with the configuration of a model that nobody loads; it goes when the process does."""
+    folder = tempfile.TemporaryDirectory(prefix="spla-fuzz-")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -57,15 +57,15 @@ def _model_folder(num_layers: int, head_size: int) -> str:
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
+    (Path(folder.name) / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def _vllm_config(settings: Settings) -> VllmConfig:
     load_general_plugins()
     drafts = {"method": "ngram", "num_speculative_tokens": settings.num_drafts, "prompt_lookup_max": 3}
     arguments = {
-        "model": _model_folder(settings.num_layers, settings.head_size),
+        "model": _model_folder(settings.num_layers, settings.head_size).name,
         "skip_tokenizer_init": True,
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
