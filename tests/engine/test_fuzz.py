@@ -1,0 +1,91 @@
+"""A short run of the fuzzer, and faults that it finds. A long run: `python -m tests.engine.fuzz`."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from spla_backend.engine.state import RecurrentStateManager
+from spla_backend.kernels.cpu.vectorised import VectorisedAttention
+
+from .fuzz.alone import TOLERANCE
+from .fuzz.driver import Failure, run, shrink
+from .fuzz.settings import OPTIONS, Settings
+
+pytestmark = pytest.mark.engine
+
+# Of one world of each set of options, in float32 alone: code for another dtype takes half a minute to compile.
+SEEDS = [
+    next(seed for seed in range(1000) if (s := Settings.draw(seed)).options == name and s.dtype == "float32")
+    for name in OPTIONS
+]
+
+EVENTS = """
+    aborts arrivals chunks decode_rows drafts heirs outputs_against_reference outputs_compared poisoned_blocks
+    outputs_that_must_be_bit_equal preemptions prefill_rows prefix_hits rejected_drafts resets
+    resets_of_running_requests resumptions resumptions_with_prefix_hits verification_rows
+"""
+
+
+def test_every_token_has_the_answer_that_it_has_alone():
+    counts: Counter[str] = Counter()
+    for seed in SEEDS:
+        _, failure = run(seed, 60, counts)
+        assert failure is None, f"\n{failure}"
+    assert counts["worlds"] == len(OPTIONS)
+    assert [event for event in EVENTS.split() if not counts[event]] == []
+
+
+def test_what_differs_by_rounding_is_no_failure(monkeypatch):
+    """Where no rounding is allowed, every output that is not bit for bit the same must be that of a query that differs
+    by rounding; nothing else is let pass, as the tests below show."""
+    monkeypatch.setitem(TOLERANCE, torch.float32, 1e-12)
+    counts: Counter[str] = Counter()
+    _, failure = run(SEEDS[list(OPTIONS).index("top-p")], 5, counts)
+    assert failure is None, f"\n{failure}"
+    assert counts["near_ties"] > 0
+
+
+def first_failure(steps: int) -> Failure:
+    failures = (run(seed, steps, Counter())[1] for seed in SEEDS)
+    return next(failure for failure in failures if failure is not None)
+
+
+def test_stamps_that_do_not_name_the_content_are_found(monkeypatch):
+    """A request then takes another one's state for its own, whose pages had the same numbers."""
+    never = property(lambda self: 0, lambda self, value: None)
+    monkeypatch.setattr(VectorisedAttention, "_counter", never, raising=False)
+    assert "from what it is alone" in first_failure(60).message
+
+
+def test_statistics_of_a_rejected_draft_are_found(monkeypatch):
+    """Those of a page that is completed twice, first by a draft, are made once."""
+    original = VectorisedAttention._write_statistics
+
+    def once(self: VectorisedAttention, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
+        done = (self._stamp(kv_cache, pages)[:, 0, :2] == self._salt).all(-1)
+        if not done.all():
+            original(self, kv_cache, pages[~done])
+
+    monkeypatch.setattr(VectorisedAttention, "_write_statistics", once)
+    assert "from what it is alone" in first_failure(60).message
+
+
+def test_a_leak_is_found_and_made_small(monkeypatch):
+    """State blocks of every other request are not given back."""
+    original = RecurrentStateManager.pop_blocks_for_free
+
+    def leaky(self: RecurrentStateManager, request_id: str) -> list:
+        blocks = original(self, request_id)
+        return [] if int(request_id.split()[-1]) % 2 else blocks
+
+    monkeypatch.setattr(RecurrentStateManager, "pop_blocks_for_free", leaky)
+    failure = first_failure(10)
+    assert "leak: " in failure.message
+    smaller = shrink(failure)
+    assert "leak: " in smaller.message
+    assert smaller.only is not None and len(smaller.only) == 1
+    _, again = run(smaller.seed, smaller.steps, Counter(), smaller.only)
+    assert again == smaller
