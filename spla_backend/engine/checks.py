@@ -22,11 +22,15 @@ OPTIONS_OF_ONE_MODEL = ("dense_layers", "layer_budgets", "parameters_file")
 
 def is_chosen(vllm_config: "VllmConfig") -> bool:
     """Whether the user asked for SPLA, for the whole model, for some kind of layer or for a draft model."""
-    attention, speculative = vllm_config.attention_config, vllm_config.speculative_config
-    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-    if speculative is not None:
-        chosen.append(speculative.attention_backend)
-    return any(backend is backend_member() for backend in chosen)
+    speculative = vllm_config.speculative_config
+    for_draft = speculative is not None and speculative.attention_backend is backend_member()
+    return for_draft or is_chosen_for_model(vllm_config)
+
+
+def is_chosen_for_model(vllm_config: "VllmConfig") -> bool:
+    """Whether the user asked for SPLA for the model itself, or for some kind of its layers."""
+    attention = vllm_config.attention_config
+    return any(b is backend_member() for b in (attention.backend, *(attention.backend_per_kind or {}).values()))
 
 
 def _option_sources(vllm_config: "VllmConfig") -> tuple[Any, Any]:

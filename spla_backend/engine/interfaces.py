@@ -157,6 +157,18 @@ MEMORY = (
     "vllm.device_allocator.cumem:CuMemAllocator.use_memory_pool(tag)",
 )
 
+# What metrics need; without it they are off, and nothing else is.
+METRICS = (
+    "vllm.v1.metrics.loggers:AggregateStatLoggerBase.__init__(vllm_config, engine_indexes)",
+    "vllm.v1.metrics.loggers:AggregateStatLoggerBase.log()",
+    "vllm.v1.metrics.loggers:AggregateStatLoggerBase.log_engine_initialized()",
+    "vllm.v1.metrics.loggers:AggregateStatLoggerBase.record(scheduler_stats, iteration_stats, mm_cache_stats, "
+    "engine_idx)",
+    "vllm.v1.metrics.stats:FinishedRequestStats.num_cached_tokens",
+    "vllm.v1.metrics.stats:FinishedRequestStats.num_generation_tokens",
+    "vllm.v1.metrics.stats:FinishedRequestStats.num_prompt_tokens",
+)
+
 CPU_KERNELS = (
     "vllm._custom_ops:cpu_attn_get_scheduler_metadata",
     "vllm._custom_ops:cpu_attn_reshape_and_cache",

@@ -15,7 +15,11 @@ from ..engine.registration import BACKEND_NAME
 from ..engine.vllm_versions import ALLOW_UNTESTED
 from ..evaluate.report import hardware, versions
 
-GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")
+GROUPS = {
+    "vllm.general_plugins": "spla",
+    "vllm.platform_plugins": "spla",
+    "vllm.stat_logger_plugins": "spla_metrics",
+}
 _NO_VLLM = "vLLM is not installed: install vllm-spla with the extra of an engine, cpu or cuda"
 
 
@@ -83,18 +87,19 @@ def plugins() -> dict[str, str]:
     from vllm.plugins import load_plugins_by_group
 
     found = {}
-    for group in GROUPS:
-        entries = importlib.metadata.entry_points(group=group, name="spla")
+    for group, name in GROUPS.items():
+        entries = importlib.metadata.entry_points(group=group, name=name)
         if not entries:
             found[group] = "not installed: run `pip install` on vllm-spla in this environment"
             continue
-        load = load_plugins_by_group(group).get("spla")
+        load = load_plugins_by_group(group).get(name)
         names = " and ".join(sorted(entry.value for entry in entries))
         if load is None:
             found[group] = f"{names}, which vLLM does not load (VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS')!r})"
             continue
         try:
-            load()
+            if not isinstance(load, type):  # vLLM makes one of a class when an engine is there
+                load()
             found[group] = f"{names}, loaded by vLLM"
         except Exception as error:
             found[group] = f"{names}, which fails: {_one_line(error)}"

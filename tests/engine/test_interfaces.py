@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import os
 import pkgutil
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ pytest.importorskip("vllm")
 
 from spla_backend import patches, plugin
 from spla_backend.engine import interfaces, vllm_versions
+from spla_backend.patches import llvmlite_wrapper
 
 PATCHES = [importlib.import_module(f"spla_backend.patches.{m.name}") for m in pkgutil.iter_modules(patches.__path__)]
 PACKAGE = Path(interfaces.__file__).resolve().parents[1]
@@ -27,14 +29,20 @@ SOURCES = [
 
 def listed() -> set[str]:
     lists = (interfaces.PLUGIN, interfaces.CONFIGURATION, interfaces.BACKEND, interfaces.CACHE, interfaces.MEMORY)
-    lists += (interfaces.CPU_KERNELS, interfaces.GPU_KERNELS, *(patch.INTERFACES for patch in PATCHES))
+    lists += (
+        interfaces.METRICS,
+        interfaces.CPU_KERNELS,
+        interfaces.GPU_KERNELS,
+        *(patch.INTERFACES for patch in PATCHES),
+    )
     return {interface.partition("(")[0] for part in lists for interface in part}
 
 
 def test_this_vllm_has_them():
-    assert vllm_versions.find_missing() == []
+    assert vllm_versions.find_missing() == interfaces.find_missing(interfaces.METRICS) == []
     for patch in PATCHES:
         assert interfaces.find_missing(patch.INTERFACES) == []
+    llvmlite_wrapper.apply()  # to look loads llvmlite, beside which vLLM starts no engine without this patch
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -57,7 +65,7 @@ def test_imports_are_listed(path):
 def test_what_is_overridden_is_listed():
     """A method that vLLM renames is no error in Python: ours would be called by nobody."""
     classes = []
-    for name in ("backend", "builder", "impl", "metadata", "state"):
+    for name in ("backend", "builder", "impl", "metadata", "metrics", "state"):
         module = importlib.import_module(f"spla_backend.engine.{name}")
         classes += [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
     seen, unlisted = 0, []
@@ -151,6 +159,9 @@ def test_vllm_knows_the_variable(monkeypatch):
     monkeypatch.setenv(plugin.ALLOW_UNTESTED, "1")
     monkeypatch.setattr(envs, "environment_variables", dict(envs.environment_variables))
     envs.environment_variables.pop(plugin.ALLOW_UNTESTED, None)
+    for name in [n for n in os.environ if n.startswith("VLLM_") and n not in envs.environment_variables]:
+        if name != plugin.ALLOW_UNTESTED:  # what engines of other tests left
+            monkeypatch.delenv(name)
     with pytest.raises(ValueError, match="Unknown vLLM environment variable detected: VLLM_SPLA_ALLOW"):
         current_platform.validate_environ(True)
     plugin.register()
