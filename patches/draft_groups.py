@@ -12,6 +12,15 @@ Remove when `DraftModelProposer` is among the drafters that `_build_attention_me
 import functools
 from typing import Any
 
+WHERE = "draft models in vLLM's V1 model runner"
+INTERFACES = (
+    "vllm.v1.attention.backend:CommonAttentionMetadata.num_actual_tokens",
+    "vllm.v1.attention.backend:CommonAttentionMetadata.slot_mapping",
+    "vllm.v1.spec_decode.draft_model:DraftModelProposer",
+    "vllm.v1.worker.block_table:BlockTable.get_device_tensor(num_reqs)",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata(slot_mappings)",
+)
+
 
 def apply() -> None:
     """Wrap a method of the V1 model runner; a second call does nothing."""

@@ -7,6 +7,9 @@ function of the library ("'_lib_fn_wrapper' object has no attribute 'get'").
 Remove when vLLM's `triton_utils.dispatcher._rebind_kernels` passes over objects whose `__dict__` is no dictionary.
 """
 
+WHERE = "the kernels of the CPU engine, which numba compiles"
+INTERFACES = ("llvmlite.binding.ffi:lib._fntab",)
+
 
 def apply() -> None:
     """Give the wrapper an empty `__dict__` to answer with; a second call does nothing."""

