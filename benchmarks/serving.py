@@ -413,8 +413,12 @@ def merge(result: dict[str, Any], earlier: dict[str, Any]) -> None:
     Raises:
         ValueError: They were measured with something else.
     """
-    for key in ("versions", "hardware", "model", "engine_args", "options"):
-        if result[key] != earlier[key]:
+    versions, known = result["versions"], earlier["versions"]
+    both = versions.keys() & known.keys()  # a report may name more packages than an earlier one
+    same = {"versions": all(versions[name] == known[name] for name in both)}
+    same |= {key: result[key] == earlier[key] for key in ("hardware", "model", "engine_args", "options")}
+    for key in same:
+        if not same[key]:
             raise ValueError(f"the earlier result has other {key}, its rows cannot stand beside new ones: measure anew")
     result["command"] = f"{earlier['command']} && {result['command']}"
     result["rows"] = earlier["rows"]

@@ -63,8 +63,8 @@ class SplaParameters:
 
     @property
     def whole_blocks(self) -> int:
-        """Selection blocks of a row up to which all of it is attended to: the budget, or with two levels twice as many.
-        Choosing a half by two levels takes as long as reading all (docs/performance.md)."""
+        """Selection blocks of a row up to which all of it is attended to: the budget, or with two levels twice as many,
+        because for few rows choosing a half takes longer than reading all (docs/performance.md)."""
         return 2 * self.budget_blocks if self.fine_block else self.budget_blocks
 
     @property

@@ -7,6 +7,11 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.platforms import current_platform
+
+if not current_platform.is_cpu():
+    pytest.skip("the fuzzer drives vLLM's CPU engine", allow_module_level=True)
+
 from spla_backend.engine.state import RecurrentStateManager
 from spla_backend.kernels.cpu.vectorised import VectorisedAttention
 

@@ -180,7 +180,7 @@ def test_two_levels_of_every_group(
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_two_levels_read_nothing_else() -> None:
     batch = make_batch(
-        two_levels(64, 32), [387, 260, 0], num_heads=4, num_kv_heads=2, head_size=64, seed=fresh(), chunk=0
+        two_levels(64, 32), [387, 260, 250, 0], num_heads=4, num_kv_heads=2, head_size=64, seed=fresh(), chunk=0
     )  # fmt: skip
     emulate(batch, 2)
     check_poison(batch, 2e-3)

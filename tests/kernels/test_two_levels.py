@@ -211,6 +211,12 @@ def test_layers_share_scratch() -> None:
             assert torch.equal(output, alone)
 
 
+def candidates_of(batch: Batch, token: int, row: int, head: int) -> list[int]:
+    """Of a row that is attended to whole all blocks; nobody need write down which they are."""
+    p, length = batch.layer.params, batch.lengths[row]
+    return list(range(length // p.selection_block)) if length <= p.whole_tokens else batch.candidates(token, row, head)
+
+
 def poison(batch: Batch) -> tuple[int, int]:
     """NaN where no token of a row may read: values that are not selected, keys beyond the candidates; with a sketch
     keys that are not selected, and sketches beyond the candidates. How many fine blocks' values and how many selection
@@ -223,7 +229,7 @@ def poison(batch: Batch) -> tuple[int, int]:
         for head in range(batch.layer.num_kv_heads):
             for is_fine, size, chosen in [
                 (True, p.fine_block, {i for t in tokens for i in batch.selected(t, row, head)}),
-                (False, p.selection_block, {i for t in tokens for i in batch.candidates(t, row, head)}),
+                (False, p.selection_block, {i for t in tokens for i in candidates_of(batch, t, row, head)}),
             ]:
                 for i in set(range(covered // size)) - chosen:
                     page, rows = batch.kv_cache[int(batch.block_table[row, i * size // p.page_size]), head], i * size
