@@ -1,6 +1,6 @@
 """What a finished request read, from its lengths alone: nothing is counted where tokens are computed.
 
-A request's lengths say which of its tokens could not fit into the budget, and so how many blocks each one read.
+A request's lengths say which of its tokens selected, and so how many blocks each one read.
 """
 
 from collections import Counter
@@ -38,7 +38,7 @@ class RequestCounter:
     """Counts of a request by its lengths.
 
     Args:
-        params: What layers without a budget of their own compute; it decides which prompt tokens are dense.
+        params: What layers without a budget of their own compute for prompts; it decides which prompt tokens are dense.
         layers: What every layer of full attention computes; None for one that attends to everything.
         prefill_dense_below: Prompt tokens at positions below this attend to everything.
     """
@@ -46,10 +46,13 @@ class RequestCounter:
     def __init__(
         self, params: SplaParameters, layers: Iterable[SplaParameters | None], prefill_dense_below: int
     ) -> None:
-        self.block = params.selection_block
-        self.blocks_per_page = params.page_size // params.selection_block
-        self.dense_below = max(prefill_dense_below, params.budget_blocks * params.selection_block)
-        self.budgets = Counter(None if layer is None else layer.budget_blocks for layer in layers)
+        self.page_size, self.block = params.page_size, params.selection_block
+        self.dense_below = max(prefill_dense_below, params.whole_tokens)
+        # Tokens of a block that is attended to, of the budget, and of a context up to which all of it is attended to.
+        self.layers = Counter(
+            None if layer is None else (layer.attended_block, layer.budget_tokens, layer.whole_tokens)
+            for layer in layers
+        )
 
     def count(self, num_prompt: int, num_cached: int, num_generated: int) -> Counts:
         """A request that was computed to its end, once.
@@ -62,15 +65,20 @@ class RequestCounter:
         if num_generated == 0:  # given up before its prompt was computed
             return Counts()
         dense = max(min(num_prompt, self.dense_below) - num_cached, 0)
-        blocks = np.arange(num_prompt, num_prompt + num_generated - 1) // self.block + 1  # of each token's context
-        read = sum(
-            int((blocks if budget is None else np.minimum(blocks, budget)).sum()) * layers
-            for budget, layers in self.budgets.items()
-        )
+        positions = np.arange(num_prompt, num_prompt + num_generated - 1)
+        held = int((positions // self.block + 1).sum()) * self.block  # tokens
+        read = 0
+        for layer, number in self.layers.items():
+            if layer is None:
+                read += held * number
+            else:
+                block, budget, whole = layer
+                tokens = np.where(positions < whole, (positions // block + 1) * block, budget)
+                read += int(tokens.sum()) * number
         return Counts(
             decode_tokens=num_generated - 1,
             dense_prompt_tokens=dense,
             sparse_prompt_tokens=num_prompt - num_cached - dense,
-            pages_held=int(blocks.sum()) / self.blocks_per_page,
-            pages_read=read / self.budgets.total() / self.blocks_per_page,
+            pages_held=held / self.page_size,
+            pages_read=read / self.layers.total() / self.page_size,
         )

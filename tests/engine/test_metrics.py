@@ -27,6 +27,7 @@ def make_counter(options: dict, dense_below: int, num_layers: int = 3) -> Reques
         ({"budget": 192}, 300),
         ({"budget": 200, "selection_block_size": 16}, 100),
         ({"budget": 192, "layer_budgets": {"1": 96}, "dense_layers": [2]}, 0),
+        ({"budget": 192, "fine_block_size": 16}, 0),
     ],
 )
 @pytest.mark.parametrize(
@@ -34,10 +35,11 @@ def make_counter(options: dict, dense_below: int, num_layers: int = 3) -> Reques
 )
 def test_token_by_token(options, dense_below, prompt, cached, generated):
     resolved = SplaOptions.from_sources(options)
-    block, blocks = resolved.block_size(PAGE), resolved.budget // resolved.block_size(PAGE)
+    block, fine = resolved.block_size(PAGE), resolved.fine_block_size
+    whole = 2 if fine else 1  # budgets
     expected = Counts()
     for position in range(cached, prompt):
-        if position < dense_below or position // block < blocks:
+        if position < dense_below or position // block < whole * resolved.budget // block:
             expected.dense_prompt_tokens += 1
         else:
             expected.sparse_prompt_tokens += 1
@@ -46,9 +48,11 @@ def test_token_by_token(options, dense_below, prompt, cached, generated):
         held = position // block + 1
         expected.pages_held += held * block / PAGE
         for layer in range(3):
-            budget = resolved.layer_budgets.get(layer, resolved.budget) // block
-            read = held if layer in resolved.dense_layers else min(held, budget)
-            expected.pages_read += read * block / PAGE / 3
+            budget, size = resolved.layer_budgets.get(layer, resolved.budget) // block * block, fine or block
+            read = position // size * size + size
+            if layer not in resolved.dense_layers and position // block >= whole * budget // block:
+                read = budget
+            expected.pages_read += read / PAGE / 3
     assert vars(make_counter(options, dense_below).count(prompt, cached, generated)) == pytest.approx(vars(expected))
 
 
@@ -57,7 +61,9 @@ def test_nothing_was_computed():
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("options", [{}, {"selection_block_size": 16}, {"layer_budgets": {"1": 96}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"selection_block_size": 16}, {"layer_budgets": {"1": 96}}, {"fine_block_size": 16}], ids=str
+)
 def test_as_the_kernels_count(tiny_llama, start, options):
     """The last step of a request computes the token before its last, and the CPU's kernels count what it reads."""
     options = {"budget": 192, **options}
