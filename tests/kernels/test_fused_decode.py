@@ -1,6 +1,8 @@
 """The fused decode launch against the float64 reference: emulated on the CPU, and on a GPU."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -37,6 +39,21 @@ def emulate(batch, blocks: int, score_blocks: int = 0) -> None:
     """Let the batch's op decode with the emulated kernel."""
     longest = batch.op.sizes.max_pages * batch.layer.params.page_size
     batch.op.fused = EmulatedDecode(batch.layer, longest, fixed_blocks=blocks, fixed_score_blocks=score_blocks)
+
+
+@emulated
+@pytest.mark.parametrize("fused", [False, True], ids=["launches", "fused"])
+def test_a_layer_ends_with_its_engine(fused: bool) -> None:
+    """Nothing of the process holds it, so that a second engine finds its memory free."""
+    batch = make_batch(SplaParameters(16, 16, 5), [200], num_heads=4, num_kv_heads=2, head_size=64, seed=fresh())
+    if fused:
+        emulate(batch, 2)
+    batch.decode()
+    held = [weakref.ref(x) for x in (batch.layer, batch.op, batch.store, batch.op.fused) if x is not None]
+    assert len(held) == 3 + fused
+    del batch
+    gc.collect()
+    assert [x() for x in held] == [None] * len(held)
 
 
 @emulated

@@ -130,6 +130,9 @@ class FusedDecode:
             "STAMP_WORD": layer.page_layout.stamp_word,
             "MAGIC": STATE_MAGIC,
         }
+        # What depends on the batch alone is worked out once. These caches are its own: those of a class keep it alive.
+        for method in ("_choose", "_choose_score_blocks", "shared_bytes", "max_clusters", "_module"):
+            setattr(self, method, functools.cache(getattr(self, method)))
 
     def cluster_size(self, num_rows: int) -> int:
         """Thread blocks a (row, kv head)."""
@@ -140,7 +143,6 @@ class FusedDecode:
         fixed = self.fixed_score_blocks
         return self._choose_score_blocks(num_rows) if fixed is None else fixed
 
-    @functools.cache  # noqa: B019, as `_choose`
     def _choose_score_blocks(self, num_rows: int) -> int:
         """Worth a launch where clusters leave multiprocessors idle and rows are long (`benchmarks/NOTES.md`)."""
         few_heads = self.layer.group <= SCORED_GROUP and num_rows <= SCORED_ROWS
@@ -152,7 +154,6 @@ class FusedDecode:
         at_once = min(2 * self.layer.num_sms, 3 * (self.layer.num_sms - busy) + busy)
         return max(1, at_once // (-(-self.num_kv_heads // SCORE_WARPS) * num_rows))
 
-    @functools.cache  # noqa: B019, an instance lives as long as its engine
     def _choose(self, num_rows: int) -> int:
         """As many as let all clusters run at once, a thread block a multiprocessor; 0 where this launch does not pay.
 
@@ -169,7 +170,6 @@ class FusedDecode:
                 return 1
         return 0
 
-    @functools.cache  # noqa: B019, as `_choose`
     def shared_bytes(self, blocks: int) -> int:
         """Shared memory of a thread block; `carve` in the source lays it out."""
         used = self._bytes_without_table(blocks)
@@ -296,12 +296,10 @@ class FusedDecode:
         num_rows = seq_lens.shape[0]
         self._launch(arguments, self.cluster_size(num_rows), self.score_blocks(num_rows), num_rows)
 
-    @functools.cache  # noqa: B019, as `_choose`
     def max_clusters(self, blocks: int) -> int:
         """Clusters of so many thread blocks that run at once."""
         return self._module(blocks, False).max_clusters(blocks, self.shared_bytes(blocks))
 
-    @functools.cache  # noqa: B019, as `_choose`
     def _module(self, blocks: int, scored: bool) -> "Module":
         return _load(tuple(sorted(self._defines(blocks, scored).items())))
 
