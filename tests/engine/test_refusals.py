@@ -268,6 +268,7 @@ def test_what_cuda_kernels_lack(monkeypatch):
     )
     check_config(config)  # the CPU engine computes them
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     with pytest.raises(ValueError, match=r"SPLA on a GPU does not compute these options: feature_map 'elu1' has no"):
         check_config(config)
     config.additional_config = {"spla": {"fine_block_size": 8}}
