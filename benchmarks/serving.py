@@ -413,12 +413,11 @@ def merge(result: dict[str, Any], earlier: dict[str, Any]) -> None:
     Raises:
         ValueError: They were measured with something else.
     """
-    versions, known = result["versions"], earlier["versions"]
-    both = versions.keys() & known.keys()  # a report may name more packages than an earlier one
-    same = {"versions": all(versions[name] == known[name] for name in both)}
+    known = earlier["versions"]  # a report may name more packages than an earlier one, or fewer
+    same = {"versions": all(known.get(name, version) == version for name, version in result["versions"].items())}
     same |= {key: result[key] == earlier[key] for key in ("hardware", "model", "engine_args", "options")}
-    for key in same:
-        if not same[key]:
+    for key, agrees in same.items():
+        if not agrees:
             raise ValueError(f"the earlier result has other {key}, its rows cannot stand beside new ones: measure anew")
     result["command"] = f"{earlier['command']} && {result['command']}"
     result["rows"] = earlier["rows"]

@@ -164,7 +164,7 @@ class CpuAttention(VectorisedAttention):
         together = first == list(range(first[0], first[0] + len(first)))
         where = slice(first[0], first[0] + len(first)) if together else torch.tensor(first)
         positions = np.array([lens[row] - 1 for row in batch_rows])
-        sparse = positions // self.params.selection_block + 1 > self.params.whole_blocks
+        sparse = positions >= self.params.whole_tokens
         return [QueryTokens(where, positions, np.array(batch_rows), bool(sparse.any()))]
 
     def _plan_tile(self, row: int, tokens: slice, start: int, stop: int, table: torch.Tensor) -> Any:

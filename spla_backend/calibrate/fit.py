@@ -115,7 +115,7 @@ def fit(
 
     Args:
         model: The frozen model, with its head.
-        documents: Token ids, each longer than the budget.
+        documents: Token ids, each longer than what is attended to whole.
         layers: What SPLA computes, with a residual under a shared normaliser; layers that are not named stay dense.
         fitted: Where to start; changed in place.
         steps: Steps of Adam.
@@ -126,13 +126,13 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.55 + 0.45 * math.cos(math.pi * min(step / max(steps, 1), 1.0))
     )
-    budget = exact_up_to(layers)
+    exact = exact_up_to(layers)
     for step in range(steps):
         tokens = documents[step % len(documents)]
         with torch.no_grad():
-            teacher = model.forward(tokens, None).logits[0, budget:]
+            teacher = model.forward(tokens, None).logits[0, exact:]
         visit = partial(attention, params=layers, learned=fitted.layers())
-        loss = divergence(teacher, model.forward(tokens, visit).logits[0, budget:])
+        loss = divergence(teacher, model.forward(tokens, visit).logits[0, exact:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

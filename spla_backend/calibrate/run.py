@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> str:
     path = _output(args.output or Path(args.model) / learned.FILE_NAME)
     if args.report is not None:
         _output(args.report)
-    budget = exact_up_to(before)
+    exact = exact_up_to(before)
     if params.residual == "none" or params.combine != "shared_normalizer":
         raise ValueError(
             "spla-calibrate fits the residual under a shared normaliser: set the option residual to 'regression' or "
@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> str:
             "another file by --output, or give --steps to fit them anew"
         )
     test_length = min(args.test_length, shape.max_position)
-    if min(args.length, test_length) < budget + args.page_size:
+    if min(args.length, test_length) < exact + args.page_size:
         raise ValueError(
             f"windows of {args.length} and test documents of {test_length} tokens hardly go beyond the "
-            f"{budget} up to which everything is attended to: give greater --length and --test-length or a smaller "
+            f"{exact} up to which everything is attended to: give greater --length and --test-length or a smaller "
             "budget"
         )
     windows, tests, files = _documents(args, test_length)
@@ -117,8 +117,8 @@ def run(args: argparse.Namespace) -> str:
     }
     losses = _losses(model, tests, visits)
     first = exact_up_to(after)
-    buckets = [(first, budget), (budget, test_length)] if first < budget else [(budget, test_length)]
-    gained = compare(losses[AFTER], losses[BEFORE], budget, test_length)
+    buckets = [(first, exact), (exact, test_length)] if first < exact else [(exact, test_length)]
+    gained = compare(losses[AFTER], losses[BEFORE], exact, test_length)
     result: dict[str, Any] = {
         **report.header(
             "calibration", _settings(args, steps, files, len(windows), len(some), device), "spla-calibrate"

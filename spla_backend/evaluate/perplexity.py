@@ -165,8 +165,8 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
         result["rows"] = rows_of(losses, layers, files, buckets, shape)
         result["segments"] = segments_of(losses, files)
         if layers[variant.name]:
-            budget = exact_up_to(layers[variant.name])
-            if looks_dense(losses[variant.name], losses[DENSE.name], budget):
+            exact = exact_up_to(layers[variant.name])
+            if looks_dense(losses[variant.name], losses[DENSE.name], exact):
                 warnings.append(
                     f"{variant.name} is as close to dense beyond its budget as within: was its prefill dense?"
                 )
@@ -174,21 +174,21 @@ def run(args: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dic
     return result
 
 
-def looks_dense(losses: Sequence[Sequence[float]], dense: Sequence[Sequence[float]], budget: int) -> bool:
-    """Whether a variant is as close to dense beyond its budget as within, where nothing but rounding tells them apart:
-    a sign that a kernel attended to the whole prompt.
+def looks_dense(losses: Sequence[Sequence[float]], dense: Sequence[Sequence[float]], exact: int) -> bool:
+    """Whether a variant is as close to dense beyond what it attends to whole as within, where nothing but rounding
+    tells them apart: a sign that a kernel attended to the whole prompt.
 
     Args:
         losses: By document, of the tokens at positions 1, 2, ...
         dense: The same of dense attention.
-        budget: Tokens that the variant attends to exactly.
+        exact: Tokens up to which the variant attends to everything.
     """
     distances = [[abs(a - b) for a, b in zip(x, y, strict=True)] for x, y in zip(losses, dense, strict=True)]
     length = len(distances[0]) + 1
-    if length < 2 * budget:
+    if length < 2 * exact:
         return False
-    within, _ = bucket_mean_and_error(distances, 1, budget)
-    beyond, _ = bucket_mean_and_error(distances, 2 * budget, length)
+    within, _ = bucket_mean_and_error(distances, 1, exact)
+    beyond, _ = bucket_mean_and_error(distances, 2 * exact, length)
     return beyond <= 1.5 * within
 
 
