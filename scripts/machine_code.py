@@ -8,7 +8,7 @@
 It runs the project's own classes, on tensors without memory, through the steps of an engine: storing, decode, prefill,
 training. Their launches compile as on a GPU, and are then noted down instead of made. A launch is known by its geometry
 and step, its kernel's function and its number among those; not by files, so that two trees may be laid out differently.
-Its code is what `ptxas` made, without line numbers, file names, or the kernel's own name.
+Its code is the bytes that `ptxas` made of it, in which no name and no line number is.
 
 The exit status is 1 where launches differ, where one needs more shared memory than the GPU has, or where one reduces
 over lanes that are no neighbours (`scattered_reductions.py`).
@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -279,20 +280,34 @@ class Stand:
 
 @functools.cache
 def read_binary(binary: bytes, shared: int, folder: Path | None) -> Code:
-    """What `cuobjdump` says of a kernel."""
+    """The code of a kernel, and what `cuobjdump` says of it."""
+    text = sections(binary, ".text.")
+    code = text + sections(binary, ".nv.constant2") + sections(binary, ".nv.constant4")  # numbers beside instructions
+    digest = hashlib.sha256(code).hexdigest()[:16]
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        said = subprocess.run([tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True)
-    text = said.stdout + said.stderr
-    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/.*$|^\s*/\* 0x[0-9a-f]{16} \*/\s*$", text, re.MULTILINE)
-    instructions = [line for line in lines if ";" in line]
-    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    digest = hashlib.sha256("\n".join(line.strip() for line in lines).encode()).hexdigest()[:16]
+        what = ["-res-usage"] if folder is None else ["-res-usage", "-sass"]  # to disassemble takes a while
+        result = subprocess.run([tool, *what, file.name], capture_output=True, text=True, check=True)
+    said = result.stdout + result.stderr
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
     if folder is not None:
-        (folder / f"{digest}.sass").write_text("\n".join(line.split(";")[0].strip() for line in instructions) + "\n")
-    return Code(digest, len(instructions), numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared)
+        lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/.*;.*$", said, re.MULTILINE)
+        (folder / f"{digest}.sass").write_text("\n".join(line.split(";")[0].strip() for line in lines) + "\n")
+    return Code(digest, len(text) // 16, numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared)
+
+
+def sections(binary: bytes, name: str) -> bytes:
+    """The contents of the sections of an ELF file (64 bits, little endian) whose names begin with `name`."""
+    headers, size, count, of_names = *struct.unpack_from("<Q", binary, 40), *struct.unpack_from("<3H", binary, 58)
+    table = [struct.unpack_from("<I20xQQ", binary, headers + i * size) for i in range(count)]  # name, start, length
+    found = []
+    for begin, start, length in table:
+        begin += table[of_names][1]
+        if binary.startswith(name.encode(), begin):
+            found.append(binary[start : start + length])
+    return b"".join(found)
 
 
 class Wrapper:

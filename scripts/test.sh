@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+unset PYTHONDONTWRITEBYTECODE # tests start tens of processes; each would compile vLLM's modules anew, 10 s and more
 scripts/setup_cpu.sh
 source .venv/bin/activate
 status=0
