@@ -20,7 +20,6 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
@@ -32,6 +31,7 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -107,25 +107,16 @@ GEOMETRIES = {
 # The project's classes: what changes with their names and arguments -----------------------------------------------
 
 
-def interface() -> Any:
-    """The module of the typed interface; None in trees from before there was one."""
-    try:
-        return importlib.import_module("spla_backend.kernels.interface")
-    except ModuleNotFoundError:
-        return None
-
-
 def make_operator(geometry: Geometry) -> Any:
     """The GPU implementation of a layer, without the fused CUDA kernel: its steps fall to the Triton kernels."""
-    dispatch = importlib.import_module("spla_backend.kernels.dispatch")
-    try:
-        decode = importlib.import_module("spla_backend.kernels.gpu.decode.steps")
-    except ModuleNotFoundError:
-        decode = importlib.import_module("spla_backend.kernels.triton_decode")
+    from spla_backend.kernels import dispatch
+    from spla_backend.kernels.gpu.decode import steps as decode
+    from spla_backend.kernels.interface import Layer, Limits
+
     decode.refusal = lambda *_, **__: "it is not compiled by Triton"
-    device, typed = torch.device("cuda:0"), interface()
+    device = torch.device("cuda:0")
     dense_below = DENSE_BELOW if geometry.executor == "spla" else MAX_MODEL_LEN
-    limits = (typed or dispatch).Limits(64, 4, MAX_MODEL_LEN, 8192, dense_below, geometry.params.budget_blocks)
+    limits = Limits(64, 4, MAX_MODEL_LEN, 8192, dense_below, geometry.params.budget_blocks)
     shape = {
         "num_heads": geometry.heads,
         "num_kv_heads": geometry.kv_heads,
@@ -133,13 +124,13 @@ def make_operator(geometry: Geometry) -> Any:
         "cache_dtype": geometry.dtype,
         "scale": geometry.head_size**-0.5,
     }
-    if typed is None:
-        return dispatch.make(device, geometry.params, limits, executor=geometry.executor, **shape)
-    return dispatch.make(device, geometry.params, typed.Layer(**shape), limits, executor=geometry.executor)
+    return dispatch.make(device, geometry.params, Layer(**shape), limits, executor=geometry.executor)
 
 
 def run_step(operator: Any, geometry: Geometry, rows: int, query_len: int, prompts: list[tuple[int, int]]) -> None:
     """Decode rows of `query_len` tokens, then prompts of so many tokens that are so long now."""
+    from spla_backend.kernels.interface import Step
+
     starts = [rows * query_len]
     for tokens, _ in prompts:
         starts.append(starts[-1] + tokens)
@@ -158,8 +149,7 @@ def run_step(operator: Any, geometry: Geometry, rows: int, query_len: int, promp
         "prefill_starts": starts if prompts else [],
         "prefill_lens": [length for _, length in prompts],
     }
-    typed = interface()
-    plan = operator.plan(*batch, **known) if typed is None else operator.plan(typed.Step(*batch, **known))
+    plan = operator.plan(Step(*batch, **known))
     states = integers(num_rows, max(1, operator.state_layout.num_blocks))
     operator.run(plan, query, cache, cache, states, torch.empty_like(query))
 
@@ -174,13 +164,11 @@ def store(operator: Any, geometry: Geometry, tokens: int) -> None:
 
 def read_blocks(head_size: int) -> None:
     """A training step's reading of blocks, and its gradients."""
-    try:
-        module = importlib.import_module("spla_backend.kernels.training.read_blocks")
-    except ModuleNotFoundError:
-        module = importlib.import_module("spla_backend.kernels.triton_read_blocks")
+    from spla_backend.kernels.training.read_blocks import read_chosen_sums
+
     q = torch.empty(8, 4096, head_size, requires_grad=True)
     s = torch.empty(8, 64, head_size, head_size, requires_grad=True)
-    module.read_chosen_sums(q, s, torch.empty(8, 4096, 64, dtype=torch.bool)).sum().backward()
+    read_chosen_sums(q, s, torch.empty(8, 4096, 64, dtype=torch.bool)).sum().backward()
 
 
 def steps(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -360,7 +348,7 @@ def stand_in(arch: int, sass: Path | None) -> None:
     NoMemory().__enter__()
 
     flashinfer = types.ModuleType("flashinfer")
-    flashinfer.__spec__ = importlib.machinery.ModuleSpec("flashinfer", None)
+    flashinfer.__spec__ = ModuleSpec("flashinfer", None)
     flashinfer.BatchDecodeWithPagedKVCacheWrapper = Wrapper
     attention = types.ModuleType("vllm.v1.attention.backends.fa_utils")
     attention.flash_attn_varlen_func = lambda **_: None
