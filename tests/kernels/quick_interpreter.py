@@ -53,19 +53,18 @@ def _broadcast_what_differs() -> None:
 
 def _remember_types() -> None:
     make_type, make_tensor, np_dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
-    types: dict[tuple, tl.block_type] = {}
+    types: dict[tuple, dict] = {}
     dtypes: dict[str, object] = {}
 
     def make_type_once(self, element_ty, shape):
         if element_ty.is_ptr() or any(type(size) is not int for size in shape):
             make_type(self, element_ty, shape)
             return
-        known = types.get(key := (element_ty.name, *shape))
-        if known is None:
+        key = (element_ty.name, *shape)
+        if key not in types:
             make_type(self, element_ty, shape)
-            known = types[key] = tl.block_type.__new__(tl.block_type)
-        known.__dict__.update(self.__dict__)
-        self.__dict__ = known.__dict__
+            types[key] = self.__dict__
+        self.__dict__ = types[key]  # what `make_tensor_of_type` remembers of it, too
 
     def make_tensor_of_type(self, handle, type):
         known = type.__dict__.get("of_tensor")
