@@ -192,6 +192,8 @@ def without_residual(params: SplaParameters) -> SplaParameters:
         fine_block=params.fine_block,
         candidate_factor=params.candidate_factor,
         fine_source=params.fine_source,
+        fine_dtype=params.fine_dtype,
+        tile=params.tile,
         top_p=params.top_p,
         residual="none",
     )
