@@ -12,8 +12,8 @@ and document of 8192 tokens: `--contexts`, `--variants` and fewer texts choose. 
 variant; what it holds is not measured again, and its milliseconds are made anew.
 
 A variant is what an engine would be given (`spla_backend/options.py`), and besides: `tile`, tokens that share a
-selection; `fine_dtype`, in what the fine level multiplies; `dense_below`, the position from which tokens select; `chunk`,
-tokens a chunk that the prompt comes in, 0 for all of it.
+selection; `fine_dtype`, in what the fine level multiplies; `dense_below`, the position from which tokens select;
+`chunk`, tokens a chunk that the prompt comes in, 0 for all of it. Milliseconds take no notice of `chunk`.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prompt_costs import predicted
 from tqdm import tqdm
 from two_models import FIRST, PAGE_SIZE, Measurement
 
@@ -35,6 +36,7 @@ from spla_backend.evaluate.capture import AttentionInputs, CapturingModel, Visit
 from spla_backend.evaluate.documents import cut_documents, load_tokenizer
 from spla_backend.evaluate.fidelity import attention
 from spla_backend.evaluate.variants import ModelShape, Variant, layers_of
+from spla_backend.options import SplaOptions
 
 PROMPT = {"tile": 1, "fine_dtype": "auto", "dense_below": 0, "chunk": 0}
 """What a variant has besides options, and its defaults."""
@@ -101,13 +103,29 @@ class Prompt:
         return torch.cat(outputs, 1)
 
 
+def costs(variant: dict[str, Any]) -> dict[str, Any]:
+    """Predicted milliseconds of a variant; none of selection by token, whose kernels are measured."""
+    options = SplaOptions.from_sources({name: value for name, value in variant.items() if name not in PROMPT})
+    prompt = PROMPT | variant
+    if prompt["tile"] == 1:
+        return {}
+    params = replace(options.parameters(PAGE_SIZE), tile=prompt["tile"], fine_dtype=prompt["fine_dtype"])
+    return predicted(params, prompt["dense_below"])
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for people."""
-    lines = [f"{'model':14} {'context':>7} {'variant':44} {'loss':>8} {'+-':>7}  by document"]
+    lines = [
+        f"{'model':14} {'context':>7} {'variant':42} {'128K':>6} {'in turn':>7} {'32K':>6} {'in turn':>7} {'from':>6} "
+        f"{'loss':>8} {'+-':>7}  by document"
+    ]
     for row in rows:
+        fields = ("ms_128k", "in_turn_ms_128k", "ms_32k", "in_turn_ms_32k", "selects_from")
+        ms = " ".join(f"{row.get(field, ''):>{width}}" for field, width in zip(fields, (6, 7, 6, 7, 6), strict=True))
         documents = "  ".join(f"{name} {loss:+.4f}" for name, loss in row["documents"].items())
         lines.append(
-            f"{row['model']:14} {row['context']:7} {row['variant']:44} {row['loss']:+8.4f} {row['error']:7.4f}  {documents}"
+            f"{row['model']:14} {row['context']:7} {row['variant']:42} {ms} {row['loss']:+8.4f} {row['error']:7.4f}  "
+            f"{documents}"
         )
     return "\n".join(lines)
 
@@ -131,7 +149,8 @@ def main() -> None:
     def save() -> None:
         settings = {"texts": [Path(file).name for file in args.text], "page_size": PAGE_SIZE, "variants": variants}
         head = report.header("prompt_selection", settings, "benchmarks/prompt_selection.py")
-        report.write({**head, "rows": rows}, args.output)
+        with_costs = [row | costs(VARIANTS[row["variant"]]) for row in rows]
+        report.write({**head, "rows": with_costs}, args.output)
 
     for model_name, folder in (model.split("=", 1) for model in args.models):
         shape, tokenizer, model = ModelShape.of(folder), load_tokenizer(folder), None
@@ -154,7 +173,7 @@ def main() -> None:
                 )
                 save()
     save()
-    print(table(rows))
+    print(table(json.loads(args.output.read_text())["rows"]))
 
 
 if __name__ == "__main__":
