@@ -3,8 +3,9 @@
 Nothing here is measured but the constants that say so. A tile of `tile` tokens and a kv head are `tile * H / G` rows of
 a tensor-core tile. Of each tile from the position on where selecting is cheaper than attending to everything count
 
-* coarse: scores of all blocks of complete pages, twice, because a score is shared only when its normaliser is known;
-  with a residual also the masses of these blocks. Tiles whose pages are all candidates need only the masses.
+* coarse: scores of all blocks of complete pages, twice, because a score is shared only when its normaliser is known, of
+  the tokens that are scored; with a residual also the masses of these blocks, of all tokens. Tiles whose pages are all
+  candidates need only the masses.
 * fine: with two levels, products with the keys of the candidates, and an exponential for each.
 * attention: products with keys and values of the budget (the logits of the fine stage are not kept).
 * residual: the product that takes the selected tokens from the state, and the reading of the state.
@@ -12,9 +13,8 @@ a tensor-core tile. Of each tile from the position on where selecting is cheaper
 
 Everything before that position is dense attention as FlashAttention 3 does it. There are two figures. `ms`: of a stage,
 products at the rate that FlashAttention 3 reaches among exponentials, other instructions and copies from the
-second-level cache go on side by side, and the longest counts. `in_turn`: products at the rate that they reach alone, and
-the other instructions after them; only copies go on beside. By that rule FlashAttention 3 itself would take 262 ms, not
-227.
+second-level cache go on side by side, and the longest counts. `in_turn`: products at the rate they reach alone, and
+the other instructions after them; only copies go on beside. By that rule FlashAttention 3 would take 262 ms, not 227.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ scale, a subtraction, an exponential, a sum and their masks."""
 SCORE_SPECIALS = {"rem": 2, "mean": 1}
 """Of a row and block: an exponential, and a root above the freezing point."""
 MASS_INSTRUCTIONS, MASS_SPECIALS = 5, 1
-"""Of a row and block, where score and mass differ. Assumed."""
+"""Of a row and block, beside what its score takes. Assumed."""
 FINE_INSTRUCTIONS, FINE_SPECIALS = 4, 1
 """Of a row and candidate token: multiply and add, exponential, sum, largest. Assumed."""
 ATTENTION_INSTRUCTIONS, ATTENTION_SPECIALS = 5, 1
@@ -98,34 +98,39 @@ def stages_of(params: SplaParameters, positions: np.ndarray) -> dict[str, Stage]
     """What one sparse tile of one kv head takes, at each of some last positions."""
     rows = params.tile * HEADS // KV_HEADS
     multiplied = -(-rows // ROWS) * ROWS
+    voters = rows // params.tile_step
+    multiplied_voters = -(-voters // ROWS) * ROWS
     complete = positions // params.page_size * params.page_size  # tokens of complete pages
     blocks = complete / params.selection_block
     zero = np.zeros(len(positions))
     has_tail = params.residual != "none"
-    score_is_mass = get_selector(params.selector).score_is_mass
 
     candidates = params.candidate_blocks * params.selection_block or params.budget_tokens
     ranks = complete > candidates
-    passes = np.where(ranks, PASSES, 1 if has_tail else 0)
+    passes = np.where(ranks, PASSES, 0)
     width = get_selector(params.selector).width(HEAD_SIZE)
+    row_passes = passes * multiplied_voters
+    if has_tail:  # masses are wanted of all rows; those of rows that are scored come with the first pass
+        row_passes = row_passes + np.where(ranks, multiplied - multiplied_voters, multiplied)
+    reads = np.maximum(passes, 1 if has_tail else 0)
     instructions = passes * elementwise(
-        rows * blocks, SCORE_INSTRUCTIONS[params.selector], SCORE_SPECIALS[params.selector]
+        voters * blocks, SCORE_INSTRUCTIONS[params.selector], SCORE_SPECIALS[params.selector]
     )
-    if has_tail and not score_is_mass:
+    if has_tail:
         instructions = instructions + elementwise(rows * blocks, MASS_INSTRUCTIONS, MASS_SPECIALS)
     stages = {
-        "coarse": Stage(
-            passes * 2 * multiplied * blocks * width / TENSOR, instructions, passes * blocks * width * ITEM / L2
-        )
+        "coarse": Stage(2 * row_passes * blocks * width / TENSOR, instructions, reads * blocks * width * ITEM / L2)
     }
     if params.fine_block:
         tokens = np.minimum(complete, candidates)
         in_fp8 = params.fine_dtype == "fp8"
         rate = TENSOR_FP8 if in_fp8 else TENSOR
-        instructions = elementwise(rows * tokens, FINE_INSTRUCTIONS, FINE_SPECIALS)
+        instructions = elementwise(voters * tokens, FINE_INSTRUCTIONS, FINE_SPECIALS)
         if in_fp8:
             instructions = instructions + elementwise(tokens * HEAD_SIZE, CONVERT_INSTRUCTIONS, 0)
-        stages["fine"] = Stage(2 * multiplied * tokens * HEAD_SIZE / rate, instructions, tokens * HEAD_SIZE * ITEM / L2)
+        stages["fine"] = Stage(
+            2 * multiplied_voters * tokens * HEAD_SIZE / rate, instructions, tokens * HEAD_SIZE * ITEM / L2
+        )
     selected = np.minimum(positions + 1, params.budget_tokens)
     stages["attention"] = Stage(
         4 * multiplied * selected * HEAD_SIZE / TENSOR,

@@ -12,7 +12,7 @@ and document of 8192 tokens: `--contexts`, `--variants` and fewer texts choose. 
 variant; what it holds is not measured again, and its milliseconds are made anew.
 
 A variant is what an engine would be given (`spla_backend/options.py`), and besides: `tile`, tokens that share a
-selection; `fine_dtype`, in what the fine level multiplies; `dense_below`, the position from which tokens select;
+selection; `tile_step`, every how many-th of them is scored; `fine_dtype`, in what the fine level multiplies; `dense_below`, the position from which tokens select;
 `chunk`, tokens a chunk that the prompt comes in, 0 for all of it. Milliseconds take no notice of `chunk`.
 """
 
@@ -38,8 +38,10 @@ from spla_backend.evaluate.fidelity import attention
 from spla_backend.evaluate.variants import ModelShape, Variant, layers_of
 from spla_backend.options import SplaOptions
 
-PROMPT = {"tile": 1, "fine_dtype": "auto", "dense_below": 0, "chunk": 0}
+PROMPT = {"tile": 1, "tile_step": 1, "fine_dtype": "auto", "dense_below": 0, "chunk": 0}
 """What a variant has besides options, and its defaults."""
+PARAMETERS = ("tile", "tile_step", "fine_dtype")
+"""Of these, what the algorithm's parameters hold."""
 ONE = {"tile": 32, "budget": 2048}
 TWO = {**ONE, "fine_block_size": 16, "candidates": 4}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,6 +57,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tile 32, x4, 2048 of 16, bf16": {**TWO, "fine_dtype": "bf16"},
     **{f"tile 32, x{c}, 2048 of 16, no residual": {**TWO, "candidates": c, "residual": "none"} for c in (4, 8)},
     **{f"tile {t}, mean, x4, 2048 of 16": {**TWO, "tile": t, "selector": "mean"} for t in (32, 64)},
+    **{
+        f"tile {t}, every {n}, x4, 2048 of 16": {**TWO, "tile": t, "tile_step": n}
+        for t, n in ((32, 2), (32, 4), (64, 2), (64, 4), (64, 8))
+    },
+    "tile 64, every 4, x8, 2048 of 16": {**TWO, "tile": 64, "tile_step": 4, "candidates": 8},
+    "tile 64, every 2, 2048 of 64": {**ONE, "tile": 64, "tile_step": 2},
     "tile 32, x4, 1024 of 16": {**TWO, "budget": 1024},
     "tile 32, x8, 1024 of 16": {**TWO, "budget": 1024, "candidates": 8},
     "tile 32, x2, 4096 of 16": {**TWO, "budget": 4096, "candidates": 2},
@@ -75,7 +83,7 @@ class Prompt:
     def __init__(self, variant: dict[str, Any], shape: ModelShape) -> None:
         options = {name: value for name, value in variant.items() if name not in PROMPT}
         prompt = PROMPT | {name: value for name, value in variant.items() if name in PROMPT}
-        changes = {"tile": prompt["tile"], "fine_dtype": prompt["fine_dtype"]}
+        changes = {name: prompt[name] for name in PARAMETERS}
         layers = layers_of(Variant("", options), PAGE_SIZE, shape)
         self.layers: dict[int, SplaParameters] = {i: replace(params, **changes) for i, params in layers.items()}
         self.dense_below, self.chunk = prompt["dense_below"], prompt["chunk"]
@@ -109,7 +117,7 @@ def costs(variant: dict[str, Any]) -> dict[str, Any]:
     prompt = PROMPT | variant
     if prompt["tile"] == 1:
         return {}
-    params = replace(options.parameters(PAGE_SIZE), tile=prompt["tile"], fine_dtype=prompt["fine_dtype"])
+    params = replace(options.parameters(PAGE_SIZE), **{name: prompt[name] for name in PARAMETERS})
     return predicted(params, prompt["dense_below"])
 
 

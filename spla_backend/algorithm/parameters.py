@@ -31,6 +31,7 @@ class SplaParameters:
             `fp8` (`spla_backend.algorithm.two_level`). No engine sets it.
         tile: Neighbouring tokens that share a selection (`spla_backend.algorithm.tiles`), divides `page_size`; 1 in
             decode. No engine sets it.
+        tile_step: Every how many-th token of a tile is scored to select, divides `tile`. No engine sets it.
         top_p: Stop selecting once this share of the estimated mass is covered; None keeps the whole budget.
         residual: `regression`, `linear` (the paper's) or `none`.
         feature_map: Name of a feature map, used by the `linear` residual.
@@ -51,6 +52,7 @@ class SplaParameters:
     fine_source: str = "keys"
     fine_dtype: str = "auto"
     tile: int = 1
+    tile_step: int = 1
     top_p: float | None = None
     residual: str = "regression"
     feature_map: str = "softmax"

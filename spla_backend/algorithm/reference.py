@@ -29,6 +29,7 @@ from torch import Tensor
 from spla_backend.algorithm.parameters import COMBINES, RESIDUALS, SplaParameters
 from spla_backend.algorithm.selectors import get_selector
 from spla_backend.algorithm.sketch import FINE_SOURCES
+from spla_backend.algorithm.tiles import check_tile
 
 SELECTORS = ("mean", "taylor2", "cumulant2", "rem", "quest", "km2-rem")
 """Those that are defined here; any other that is registered is defined by its class, in float64."""
@@ -304,6 +305,13 @@ def tile_of(position: int, params: SplaParameters) -> range:
     return range(first, first + params.tile)
 
 
+def voters_of(position: int, computed: range, params: SplaParameters) -> list[int]:
+    """Positions whose scores choose for the tile of a token: of those that are computed together, before it or behind
+    it, every `tile_step`-th of the sequence, or the last of the tile where none is."""
+    tile = [p for p in tile_of(position, params) if p in computed]
+    return [p for p in tile if (p + 1) % params.tile_step == 0] or tile[-1:]
+
+
 def forced_blocks(position: int, params: SplaParameters) -> list[int]:
     """Sorted ids of the blocks that the tile of the token at `position` always selects: sink, trailing blocks of its
     first token and what follows, current page. What begins behind a token it does not see."""
@@ -558,8 +566,8 @@ def spla_token(
         k: Keys of the sequence, the token's own among them, `[L, G, d]` float64. The token is at position `L - 1`.
         v: Values, as `k`.
         params: Parameters.
-        tile_queries: Queries by which the token's tile selects, its own among them, `[tokens, H, d]` float64: all of
-            the tile that are computed with it, before it or behind it. None for its own alone.
+        tile_queries: Queries by which the token's tile selects `[tokens, H, d]` float64, from `voters_of`. None for its
+            own alone.
         statistics: Statistics of the blocks of complete pages `[num_complete_blocks, G, width]` float64, to be used
             instead of those computed from `k`: a cache may hold them in a narrower dtype.
         gain: Factor on the mass of the tail, not negative, `[H]`; 1 if None. Used by `shared_normalizer`.
@@ -675,14 +683,13 @@ def spla_sequence(
         statistics = complete_statistics(k, params)
     output = torch.full_like(q, math.nan)
     for position in range(start, len(q)):
-        tile = tile_of(position, params)
         num_complete = position // params.page_size * params.blocks_per_page
         output[position] = spla_token(
             q[position],
             k[: position + 1],
             v[: position + 1],
             params,
-            tile_queries=q[max(tile.start, start) : tile.stop],
+            tile_queries=q[voters_of(position, range(start, len(q)), params)],
             statistics=statistics[:num_complete],
             gain=gain,
             norm_weights=norm_weights,
@@ -730,13 +737,7 @@ def _check(
             f"fine_block {params.fine_block} must divide selection_block {params.selection_block}, and "
             f"candidate_factor {params.candidate_factor} be at least 2"
         )
-    if params.page_size % params.tile != 0 or all(
-        a % b != 0 for a, b in ((params.tile, params.selection_block), (params.selection_block, params.tile))
-    ):
-        raise ValueError(
-            f"tile {params.tile} must divide page_size {params.page_size}, and one of tile and selection_block "
-            f"{params.selection_block} the other"
-        )
+    check_tile(params)
     if not 0 < len(tile_queries) <= params.tile or tile_queries.shape[1:] != q.shape:
         raise ValueError(f"tile_queries [1 to {params.tile}, H, d] expected, got {list(tile_queries.shape)}")
     if params.fine_source not in FINE_SOURCES:

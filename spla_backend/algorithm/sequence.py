@@ -26,7 +26,7 @@ from .residual import BlockReader, Reading, Residual, make_residual
 from .selection import forced_blocks, group_scores, select_blocks
 from .selectors import block_statistics, get_selector
 from .sketch import read_keys
-from .tiles import Tiles, attend_selected, prefix_states
+from .tiles import Tiles, attend_selected, check_tile, prefix_states
 from .two_level import (
     coarse_parameters,
     fine_scores,
@@ -84,11 +84,7 @@ def spla_attention(
             f"{[list(x.shape) for x in (q, k, v)]}"
         )
     tile = params.tile
-    if params.page_size % tile or max(tile, params.selection_block) % min(tile, params.selection_block):
-        raise ValueError(
-            f"tile {tile} must divide page_size {params.page_size}, and one of tile and selection_block "
-            f"{params.selection_block} the other"
-        )
+    check_tile(params)
     if tile > 1 and feature_weight is not None:
         raise ValueError("tiles have no learned weights of features: use tile 1")
     group, block = num_heads // num_kv_heads, params.attended_block
@@ -196,7 +192,7 @@ def unselected_blocks(q: Tensor, k: Tensor, statistics: Tensor, positions: Tenso
         """`[rows, group * queries, blocks]` as `[queries, rows, 1, group, blocks]`."""
         return scores.unflatten(1, (group, -1)).permute(2, 0, 1, 3)[:, :, None]
 
-    tiles = Tiles(positions, params.tile)
+    tiles = Tiles(positions, params)
     ends = tiles.ends[:, None]  # [tiles, 1]; of tiles of one token, the token
     num_complete = ends // params.page_size * params.blocks_per_page
     complete = torch.arange(num_blocks, device=q.device) < num_complete  # [tiles, num_blocks]
@@ -205,10 +201,12 @@ def unselected_blocks(q: Tensor, k: Tensor, statistics: Tensor, positions: Tenso
             params.selection_block // params.attended_block, -1
         )
     coarse = coarse_parameters(params) if params.fine_block else params
+    if params.tile_step > 1:
+        q = q[:, :, tiles.voters]
     flat = q.flatten(1, 2)  # [rows, group * queries, d]
     scores = by_query(get_selector(params.selector).score(flat, statistics, params.selection_block))
     forced, num_free, _ = forced_blocks(ends, complete, coarse)  # [tiles, 1, num_blocks]
-    grouped = tiles.share(group_scores(scores, tiles.spread(complete)))  # [tiles, rows, 1, num_blocks]
+    grouped = tiles.share(group_scores(scores, tiles.by_voter(complete)))  # [tiles, rows, 1, num_blocks]
     chosen = select_blocks(grouped, forced, num_free, group, coarse.top_p)
     if params.fine_block:
         # Tokens vary slowest: on a CPU sums over the tokens of a block take half of the time.
@@ -328,7 +326,7 @@ def _attend(
     reading: Reading | None = None
     if params.tile > 1:
         exact, lse, reading = attend_selected(q, k, v, rest, positions, states, params, residual)
-        rest = Tiles(positions, params.tile).spread(rest, 1)  # [rows, queries, num_attended]
+        rest = Tiles(positions, params).by_token(rest, 1)  # [rows, queries, num_attended]
     else:
         exact, lse = _attend_masked(q, k, v, rest, positions, block) if attended is None else attended
     has_rest = rest.any(-1)[:, None]  # [rows, 1, queries]

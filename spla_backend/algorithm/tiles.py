@@ -5,7 +5,8 @@ page, so that all tokens of a tile have the same current page and the same compl
 
 * What is ranked, blocks of complete pages, every token of the tile sees whole. A tile's score of a block is the log of
   the mean over its tokens of the score that their heads share (`selection.group_scores`, normalised for each token over
-  what is ranked, as in decode); it ranks as the sum does. A token counts whatever its place in the tile.
+  what is ranked, as in decode); it ranks as the sum does. A token counts whatever its place in the tile. With a
+  `tile_step` of `n` only every n-th token is scored, those whose position is one less than a multiple of it.
 * Forced are the blocks that any token of the tile forces by itself: the first ones, every block of the current page up
   to the tile's last position, and before that page the last blocks of the tile's first token. How many more are chosen
   is reckoned at the tile's last position, whether that token is there already or not, and so is whether all is
@@ -18,8 +19,8 @@ page, so that all tokens of a tile have the same current page and the same compl
   tokens before. By token are only the reading of the difference and the masses of the rest's blocks, which are
   estimates from statistics that were scored anyway. No token of the current page is ever part of a tail.
 
-A chunk that ends within a tile leaves the tile in two pieces, each of which selects by its own tokens' scores; forced
-blocks and numbers are those of the tile. A chunk that ends between tiles changes nothing.
+A chunk that ends within a tile leaves the tile in two pieces, each of which selects by its own tokens' scores, by its
+last token's where it has none of every n-th; forced blocks and numbers are those of the tile. A chunk that ends between tiles changes nothing.
 
 With a tile of one token this is selection by token.
 """
@@ -30,6 +31,19 @@ from torch.nn.functional import pad
 from .attention import masked_attention
 from .parameters import SplaParameters
 from .residual import Reading, Residual
+
+
+def check_tile(params: SplaParameters) -> None:
+    """Raises:
+    ValueError: A tile that does not fit page and selection block, or a step that does not fit the tile.
+    """
+    tile, block = params.tile, params.selection_block
+    if params.page_size % tile or max(tile, block) % min(tile, block):
+        raise ValueError(
+            f"tile {tile} must divide page_size {params.page_size}, and one of tile and selection_block {block} the other"
+        )
+    if tile % params.tile_step:
+        raise ValueError(f"tile_step {params.tile_step} must divide tile {tile}")
 
 
 def tile_ends(positions: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,22 +59,30 @@ class Tiles:
 
     Args:
         positions: `[tokens]` int64, consecutive; the first and the last tile may be there in part.
-        tile: Tokens a tile.
+        params: How many tokens a tile has, and how many of these its scores are of.
 
     Attributes:
         ends: Last position of each tile `[tiles]` int64, though its token be missing.
+        voters: Indices of the tokens whose scores count `[voters]` int64, ascending.
     """
 
-    def __init__(self, positions: torch.Tensor, tile: int) -> None:
+    def __init__(self, positions: torch.Tensor, params: SplaParameters) -> None:
+        tile, device = params.tile, positions.device
         self.tile = tile
         if tile == 1:  # as they are, consecutive or not
             self.ends, self._around = positions, (0, 0)
+            self.voters = self._of_token = self._of_voter = torch.arange(len(positions), device=device)
             return
         start, end = int(positions[0]), int(positions[-1]) + 1
         first, stop = start // tile, -(-end // tile)
-        self.ends = torch.arange(first + 1, stop + 1, device=positions.device) * tile - 1
+        self.ends = torch.arange(first + 1, stop + 1, device=device) * tile - 1
         self._around = (start - first * tile, stop * tile - end)
-        self._of_token = positions // tile - first
+        self._of_token = positions // tile - first  # [tokens]
+        votes = (positions + 1) % params.tile_step == 0
+        last = self.ends.clamp(max=end - 1) - start  # [tiles]
+        votes[last] |= ~self.cut(votes, 0).any(1)
+        self.voters = votes.nonzero()[:, 0]
+        self._of_voter = self._of_token[self.voters]
 
     def cut(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """`[..., tokens, ...]` as `[..., tiles, tile, ...]`, zeros for what is missing."""
@@ -74,20 +96,26 @@ class Tiles:
         return x.narrow(dim, before, x.shape[dim] - before - after)
 
     def share(self, grouped: torch.Tensor) -> torch.Tensor:
-        """Scores of tiles `[tiles, ...]` from those of their tokens `[tokens, ...]`: the log of the mean exponential,
+        """Scores of tiles `[tiles, ...]` from those of their voters `[voters, ...]`: the log of the mean exponential,
         so that the total mass of a row is that of a token's. -inf where all are, and nowhere else."""
         if self.tile == 1:
             return grouped
-        present = self.cut(torch.ones(grouped.shape[0], dtype=torch.bool, device=grouped.device), 0)  # [tiles, tile]
-        present = present.view(*present.shape, *[1] * (grouped.dim() - 1))
-        scores = self.cut(grouped, 0).masked_fill(~present, -torch.inf).logsumexp(1)
-        mean = scores - present.sum(1).to(scores.dtype).log()
+        counts = self._of_voter.bincount(minlength=len(self.ends))
+        nth = torch.arange(len(self.voters), device=grouped.device) - (counts.cumsum(0) - counts)[self._of_voter]
+        scores = grouped.new_full((len(self.ends), int(counts.max()), *grouped.shape[1:]), -torch.inf)
+        scores[self._of_voter, nth] = grouped
+        total = scores.logsumexp(1)
+        mean = total - counts.view(-1, *[1] * (total.dim() - 1)).to(total.dtype).log()
         # What stands for a hopeless block remains above what stands for none.
-        return mean.clamp_(min=torch.finfo(mean.dtype).min).masked_fill_(scores == -torch.inf, -torch.inf)
+        return mean.clamp_(min=torch.finfo(mean.dtype).min).masked_fill_(total == -torch.inf, -torch.inf)
 
-    def spread(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """`[..., tiles, ...]` by token, `[..., tokens, ...]`."""
+    def by_token(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """`[..., tiles, ...]` as `[..., tokens, ...]`."""
         return x if self.tile == 1 else x.index_select(dim, self._of_token)
+
+    def by_voter(self, x: torch.Tensor) -> torch.Tensor:
+        """`[tiles, ...]` as `[voters, ...]`."""
+        return x if self.tile == 1 else x[self._of_voter]
 
 
 def attend_selected(
@@ -118,7 +146,7 @@ def attend_selected(
     """
     rows, group = q.shape[:2]
     size, seen = params.attended_block, k.shape[1]
-    tiles = Tiles(positions, params.tile)
+    tiles = Tiles(positions, params)
     num_blocks = -(-seen // size)
     within = torch.arange(num_blocks, device=q.device) * size <= tiles.ends[:, None]  # [tiles, num_blocks]
     chosen = within & ~pad(rest, (0, num_blocks - rest.shape[-1]))  # [rows, tiles, num_blocks]

@@ -92,8 +92,8 @@ def select_fine_blocks(
         forced: From `forced_fine_blocks`.
         num_free: Likewise.
         top_p: Share of the candidates' mass at which selection stops.
-        tiles: Where tokens share a selection, the tiles that the rows are in, which are tokens then; all but the scores
-            has a row for each tile.
+        tiles: Where tokens share a selection, the tiles whose voters the rows of `scores` are; all else has a row for
+            each tile.
 
     Returns:
         `[rows, kv_heads, tokens, num_fine]` bool.
@@ -102,5 +102,5 @@ def select_fine_blocks(
     candidates = candidates.repeat_interleave(num_fine // max(candidates.shape[-1], 1), -1)
     if tiles is None:
         return select_blocks(group_scores(scores, candidates), forced, num_free, group, top_p)
-    grouped = tiles.share(group_scores(scores, tiles.spread(candidates)))
+    grouped = tiles.share(group_scores(scores, tiles.by_voter(candidates)))
     return select_blocks(grouped, forced, num_free, group, top_p)

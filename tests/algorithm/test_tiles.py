@@ -118,6 +118,22 @@ def test_one_token_a_tile_is_selection_by_token() -> None:
         torch.testing.assert_close(want, tile[190:], rtol=1e-9, atol=1e-10)
 
 
+def test_some_tokens_choose_for_all() -> None:
+    """Queries that are not scored do not count, in either form, but for their own outputs."""
+    q, k, v = random_qkv(232, 2, 1, 8, seed=2)
+    params = replace(BASE, tile_step=4)
+    want = by_sequence(q, k, v, params, 200)
+    torch.testing.assert_close(want, ref.spla_sequence(q, k, v, params, start=200)[200:], rtol=1e-9, atol=1e-10)
+    scored = [p - 200 for p in range(200, 232) if p % 4 == 3]
+    other = q.clone()
+    rest = [p for p in range(200, 232) if p % 4 != 3]
+    other[rest] = torch.randn(len(rest), 2, 8, dtype=torch.float64)
+    got = by_sequence(other, k, v, params, 200)
+    torch.testing.assert_close(got[scored], want[scored], rtol=1e-9, atol=1e-10)
+    every = by_sequence(q, k, v, replace(params, tile_step=1), 200)
+    assert (every - want).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("residual", ["regression", "none"])
 def test_chunks(residual: str) -> None:
     """Cuts between tiles change nothing, in the reference not a bit; a cut within one changes that tile alone, whose
@@ -196,6 +212,7 @@ def cases(draw: st.DrawFn) -> tuple[SplaParameters, int, int, int]:
         fine_source=draw(st.sampled_from(["keys", "int4"] if fine and get_selector(selector).mean_first else ["keys"])),
         fine_dtype=draw(st.sampled_from(FINE_DTYPES if fine else ["auto"])),
         tile=tile,
+        tile_step=draw(st.sampled_from([n for n in (1, 2, 4) if n <= tile])),
         statistics_dtype=draw(st.sampled_from(["auto", "fp8"])),
         top_p=draw(st.sampled_from([None, None, 0.3, 0.8])),
         residual=draw(st.sampled_from(residuals)),
@@ -240,7 +257,7 @@ def test_hopeless_blocks_are_selected_before_none() -> None:
 
 
 def test_tiles_cut_and_join() -> None:
-    tiles = Tiles(torch.arange(13, 30), 8)
+    tiles = Tiles(torch.arange(13, 30), replace(BASE, tile=8))
     assert tiles.ends.tolist() == [15, 23, 31]
     x = torch.randn(2, 17, 3)
     cut = tiles.cut(x, 1)
@@ -250,7 +267,12 @@ def test_tiles_cut_and_join() -> None:
     shared = tiles.share(scores)
     torch.testing.assert_close(shared[0], scores[:3].exp().mean(0).log())
     torch.testing.assert_close(shared[2], scores[11:].exp().mean(0).log())
-    assert torch.equal(tiles.spread(shared)[[0, 3, 16]], shared[[0, 1, 2]])
+    assert torch.equal(tiles.by_token(shared)[[0, 3, 16]], shared[[0, 1, 2]])
+    some = Tiles(torch.arange(13, 30), replace(BASE, tile=8, tile_step=4))
+    assert (some.voters + 13).tolist() == [15, 19, 23, 27]
+    torch.testing.assert_close(some.share(scores[some.voters])[1], scores[[6, 10]].exp().mean(0).log())
+    piece = Tiles(torch.arange(12, 18), replace(BASE, tile=8, tile_step=8))
+    assert (piece.voters + 12).tolist() == [15, 17]  # of 16 and 17 none is an eighth
 
 
 def test_rounding_of_products() -> None:
@@ -281,6 +303,8 @@ def test_what_does_not_fit_is_refused() -> None:
             ref.spla_token(q[-1], k, v, params)
         with pytest.raises(ValueError, match="must divide page_size"):
             by_sequence(q, k, v, params)
+    with pytest.raises(ValueError, match="tile_step 3 must divide tile 8"):
+        by_sequence(q, k, v, replace(BASE, tile_step=3))
     with pytest.raises(ValueError, match=r"tile_queries \[1 to 8, H, d\] expected"):
         ref.spla_token(q[-1], k, v, BASE, tile_queries=q[-9:])
     with pytest.raises(ValueError, match="learned weights of features"):
