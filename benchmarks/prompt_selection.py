@@ -12,8 +12,9 @@ and document of 8192 tokens: `--contexts`, `--variants` and fewer texts choose. 
 variant; what it holds is not measured again, and its milliseconds are made anew.
 
 A variant is what an engine would be given (`spla_backend/options.py`), and besides: `tile`, tokens that share a
-selection; `tile_step`, every how many-th of them is scored; `fine_dtype`, in what the fine level multiplies; `dense_below`, the position from which tokens select;
-`chunk`, tokens a chunk that the prompt comes in, 0 for all of it. Milliseconds take no notice of `chunk`.
+selection; `tile_step`, every how many-th of them is scored; `fine_dtype`, in what the fine level multiplies;
+`dense_below`, the position from which tokens select; `chunk`, tokens a chunk that the prompt comes in, 0 for all of it.
+Milliseconds take no notice of `chunk`.
 """
 
 import argparse

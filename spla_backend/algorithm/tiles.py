@@ -20,7 +20,8 @@ page, so that all tokens of a tile have the same current page and the same compl
   estimates from statistics that were scored anyway. No token of the current page is ever part of a tail.
 
 A chunk that ends within a tile leaves the tile in two pieces, each of which selects by its own tokens' scores, by its
-last token's where it has none of every n-th; forced blocks and numbers are those of the tile. A chunk that ends between tiles changes nothing.
+last token's where it has none of every n-th; forced blocks and numbers are those of the tile. A chunk that ends between
+tiles changes nothing.
 
 With a tile of one token this is selection by token.
 """
@@ -40,7 +41,8 @@ def check_tile(params: SplaParameters) -> None:
     tile, block = params.tile, params.selection_block
     if params.page_size % tile or max(tile, block) % min(tile, block):
         raise ValueError(
-            f"tile {tile} must divide page_size {params.page_size}, and one of tile and selection_block {block} the other"
+            f"tile {tile} must divide page_size {params.page_size}, and one of tile and selection_block {block} must "
+            "divide the other"
         )
     if tile % params.tile_step:
         raise ValueError(f"tile_step {params.tile_step} must divide tile {tile}")
