@@ -63,6 +63,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for t, n in ((32, 2), (32, 4), (64, 2), (64, 4), (64, 8))
     },
     "tile 64, every 4, x8, 2048 of 16": {**TWO, "tile": 64, "tile_step": 4, "candidates": 8},
+    **{
+        f"tile 64, every 4, {name}, x4, 2048 of 16": {**TWO, "tile": 64, "tile_step": 4, **change}
+        for name, change in (("mean", {"selector": "mean"}), ("no residual", {"residual": "none"}))
+    },
     "tile 64, every 2, 2048 of 64": {**ONE, "tile": 64, "tile_step": 2},
     "tile 32, x4, 1024 of 16": {**TWO, "budget": 1024},
     "tile 32, x8, 1024 of 16": {**TWO, "budget": 1024, "candidates": 8},

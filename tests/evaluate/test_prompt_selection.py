@@ -147,6 +147,11 @@ def test_arithmetic(load) -> None:
     # Rows below 64 are multiplied all the same.
     half, quarter = (costs.stages_of(replace(params, tile=t), np.array([131071]))["fine"] for t in (16, 8))
     assert half.products[0] == quarter.products[0] == pytest.approx(stages["fine"].products[0] / 2)
+    # Fewer are scored, all attend and have masses: 64 and 192 rows in the first pass, 64 in the second.
+    some = costs.stages_of(replace(params, tile=64, tile_step=4), np.array([131071]))
+    assert some["fine"].products[0] == half.products[0]
+    assert some["attention"].products[0] == 2 * stages["attention"].products[0]
+    assert some["coarse"].products[0] == pytest.approx(2 * (256 + 64) * 2047 * 256 / costs.TENSOR)
 
     ends = np.arange(16384, 32768, 32) + 31
     want = 8e3 * costs.seconds_of(params, ends, False).sum() + 1e3 * (
