@@ -7,7 +7,7 @@ The rest is read block by block from the sums of each (or token by token, where 
 rows), chunk of queries by chunk, and read again in the backward pass, so that memory does not grow with the square of
 the length. The exact part is likewise made of the masked logits of all pairs of tokens, or, in 16 bits on a GPU, by
 FlexAttention, which skips the blocks that no token of a tile selects. Tiles that share a selection gather what they
-attend to, and subtract it from the state.
+attend to, and subtract it from the state; they have no gradients.
 """
 
 import math
@@ -74,7 +74,7 @@ def spla_attention(
         `[batch, H, L, d]`, at least float32.
 
     Raises:
-        ValueError: Shapes that do not fit together; tiles with `feature_weight`, or that do not divide the page.
+        ValueError: Shapes that do not fit together; tiles with `feature_weight` or gradients, or that do not divide the page.
     """
     batch, num_heads, length, d = q.shape
     num_kv_heads, total = k.shape[1:3]
@@ -87,6 +87,8 @@ def spla_attention(
     check_tile(params)
     if tile > 1 and feature_weight is not None:
         raise ValueError("tiles have no learned weights of features: use tile 1")
+    if tile > 1 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("tiles have no gradients: use tile 1, or torch.no_grad")
     group, block = num_heads // num_kv_heads, params.attended_block
     rows = batch * num_kv_heads
     given = (q, k, v)

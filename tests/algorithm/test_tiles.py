@@ -307,5 +307,8 @@ def test_what_does_not_fit_is_refused() -> None:
         by_sequence(q, k, v, replace(BASE, tile_step=3))
     with pytest.raises(ValueError, match=r"tile_queries \[1 to 8, H, d\] expected"):
         ref.spla_token(q[-1], k, v, BASE, tile_queries=q[-9:])
+    with pytest.raises(ValueError, match="no gradients"):
+        by_sequence(q.requires_grad_(), k, v, BASE)
+    q = q.detach()
     with pytest.raises(ValueError, match="learned weights of features"):
         by_sequence(q, k, v, replace(BASE, residual="linear"), feature_weight=torch.eye(8, dtype=q.dtype)[None])
