@@ -74,7 +74,8 @@ def spla_attention(
         `[batch, H, L, d]`, at least float32.
 
     Raises:
-        ValueError: Shapes that do not fit together; tiles with `feature_weight` or gradients, or that do not divide the page.
+        ValueError: Shapes that do not fit together; tiles that do not divide the page, or with `feature_weight` or
+            gradients.
     """
     batch, num_heads, length, d = q.shape
     num_kv_heads, total = k.shape[1:3]
