@@ -43,34 +43,42 @@ PROMPT = {"tile": 1, "tile_step": 1, "fine_dtype": "auto", "dense_below": 0, "ch
 """What a variant has besides options, and its defaults."""
 PARAMETERS = ("tile", "tile_step", "fine_dtype")
 """Of these, what the algorithm's parameters hold."""
-ONE = {"tile": 32, "budget": 2048}
-TWO = {**ONE, "fine_block_size": 16, "candidates": 4}
+ONE = {"tile": 32, "budget": 2048, "fine_block_size": 0, "statistics_dtype": "auto"}
+TWO = {**ONE, "fine_block_size": 16, "candidates": 8192, "fine_source": "keys"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "token, 2048 of 64": {"budget": 2048},
+    "token, 2048 of 64": {**ONE, "tile": 1},
     **{f"tile {t}, 2048 of 64": {**ONE, "tile": t} for t in (16, 32, 64)},
     **{f"tile 32, {b} of 64": {**ONE, "budget": b} for b in (4096, 8192)},
     **{f"tile 32, {b} of 64, no residual": {**ONE, "budget": b, "residual": "none"} for b in (2048, 4096, 8192)},
     **{f"tile {t}, x4, 2048 of 16": {**TWO, "tile": t} for t in (16, 32, 64)},
-    **{f"tile 32, x{c}, 2048 of 16": {**TWO, "candidates": c} for c in (2, 3, 8)},
-    **{f"tile 32, x{c}, 2048 of {f}": {**TWO, "candidates": c, "fine_block_size": f} for c in (4, 8) for f in (32, 64)},
+    **{f"tile 32, x{c}, 2048 of 16": {**TWO, "candidates": 2048 * c} for c in (2, 3, 8)},
+    **{
+        f"tile 32, x{c}, 2048 of {f}": {**TWO, "candidates": 2048 * c, "fine_block_size": f}
+        for c in (4, 8)
+        for f in (32, 64)
+    },
     **{f"tile 64, x4, 2048 of {f}": {**TWO, "tile": 64, "fine_block_size": f} for f in (32, 64)},
-    **{f"tile 32, x{c}, 2048 of 16, fp8": {**TWO, "candidates": c, "fine_dtype": "fp8"} for c in (4, 8)},
+    **{f"tile 32, x{c}, 2048 of 16, fp8": {**TWO, "candidates": 2048 * c, "fine_dtype": "fp8"} for c in (4, 8)},
     "tile 32, x4, 2048 of 16, bf16": {**TWO, "fine_dtype": "bf16"},
-    **{f"tile 32, x{c}, 2048 of 16, no residual": {**TWO, "candidates": c, "residual": "none"} for c in (4, 8)},
+    **{f"tile 32, x{c}, 2048 of 16, no residual": {**TWO, "candidates": 2048 * c, "residual": "none"} for c in (4, 8)},
     **{f"tile {t}, mean, x4, 2048 of 16": {**TWO, "tile": t, "selector": "mean"} for t in (32, 64)},
     **{
         f"tile {t}, every {n}, x4, 2048 of 16": {**TWO, "tile": t, "tile_step": n}
         for t, n in ((32, 2), (32, 4), (64, 2), (64, 4), (64, 8))
     },
-    "tile 64, every 4, x8, 2048 of 16": {**TWO, "tile": 64, "tile_step": 4, "candidates": 8},
+    "tile 64, every 4, x8, 2048 of 16": {**TWO, "tile": 64, "tile_step": 4, "candidates": 16384},
     **{
         f"tile 64, every 4, {name}, x4, 2048 of 16": {**TWO, "tile": 64, "tile_step": 4, **change}
-        for name, change in (("mean", {"selector": "mean"}), ("no residual", {"residual": "none"}))
+        for name, change in (
+            ("mean", {"selector": "mean"}),
+            ("no residual", {"residual": "none"}),
+            ("fp8 statistics", {"statistics_dtype": "fp8"}),
+        )
     },
     "tile 64, every 2, 2048 of 64": {**ONE, "tile": 64, "tile_step": 2},
-    "tile 32, x4, 1024 of 16": {**TWO, "budget": 1024},
-    "tile 32, x8, 1024 of 16": {**TWO, "budget": 1024, "candidates": 8},
-    "tile 32, x2, 4096 of 16": {**TWO, "budget": 4096, "candidates": 2},
+    "tile 32, x4, 1024 of 16": {**TWO, "budget": 1024, "candidates": 4096},
+    "tile 32, x8, 1024 of 16": {**TWO, "budget": 1024},
+    "tile 32, x2, 4096 of 16": {**TWO, "budget": 4096},
     "tile 32, x4, 2048 of 16, chunks of 1000": {**TWO, "chunk": 1000},
     "tile 32, x4, 2048 of 16, chunks of 20": {**TWO, "chunk": 20},
     "tile 32, x4, 2048 of 16, dense below 8192": {**TWO, "dense_below": 8192},

@@ -21,7 +21,7 @@ from spla_backend.algorithm.two_level import FINE_DTYPES, round_keys, round_quer
 
 torch.set_num_threads(1)
 
-BASE = SplaParameters(page_size=16, selection_block=16, budget_blocks=4, fine_block=4, candidate_factor=2, tile=8)
+BASE = SplaParameters(page_size=16, selection_block=16, budget_blocks=4, fine_block=4, least_candidates=8, tile=8)
 
 
 def random_qkv(length: int, heads: int, kv_heads: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +208,6 @@ def cases(draw: st.DrawFn) -> tuple[SplaParameters, int, int, int]:
         last,
         selector,
         fine_block=fine,
-        candidate_factor=draw(st.integers(2, 3)),
         fine_source=draw(st.sampled_from(["keys", "int4"] if fine and get_selector(selector).mean_first else ["keys"])),
         fine_dtype=draw(st.sampled_from(FINE_DTYPES if fine else ["auto"])),
         tile=tile,
@@ -218,10 +217,11 @@ def cases(draw: st.DrawFn) -> tuple[SplaParameters, int, int, int]:
         residual=draw(st.sampled_from(residuals)),
         combine="shared_normalizer",
     )
-    params = replace(params, budget_blocks=params.max_forced_blocks + draw(st.integers(0, 3), label="free"))
+    budget = params.max_forced_blocks + draw(st.integers(0, 3), label="free")
+    params = replace(params, budget_blocks=budget, least_candidates=budget * draw(st.integers(2, 3)))
     if params.residual == "linear" and draw(st.booleans()):
         params = replace(params, combine="double_rmsnorm")
-    edge = draw(st.sampled_from([page, params.whole_tokens, params.candidate_factor * params.budget_tokens]))
+    edge = draw(st.sampled_from([page, params.whole_tokens, params.least_candidates * block]))
     length = edge * draw(st.integers(1, 2)) + draw(st.sampled_from([-tile, -1, 0, 1, tile // 2, tile + 1, page]))
     return params, draw(st.integers(1, 2)), draw(st.integers(1, 3)), max(1, length)
 

@@ -18,7 +18,7 @@ from spla_backend.evaluate.capture import AttentionInputs  # noqa: E402
 from spla_backend.evaluate.variants import ModelShape  # noqa: E402
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-SMALL = {"budget": 256, "fine_block_size": 16, "candidates": 2}
+SMALL = {"budget": 256, "fine_block_size": 16, "candidates": 512, "fine_source": "keys"}
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -77,7 +77,7 @@ def test_report(load, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "tile 32, fp8": {**SMALL, "tile": 32, "fine_dtype": "fp8"},
         "tile 32, chunks of 20": {**SMALL, "tile": 32, "chunk": 20},
         "dense below 704": {**SMALL, "tile": 32, "dense_below": 704},
-        "whole": {"budget": 768, "tile": 32},
+        "whole": {"budget": 768, "fine_block_size": 0, "tile": 32},
     }
     monkeypatch.setattr(program, "VARIANTS", variants)
     monkeypatch.setitem(program.FIRST, 768, 512)
@@ -135,7 +135,7 @@ def test_arithmetic(load) -> None:
     costs = load("prompt_costs")
     import numpy as np
 
-    params = SplaParameters(64, 64, 32, fine_block=16, candidate_factor=4, tile=32)
+    params = SplaParameters(64, 64, 32, fine_block=16, least_candidates=128, tile=32)
     stages = costs.stages_of(params, np.array([131071]))
     assert stages["fine"].products[0] == pytest.approx(2 * 128 * 8192 * 128 / costs.TENSOR)
     assert stages["attention"].products[0] == pytest.approx(4 * 128 * 2048 * 128 / costs.TENSOR)
