@@ -18,6 +18,8 @@ from spla_backend.algorithm.sequence import spla_attention
 from spla_backend.algorithm.statistics_format import decode, encode
 from spla_backend.algorithm.tiles import Tiles, attend_selected, prefix_states
 from spla_backend.algorithm.two_level import FINE_DTYPES, round_keys, round_queries
+from spla_backend.kernels import dispatch
+from spla_backend.kernels.interface import Layer, Limits
 
 torch.set_num_threads(1)
 
@@ -294,6 +296,17 @@ def test_rounding_of_products() -> None:
     for edge in (447.9, 448.0, 448.1, 1.75, 0.875, 0.876):
         q = torch.tensor([[edge, 0.1]], dtype=torch.float64)
         assert torch.equal(round_queries(q, in_fp8), ref.rounded_queries(q, "fp8"))
+
+
+@pytest.mark.parametrize("change", [{"tile": 16}, {"fine_dtype": "bf16"}])
+def test_no_engine_computes_it_as_something_else(change: dict) -> None:
+    params = SplaParameters(page_size=16, selection_block=16, budget_blocks=6, fine_block=8, **change)
+    layer, limits = (
+        Layer(2, 1, 64, torch.float32, 0.125),
+        Limits(1, 1, 256, 64, prefill_dense_below=0, largest_budget=0),
+    )
+    with pytest.raises(ValueError, match="no kernel lets tiles of"):
+        dispatch.make(torch.device("cpu"), params, layer, limits)
 
 
 def test_what_does_not_fit_is_refused() -> None:
