@@ -93,8 +93,8 @@ def make(
     """
     if (params.tile, params.fine_dtype) != (1, "auto"):
         raise ValueError(
-            f"no kernel lets tiles of {params.tile} prompt tokens share a selection, or rounds what ranks fine blocks to "
-            f"{params.fine_dtype}: set tile to 1 and fine_dtype to 'auto'"
+            f"no kernel lets tiles of {params.tile} prompt tokens share a selection, or rounds what ranks fine blocks "
+            f"to {params.fine_dtype}: set tile to 1 and fine_dtype to 'auto'"
         )
     if device.type == "cpu":
         check_cpu(executor)
