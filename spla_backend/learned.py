@@ -13,7 +13,7 @@ are float32 for all heads of the model; tensor parallelism shares the heads out 
 
 A file holds a parameter for all layers that SPLA computes, or for none; what it holds for `dense_layers` is not read.
 Metadata of the safetensors header:
-`format` is `spla`, `version` is `1`, and `spla_config` is a JSON object of the options that the parameters were made
+`format` is `spla`, `version` is `2`, and `spla_config` is a JSON object of the options that the parameters were made
 for. These options go before SPLA's defaults and behind all others (docs/options.md).
 """
 
@@ -34,7 +34,9 @@ from .options import check_parameters_file
 FILE_NAME = "spla.safetensors"
 """The file beside a model's weights."""
 
-VERSION = "1"
+VERSION = "2"
+DEFAULTS_OF = {"1": {"fine_block_size": 0, "statistics_dtype": "auto"}, VERSION: {}}
+"""By version that is read: what the defaults of SPLA were that files do not name, where they are others now."""
 
 COMBINE_OF: dict[str, str | None] = {
     "gain": "shared_normalizer",
@@ -160,9 +162,10 @@ def read_options(path: Path) -> dict[str, Any]:
         metadata = file.metadata() or {}
     if metadata.get("format") != "spla":
         raise ValueError(f"{path} holds no SPLA parameters, its header does not say format 'spla': name another file")
-    if metadata.get("version") != VERSION:
+    version = metadata.get("version", "none")
+    if version not in DEFAULTS_OF:
         raise ValueError(
-            f"{path} is of version {metadata.get('version')} and this vllm-spla reads version {VERSION}: install a "
+            f"{path} is of version {version} and this vllm-spla reads versions {', '.join(DEFAULTS_OF)}: install a "
             "newer vllm-spla or write the file again"
         )
     try:
@@ -171,8 +174,7 @@ def read_options(path: Path) -> dict[str, Any]:
         raise ValueError(f"spla_config in the header of {path} is not JSON ({error}): write the file again") from error
     if not isinstance(options, dict):
         raise ValueError(f"spla_config in the header of {path} is not a JSON object: write the file again")
-    # What the defaults were when files did not say it.
-    return {"fine_block_size": 0, "statistics_dtype": "auto", **options}
+    return {**DEFAULTS_OF[version], **options}
 
 
 def check(

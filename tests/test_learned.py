@@ -27,13 +27,19 @@ def test_round_trip(tmp_path, make, combine):
     path = tmp_path / learned.FILE_NAME
     layers = make(0, 2)
     options = {"budget": 512, "combine": combine, "fine_block_size": 16, "statistics_dtype": "fp8"}
-    learned.write(path, layers, {"budget": 512})  # as when one level was the default
-    assert learned.read_options(path) == {"budget": 512, "fine_block_size": 0, "statistics_dtype": "auto"}
     learned.write(path, layers, options)
     assert learned.read_options(path) == options
     learned.check(path, layers=[0, 2], combine=combine, residual="linear", **SHAPE)
     for i, expected in layers.items():
         assert learned.read_layer(path, i, **SHAPE).same(expected)
+
+
+def test_files_from_before_two_levels_mean_one(tmp_path):
+    path = tmp_path / "fitted.safetensors"
+    write_raw(path, {}, spla_config='{"budget": 512, "statistics_dtype": "fp8"}')
+    assert learned.read_options(path) == {"budget": 512, "fine_block_size": 0, "statistics_dtype": "fp8"}
+    learned.write(path, {}, {"budget": 512})
+    assert learned.read_options(path) == {"budget": 512}
 
 
 def test_heads_of_ranks():
@@ -100,7 +106,7 @@ def test_half_a_norm_is_refused(tmp_path):
     ("metadata", "message"),
     [
         ({"format": "pt"}, "its header does not say format 'spla'"),
-        ({"version": "2"}, "is of version 2 and this vllm-spla reads version 1"),
+        ({"version": "3"}, "is of version 3 and this vllm-spla reads versions 1, 2"),
         ({"spla_config": "{"}, "is not JSON"),
         ({"spla_config": "[]"}, "is not a JSON object"),
     ],

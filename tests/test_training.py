@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from spla_backend import learned
 from spla_backend.training import attach, fit_norms, save, set_budget
 
-OPTIONS = {"budget": 64, "selection_block_size": 16}
+OPTIONS = {"budget": 64, "selection_block_size": 16, "fine_block_size": 0}
+TWO_LEVELS = {"budget": 48, "selection_block_size": 16, "fine_block_size": 8, "candidates": 1}
 PAPER = {**OPTIONS, "residual": "linear", "combine": "double_rmsnorm", "selector": "taylor2"}
 PAGE = 16
 
@@ -83,7 +84,7 @@ def test_set_budget(model):
     assert (changed - before).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [OPTIONS, PAPER])
+@pytest.mark.parametrize("options", [OPTIONS, PAPER, TWO_LEVELS])
 def test_cache_and_padding(model, options):
     """One token after the other gives what the whole sequence gives; padding on the right changes nothing before it."""
     ids = tokens(100)
@@ -114,7 +115,7 @@ def test_unattached_model_is_refused(model):
         logits(model, tokens(20))
 
 
-@pytest.mark.parametrize("options", [OPTIONS, PAPER, {**OPTIONS, "residual": "none"}])
+@pytest.mark.parametrize("options", [OPTIONS, PAPER, {**OPTIONS, "residual": "none"}, TWO_LEVELS])
 def test_saved_folder(model, tmp_path, options):
     ids = tokens(120)
     attach(model, options, PAGE)
@@ -122,7 +123,7 @@ def test_saved_folder(model, tmp_path, options):
     expected = logits(model, ids)
     save(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["spla_config"]
-    assert config["budget"] == 64 and config["prefill_dense_below"] == 0
+    assert config["budget"] == options["budget"] and config["prefill_dense_below"] == 0
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "spla" in name]  # noqa: SIM118
     side_file = tmp_path / "spla.safetensors"

@@ -65,7 +65,7 @@ def test_gains(model, start):
 def test_a_file_of_options_alone(model, start):
     """Layers as `spla-calibrate` chooses them. Dense layers of the command line go before the file's, and before its
     budgets."""
-    of_file = {"budget": BUDGET, "dense_layers": [1], "layer_budgets": {"0": 2 * BUDGET}}
+    of_file = {**ONE_LEVEL, "budget": BUDGET, "dense_layers": [1], "layer_budgets": {"0": 2 * BUDGET}}
     learned.write(model / learned.FILE_NAME, {}, of_file)
     for options, layers in (({}, of_file), ({"dense_layers": [0]}, {"budget": BUDGET, "dense_layers": [0]})):
         with start(str(model), additional_config={"spla": options}) as engine:

@@ -128,8 +128,8 @@ def test_logger(tiny_llama, samples, spla_log):
     manager.log()
     manager.log()  # nothing has finished since
     assert [line for line in spla_log if "finished requests" in line] == [
-        "SPLA: finished requests generated 64 tokens that read 384 of 1264 pages (30.4%); prompt tokens: 256 dense, "
-        "816 sparse"
+        "SPLA: finished requests generated 64 tokens that read 384 of 1264 pages (30.4%); prompt tokens: 640 dense, "
+        "432 sparse"
     ]
 
 
