@@ -91,3 +91,16 @@ class SplaParameters:
     def max_forced_blocks(self) -> int:
         """The most blocks that rule 3 of docs/design.md, 1 can force: the smallest budget that works."""
         return self.first_blocks + max(self.last_blocks, self.blocks_per_page)
+
+
+def check_sinks(combine: str) -> None:
+    """What a layer with learned attention sinks cannot have.
+
+    Raises:
+        ValueError: A combination that makes nothing of them.
+    """
+    if combine == "double_rmsnorm":
+        raise ValueError(
+            "combine 'double_rmsnorm' would undo learned attention sinks, being an RMSNorm of what they scale: set "
+            "combine to 'shared_normalizer'"
+        )

@@ -123,7 +123,7 @@ class HeadGroup:
     def select(self, point: Point) -> torch.Tensor:
         """What is left out, `[queries, num_attended]` bool: blocks of `attended_block` tokens of complete pages that
         were not selected."""
-        params, group = point.params, self.q.shape[1]
+        params = point.params
         complete = self._complete(params)
         coarse = coarse_parameters(params) if params.fine_block else params
         if params.fine_block and point.oracle:
@@ -131,7 +131,7 @@ class HeadGroup:
         else:
             forced, num_free, _ = forced_blocks(self.positions[:, None], complete, coarse)  # [queries, 1, ...]
             top_p = None if point.oracle else coarse.top_p
-            chosen = select_blocks(self._group_scores(point), forced, num_free, group, top_p)
+            chosen = select_blocks(self._group_scores(point), forced, num_free, top_p)
         if params.fine_block:
             per_block = params.selection_block // params.fine_block
             logits = self._logits[..., : complete.shape[1] * params.selection_block]
