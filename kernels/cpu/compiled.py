@@ -557,6 +557,7 @@ def _attend_one(
             q[h, e] = query[token, kv_head * group + h, e] * np.float32(scale)
             q2[h, e] = q[h, e] * q[h, e]
     of_sinks = sinks[kv_head * group : (kv_head + 1) * group]
+    no_sinks = np.full(group, np.float32(-np.inf))  # what has no mass of blocks has none that sinks could be added to
     sparse = current + 1 > whole
     tail = sparse and state_starts.shape[1] > 0
     two_levels = sparse and candidates > 0
@@ -579,7 +580,7 @@ def _attend_one(
         _score(selector, q, q2, stored, formats, pages, from_page, start, each, block, score, linear, variance)
         if current + 1 > least:
             shared = np.empty(num_complete, np.float32)
-            mass = _share(score, of_sinks, shared)
+            mass = _share(score, of_sinks if selector != _QUEST else no_sinks, shared)
             free = least - (current + 1 - num_complete) - num_forced
             by_mass = share_wanted < np.inf and not two_levels
             _select(shared, forced, free, share_wanted * mass if by_mass else np.inf, chosen)

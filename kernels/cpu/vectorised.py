@@ -403,7 +403,8 @@ class VectorisedAttention:
         selected = tile.forced[:, None].expand(-1, self.num_kv_heads, -1, -1)
         if tile.choosing:
             assert scores is not None
-            grouped = group_scores(scores.view(by_head), tile.complete, self._sinks_by_kv_head())
+            sinks = self._sinks_by_kv_head() if self.selector.has_mass else None
+            grouped = group_scores(scores.view(by_head), tile.complete, sinks)
             selected = select_blocks(grouped, tile.forced, tile.num_free, self._coarse.top_p)
         if tile.fine is not None:
             selected = self._select_fine(tile, q, kv_cache, selected)

@@ -287,6 +287,7 @@ def share_in_group(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
 
     What the group loses with a block is the sum of what its heads would give to it of their attention. So a sink
     belongs into the normaliser: a head that gives nearly all to its sink has little to lose, whatever it ranks first.
+    Scores that rank blocks and are no masses (`quest`) have no unit in which a sink could be added.
 
     Args:
         scores: `[group, num_complete_blocks]` float64, one row for each query head of the group.
@@ -576,7 +577,8 @@ def spla_token(
             dtype=q.dtype,
         ).reshape(group, num_complete)
         sinks_of_group = None if sinks is None else sinks[heads.start : heads.stop]
-        group_scores[g] = share_in_group(scores, sinks_of_group)
+        has_mass = get_selector(params.selector).has_mass
+        group_scores[g] = share_in_group(scores, sinks_of_group if has_mass else None)
         if params.fine_block:
             of_group = q[heads.start : heads.stop]
             blocks, fine_scores[g] = select_fine_blocks(

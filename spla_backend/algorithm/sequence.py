@@ -188,7 +188,8 @@ def unselected_blocks(
     scores = by_query(get_selector(params.selector).score(flat, statistics, params.selection_block))
     forced, num_free, _ = forced_blocks(positions[:, None], complete, coarse)  # [queries, 1, num_blocks]
     of_heads = None if sinks is None else sinks[:, None, :, 0]  # as the scores, without blocks
-    chosen = select_blocks(group_scores(scores, complete, of_heads), forced, num_free, coarse.top_p)
+    grouped = group_scores(scores, complete, of_heads if get_selector(params.selector).has_mass else None)
+    chosen = select_blocks(grouped, forced, num_free, coarse.top_p)
     if params.fine_block:
         logits = flat @ k[:, : num_blocks * params.selection_block].mT  # [rows, group * queries, tokens]
         scores = by_query(fine_scores(logits, params.fine_block))

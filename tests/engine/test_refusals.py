@@ -103,7 +103,6 @@ def test_head_size(tmp_path, start, spla_log):
         ("head_size", 72, "head size 72"),
         ("use_mla", True, "MLA layers"),
         ("use_sparse", True, "layers with sparse attention of their own"),
-        ("has_sink", True, "learned attention sinks"),
         ("use_non_causal", True, "attention that is not causal"),
     ],
 )
@@ -113,7 +112,7 @@ def test_layer(field, value, message):
 
     from spla_backend.engine.checks import refuse_layer
 
-    flags = ("use_mla", "use_sparse", "has_sink", "use_mm_prefix", "use_non_causal", "use_rswa")
+    flags = ("use_mla", "use_sparse", "use_mm_prefix", "use_non_causal", "use_rswa")
     flags = dict.fromkeys((*flags, "use_per_head_quant_scales", "use_adaptive_verification"), False)
     layer = {"dtype": "torch.bfloat16", "kv_cache_dtype": "auto", "head_size": 64, **flags}
     refuse_layer(Namespace(**layer))
