@@ -121,6 +121,30 @@ def test_layer(field, value, message):
 
 
 @pytest.mark.parametrize(
+    ("version", "dtype", "message"),
+    [
+        (2, "torch.bfloat16", "need FlashAttention 3 or 4, which vLLM has not for this GPU or this head size"),
+        (3, "torch.float16", "sinks in float16 on a GPU, where FlashAttention takes them in bfloat16: set --dtype"),
+    ],
+)
+def test_sinks_on_a_gpu(monkeypatch, version, dtype, message):
+    from types import SimpleNamespace as Namespace
+
+    from vllm.v1.attention.backends import fa_utils
+
+    from spla_backend.engine.checks import refuse_sinks
+    from spla_backend.options import SplaOptions
+
+    refuse_sinks(dtype, 64, SplaOptions())
+    monkeypatch.setattr("vllm.platforms.current_platform", Namespace(is_cuda=lambda: True))
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size, has_sinks: version)
+    with pytest.raises(ValueError, match=message):
+        refuse_sinks(dtype, 64, SplaOptions())
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size, has_sinks: 3)
+    refuse_sinks("torch.bfloat16", 64, SplaOptions())
+
+
+@pytest.mark.parametrize(
     ("name", "capability", "message"),
     [
         (
