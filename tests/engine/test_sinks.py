@@ -9,6 +9,8 @@ pytestmark = pytest.mark.engine
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 GPT_OSS = {
     "architectures": ["GptOssForCausalLM"],
     "model_type": "gpt_oss",
@@ -46,8 +48,6 @@ SPARSE = {"budget": 6 * PAGE}
 
 def save_gpt_oss(folder, seed: int = 0, std: float = 0.05, **config) -> str:
     """A random gpt-oss whose sinks take from next to nothing to most of a head's attention."""
-    from safetensors.torch import load_file, save_file
-
     model = save_random_model(folder, {**GPT_OSS, **config}, std)
     weights = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
@@ -113,15 +113,19 @@ def test_operations_in_place_of_the_compiled_loop(model, sparse, monkeypatch):
         assert_same(engine.answer(PROMPTS), sparse)
 
 
-def test_sinks_that_are_loaded_again(model, dense, sparse, tmp_path):
-    """In place: what kernels hold is the model's own parameter."""
+def test_sinks_that_are_set_again(model, sparse, tmp_path):
+    """In place: what kernels hold is the model's own parameter. `reload_weights` of vLLM 0.32 leaves gpt-oss' as
+    they are, with any backend."""
     other = save_gpt_oss(tmp_path / "other", seed=1)
     with start_engine(other, options=SPARSE) as engine:
         expected = engine.answer(PROMPTS)
     assert min(largest_difference(a, b) for a, b in zip(expected, sparse, strict=True)) > 1e-3
     with start_engine(model, options=SPARSE) as engine:
         assert_same(engine.answer(PROMPTS), sparse, tolerance=1e-6)
-        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": other})
+        found = load_file(f"{other}/model.safetensors")
+        for name, parameter in engine.runner.model.named_parameters():
+            if name.endswith(".sinks"):
+                parameter.data.copy_(found[name.replace(".attn.", ".self_attn.")])
         assert_same(engine.answer(PROMPTS), expected, tolerance=1e-5)
 
 

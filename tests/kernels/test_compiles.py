@@ -37,6 +37,7 @@ SCRIPT = ROOT / "scripts/machine_code.py"
 ONLY = (
     r"^main: (store 8|decode 8|prefill (64|dense))|^flashinfer: decode 8|^d256-group4: (decode 8|prefill (64|dense))"
     r"|^(km2-rem|d256-km2-rem): prefill 64|^d64-group8-sketch-fp8-fp16: (store|decode) 8|^training: read blocks d128"
+    r"|^gpt-oss-sketch-top_p: (decode 8|prefill 64)"
 )
 ON_HOPPER = ONLY + "|^two-levels: decode 8|^sketch: (store|decode) 8|^sketch-block32: decode 8"
 
