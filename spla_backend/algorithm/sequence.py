@@ -145,10 +145,11 @@ def spla_attention(
             rest = rest_of_all[:, start:end, : blocks.shape[1] * (params.selection_block // block)]
             attended = (exact[:, :, start:end], lse[:, :, start:end])
         attend = partial(_attend, rest=rest, positions=positions, params=params, residual=residual, reader=reader)
-        arguments = part, keys_seen, values_seen, blocks, attended, of_rows, *weights
         # Also for a single chunk: there are many layers.
         outputs.append(
-            checkpoint(attend, *arguments, use_reentrant=False) if torch.is_grad_enabled() else attend(*arguments)
+            checkpoint(attend, part, keys_seen, values_seen, blocks, attended, of_rows, *weights, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else attend(part, keys_seen, values_seen, blocks, attended, of_rows, *weights)
         )
     return torch.cat(outputs, 2).reshape(batch, num_heads, length, d)
 

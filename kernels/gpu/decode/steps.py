@@ -209,8 +209,13 @@ class DecodeSteps:
         self.page_counts = self.scratch["count"]
         self.flashinfer = FlashInferDecode.shared(layer, self.page_table) if executor == "flashinfer" else None
         self.fused: FusedDecode | None = None
-        shape = {"group": layer.group, "head_size": layer.head_size, "cache_dtype": layer.cache_dtype}
-        refused = refusal(params, **shape, has_sinks=layer.sinks is not None)
+        refused = refusal(
+            params,
+            group=layer.group,
+            head_size=layer.head_size,
+            cache_dtype=layer.cache_dtype,
+            has_sinks=layer.sinks is not None,
+        )
         on_hopper = layer.device.type == "cuda" and layer.capability[0] == HOPPER
         if executor == "spla" and on_hopper and tuning is None and refused is None:
             self.fused = FusedDecode(layer, limits.max_model_len)
