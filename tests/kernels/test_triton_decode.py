@@ -8,7 +8,7 @@ import torch
 from triton_cases import SELECTORS, draw_sinks, each_selector, limits, make_batch, residual_of
 
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.kernels.gpu.decode.fused import FusedDecode
+from spla_backend.kernels.gpu.decode.fused import FusedDecode, refusal
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
 from spla_backend.kernels.gpu.decode.tuning import Tuning
 from spla_backend.kernels.gpu.layer import GpuLayer
@@ -108,6 +108,12 @@ def test_sinks_by_selector(selector: str) -> None:
 def test_sinks_under_double_rmsnorm_are_refused() -> None:
     with pytest.raises(ValueError, match="would undo learned attention sinks"):
         make_batch(params(combine="double_rmsnorm"), [20], sinks=draw_sinks(4, 0), **SMALL)
+
+
+def test_the_fused_launch_leaves_sinks_to_the_others() -> None:
+    shape = {"group": 8, "head_size": 64, "cache_dtype": torch.bfloat16}
+    assert refusal(SplaParameters(64, 64, 32), **shape) is None
+    assert refusal(SplaParameters(64, 64, 32), **shape, has_sinks=True) == "the layer has attention sinks"
 
 
 def test_sinks_with_selection_in_pieces() -> None:

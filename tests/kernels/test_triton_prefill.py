@@ -188,6 +188,22 @@ def test_sinks_by_selector(selector: str, statistics: str) -> None:
     check(case(params, [101], sinks=draw_sinks(4, fresh())), [(90, 101)], 3e-3, sample=5)
 
 
+def test_layers_share_launches_and_not_sinks() -> None:
+    """Two layers of one geometry take turns in the passes of one plan; on a GPU the second time by bound launches."""
+    batches = [case(SplaParameters(16, 16, 4), [107], sinks=draw_sinks(4, seed)) for seed in (1, 2)]
+    (query, first, _), (_, second, _) = (attend(batch, [(80, 107)], small=False) for batch in batches)
+    assert float((first - second).norm() / first.norm()) > 0.02
+    ops = [PrefillPasses(batch.layer, limits(1, 107, max_num_tokens=27)) for batch in batches]
+    plan = ops[0].plan(0, [0, 27], [107])
+    for _ in range(2):
+        for batch, op, alone in zip(batches, ops, (first, second), strict=True):
+            output = torch.full_like(query, float("nan"))
+            for step in plan.passes:
+                large = replace(step, small=False)  # with the launches of `step`
+                op.run(large, query, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table, output)
+            assert float((output - alone).norm() / alone.norm()) < 1e-3
+
+
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_sinks_of_groups(group: int) -> None:
     params = SplaParameters(16, 16, 6, top_p=0.8)
