@@ -1,10 +1,11 @@
 """Time a decode step of one attention layer: FA3 and FlashInfer dense, FlashInfer over sparse tables, SPLA, the floor.
 
     python benchmarks/decode.py --out benchmarks/results/decode_h200.json
-    python benchmarks/decode.py --quick --impls fa3,spla --statistics fp8
-    python benchmarks/decode.py --quick --impls fa3,spla --fine-block 16 --candidates 4 --breakdown
+    python benchmarks/decode.py --quick --impls fa3,spla
+    python benchmarks/decode.py --quick --impls fa3,spla --candidates 12288 --breakdown
     python benchmarks/decode.py --contexts 131072 --batches 1,8,32 --budgets 1024,2048 --pages 64 --blocks 64,32,16 \
-        --selectors rem,km2-rem --impls fa3,spla --out benchmarks/results/decode_blocks_h200.json
+        --selectors rem,km2-rem --statistics auto --fine-block 0 --impls fa3,spla \
+        --out benchmarks/results/decode_blocks_h200.json
     python benchmarks/decode.py --plot benchmarks/results/decode_blocks_h200.json \
         --losses benchmarks/results/quality_perplexity_cpu.json benchmarks/results/quality_perplexity_fine.json
 
@@ -20,11 +21,11 @@ float64 reference at batch 1, and at larger batches against the same rows at bat
     spla                the whole of a SPLA step of a decoding batch: statistics of earlier steps are asked for while
                         the launch ahead ends, which here is the step before
     spla_mixed          the same as in a step that holds prompt tokens too, where everything waits for the launch ahead
-    spla_flashinfer     a SPLA step with the option `executor: flashinfer`; not among the defaults
-    spla_two_levels     a SPLA step that selects in two levels, with --fine-block, --candidates and --fine-source; with
-                        its own floor
-    floor               bytes that a steady step has to move (statistics of all complete pages, selected pages, float32
-                        state) over the bandwidth of a large device-to-device copy measured in the same run
+    spla_one_level      as `spla`, with the option `fine_block_size: 0`; with --fine-block 0 `spla` is that
+    spla_flashinfer     a step in one level with the option `executor: flashinfer`; not among the defaults
+    floor               bytes that a steady step has to move (statistics of all complete pages, sketches of candidates,
+                        selected blocks, float32 state) over the bandwidth of a large device-to-device copy measured in
+                        the same run; `floor_one_level` likewise
     spla/KERNEL         with --breakdown: time of each kernel of a step, from the profiler. Kernels that are launched
                         before their predecessor ends count their waiting
 
@@ -74,7 +75,8 @@ LAYER = Layer(HEADS, KV_HEADS, HEAD_SIZE, DTYPE, SCALE)
 
 DENSE = ("fa3", "flashinfer_dense")
 TWO_LEVELS = ("fine_block", "candidates", "fine_source")
-IMPLS = (*DENSE, "flashinfer_sparse", "spla", "spla_mixed")
+IMPLS = (*DENSE, "flashinfer_sparse", "spla", "spla_mixed", "spla_one_level")
+ONE_LEVEL = ("spla_one_level", "spla_flashinfer")
 Run = Callable[["Rows"], None]
 
 
@@ -88,9 +90,9 @@ class Shape:
     page: int
     block: int  # tokens a selection block
     selector: str = "rem"
-    statistics_dtype: str = "auto"
+    statistics_dtype: str = "fp8"
     fine_block: int = 0  # tokens a fine block; 0: one level
-    candidates: int = 0  # of the fine level, in budgets
+    candidates: int = 0  # tokens of the fine level, at least
     fine_source: str = "keys"
 
     @property
@@ -110,7 +112,7 @@ class Shape:
             selector=self.selector,
             statistics_dtype=self.statistics_dtype,
             fine_block=self.fine_block,
-            candidate_factor=self.candidates,
+            least_candidates=self.candidates // self.block,
             fine_source=self.fine_source,
         )
 
@@ -384,7 +386,7 @@ def check_spla(op: DecodeSteps, pool: Pool, shape: Shape, rows: Rows) -> None:
     if error > TOLERANCE:
         params = op.layer.params
         per_block = params.selection_block // params.attended_block
-        levels = [(want.group_scores[0], params.budget_blocks * max(1, shape.candidates), params.max_forced_blocks)]
+        levels = [(want.group_scores[0], params.candidate_blocks or params.budget_blocks, params.max_forced_blocks)]
         if params.fine_block and want.fine_scores[0]:
             fine = torch.stack(list(want.fine_scores[0].values()))
             levels.append((fine, params.budget_blocks * per_block, params.max_forced_blocks * per_block))
@@ -455,33 +457,32 @@ class Benchmark:
                 self.measure(impl, run, steps, *shapes)
 
     def sparse(self, pool: Pool, steps: list[Rows], shape: Shape, check: bool) -> None:
-        self.record("floor", shape, shape.batch * spla_bytes(shape) / self.bandwidth * 1e6, 0.0)
-        of_pages = ("spla_flashinfer",) if shape.block == shape.page else ()
-        for impl in ("spla", "spla_mixed", *of_pages):
-            # FlashInfer reads the tables of SPLA.
-            if impl not in self.impls and (impl != "spla" or "flashinfer_sparse" not in self.impls):
-                continue
-            op = shape.op("flashinfer" if impl == "spla_flashinfer" else "spla")
-            run = spla(op, pool, shape, steady=impl != "spla_mixed")
-            for rows in steps:
-                rows.output.fill_(float("nan"))
-                run(rows)
-                if shape.context > shape.budget and shape.block == shape.page:
-                    rows.selected = op.page_table[: shape.batch, :, : shape.budget_pages].flatten()
-            self._check(op, pool, steps, shape, check)
-            if impl in self.impls:
-                self.measure(impl, run, steps, shape)
+        default = replace(shape, **self.two_levels)
+        self.record("floor", default, shape.batch * spla_bytes(default) / self.bandwidth * 1e6, 0.0)
         if self.two_levels:
-            two = replace(shape, **self.two_levels)
-            self.record("floor_two_levels", two, two.batch * spla_bytes(two) / self.bandwidth * 1e6, 0.0)
-            op = two.op()
-            run = spla(op, pool, two)
+            self.record("floor_one_level", shape, shape.batch * spla_bytes(shape) / self.bandwidth * 1e6, 0.0)
+        of_pages = shape.block == shape.page
+        in_one_level = "spla_one_level" if self.two_levels else "spla"
+        for impl in dict.fromkeys(("spla", "spla_mixed", in_one_level, *(["spla_flashinfer"] if of_pages else []))):
+            tables = impl == in_one_level and "flashinfer_sparse" in self.impls  # FlashInfer reads those of SPLA
+            if impl not in self.impls and not tables:
+                continue
+            levels = shape if impl in ONE_LEVEL else default
+            op = levels.op("flashinfer" if impl == "spla_flashinfer" else "spla")
+            run = spla(op, pool, levels, steady=impl != "spla_mixed")
+            if op.fused:
+                choosing_bytes, op.fused.choosing_bytes = op.fused.choosing_bytes, 0  # the reference selects
             for rows in steps:
                 rows.output.fill_(float("nan"))
                 run(rows)
-            self._check(op, pool, steps, two, check)
-            self.measure("spla_two_levels", run, steps, two)
-        if "flashinfer_sparse" in self.impls and shape.context > shape.budget and shape.block == shape.page:
+                if tables and shape.context > shape.budget and of_pages:
+                    rows.selected = op.page_table[: shape.batch, :, : shape.budget_pages].flatten()
+            self._check(op, pool, steps, levels, check)
+            if op.fused:
+                op.fused.choosing_bytes = choosing_bytes
+            if impl in self.impls:
+                self.measure(impl, run, steps, levels)
+        if "flashinfer_sparse" in self.impls and shape.context > shape.budget and of_pages:
             run = flashinfer(pool, shape, sparse=True)
             run(steps[0])
             check_exact(pool, shape, steps[0], "flashinfer_sparse")
@@ -557,6 +558,8 @@ class Benchmark:
 def compile_shape(executors: list[str], shape: Shape) -> None:
     """Run a step of a shape on next to nothing, so that its kernels are compiled and cached on disk."""
     for executor in executors:
+        if executor == "flashinfer" and shape.fine_block:
+            continue
         op = shape.op(executor)
         blocks = op.layer.state_layout.num_blocks
         cache = op.layer.empty_pages(3 + blocks)
@@ -585,10 +588,10 @@ def main() -> None:
     parser.add_argument("--pages", default="64,32,128")
     parser.add_argument("--blocks", default="0", help="tokens a selection block; 0: a page")
     parser.add_argument("--selectors", default="rem")
-    parser.add_argument("--statistics", default="auto,fp8", help="how statistics are stored")
-    parser.add_argument("--fine-block", type=int, default=0, help="tokens a fine block of `spla_two_levels`; 0: none")
-    parser.add_argument("--candidates", type=int, default=4, help="of `spla_two_levels`, in budgets")
-    parser.add_argument("--fine-source", default="int4", choices=FINE_SOURCES, help="what `spla_two_levels` reads")
+    parser.add_argument("--statistics", default="fp8", help="how statistics are stored")
+    parser.add_argument("--fine-block", type=int, default=16, help="tokens a fine block; 0: one level")
+    parser.add_argument("--candidates", type=int, default=8192, help="tokens, two budgets at least")
+    parser.add_argument("--fine-source", default="int4", choices=FINE_SOURCES, help="what the fine level reads")
     parser.add_argument("--impls", default=",".join(IMPLS))
     parser.add_argument("--quick", action="store_true", help="16K and 128K, batches 1, 8, 32, budget 2048, page 64")
     parser.add_argument("--breakdown", action="store_true", help="time the kernels of SPLA apart")
@@ -630,7 +633,8 @@ def main() -> None:
     if args.warm_up:
         shapes = [Shape(b, c, t, *kind) for kind in kinds for c in contexts for b in batches for t in budgets]
         if two_levels:
-            shapes += [replace(shape, **two_levels) for shape in shapes]
+            one_level = shapes if "spla_one_level" in impls else []
+            shapes = [*one_level, *(replace(shape, **two_levels) for shape in shapes)]
         warm_up(shapes, impls, args.warm_up)
     benchmark = Benchmark(args.out, impls, args.breakdown, args.append, two_levels)
     benchmark.run(kinds, contexts, batches, budgets, args.rows)
@@ -650,7 +654,7 @@ def print_tables(rows: list[dict]) -> None:
     print("budget {}, page {}, blocks of {}, {}, statistics {}, microseconds".format(*first))
     print(
         f"{'context':>7} {'batch':>5}",
-        *(f"{name.replace('flashinfer', 'fi').replace('two_levels', '2'):>9}" for name in names),
+        *(f"{name.replace('flashinfer', 'fi').replace('one_level', '1'):>9}" for name in names),
         "fa3/spla",
     )
     for (kind, context, batch), found in us.items():
@@ -681,8 +685,7 @@ NAMES = {
     "flashinfer_sparse": "FlashInfer, selected pages only, no selection",
     "spla": "SPLA",
     "floor": "SPLA, byte floor",
-    "spla fp8": "SPLA, statistics in fp8",
-    "floor fp8": "SPLA, statistics in fp8, byte floor",
+    "spla_one_level": "SPLA in one level",
 }
 
 
@@ -700,8 +703,7 @@ def plot(path: Path) -> None:
     gpu = result["hardware"]["gpu"]
 
     def points(impl: str, batch: int, budget: int = 2048, page: int = 64) -> list[tuple[int, float]]:
-        impl, _, statistics_dtype = impl.partition(" ")
-        wanted = (impl, batch, budget, page, page, "rem", statistics_dtype or "auto")
+        wanted = (impl, batch, budget, page, page, "rem", "fp8")
         return sorted((key[1], value) for key, value in us.items() if (key[0], *key[2:]) == wanted)
 
     figure, axes = pyplot.subplots(1, len(batches), figsize=(4 * len(batches), 4), sharey=True, squeeze=False)

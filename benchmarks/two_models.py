@@ -41,23 +41,26 @@ from spla_backend.evaluate.variants import DENSE, ModelShape, Variant, layers_of
 PAGE_SIZE = 64
 FIRST = {8192: 4096, 16384: 4096, 32768: 8192}
 """By context, the first position that counts."""
-INT4 = {"fine_block_size": 16, "fine_source": "int4"}
+IN_BF16 = {"statistics_dtype": "auto"}
+ONE_LEVEL = {"fine_block_size": 0, "residual": "none", **IN_BF16}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "rem 64, regression": {"selector": "rem", "selection_block_size": 64, "residual": "regression"},
-    "two levels x4, 16": {"fine_block_size": 16, "candidates": 4},
-    "two levels x8, 16": {"fine_block_size": 16, "candidates": 8},
-    "two levels x4, 16, int4": {**INT4, "candidates": 4},
-    "two levels x8, 16, int4": {**INT4, "candidates": 8},
-    "two levels x4, 16, int4, fp8 statistics": {**INT4, "candidates": 4, "statistics_dtype": "fp8"},
-    "two levels x4, 16, int4, mean fp8": {**INT4, "candidates": 4, "selector": "mean", "statistics_dtype": "fp8"},
-    "two levels x6, 16, int4, mean fp8": {**INT4, "candidates": 6, "selector": "mean", "statistics_dtype": "fp8"},
-    "rem 64": {"selector": "rem", "selection_block_size": 64, "residual": "none"},
-    "quest 64": {"selector": "quest", "selection_block_size": 64, "residual": "none"},
-    "quest 16": {"selector": "quest", "selection_block_size": 16, "residual": "none"},
-    "mean 64": {"selector": "mean", "selection_block_size": 64, "residual": "none"},
-    "mean 32": {"selector": "mean", "selection_block_size": 32, "residual": "none"},
-    "first and last": {"selector": "mean", "selection_block_size": 64, "residual": "none", "last_blocks": None},
+    "one level": {"fine_block_size": 0, **IN_BF16},
+    "by keys": {"fine_source": "keys", **IN_BF16},
+    "statistics in bf16": IN_BF16,
+    "no residual": {"residual": "none"},
+    "4096 candidates": {"candidates": 4096},
+    "6144 candidates": {"candidates": 6144},
+    "12288 candidates": {"candidates": 12288},
+    "16384 candidates": {"candidates": 16384},
+    "mean": {"selector": "mean"},
+    "mean, 12288 candidates": {"selector": "mean", "candidates": 12288},
+    "one level, no residual": ONE_LEVEL,
+    "quest 64": {**ONE_LEVEL, "selector": "quest"},
+    "quest 16": {**ONE_LEVEL, "selector": "quest", "selection_block_size": 16},
+    "mean 64": {**ONE_LEVEL, "selector": "mean"},
+    "mean 32": {**ONE_LEVEL, "selector": "mean", "selection_block_size": 32},
+    "first and last": {**ONE_LEVEL, "selector": "mean", "last_blocks": None},
 }
 """Without the budget; `last_blocks` None stands for all that the budget has besides the first."""
 
@@ -66,7 +69,7 @@ def options_of(variant: dict[str, Any], budget: int) -> dict[str, Any]:
     """What an engine would be given."""
     options = {**variant, "budget": budget}
     if "last_blocks" in options and options["last_blocks"] is None:
-        options["last_blocks"] = budget // options["selection_block_size"] - 1
+        options["last_blocks"] = budget // PAGE_SIZE - 1
     return options
 
 

@@ -20,9 +20,6 @@ from typing import Any
 
 DATA = Path(__file__).parent / "data"
 PAGE_SIZE = 64
-# Finer blocks and better statistics than the defaults: so small a model, never trained for SPLA, needs them to find a
-# single sentence.
-OPTIONS = {"selector": "km2-rem", "selection_block_size": 16}
 # Dense attention of a prompt on a processor with AVX2 alone takes time with the square of the length.
 SLOW_PROMPT = 3072
 
@@ -70,7 +67,7 @@ def answer(backend: str, args: argparse.Namespace, prompt: list[int]) -> dict[st
     if backend == "spla":
         chosen = {
             "attention_backend": "spla",
-            "additional_config": {"spla": {"budget": args.budget, **OPTIONS}},
+            "additional_config": {"spla": {"budget": args.budget}},
             "worker_extension_cls": "spla_backend.engine.reads.ReadCounts",
         }
     say(f"{backend}: starting the engine")

@@ -171,7 +171,8 @@ def read_options(path: Path) -> dict[str, Any]:
         raise ValueError(f"spla_config in the header of {path} is not JSON ({error}): write the file again") from error
     if not isinstance(options, dict):
         raise ValueError(f"spla_config in the header of {path} is not a JSON object: write the file again")
-    return options
+    # What the defaults were when files did not say it.
+    return {"fine_block_size": 0, "statistics_dtype": "auto", **options}
 
 
 def check(

@@ -29,14 +29,14 @@ class SplaOptions:
         budget: Tokens that a query attends to exactly, forced blocks included.
         selector: How blocks are scored; see `spla_backend.algorithm.selectors`.
         statistics_dtype: How statistics of blocks are stored: `auto`, in the dtype of the cache, or `fp8`, in a byte an
-            element; the built-in selectors have both.
+            element. None means `fp8` where the selector says how, as the built-in ones do.
         top_p: Stop selecting once this share of the estimated attention mass is covered; None spends the budget.
         selection_block_size: Tokens a selection block; None means 64, or the page where that is smaller.
-        fine_block_size: Tokens a block of the fine level, where selection has two (`algorithm/two_level.py`); 0: one
-            level.
-        candidates: What the fine level chooses among, in budgets.
+        fine_block_size: Tokens a block of the fine level of selection (`algorithm/two_level.py`). 0 means one level,
+            None 16, or one level where the executor has no other.
+        candidates: Tokens of the blocks that the fine level chooses among; there are never fewer than two budgets.
         fine_source: What the fine level reads of the candidates: `keys`, or `int4`, a sketch of them in the page
-            (`algorithm/sketch.py`).
+            (`algorithm/sketch.py`). None means `int4` where the selector keeps the mean that a sketch counts from.
         first_blocks: Leading blocks always selected (attention sink).
         last_blocks: Trailing blocks always selected, the current one included.
         residual: What stands for the pages that are not selected: `regression`, `linear` (the paper's) or `none`.
@@ -55,12 +55,12 @@ class SplaOptions:
 
     budget: int = 2048
     selector: str = "rem"
-    statistics_dtype: str = "auto"
+    statistics_dtype: str | None = None
     top_p: float | None = None
     selection_block_size: int | None = None
-    fine_block_size: int = 0
-    candidates: int = 4
-    fine_source: str = "keys"
+    fine_block_size: int | None = None
+    candidates: int = 8192
+    fine_source: str | None = None
     first_blocks: int = 1
     last_blocks: int = 2
     residual: str = "regression"
@@ -123,12 +123,14 @@ class SplaOptions:
                 raise ValueError(
                     f"SPLA option selection_block_size must be a multiple of 16, not {self.selection_block_size}"
                 )
-        self._check_integer("fine_block_size", 0)
-        if self.fine_block_size % 8:
-            raise ValueError(
-                f"SPLA option fine_block_size must be a multiple of 8, or 0 for one level, not {self.fine_block_size}"
-            )
-        self._check_integer("candidates", 2)
+        if self.fine_block_size is not None:
+            self._check_integer("fine_block_size", 0)
+            if self.fine_block_size % 8:
+                raise ValueError(
+                    "SPLA option fine_block_size must be a multiple of 8, or 0 for one level, not "
+                    f"{self.fine_block_size}"
+                )
+        self._check_integer("candidates", 1)
         check_parameters_file(self.parameters_file)
         layers = self.dense_layers
         if not isinstance(layers, tuple) or any(type(i) is not int or i < 0 for i in layers):
@@ -144,8 +146,10 @@ class SplaOptions:
                 f"SPLA options dense_layers and layer_budgets both name layer {min(both)}: take it out of one of them"
             )
         self._check_choice("selector", selector_names())
-        self._check_choice("statistics_dtype", STATISTICS_DTYPES)
-        self._check_choice("fine_source", FINE_SOURCES)
+        if self.statistics_dtype is not None:
+            self._check_choice("statistics_dtype", STATISTICS_DTYPES)
+        if self.fine_source is not None:
+            self._check_choice("fine_source", FINE_SOURCES)
         self._check_choice("residual", RESIDUALS)
         self._check_choice("feature_map", feature_map_names())
         self._check_choice("combine", COMBINES)
@@ -159,7 +163,7 @@ class SplaOptions:
                 f"SPLA selector {self.selector!r} does not say how to store its statistics in fp8 (Selector.formats): "
                 "set statistics_dtype to 'auto'"
             )
-        needs_mean = self.fine_block_size and self.fine_source == "int4"
+        needs_mean = self.fine_block_size != 0 and self.fine_source == "int4"
         if needs_mean and not get_selector(self.selector).mean_first:
             raise ValueError(
                 f"SPLA selector {self.selector!r} does not keep the mean of a block's keys in front of its statistics "
@@ -247,11 +251,17 @@ class SplaOptions:
                 f"SPLA option fine_block_size must divide the selection blocks of {block} tokens, not be "
                 f"{self.fine_block_size}: set it to 16, or to 0 for one level"
             )
-        if self.statistics_dtype == "fp8" and get_selector(self.selector).counts_keys and block > MAX_COUNT:
+        selector = get_selector(self.selector)
+        counts_too_far = selector.counts_keys and block > MAX_COUNT
+        if self.statistics_dtype == "fp8" and counts_too_far:
             raise ValueError(
                 f"SPLA selector {self.selector!r} counts up to {MAX_COUNT} tokens with statistics_dtype 'fp8', and its "
                 f"blocks have {block}: set selection_block_size to less, or statistics_dtype to 'auto'"
             )
+        lacks_fp8 = selector.formats(64) is None
+        fine_block = self.fine_block_size
+        if fine_block is None:
+            fine_block = 0 if self.executor == "flashinfer" else 16  # FlashInfer attends to whole pages
         params = SplaParameters(
             page_size=page_size,
             selection_block=block,
@@ -259,10 +269,10 @@ class SplaOptions:
             first_blocks=self.first_blocks,
             last_blocks=self.last_blocks,
             selector=self.selector,
-            statistics_dtype=self.statistics_dtype,
-            fine_block=self.fine_block_size,
-            candidate_factor=self.candidates,
-            fine_source=self.fine_source,
+            statistics_dtype=self.statistics_dtype or ("auto" if lacks_fp8 or counts_too_far else "fp8"),
+            fine_block=fine_block,
+            least_candidates=self.candidates // block,
+            fine_source=self.fine_source or ("int4" if selector.mean_first else "keys"),
             top_p=self.top_p,
             residual=self.residual,
             feature_map=self.feature_map,

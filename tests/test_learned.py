@@ -26,8 +26,11 @@ def norms(*layers: int) -> dict[int, LayerParameters]:
 def test_round_trip(tmp_path, make, combine):
     path = tmp_path / learned.FILE_NAME
     layers = make(0, 2)
-    learned.write(path, layers, {"budget": 512, "combine": combine})
-    assert learned.read_options(path) == {"budget": 512, "combine": combine}
+    options = {"budget": 512, "combine": combine, "fine_block_size": 16, "statistics_dtype": "fp8"}
+    learned.write(path, layers, {"budget": 512})  # as when one level was the default
+    assert learned.read_options(path) == {"budget": 512, "fine_block_size": 0, "statistics_dtype": "auto"}
+    learned.write(path, layers, options)
+    assert learned.read_options(path) == options
     learned.check(path, layers=[0, 2], combine=combine, residual="linear", **SHAPE)
     for i, expected in layers.items():
         assert learned.read_layer(path, i, **SHAPE).same(expected)

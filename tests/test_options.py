@@ -21,16 +21,33 @@ def test_statistics_dtype():
 
 
 def test_two_levels():
-    options = SplaOptions.from_sources({"budget": 1024, "fine_block_size": 16, "layer_budgets": {"1": 512}})
+    options = SplaOptions.from_sources({"budget": 1024, "candidates": 3000, "layer_budgets": {"1": 512}})
     params = options.parameters(64)
-    assert (params.fine_block, params.candidate_factor, params.attended_block) == (16, 4, 16)
-    assert options.parameters(64, 1).budget_tokens == 512
+    assert (params.fine_block, params.candidate_blocks, params.attended_block) == (16, 46, 16)
+    assert options.parameters(64, 1).budget_tokens == 512 and options.parameters(64, 1).candidate_blocks == 46
+    assert SplaOptions(budget=2048, candidates=3000).parameters(64).candidate_blocks == 64  # two budgets
     assert SplaOptions.from_sources({"fine_block_size": 0}, {"fine_block_size": 16}).parameters(64).attended_block == 64
-    for wrong in ({"fine_block_size": 12}, {"fine_block_size": -16}, {"candidates": 1}, {"candidates": 2.5}):
-        with pytest.raises(ValueError, match=r"fine_block_size must be|candidates must be an integer of at least 2"):
+    for wrong in ({"fine_block_size": 12}, {"fine_block_size": -16}, {"candidates": 0}, {"candidates": 2.5}):
+        with pytest.raises(ValueError, match=r"fine_block_size must be|candidates must be an integer of at least 1"):
             SplaOptions.from_sources(wrong)
     with pytest.raises(ValueError, match=r"fine_block_size must divide .* of 64 tokens, not be 24: set it to 16, or"):
         SplaOptions.from_sources({"fine_block_size": 24}).parameters(64)
+
+
+def test_defaults_follow_the_selector_and_the_executor():
+    """Two levels by sketches with statistics in fp8, or what comes nearest."""
+
+    def of(**options):
+        params = SplaOptions(**options).parameters(64)
+        return params.fine_block, params.candidate_blocks * 64, params.fine_source, params.statistics_dtype
+
+    assert of() == (16, 8192, "int4", "fp8")
+    assert of(selector="quest", residual="none") == (16, 8192, "keys", "fp8")
+    assert of(selector="km2-rem")[2] == "keys"
+    assert of(executor="flashinfer")[0] == of(fine_block_size=0)[0] == 0
+    assert of(statistics_dtype="auto") == (16, 8192, "int4", "auto")
+    assert of(selector="km2-rem", selection_block_size=64)[3] == "fp8"
+    assert SplaOptions(selector="km2-rem", selection_block_size=256).parameters(256).statistics_dtype == "auto"
 
 
 def test_fine_source():
@@ -38,8 +55,9 @@ def test_fine_source():
     params = SplaOptions.from_sources(int4).parameters(64)
     assert params.fine_source == "int4" and params.has_sketch
     page, _ = layouts(params, 128, torch.bfloat16)
-    assert page.sketch_bytes == 64 * 4 * 18 and page.statistics_rows == 11
-    for one_level in ({"fine_source": "int4"}, {"fine_source": "int4", "selector": "quest", "residual": "none"}):
+    assert page.sketch_bytes == 64 * 4 * 18 and page.statistics_rows == 10
+    for selector in ("rem", "quest"):
+        one_level = {"fine_block_size": 0, "fine_source": "int4", "selector": selector, "residual": "none"}
         params = SplaOptions.from_sources(one_level).parameters(64)
         assert not params.has_sketch and layouts(params, 128, torch.bfloat16)[0].sketch_bytes == 0
     with pytest.raises(ValueError, match="unknown SPLA fine_source 'int8': choose one of keys, int4"):
@@ -57,7 +75,8 @@ def test_a_selector_without_formats():
             return None
 
     register_selector(Mine)
-    assert SplaOptions.from_sources({"selector": "mine"}).selector == "mine"
+    params = SplaOptions.from_sources({"selector": "mine"}).parameters(64)
+    assert (params.selector, params.statistics_dtype) == ("mine", "auto")
     with pytest.raises(ValueError, match=r"'mine' does not say how to store its statistics in fp8 .*to 'auto'"):
         SplaOptions.from_sources({"selector": "mine", "statistics_dtype": "fp8"})
 

@@ -217,7 +217,7 @@ class VectorisedAttention:
     def plan_key(self) -> Hashable:
         """See `PagedAttention.plan_key`."""
         params = self.params
-        levels = params.fine_block, params.candidate_factor
+        levels = params.fine_block, params.candidate_blocks
         return params.budget_blocks, *levels, params.top_p, params.residual, params.combine
 
     def plan(self, step: Step) -> CpuPlan:

@@ -151,8 +151,6 @@ def check_two_levels(params: SplaParameters, group: int, head_size: int) -> None
             f"selection blocks of {block} tokens are not 1, 2, 4, up to 64 fine blocks of {fine}: choose another "
             "fine_block_size or selection_block_size"
         )
-    if params.candidate_factor < 2:
-        raise ValueError(f"candidates {params.candidate_factor} must be at least 2")
     if params.fine_source not in FINE_SOURCES:
         raise ValueError(f"fine_source {params.fine_source!r} has no kernel, choose one of {', '.join(FINE_SOURCES)}")
     if params.has_sketch and not get_selector(params.selector).mean_first:
@@ -178,10 +176,11 @@ def check_decode(params: SplaParameters, head_size: int, max_query_len: int, max
         raise ValueError(
             f"max_model_len {max_model_len} is more than 65535 selection blocks of {params.selection_block} tokens"
         )
-    if params.fine_block and params.candidate_factor * params.budget_tokens // params.fine_block >= 1 << 16:
+    candidates = params.candidate_blocks * params.selection_block
+    if params.fine_block and candidates // params.fine_block >= 1 << 16:
         raise ValueError(
-            f"{params.candidate_factor} budgets of {params.budget_tokens} tokens are more than 65535 fine blocks of "
-            f"{params.fine_block}: set candidates, budget or fine_block_size to something else"
+            f"candidates of {candidates} tokens are more than 65535 fine blocks of {params.fine_block}: set "
+            "candidates, budget or fine_block_size to something else"
         )
     if executor == "flashinfer":
         if params.fine_block:

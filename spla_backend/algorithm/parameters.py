@@ -24,7 +24,7 @@ class SplaParameters:
         statistics_dtype: How statistics are stored: `auto`, in the cache dtype, or `fp8`, in a byte an element.
         fine_block: Tokens a fine block (`f`), divides `selection_block`: selection in two levels
             (`spla_backend.algorithm.two_level`); 0 selects whole selection blocks.
-        candidate_factor: Candidates of the fine level, in budgets, at least 2.
+        least_candidates: Candidates of the fine level, in selection blocks; there are never fewer than two budgets.
         fine_source: What the fine level reads of candidates: `keys`, or `int4`, a sketch of them in the page
             (`spla_backend.algorithm.sketch`).
         top_p: Stop selecting once this share of the estimated mass is covered; None keeps the whole budget.
@@ -43,7 +43,7 @@ class SplaParameters:
     selector: str = "rem"
     statistics_dtype: str = "auto"
     fine_block: int = 0
-    candidate_factor: int = 4
+    least_candidates: int = 0
     fine_source: str = "keys"
     top_p: float | None = None
     residual: str = "regression"
@@ -59,7 +59,7 @@ class SplaParameters:
     @property
     def candidate_blocks(self) -> int:
         """Candidates of the fine level, in selection blocks; 0 with one level."""
-        return self.candidate_factor * self.budget_blocks if self.fine_block else 0
+        return max(self.least_candidates, 2 * self.budget_blocks) if self.fine_block else 0
 
     @property
     def whole_blocks(self) -> int:

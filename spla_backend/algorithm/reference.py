@@ -374,7 +374,7 @@ def select_fine_blocks(
 ) -> tuple[list[int], dict[int, Tensor]]:
     """Fine blocks that a group attends to exactly, for the last token of a sequence, in two levels.
 
-    The candidates are the selection blocks that one level with `candidate_factor` times the budget selects. Among their
+    The candidates are the selection blocks that one level with a budget of `candidate_blocks` selects. Among their
     fine blocks those of the selection blocks that one level forces are forced, the others ranked by their mass, which
     the heads share as in `share_in_group`, over the fine blocks of the candidates in complete pages. The mass is that
     of the keys themselves, or of what a sketch says they are.
@@ -396,7 +396,7 @@ def select_fine_blocks(
     if params.whole_blocks * per_block >= num_fine:
         return list(range(num_fine)), {}
 
-    coarse = replace(params, budget_blocks=params.candidate_factor * params.budget_blocks, top_p=None)
+    coarse = replace(params, budget_blocks=params.candidate_blocks, top_p=None)
     candidates: list[int] = []  # fine blocks
     keys: list[Tensor] = []  # of each as they are read [f, d]
     for block in select_blocks(group_scores, position, coarse):
@@ -709,11 +709,8 @@ def _check(
         raise ValueError("the reference computes in float64, convert q, k and v first")
     if params.page_size % params.selection_block != 0:
         raise ValueError(f"selection_block {params.selection_block} does not divide page_size {params.page_size}")
-    if params.fine_block and (params.selection_block % params.fine_block != 0 or params.candidate_factor < 2):
-        raise ValueError(
-            f"fine_block {params.fine_block} must divide selection_block {params.selection_block}, and "
-            f"candidate_factor {params.candidate_factor} be at least 2"
-        )
+    if params.fine_block and params.selection_block % params.fine_block != 0:
+        raise ValueError(f"fine_block {params.fine_block} must divide selection_block {params.selection_block}")
     if params.fine_source not in FINE_SOURCES:
         raise ValueError(f"unknown fine_source {params.fine_source!r}, expected one of {', '.join(FINE_SOURCES)}")
     if params.has_sketch and not get_selector(params.selector).mean_first:

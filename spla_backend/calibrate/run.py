@@ -258,15 +258,14 @@ def _options_of(options: SplaOptions, params: SplaParameters) -> dict[str, Any]:
         "first_blocks": params.first_blocks,
         "last_blocks": params.last_blocks,
         "residual": params.residual,
+        "statistics_dtype": params.statistics_dtype,
+        "fine_block_size": params.fine_block,
     }
     if params.fine_block:
         fitted_for |= {
-            "fine_block_size": params.fine_block,
-            "candidates": params.candidate_factor,
+            "candidates": params.candidate_blocks * params.selection_block,
             "fine_source": params.fine_source,
         }
-    if params.statistics_dtype != "auto":
-        fitted_for["statistics_dtype"] = params.statistics_dtype
     if params.top_p is not None:
         fitted_for["top_p"] = params.top_p
     if options.dense_layers:

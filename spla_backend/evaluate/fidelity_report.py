@@ -20,12 +20,13 @@ from .variants import ModelShape, Variant, bytes_read, layers_of, parameters_of,
 def grid(
     selectors: Sequence[str], blocks: Sequence[int], budgets: Sequence[int], residuals: Sequence[str]
 ) -> list[Variant]:
-    """All combinations that exist: a selector without a mass goes with no residual only."""
+    """All combinations that exist, in one level: a selector without a mass goes with no residual only."""
     variants = []
     for block, budget, selector, residual in itertools.product(blocks, budgets, selectors, residuals):
         if residual != "none" and not get_selector(selector).has_mass:
             continue
-        options = {"selector": selector, "selection_block_size": block, "budget": budget, "residual": residual}
+        options = {"selector": selector, "selection_block_size": block, "budget": budget, "residual": residual,
+                   "fine_block_size": 0, "statistics_dtype": "auto"}  # fmt: skip
         variants.append(Variant(f"{selector} b={block} budget={budget} {residual}", options))
     return variants
 
@@ -51,7 +52,6 @@ def points_of(variants: Sequence[Variant], page_size: int, shape: ModelShape, ou
                 without_residual(point.params),
                 selector="mean",
                 statistics_dtype="auto",
-                candidate_factor=2,
                 fine_source="keys",
                 top_p=None,
             ),

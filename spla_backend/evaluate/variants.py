@@ -190,7 +190,7 @@ def without_residual(params: SplaParameters) -> SplaParameters:
         selector=params.selector,
         statistics_dtype=params.statistics_dtype,
         fine_block=params.fine_block,
-        candidate_factor=params.candidate_factor,
+        least_candidates=params.least_candidates,
         fine_source=params.fine_source,
         top_p=params.top_p,
         residual="none",
@@ -238,7 +238,7 @@ def bytes_read(params: SplaParameters | None, seq_len: int, head_size: int) -> i
     values = keys = tokens_of(params.budget_tokens, params.attended_block)
     sketches = 0
     if params.fine_block:
-        candidates = params.candidate_factor * params.budget_tokens
+        candidates = params.candidate_blocks * params.selection_block
         if params.has_sketch:
             current = seq_len - num_complete * params.selection_block  # tokens of the current page
             sketched = tokens_of(candidates, params.selection_block) - current

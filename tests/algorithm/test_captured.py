@@ -19,7 +19,7 @@ KINDS = {
     "paper": {"selector": "taylor2", "residual": "linear", "combine": "double_rmsnorm"},
     "exact": {"residual": "none"},
     "top-p": {"top_p": 0.9},
-    "two-levels": {"fine_block": 16, "candidate_factor": 2, "fine_source": "int4"},
+    "two-levels": {"fine_block": 16, "fine_source": "int4"},
 }
 
 

@@ -75,7 +75,6 @@ def make_batch(page: int, blocks: Blocks, kv_heads: int, lengths: list[int], top
         block,
         max(4, page // block + 2),
         fine_block=fine,
-        candidate_factor=2,
         residual="none",
         top_p=top_p,
     )

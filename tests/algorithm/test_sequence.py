@@ -24,14 +24,16 @@ CASES = {
     "rmsnorm": replace(BASE, residual="linear", combine="double_rmsnorm", selector="taylor2"),
     "rmsnorm-coarse": replace(BASE, residual="linear", combine="double_rmsnorm", selection_block=8, budget_blocks=3),
     "rmsnorm-none": replace(BASE, residual="none", combine="double_rmsnorm"),
-    "two-levels": replace(BASE, fine_block=2, candidate_factor=2),
-    "two-levels-int4": replace(BASE, fine_block=2, candidate_factor=2, fine_source="int4"),
-    "two-levels-of-one-size": replace(BASE, fine_block=4, candidate_factor=2),
-    "two-levels-top-p": replace(BASE, fine_block=1, candidate_factor=2, top_p=0.7),
-    "two-levels-km2": replace(BASE, selector="km2-rem", page_size=4, fine_block=2, candidate_factor=2),
-    "two-levels-quest": replace(BASE, selector="quest", residual="none", fine_block=2, candidate_factor=2),
-    "two-levels-linear": replace(BASE, residual="linear", selector="mean", fine_block=2, candidate_factor=3),
-    "two-levels-rmsnorm": replace(BASE, residual="linear", combine="double_rmsnorm", fine_block=2, candidate_factor=2),
+    "two-levels": replace(BASE, fine_block=2),
+    "two-levels-int4": replace(BASE, fine_block=2, fine_source="int4"),
+    "two-levels-of-one-size": replace(BASE, fine_block=4),
+    "two-levels-top-p": replace(BASE, fine_block=1, top_p=0.7),
+    "two-levels-km2": replace(BASE, selector="km2-rem", page_size=4, fine_block=2),
+    "two-levels-quest": replace(BASE, selector="quest", residual="none", fine_block=2),
+    "two-levels-linear": replace(
+        BASE, residual="linear", selector="mean", fine_block=2, least_candidates=3 * BASE.budget_blocks
+    ),
+    "two-levels-rmsnorm": replace(BASE, residual="linear", combine="double_rmsnorm", fine_block=2),
 }
 
 

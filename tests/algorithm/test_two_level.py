@@ -22,7 +22,7 @@ from spla_backend.algorithm.statistics_format import decode, encode
 
 torch.set_num_threads(1)
 
-BASE = SplaParameters(page_size=16, selection_block=16, budget_blocks=4, fine_block=4, candidate_factor=2)
+BASE = SplaParameters(page_size=16, selection_block=16, budget_blocks=4, fine_block=4)
 
 
 def random_qkv(length: int, heads: int, kv_heads: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,8 +36,8 @@ def random_qkv(length: int, heads: int, kv_heads: int, d: int, seed: int = 0) ->
 
 
 def candidates_of(result: ref.TokenResult, g: int, position: int, params: SplaParameters) -> list[int]:
-    """What one level with `candidate_factor` times the budget selects."""
-    coarse = replace(params, budget_blocks=params.candidate_factor * params.budget_blocks, fine_block=0, top_p=None)
+    """What one level selects with the candidates for its budget."""
+    coarse = replace(params, budget_blocks=params.candidate_blocks, fine_block=0, top_p=None)
     return ref.select_blocks(result.group_scores[g], position, coarse)
 
 
@@ -104,7 +104,7 @@ def test_keys_beyond_the_candidates_do_not_count() -> None:
     got = ref.spla_token(q[-1], k_poisoned, v_poisoned, params, statistics=statistics)
     assert got.selected == want.selected and torch.equal(got.output, want.output)
 
-    params = replace(params, candidate_factor=5)  # 20 blocks; 300 tokens are 19
+    params = replace(params, least_candidates=20)  # 300 tokens are 19 blocks
     want = ref.spla_token(q[-1], k, v, params)
     got = ref.spla_token(q[-1], k, v, params, statistics=torch.randn_like(statistics))
     assert got.selected == want.selected and len(want.selected[0]) == 16
@@ -130,7 +130,7 @@ def test_mass_of_the_tail(residual: str) -> None:
 def test_edges() -> None:
     """Dense up to two budgets, the best of everything up to the candidates."""
     q, k, v = random_qkv(200, 2, 1, 8)
-    params = replace(BASE, candidate_factor=3)
+    params = replace(BASE, least_candidates=12)
     for length in (1, 4, 5, 16, 17, 63, 64, 65, 127, 128):
         got = ref.spla_token(q[length - 1], k[:length], v[:length], replace(params, top_p=0.5))
         assert got.selected == [list(range((length + 3) // 4))]
@@ -182,13 +182,13 @@ def cases(draw: st.DrawFn) -> tuple[SplaParameters, int, int, int]:
         last,
         selector,
         fine_block=fine,
-        candidate_factor=draw(st.integers(2, 4)),
+        least_candidates=budget * draw(st.integers(0, 4)),
         fine_source=draw(st.sampled_from(FINE_SOURCES if get_selector(selector).mean_first else ["keys"])),
         statistics_dtype=draw(st.sampled_from(["auto", "fp8"])),
         top_p=draw(st.sampled_from([None, None, 0.3, 0.8])),
         residual=residual,
     )
-    edge = draw(st.sampled_from([page, params.whole_tokens, params.candidate_factor * params.budget_tokens]))
+    edge = draw(st.sampled_from([page, params.whole_tokens, params.candidate_blocks * params.selection_block]))
     length = edge * draw(st.integers(1, 2)) + draw(st.sampled_from([-fine - 1, -fine, -1, 0, 1, fine, fine + 1, page]))
     return params, draw(st.integers(1, 2)), draw(st.integers(1, 3)), max(1, length)
 

@@ -90,7 +90,7 @@ def shapes(
         selector=selector,
         statistics_dtype=draw(st.sampled_from(["auto", "auto", "fp8"])),
         fine_block=draw(st.sampled_from([0, *(f for f in (8, 16, 32) if block % f == 0)]), label="fine block"),
-        candidate_factor=draw(st.integers(2, 3)),
+        least_candidates=draw(st.sampled_from([0, 3 * (least + 1)]), label="candidates"),
         fine_source=draw(st.sampled_from(FINE_SOURCES if get_selector(selector).mean_first else ["keys"])),
         top_p=draw(st.sampled_from([None, None, 0.5, 0.9, 1.0])),
         residual=draw(st.sampled_from(residuals if with_mass else ["none"])),
@@ -117,7 +117,7 @@ def lengths(params: SplaParameters) -> st.SearchStrategy[int]:
     page, budget = params.page_size, params.budget_tokens
     edges = [page, 2 * page, budget, budget + page, (budget // page + 2) * page, (budget // page + 4) * page]
     if params.fine_block:
-        candidates = params.candidate_factor * budget
+        candidates = params.candidate_blocks * params.selection_block
         edges += [budget + params.fine_block, params.whole_tokens]
         edges += [candidates, candidates + page, (candidates // page + 2) * page]
     about = st.builds(lambda edge, off: max(1, edge + off), st.sampled_from(edges), st.integers(-1, 2))
@@ -626,7 +626,7 @@ def test_steady_state_reads_the_state(residual: str) -> None:
 def test_two_levels_read_no_more_than_they_need(source: str, implementation: type[VectorisedAttention]) -> None:
     """With a state that covers everything: keys of candidates, values of what is selected, statistics. With a sketch
     that of candidates, and keys of what is selected."""
-    params = SplaParameters(16, 16, budget_blocks=4, fine_block=8, candidate_factor=2, fine_source=source)
+    params = SplaParameters(16, 16, budget_blocks=4, fine_block=8, fine_source=source)
     layer = Layer(Shape(params, 2, 2, 64, False, 1.0, seed=5, implementation=implementation), [260])
     sequence = layer.sequences[0]
     layer.write((0, 0, 200))

@@ -96,7 +96,7 @@ def calibrated(model, text, folder, capsys, *arguments):  # noqa: F811
 
 def test_command(model, text, tmp_path, capsys):  # noqa: F811
     arguments = ["--length", "160", "--steps", "3", "--page-size", "32"]
-    two_levels = {"fine_block_size": 16, "candidates": 2, "fine_source": "int4"}  # dense up to 128 tokens
+    two_levels = {"fine_block_size": 16, "candidates": 128, "fine_source": "int4"}  # dense up to 128 tokens
     arguments += ["--options", json.dumps({"budget": 64, "selector": "mean", "last_blocks": 1, **two_levels})]
     output, result = calibrated(model, text, tmp_path, capsys, *arguments)
     shape = ModelShape.of(model)
@@ -133,5 +133,6 @@ def test_command(model, text, tmp_path, capsys):  # noqa: F811
 )
 def test_refused(model, text, capsys, changes, message):  # noqa: F811
     arguments = ["--model", model, "--text", text, "--length", "128", "--test-length", "200", "--steps", "1"]
-    assert cli.main([*arguments, "--page-size", "32", "--options", '{"budget": 96}', *changes]) == 1
+    options = '{"budget": 96, "fine_block_size": 0}'
+    assert cli.main([*arguments, "--page-size", "32", "--options", options, *changes]) == 1
     assert message in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_dense_layers_leave_the_others_their_budgets(planted):
 
 
 ARGUMENTS = ["--length", "192", "--page-size", "16"]
-OPTIONS = '{"budget": 96, "selection_block_size": 16, "residual_scale": 0.25}'
+OPTIONS = '{"budget": 96, "selection_block_size": 16, "fine_block_size": 0, "residual_scale": 0.25}'
 
 
 def test_budgets(model, text, tmp_path, capsys):  # noqa: F811

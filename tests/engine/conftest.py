@@ -21,6 +21,8 @@ pytest.importorskip("vllm")
 VOCABULARY = 1000
 PAGE = 32
 BUDGET = 192  # 6 pages of 32: sparse from 193 tokens on
+# The options of a test are added to these: two levels have tests of their own.
+ONE_LEVEL = {"fine_block_size": 0, "statistics_dtype": "auto"}
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -158,7 +160,7 @@ def start_engine(
     if backend:
         arguments["attention_backend"] = backend
     if backend == "spla":
-        arguments.setdefault("additional_config", {"spla": {"budget": BUDGET, **(options or {})}})
+        arguments.setdefault("additional_config", {"spla": {"budget": BUDGET, **ONE_LEVEL, **(options or {})}})
     engine = None
     try:
         engine = Engine(LLM(model, **arguments))

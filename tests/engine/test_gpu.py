@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from .conftest import LLAMA, random_prompt, save_random_model, start_engine
+from .conftest import LLAMA, ONE_LEVEL, random_prompt, save_random_model, start_engine
 from .test_sinks import save_gpt_oss
 
 pytestmark = [
@@ -54,7 +54,7 @@ class Answer:
     logprobs: list[dict[int, float]]  # of the best tokens at each place
 
 
-SPARSE = {"budget": BUDGET}
+SPARSE = {"budget": BUDGET, **ONE_LEVEL}
 ENGINE_ARGS = {
     "dtype": "float16",
     "max_model_len": 4096,
@@ -199,19 +199,19 @@ def test_two_levels(even_model, source, dense_below):
     """One answer by graphs, without them, and where prompts come in pieces or from the cache; the dense one where
     everything fits into the budget."""
     two_levels = {
-        "fine_block_size": 16,
-        "candidates": 2,
+        "budget": BUDGET,
+        "candidates": 2 * BUDGET,
         "fine_source": source,
         "prefill_dense_below": dense_below,
     }
-    expected = ask(even_model, "spla", {**SPARSE, **two_levels})
-    assert_same(ask(even_model, "spla", {**SPARSE, **two_levels}, enforce_eager=True), expected)
+    expected = ask(even_model, "spla", two_levels)
+    assert_same(ask(even_model, "spla", two_levels, enforce_eager=True), expected)
     arguments = {"max_num_batched_tokens": 256, "max_num_seqs": 16, "enable_prefix_caching": True}
-    with start(even_model, "spla", {**SPARSE, **two_levels}, **arguments) as engine:
+    with start(even_model, "spla", two_levels, **arguments) as engine:
         for _ in range(2):
             assert_same(generate(engine, PROMPTS), expected)
     dense = ask(even_model, "FLASH_ATTN")
-    assert_same(ask(even_model, "spla", {"budget": 4096, **two_levels}), dense, ROUNDING)
+    assert_same(ask(even_model, "spla", {**two_levels, "budget": 4096}), dense, ROUNDING)
     long = [i for i, length in enumerate(LENGTHS) if length > 2 * BUDGET]  # beyond the candidates
     mean, _ = differences([expected[i] for i in long], [dense[i] for i in long])
     assert mean > 2 * SELECTION[0]  # it did leave something out
@@ -265,14 +265,14 @@ def test_sinks(tmp_path):
 
 
 def test_eager_equals_graphs(model, sparse):
-    assert_same(ask(model, "spla", {"budget": BUDGET}, enforce_eager=True), sparse)
+    assert_same(ask(model, "spla", SPARSE, enforce_eager=True), sparse)
 
 
 @pytest.mark.parametrize("size", [64, 100, 1024])
 def test_chunked_prefill(model, sparse, size):
     """Decodes and pieces of prompts share steps here."""
     arguments = {"max_num_batched_tokens": size, "max_num_seqs": 16}
-    assert_same(ask(model, "spla", {"budget": BUDGET}, **arguments), sparse)
+    assert_same(ask(model, "spla", SPARSE, **arguments), sparse)
 
 
 def test_prefix_caching(model, sparse):
@@ -328,7 +328,7 @@ def ask_to_the_limit(model, options, **engine_args):
 
 @pytest.fixture(scope="module", params=[BUDGET, 2 * LIMIT], ids=["select", "whole-budget"])
 def without_drafts(request, model):
-    options = {"budget": request.param}
+    options = {"budget": request.param, **ONE_LEVEL}
     return options, ask_to_the_limit(model, options)
 
 
@@ -367,7 +367,7 @@ def test_double_rmsnorm_served_as_trained(tmp_path):
     start = save_random_model(tmp_path / "start", {**LLAMA, "dtype": "float16"}, std=0.05)
     trained = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float16).cuda().eval()
     options = {"residual": "linear", "combine": "double_rmsnorm", "selector": "taylor2"}
-    attach(trained, {"budget": BUDGET, **options}, 64)
+    attach(trained, {**SPARSE, **options}, 64)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trained.named_parameters():
         if ".spla." in name:
@@ -392,8 +392,8 @@ def test_double_rmsnorm_served_as_trained(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"budget": BUDGET, "dense_layers": [0, 1, 3]},
-        {"budget": 4096, "layer_budgets": {"0": 1024, "2": BUDGET}},
+        {**SPARSE, "dense_layers": [0, 1, 3]},
+        {**ONE_LEVEL, "budget": 4096, "layer_budgets": {"0": 1024, "2": BUDGET}},
     ],
     ids=["dense", "budgets"],
 )
@@ -429,7 +429,7 @@ def test_layers_that_differ(model, options):
     assert gaps["spla"] < max(SELECTION[1], 2 * rounding)  # the engine and the reference are both rounded
 
 
-BUDGETS = {"budget": BUDGET, "layer_budgets": {"0": 1024, "1": 256, "3": 2048}}
+BUDGETS = {**SPARSE, "layer_budgets": {"0": 1024, "1": 256, "3": 2048}}
 
 
 def test_budgets_of_layers_eager_chunked(model):
@@ -453,13 +453,13 @@ def test_statistics_in_fp8(model):
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
 def test_flashinfer_executor(model, sparse, eager):
     pytest.importorskip("flashinfer")
-    options = {"budget": BUDGET, "executor": "flashinfer"}
+    options = {**SPARSE, "executor": "flashinfer"}
     assert_same(ask(model, "spla", options, enforce_eager=eager), sparse)
 
 
 def test_sparse_is_sparse(model, sparse):
     """Or the tests above show nothing: long prompts answer differently with a small budget and no residual."""
-    other = ask(model, "spla", {"budget": 256, "residual": "none"})
+    other = ask(model, "spla", {**SPARSE, "budget": 256, "residual": "none"})
     long = [i for i, length in enumerate(LENGTHS) if length > 2 * BUDGET]
     mean, _ = differences([other[i] for i in long], [sparse[i] for i in long])
     assert mean > 2 * SELECTION[0]

@@ -50,7 +50,7 @@ def write_parameters(path, make):
     [
         ({}, None, {}),
         ({}, None, {"enforce_eager": True, "max_num_batched_tokens": 256, "max_num_seqs": 16}),
-        ({"prefill_dense_below": 4096, "fine_block_size": 16, "fine_source": "int4"}, None, {}),
+        ({"prefill_dense_below": 4096, "candidates": 1}, None, {}),
         ({"executor": "flashinfer"}, None, {}),
         ({"dense_layers": [1]}, gains, {}),
         ({"residual": "linear", "combine": "double_rmsnorm", "selector": "taylor2"}, norms, {}),

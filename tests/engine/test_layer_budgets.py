@@ -7,7 +7,7 @@ import torch
 
 from spla_backend.options import SplaOptions
 
-from .conftest import BUDGET, PAGE, assert_same, random_prompt, start_engine
+from .conftest import BUDGET, ONE_LEVEL, PAGE, assert_same, random_prompt, start_engine
 
 pytestmark = pytest.mark.engine
 
@@ -16,12 +16,16 @@ LENGTHS = (3 * PAGE + 1, BUDGET + 40, 450, 900)
 PROMPTS = [random_prompt(n, seed=n) for n in LENGTHS]
 
 
-TWO_LEVELS = {"fine_block_size": 16, "candidates": 2}
+TWO_LEVELS = {"fine_block_size": 16, "candidates": 1}
 
 
 @pytest.fixture(
     scope="module",
-    params=[{}, TWO_LEVELS, {**TWO_LEVELS, "fine_source": "int4"}],
+    params=[
+        ONE_LEVEL,
+        {**TWO_LEVELS, "fine_source": "keys", "statistics_dtype": "auto"},
+        {**TWO_LEVELS, "fine_source": "int4", "statistics_dtype": "fp8"},
+    ],
     ids=["one-level", "two-levels", "two-levels-int4"],
 )
 def options(request):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import BUDGET, LLAMA, PAGE, assert_same, random_prompt
+from .conftest import BUDGET, LLAMA, ONE_LEVEL, PAGE, assert_same, random_prompt
 
 pytestmark = pytest.mark.engine
 
@@ -33,7 +33,7 @@ def gains(value) -> dict[int, learned.LayerParameters]:
 
 
 def expected(model: Path, prompt: list[int], options, parameters) -> list[float]:
-    params = parameters_of(Variant("spla", options), PAGE, None)
+    params = parameters_of(Variant("spla", {**ONE_LEVEL, **options}), PAGE, None)
     return CapturingModel(str(model), head=True).logprobs(prompt, partial(attention, params=params, learned=parameters))
 
 
@@ -70,7 +70,7 @@ def test_a_file_of_options_alone(model, start):
     for options, layers in (({}, of_file), ({"dense_layers": [0]}, {"budget": BUDGET, "dense_layers": [0]})):
         with start(str(model), additional_config={"spla": options}) as engine:
             (answer,) = engine.answer(PROMPTS[1:])
-        params = SplaOptions.from_sources(layers).layers(PAGE, range(LAYERS))
+        params = SplaOptions.from_sources(layers, ONE_LEVEL).layers(PAGE, range(LAYERS))
         wanted = CapturingModel(str(model), head=True).logprobs(PROMPTS[1], partial(attention, params=params))
         assert difference(answer.logprobs, wanted) < 1e-3
         assert difference(answer.logprobs, expected(model, PROMPTS[1], {"budget": BUDGET}, None)) > 5e-3

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from .conftest import LLAMA, random_prompt, save_random_model
+from .conftest import LLAMA, ONE_LEVEL, random_prompt, save_random_model
 
 pytest.importorskip("vllm")
 
@@ -23,11 +23,11 @@ def make_counter(options: dict, dense_below: int, num_layers: int = 3) -> Reques
 @pytest.mark.parametrize(
     ("options", "dense_below"),
     [
+        ({"budget": 192, **ONE_LEVEL}, 0),
+        ({"budget": 192, **ONE_LEVEL}, 300),
+        ({"budget": 200, "selection_block_size": 16, **ONE_LEVEL}, 100),
+        ({"budget": 192, "layer_budgets": {"1": 96}, "dense_layers": [2], **ONE_LEVEL}, 0),
         ({"budget": 192}, 0),
-        ({"budget": 192}, 300),
-        ({"budget": 200, "selection_block_size": 16}, 100),
-        ({"budget": 192, "layer_budgets": {"1": 96}, "dense_layers": [2]}, 0),
-        ({"budget": 192, "fine_block_size": 16}, 0),
     ],
 )
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def make_counter(options: dict, dense_below: int, num_layers: int = 3) -> Reques
 )
 def test_token_by_token(options, dense_below, prompt, cached, generated):
     resolved = SplaOptions.from_sources(options)
-    block, fine = resolved.block_size(PAGE), resolved.fine_block_size
+    block, fine = resolved.block_size(PAGE), resolved.parameters(PAGE).fine_block
     whole = 2 if fine else 1  # budgets
     expected = Counts()
     for position in range(cached, prompt):
@@ -62,11 +62,18 @@ def test_nothing_was_computed():
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    "options", [{}, {"selection_block_size": 16}, {"layer_budgets": {"1": 96}}, {"fine_block_size": 16}], ids=str
+    "options",
+    [
+        {},
+        {"selection_block_size": 16},
+        {"layer_budgets": {"1": 96}},
+        {"fine_block_size": 16, "statistics_dtype": "fp8"},
+    ],
+    ids=str,
 )
 def test_as_the_kernels_count(tiny_llama, start, options):
     """The last step of a request computes the token before its last, and the CPU's kernels count what it reads."""
-    options = {"budget": 192, **options}
+    options = {"budget": 192, **ONE_LEVEL, **options}
     counter = make_counter(options, 0)
     with start(tiny_llama, options=options, worker_extension_cls="spla_backend.engine.reads.ReadCounts") as engine:
         for length in (40, 191, 192, 600):

@@ -15,7 +15,7 @@ import pytest
 
 from spla_backend.learned import LayerParameters, write
 
-from .conftest import BUDGET, LLAMA, random_prompt, start_engine
+from .conftest import BUDGET, LLAMA, ONE_LEVEL, random_prompt, start_engine
 
 pytestmark = pytest.mark.engine
 
@@ -46,7 +46,7 @@ def options(tmp_path_factory):
     heads = LLAMA["num_attention_heads"]
     layers = {i: LayerParameters(gain=3 * torch.rand(heads, generator=generator)) for i in range(3)}
     write(path, layers, {})
-    return {"budget": BUDGET, "parameters_file": str(path)}
+    return {"budget": BUDGET, **ONE_LEVEL, "parameters_file": str(path)}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ MAX_TOKENS = (4, 7, 2, 1)
 def test_against_transformers(model):  # noqa: F811
     long = torch.randint(1, 200, (250,), generator=torch.Generator().manual_seed(0)).tolist()
     documents = [[*range(10, 90)], [*range(30, 150)], [*range(5, 25)], long]
-    variant = Variant("spla", {"budget": 128, "selection_block_size": 16, "selector": "km2-rem"})
+    variant = Variant("spla", {"budget": 128, "selection_block_size": 16, "selector": "km2-rem", "fine_block_size": 0})
     engine_args = {"dtype": "float32", "max_num_batched_tokens": 256}
     with engines.start(model, variant, PAGE, 256, engine_args) as llm:
         assert llm.llm_engine.vllm_config.additional_config == {"spla": variant.options}

@@ -56,9 +56,9 @@ def expected(inputs: AttentionInputs, position: int, params: SplaParameters) -> 
         {"selector": "rem", "residual": "none", "top_p": 0.6},
         {"selector": "rem", "residual": "linear", "combine": "double_rmsnorm"},
         {"selector": "mean", "residual": "regression", "first_blocks": 0, "last_blocks": 3},
-        {"fine_block": 8, "candidate_factor": 2},
-        {"fine_block": 8, "candidate_factor": 2, "fine_source": "int4", "statistics_dtype": "fp8"},
-        {"fine_block": 8, "candidate_factor": 2, "residual": "none", "top_p": 0.4},
+        {"fine_block": 8},
+        {"fine_block": 8, "fine_source": "int4", "statistics_dtype": "fp8"},
+        {"fine_block": 8, "residual": "none", "top_p": 0.4},
     ],
     ids=lambda o: "-".join(str(x) for x in o.values()),
 )
@@ -76,7 +76,7 @@ def test_as_the_reference(inputs, options):
 @pytest.mark.parametrize("fine", [0, 8])
 def test_nothing_captures_more_than_the_oracle(inputs, fine):
     def mass(selector: str, oracle: bool = False) -> torch.Tensor:
-        sizes = {"page_size": 32, "selection_block": 16, "budget_blocks": 7, "fine_block": fine, "candidate_factor": 2}
+        sizes = {"page_size": 32, "selection_block": 16, "budget_blocks": 7, "fine_block": fine}
         params = SplaParameters(**sizes, selector=selector, residual="none")
         return measure(inputs, positions, [Point(params, oracle, output=False)])[0].mean()
 

@@ -92,15 +92,16 @@ def test_two_variants_of_one_name():
 def test_bytes_read():
     """Against the layout of a page: 127 complete pages of statistics, 16 pages of tokens, the state."""
     size, length = 64, 8192
-    params = parameters_of(Variant("x", {"budget": 1024, "selector": "rem"}), 64, None)
+    one_level = {"budget": 1024, "fine_block_size": 0, "statistics_dtype": "auto"}
+    params = parameters_of(Variant("x", one_level), 64, None)
     page = PageLayout(64, size, 2, 64, 2 * size)
     tokens, state = 1024 * 2 * size * 2, 4 * (65 * 64 + 64)
     assert bytes_read(params, length, size) == 127 * page.statistics_bytes + tokens + state
     assert bytes_read(None, length, size) == length * 2 * size * 2
     assert bytes_read(params, 1024, size) == bytes_read(None, 1024, size)
-    without = parameters_of(Variant("x", {"budget": 1024, "residual": "none"}), 64, None)
+    without = parameters_of(Variant("x", {**one_level, "residual": "none"}), 64, None)
     assert bytes_read(params, length, size) - bytes_read(without, length, size) == state
-    in_fp8 = parameters_of(Variant("x", {"budget": 1024, "statistics_dtype": "fp8"}), 64, None)
+    in_fp8 = parameters_of(Variant("x", {**one_level, "statistics_dtype": "fp8"}), 64, None)
     page = layouts(in_fp8, size, torch.bfloat16)[0]
     assert bytes_read(in_fp8, length, size) == 127 * page.statistics_bytes + tokens + state
     assert page.statistics_bytes == 2 * size
@@ -110,7 +111,7 @@ def test_bytes_read():
 
 def test_bytes_of_two_levels():
     """Keys of the candidates, values of the selected; statistics where they choose or weigh something."""
-    options = {"budget": 1024, "fine_block_size": 16, "candidates": 4}
+    options = {"budget": 1024, "candidates": 4096, "fine_source": "keys", "statistics_dtype": "auto"}
     params = parameters_of(Variant("x", options), 64, None)
     vector, statistics, state = 2 * 64, 127 * PageLayout(64, 64, 2, 64, 128).statistics_bytes, 4 * (65 * 64 + 64)
     assert bytes_read(params, 8192, 64) == statistics + (4096 + 1024) * vector + state
@@ -125,7 +126,7 @@ def test_bytes_of_two_levels():
 
 def test_bytes_of_a_sketch():
     """Keys of the selected; sketches and means of the candidates that lie in complete pages."""
-    options = {"budget": 1024, "fine_block_size": 16, "candidates": 4, "fine_source": "int4"}
+    options = {"budget": 1024, "candidates": 4096, "statistics_dtype": "auto"}
     params = parameters_of(Variant("x", options), 64, None)
     vector, statistics, state = 2 * 64, 127 * PageLayout(64, 64, 2, 64, 128).statistics_bytes, 4 * (65 * 64 + 64)
     sketches = 63 * (64 * 2 * 18 + vector)  # two chunks of 16 bytes of codes and a scale

@@ -9,7 +9,7 @@ from triton_cases import make_batch
 
 from spla_backend.algorithm.parameters import SplaParameters
 
-TWO_LEVELS = {"page_size": 32, "selection_block": 32, "budget_blocks": 3, "fine_block": 16, "candidate_factor": 2}
+TWO_LEVELS = {"page_size": 32, "selection_block": 32, "budget_blocks": 3, "fine_block": 16}
 SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_size": 64, "device": "cuda"}
 
 

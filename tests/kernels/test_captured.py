@@ -22,7 +22,7 @@ KINDS = {
     "exact": {"residual": "none"},
     "top-p": {"top_p": 0.9},
 }
-IN_DECODE = {**KINDS, "two-levels": {"fine_block": 16, "candidate_factor": 3}}
+IN_DECODE = {**KINDS, "two-levels": {"fine_block": 16, "least_candidates": 9}}
 gpu = pytest.mark.gpu
 
 

@@ -227,7 +227,7 @@ def test_layers_of_several_budgets(dense_below: int, num_plans: int, monkeypatch
 def test_two_levels_of_several_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts attend to everything; scratch is laid out for the candidates of the largest budget."""
     torch.manual_seed(random.randrange(1 << 30))
-    layers = [SplaParameters(32, 32, n, fine_block=16, candidate_factor=2) for n in (4, 3)]
+    layers = [SplaParameters(32, 32, n, fine_block=16) for n in (4, 3)]
     engine = Engine(layers, monkeypatch, dense_below=256, tokens=100, rows=2)
     assert engine.ops[1].steps.scratch is engine.ops[0].steps.scratch
     engine.waiting = [draw(*lengths, 32) for lengths in [(231, 2), (140, 2)]]

@@ -38,7 +38,9 @@ scored = pytest.mark.parametrize("score_blocks", [0, 3], ids=["", "scored-ahead"
 def emulate(batch, blocks: int, score_blocks: int = 0) -> None:
     """Let the batch's op decode with the emulated kernel."""
     longest = batch.op.sizes.max_pages * batch.layer.params.page_size
-    batch.op.fused = EmulatedDecode(batch.layer, longest, fixed_blocks=blocks, fixed_score_blocks=score_blocks)
+    batch.op.fused = EmulatedDecode(
+        batch.layer, longest, fixed_blocks=blocks, fixed_score_blocks=score_blocks, choosing_bytes=0
+    )
 
 
 @emulated

@@ -54,7 +54,7 @@ def serve(engine: Engine, *lengths: tuple[int, int]) -> None:
     [
         (SplaParameters(16, 16, 5), 0),
         (SplaParameters(32, 16, 5, selector="km2-rem"), 1 << 20),
-        (SplaParameters(32, 32, 3, fine_block=16, candidate_factor=2), 1 << 20),
+        (SplaParameters(32, 32, 3, fine_block=16), 1 << 20),
     ],
     ids=["sparse-prompts", "dense-prompts", "two-levels"],
 )

@@ -28,12 +28,13 @@ gpu = pytest.mark.gpu
 
 
 def params(page: int = 32, block: int = 32, budget: int = 4, fine: int = 16, candidates: int = 3, **more):
-    return SplaParameters(page, block, budget, fine_block=fine, candidate_factor=candidates, **more)
+    """`candidates` in budgets."""
+    return SplaParameters(page, block, budget, fine_block=fine, least_candidates=candidates * budget, **more)
 
 
 def edges(p: SplaParameters) -> list[int]:
     """Lengths on both sides of where rows are whole and of the candidates, and around pages and fine blocks."""
-    whole, candidates = p.whole_tokens, p.candidate_factor * p.budget_tokens
+    whole, candidates = p.whole_tokens, p.candidate_blocks * p.selection_block
     beyond = (candidates // p.page_size + 3) * p.page_size
     return [whole, whole + 1, candidates, candidates + 1, beyond, beyond + 1, beyond + p.fine_block + 1, 1]
 
@@ -307,12 +308,11 @@ def test_candidates_are_those_of_one_level() -> None:
     [
         ({"fine_block": 8}, "fine_block_size 8 has no kernel, choose one of 16, 32, 64"),
         ({"page_size": 48, "selection_block": 48, "fine_block": 16}, "selection blocks of 48 tokens are not 1, 2, 4"),
-        ({"candidate_factor": 1}, "candidates 1 must be at least 2"),
         ({"executor": "flashinfer"}, "executor 'flashinfer' reads whole pages, no fine blocks of 16 tokens"),
         ({"fine_source": "int3"}, "fine_source 'int3' has no kernel, choose one of keys, int4"),
         ({"fine_source": "int4", "selector": "quest", "residual": "none"}, "no kernel with selector 'quest', whose"),
         ({"fine_source": "int4", "heads": 256}, "no kernel for 128 query heads a kv head of 128, only up to 32: set"),
-        ({"budget_blocks": 1 << 13, "candidate_factor": 4}, "more than 65535 fine blocks of 16"),
+        ({"least_candidates": 1 << 14}, "candidates of 1048576 tokens are more than 65535 fine blocks of 16"),
     ],
     ids=str,
 )

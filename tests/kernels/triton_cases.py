@@ -241,6 +241,8 @@ def make_batch(
     sizes = Layer(num_heads, num_kv_heads, head_size, dtype, head_size**-0.5, gain, norm_weights, sinks=sinks)
     layer, rows = GpuLayer(params, sizes, device), len(lengths)
     op = DecodeSteps(layer, limits(rows, longest, max(1, *query_lens)), executor=executor, tuning=tuning)
+    if op.fused:
+        op.fused.choosing_bytes = 0  # the reference selects, however few the rows
     width = -(-longest // page)
     num_state = max(1, layer.state_layout.num_blocks)
     ids = torch.randperm(rows * (width + num_state) + 3, generator=generator).int()

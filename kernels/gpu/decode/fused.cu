@@ -1026,6 +1026,7 @@ DEVICE void select(
 #pragma unroll 1
     for (int level = 0;; level++) {
         if (level > 0) {
+            if (alone) sync_block();  // all warps have read the bins
             if (tid < BIN_WORDS) s.bins[tid] = 0;
             sync_block();
         }
@@ -1042,25 +1043,24 @@ DEVICE void select(
             }
         }
         sync_block();
-        u32 *all_bins = s.all_bins + level % 2 * BLOCKS * BIN_WORDS;
+        u32 *all_bins = alone ? s.bins : s.all_bins + level % 2 * BLOCKS * BIN_WORDS;
+        if (!alone) {
 #pragma unroll 1
-        for (int i = tid; i < (alone ? 1 : BLOCKS) * BIN_WORDS / 4; i += THREADS) {
-            Words *to = (Words *)all_bins + rank * (BIN_WORDS / 4) + i % (BIN_WORDS / 4);
-            *of_block(to, alone ? rank : i / (BIN_WORDS / 4)) = ((const Words *)s.bins)[i % (BIN_WORDS / 4)];
-        }
-        if (alone)
-            sync_block();
-        else
+            for (int i = tid; i < BLOCKS * BIN_WORDS / 4; i += THREADS) {
+                Words *to = (Words *)all_bins + rank * (BIN_WORDS / 4) + i % (BIN_WORDS / 4);
+                *of_block(to, i / (BIN_WORDS / 4)) = ((const Words *)s.bins)[i % (BIN_WORDS / 4)];
+            }
             sync_cluster();
+        }
         // Every warp for itself, a lane eight bins.
         u32 all[4] = {}, before[4] = {};
 #pragma unroll 4
-        for (int b = alone ? rank : 0; b < (alone ? rank + 1 : BLOCKS); b++) {
+        for (int b = 0; b < (alone ? 1 : BLOCKS); b++) {
             Words x = ((const Words *)all_bins)[b * (BIN_WORDS / 4) + lane];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 all[i] += x.x[i];
-                if (b < rank) before[i] += x.x[i];
+                if (!alone && b < rank) before[i] += x.x[i];
             }
         }
         auto half = [](const u32 (&words)[4], int j) { return (int)(j % 2 ? words[j / 2] >> 16 : words[j / 2] & 65535); };

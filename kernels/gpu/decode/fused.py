@@ -35,6 +35,7 @@ SCORE_WARPS = 4  # of a thread block that scores ahead, each of them another kv 
 SCORED_FROM = 6144  # the fewest pages that a sequence may have
 SCORED_ROWS = 2  # the most rows
 SCORED_GROUP = 4  # the most query heads a kv head: more would spill registers
+CHOOSING_BYTES = 30 << 20  # keys and values that are read in the time that choosing takes a row by itself
 SHARED_ALONE = 115 << 10  # bytes that keep a second thread block from the multiprocessor, while another is idle
 
 
@@ -97,6 +98,8 @@ class FusedDecode:
         fixed_blocks: Thread blocks a cluster, for every batch; None chooses by the number of rows.
         fixed_score_blocks: Thread blocks that share a row, and up to `SCORE_WARPS` kv heads of it, in the launch that
             scores ahead, for every batch; 0 for no such launch; None chooses by the number of rows.
+        choosing_bytes: Few rows are attended to whole up to where reading takes longer than choosing, which takes as
+            long as reading so many bytes; 0: no further than `SplaParameters.whole_blocks`.
     """
 
     def __init__(
@@ -106,9 +109,11 @@ class FusedDecode:
         *,
         fixed_blocks: int | None = None,
         fixed_score_blocks: int | None = None,
+        choosing_bytes: int = CHOOSING_BYTES,
     ) -> None:
         self.layer, self.params, self.num_kv_heads = layer, layer.params, layer.num_kv_heads
         self.fixed_blocks, self.fixed_score_blocks = fixed_blocks, fixed_score_blocks
+        self.choosing_bytes = choosing_bytes
         params = layer.params
         self._fp8 = layer.page_layout.fp8_statistics
         self.max_units = -(-max_model_len // params.page_size) * params.blocks_per_page
@@ -146,6 +151,17 @@ class FusedDecode:
         """Thread blocks that share a row in the launch that scores ahead; 0 where the clusters score."""
         fixed = self.fixed_score_blocks
         return self._choose_score_blocks(num_rows) if fixed is None else fixed
+
+    def whole_blocks(self, num_rows: int) -> int:
+        """Selection blocks of a row up to which all of it is attended to: more than `SplaParameters.whole_blocks` where
+        rows are few, because two levels take as long as reading some megabytes does, however few rows there are."""
+        params = self.params
+        if not params.fine_block or not self.choosing_bytes:
+            return params.whole_blocks
+        block_bytes = 2 * params.selection_block * self.layer.head_size * self.layer.page_layout.itemsize
+        extra = int(self.choosing_bytes / (num_rows * self.num_kv_heads * block_bytes))
+        few = min(params.budget_blocks * 3 // 2 + extra, params.candidate_blocks * 3 // 2)
+        return max(params.whole_blocks, few)
 
     def _choose_score_blocks(self, num_rows: int) -> int:
         """Worth a launch where clusters leave multiprocessors idle and rows are long (`benchmarks/NOTES.md`)."""
@@ -241,7 +257,7 @@ class FusedDecode:
             output: `[rows, H, d]`; rows of padding become zero.
             table: `[rows, G, width]` int32, written: the ids of the selected blocks, or fine blocks, ascending, the
                 current one last.
-            count: `[rows, G]` int32, written.
+            count: `[rows, G]` int32, written; more than `width` where few rows are attended to whole.
             scores: `[rows, G, max_units, group]` float32, the group padded to a power of two: scratch of the launch
                 that scores ahead.
             mass: As `scores`; the same tensor where masses are the scores (`taylor2`) or there are none (no residual).
@@ -289,7 +305,7 @@ class FusedDecode:
             max_units=self.max_units,
             table_width=table.shape[2],
             budget=params.budget_blocks,
-            whole=params.whole_blocks,
+            whole=self.whole_blocks(seq_lens.shape[0]),
             first=params.first_blocks,
             last=params.last_blocks,
             max_candidates=self.max_candidates,

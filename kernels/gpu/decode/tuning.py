@@ -51,7 +51,7 @@ class DecodeSizes:
         slice_size = min(32, layer.dp)
         largest_budget = max(limits.largest_budget, params.budget_blocks)
         per_unit = params.selection_block // params.attended_block
-        factor = params.candidate_factor if params.fine_block else 0
+        largest = replace(params, budget_blocks=largest_budget)
         candidates = min(params.candidate_blocks, max_units)
         fine_p = triton.next_power_of_2(max(1, candidates * per_unit))
         return cls(
@@ -67,10 +67,10 @@ class DecodeSizes:
             budget=params.budget_blocks * per_unit,
             largest_budget=largest_budget * per_unit,
             table=params.whole_blocks * per_unit,
-            largest_table=replace(params, budget_blocks=largest_budget).whole_blocks * per_unit,
+            largest_table=largest.whole_blocks * per_unit,
             per_unit=per_unit,
             candidates=candidates,
-            largest_candidates=min(factor * largest_budget, max_units),
+            largest_candidates=min(largest.candidate_blocks, max_units),
             fine_p=fine_p,
             fine_width=select_width(fine_p, layer),
         )
@@ -115,7 +115,8 @@ def choose_tuning(layer: GpuLayer, sizes: DecodeSizes, num_rows: int, query_len:
     tiles = -(-budget * params.attended_block // tile)
     pairs *= query_len
     attend_splits = min(tiles, 16, max(_power(128 / pairs), 2 if pairs <= 256 else 1))
-    tokens = min(params.candidate_factor * budget * params.attended_block, sizes.max_units * params.selection_block)
+    candidates = replace(params, budget_blocks=budget // sizes.per_unit).candidate_blocks
+    tokens = min(candidates, sizes.max_units) * params.selection_block
     # What a step of a sketch costs beside its tokens is a third of it: mean keys, addresses, barriers.
     fine_tile = 128 if params.has_sketch and layer.dp <= 128 else Tuning.fine_tile
     candidate_tiles = -(-tokens // fine_tile) if sizes.candidates else 1

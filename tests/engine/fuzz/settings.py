@@ -6,29 +6,28 @@ from typing import Any
 
 NUM_HEADS, NUM_KV_HEADS = 4, 2
 
+ONE_LEVEL = {"fine_block_size": 0, "statistics_dtype": "auto"}
+# What fits into few pages: fine blocks of 8 tokens, and no more candidates than two budgets.
+TWO_LEVELS = {"fine_block_size": 8, "candidates": 1, "statistics_dtype": "auto"}
 # By name: SPLA's options beside the budget. All pages hold blocks of 16 tokens.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "one level": {},
-    "no residual": {"residual": "none"},
-    "linear residual": {"residual": "linear"},
-    "two RMSNorms": {"residual": "linear", "combine": "double_rmsnorm"},
-    "two levels by keys": {"fine_block_size": 8, "candidates": 2},
-    "two levels by sketches": {"fine_block_size": 8, "candidates": 3, "fine_source": "int4"},
-    "sketches of small blocks": {
-        "fine_block_size": 8,
-        "candidates": 2,
-        "fine_source": "int4",
-        "statistics_dtype": "fp8",
-        "selection_block_size": 16,
-    },
-    "fp8 statistics": {"statistics_dtype": "fp8", "selector": "km2-rem", "selection_block_size": 16},
-    "small blocks": {"selection_block_size": 16, "selector": "taylor2"},
-    "upper bounds": {"selector": "quest", "residual": "none"},
-    "top-p": {"top_p": 0.8},
-    "top-p of two levels": {"top_p": 0.8, "fine_block_size": 8, "candidates": 2},
-    "dense layer": {"dense_layers": [0]},
-    "budgets of layers": {"layer_budgets": "twice"},  # the first layer has twice the budget
-    "dense prompts": {"prefill_dense_below": 200},
+    "one level": ONE_LEVEL,
+    "no residual": {**ONE_LEVEL, "residual": "none"},
+    "linear residual": {**ONE_LEVEL, "residual": "linear"},
+    "two RMSNorms": {**ONE_LEVEL, "residual": "linear", "combine": "double_rmsnorm"},
+    "defaults": {},
+    "few candidates": {"candidates": 1},
+    "two levels by keys": {**TWO_LEVELS, "fine_source": "keys"},
+    "two levels by sketches": {**TWO_LEVELS, "candidates": 192},
+    "sketches of small blocks": {**TWO_LEVELS, "statistics_dtype": "fp8", "selection_block_size": 16},
+    "fp8 statistics": {**ONE_LEVEL, "statistics_dtype": "fp8", "selector": "km2-rem", "selection_block_size": 16},
+    "small blocks": {**ONE_LEVEL, "selection_block_size": 16, "selector": "taylor2"},
+    "upper bounds": {**ONE_LEVEL, "selector": "quest", "residual": "none"},
+    "top-p": {**ONE_LEVEL, "top_p": 0.8},
+    "top-p of two levels": {**TWO_LEVELS, "top_p": 0.8, "fine_source": "keys"},
+    "dense layer": {**ONE_LEVEL, "dense_layers": [0]},
+    "budgets of layers": {**ONE_LEVEL, "layer_budgets": "twice"},  # the first layer has twice the budget
+    "dense prompts": {**ONE_LEVEL, "prefill_dense_below": 200},
 }
 
 
