@@ -80,7 +80,13 @@ def largest_difference(a, b) -> float:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"selector": "quest", "residual": "none", "top_p": 0.9}], ids=["compiled", "quest-top-p"]
+    "options",
+    [
+        {},
+        {"fine_block_size": 16, "statistics_dtype": "fp8"},
+        {"selector": "quest", "residual": "none", "top_p": 0.9},
+    ],
+    ids=["compiled", "two-levels", "quest-top-p"],
 )
 def test_whole_budget_is_dense(model, dense, options):
     with start_engine(model, options={"budget": 1024, **options}) as engine:
