@@ -32,11 +32,11 @@ import torch
 from tqdm import tqdm
 
 from spla_backend.evaluate import report
-from spla_backend.evaluate.capture import CapturingModel
+from spla_backend.evaluate.capture import CapturingModel, Visit
 from spla_backend.evaluate.documents import cut_documents, load_tokenizer
 from spla_backend.evaluate.fidelity import attention
 from spla_backend.evaluate.perplexity import compare
-from spla_backend.evaluate.variants import DENSE, ModelShape, Variant, layers_of, mean_bytes_read
+from spla_backend.evaluate.variants import ModelShape, Variant, layers_of, mean_bytes_read
 
 PAGE_SIZE = 64
 FIRST = {8192: 4096, 16384: 4096, 32768: 8192}
@@ -87,32 +87,36 @@ class Measurement:
         self, model: CapturingModel, shape: ModelShape, documents: dict[str, tuple[int, ...]], context: int
     ) -> None:
         self.model, self.shape, self.documents, self.context = model, shape, documents, context
-        self.dense = self._losses(DENSE)
+        self.dense = self.losses(None)
 
-    def _losses(self, variant: Variant) -> list[list[float]]:
-        """By document, of the tokens at positions 1, 2, ..."""
-        layers = layers_of(variant, PAGE_SIZE, self.shape)
-        visit = partial(attention, params=layers) if layers else None
+    def losses(self, visit: Visit | None) -> list[list[float]]:
+        """By document, of the tokens at positions 1, 2, ..., with attention by `visit`; None for the model's own."""
         return [[-x for x in self.model.logprobs(tokens, visit)] for tokens in self.documents.values()]
+
+    def compared(self, losses: list[list[float]]) -> dict[str, Any]:
+        """The loss above dense attention, with its error and by document, and the loss itself."""
+        first = FIRST[self.context]
+        whole = compare(losses, self.dense, first, self.context)
+        by_document = [compare([a], [b], first, self.context) for a, b in zip(losses, self.dense, strict=True)]
+        return {
+            "loss": whole["difference"],
+            "error": whole["difference_se"],
+            "nats": whole["loss"],
+            "documents": {name: row["difference"] for name, row in zip(self.documents, by_document, strict=True)},
+        }
 
     def row(self, name: str, options: dict[str, Any] | None) -> dict[str, Any]:
         """A row without model and budget; `options` None for dense attention."""
-        variant, first = Variant(name, options), FIRST[self.context]
-        layers = layers_of(variant, PAGE_SIZE, self.shape)
-        losses = self.dense if options is None else self._losses(variant)
-        whole = compare(losses, self.dense, first, self.context)
-        by_document = [compare([a], [b], first, self.context) for a, b in zip(losses, self.dense, strict=True)]
+        layers = layers_of(Variant(name, options), PAGE_SIZE, self.shape)
+        visit = partial(attention, params=layers)
         default = None if options is None else Variant("", {"budget": options["budget"]})
         return {
             "context": self.context,
-            "from": first,
+            "from": FIRST[self.context],
             "variant": name,
             "is_default": default is not None and layers == layers_of(default, PAGE_SIZE, self.shape),
-            "loss": whole["difference"],
-            "error": whole["difference_se"],
             "kib": round(mean_bytes_read(layers, self.context, self.shape) / 1024, 1),
-            "nats": whole["loss"],
-            "documents": {name: row["difference"] for name, row in zip(self.documents, by_document, strict=True)},
+            **self.compared(self.dense if options is None else self.losses(visit)),
         }
 
 

@@ -8,7 +8,7 @@
 It runs the project's own classes, on tensors without memory, through the steps of an engine: storing, decode, prefill,
 training. Their launches compile as on a GPU, and are then noted down instead of made. A launch is known by its geometry
 and step, its kernel's function and its number among those; not by files, so that two trees may be laid out differently.
-Its code is what `ptxas` made, without line numbers, file names, or the kernel's own name.
+Its code is the bytes that `ptxas` made of it, in which no name and no line number is.
 
 The exit status is 1 where launches differ, where one needs more shared memory than the GPU has, or where one reduces
 over lanes that are no neighbours (`scattered_reductions.py`).
@@ -20,17 +20,18 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
-import importlib
 import json
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -108,25 +109,16 @@ GEOMETRIES = {
 # The project's classes: what changes with their names and arguments -----------------------------------------------
 
 
-def interface() -> Any:
-    """The module of the typed interface; None in trees from before there was one."""
-    try:
-        return importlib.import_module("spla_backend.kernels.interface")
-    except ModuleNotFoundError:
-        return None
-
-
 def make_operator(geometry: Geometry) -> Any:
     """The GPU implementation of a layer, without the fused CUDA kernel: its steps fall to the Triton kernels."""
-    dispatch = importlib.import_module("spla_backend.kernels.dispatch")
-    try:
-        decode = importlib.import_module("spla_backend.kernels.gpu.decode.steps")
-    except ModuleNotFoundError:
-        decode = importlib.import_module("spla_backend.kernels.triton_decode")
+    from spla_backend.kernels import dispatch
+    from spla_backend.kernels.gpu.decode import steps as decode
+    from spla_backend.kernels.interface import Layer, Limits
+
     decode.refusal = lambda *_, **__: "it is not compiled by Triton"
-    device, typed = torch.device("cuda:0"), interface()
+    device = torch.device("cuda:0")
     dense_below = DENSE_BELOW if geometry.executor == "spla" else MAX_MODEL_LEN
-    limits = (typed or dispatch).Limits(64, 4, MAX_MODEL_LEN, 8192, dense_below, geometry.params.budget_blocks)
+    limits = Limits(64, 4, MAX_MODEL_LEN, 8192, dense_below, geometry.params.budget_blocks)
     shape = {
         "num_heads": geometry.heads,
         "num_kv_heads": geometry.kv_heads,
@@ -134,15 +126,15 @@ def make_operator(geometry: Geometry) -> Any:
         "cache_dtype": geometry.dtype,
         "scale": geometry.head_size**-0.5,
     }
-    if geometry.sinks:  # a tree of before may know none
+    if geometry.sinks:
         shape["sinks"] = torch.empty(geometry.heads, dtype=geometry.dtype)
-    if typed is None:
-        return dispatch.make(device, geometry.params, limits, executor=geometry.executor, **shape)
-    return dispatch.make(device, geometry.params, typed.Layer(**shape), limits, executor=geometry.executor)
+    return dispatch.make(device, geometry.params, Layer(**shape), limits, executor=geometry.executor)
 
 
 def run_step(operator: Any, geometry: Geometry, rows: int, query_len: int, prompts: list[tuple[int, int]]) -> None:
     """Decode rows of `query_len` tokens, then prompts of so many tokens that are so long now."""
+    from spla_backend.kernels.interface import Step
+
     starts = [rows * query_len]
     for tokens, _ in prompts:
         starts.append(starts[-1] + tokens)
@@ -161,8 +153,7 @@ def run_step(operator: Any, geometry: Geometry, rows: int, query_len: int, promp
         "prefill_starts": starts if prompts else [],
         "prefill_lens": [length for _, length in prompts],
     }
-    typed = interface()
-    plan = operator.plan(*batch, **known) if typed is None else operator.plan(typed.Step(*batch, **known))
+    plan = operator.plan(Step(*batch, **known))
     states = integers(num_rows, max(1, operator.state_layout.num_blocks))
     operator.run(plan, query, cache, cache, states, torch.empty_like(query))
 
@@ -177,13 +168,11 @@ def store(operator: Any, geometry: Geometry, tokens: int) -> None:
 
 def read_blocks(head_size: int) -> None:
     """A training step's reading of blocks, and its gradients."""
-    try:
-        module = importlib.import_module("spla_backend.kernels.training.read_blocks")
-    except ModuleNotFoundError:
-        module = importlib.import_module("spla_backend.kernels.triton_read_blocks")
+    from spla_backend.kernels.training.read_blocks import read_chosen_sums
+
     q = torch.empty(8, 4096, head_size, requires_grad=True)
     s = torch.empty(8, 64, head_size, head_size, requires_grad=True)
-    module.read_chosen_sums(q, s, torch.empty(8, 4096, 64, dtype=torch.bool)).sum().backward()
+    read_chosen_sums(q, s, torch.empty(8, 4096, 64, dtype=torch.bool)).sum().backward()
 
 
 def steps(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -283,20 +272,34 @@ class Stand:
 
 @functools.cache
 def read_binary(binary: bytes, shared: int, folder: Path | None) -> Code:
-    """What `cuobjdump` says of a kernel."""
+    """The code of a kernel, and what `cuobjdump` says of it."""
+    text = sections(binary, ".text.")
+    code = text + sections(binary, ".nv.constant2") + sections(binary, ".nv.constant4")  # numbers beside instructions
+    digest = hashlib.sha256(code).hexdigest()[:16]
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        said = subprocess.run([tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True)
-    text = said.stdout + said.stderr
-    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/.*$|^\s*/\* 0x[0-9a-f]{16} \*/\s*$", text, re.MULTILINE)
-    instructions = [line for line in lines if ";" in line]
-    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    digest = hashlib.sha256("\n".join(line.strip() for line in lines).encode()).hexdigest()[:16]
+        what = ["-res-usage"] if folder is None else ["-res-usage", "-sass"]  # to disassemble takes a while
+        result = subprocess.run([tool, *what, file.name], capture_output=True, text=True, check=True)
+    said = result.stdout + result.stderr
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
     if folder is not None:
-        (folder / f"{digest}.sass").write_text("\n".join(line.split(";")[0].strip() for line in instructions) + "\n")
-    return Code(digest, len(instructions), numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared)
+        lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/.*;.*$", said, re.MULTILINE)
+        (folder / f"{digest}.sass").write_text("\n".join(line.split(";")[0].strip() for line in lines) + "\n")
+    return Code(digest, len(text) // 16, numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared)
+
+
+def sections(binary: bytes, name: str) -> bytes:
+    """The contents of the sections of an ELF file (64 bits, little endian) whose names begin with `name`."""
+    headers, size, count, of_names = *struct.unpack_from("<Q", binary, 40), *struct.unpack_from("<3H", binary, 58)
+    table = [struct.unpack_from("<I20xQQ", binary, headers + i * size) for i in range(count)]  # name, start, length
+    found = []
+    for begin, start, length in table:
+        begin += table[of_names][1]
+        if binary.startswith(name.encode(), begin):
+            found.append(binary[start : start + length])
+    return b"".join(found)
 
 
 class Wrapper:
@@ -349,7 +352,7 @@ def stand_in(arch: int, sass: Path | None) -> None:
     NoMemory().__enter__()
 
     flashinfer = types.ModuleType("flashinfer")
-    flashinfer.__spec__ = importlib.machinery.ModuleSpec("flashinfer", None)
+    flashinfer.__spec__ = ModuleSpec("flashinfer", None)
     flashinfer.BatchDecodeWithPagedKVCacheWrapper = Wrapper
     attention = types.ModuleType("vllm.v1.attention.backends.fa_utils")
     attention.flash_attn_varlen_func = lambda **_: None

@@ -3,22 +3,25 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+unset PYTHONDONTWRITEBYTECODE # tests start tens of processes; each would compile vLLM's modules anew, 10 s and more
 scripts/setup_cpu.sh
 source .venv/bin/activate
 status=0
+if ! (($#)); then
+    # Kernel tests in a process of their own: Triton must know that it interprets before vLLM imports it. Beside all
+    # else, because it has one thread; what it says comes at the end.
+    log=$(mktemp)
+    OMP_NUM_THREADS=1 pytest --durations=20 tests/kernels >"$log" 2>&1 &
+    kernels=$!
+    trap 'kill "$kernels" 2>/dev/null || true; rm -f "$log"' EXIT
+fi
 ruff check . || status=1
 ruff format --check . || status=1
 mypy || status=1
 if (($#)); then
     pytest "$@" || status=1
 else
-    # Kernel tests in a process of their own: Triton must know that it interprets before vLLM imports it. Beside the
-    # others, because it has one thread; what it says comes at the end.
-    log=$(mktemp)
-    OMP_NUM_THREADS=1 pytest tests/kernels >"$log" 2>&1 &
-    kernels=$!
-    trap 'kill "$kernels" 2>/dev/null || true; rm -f "$log"' EXIT
-    pytest --ignore=tests/kernels || status=1
+    pytest --durations=20 --ignore=tests/kernels || status=1
     wait "$kernels" || status=1
     cat "$log"
 fi

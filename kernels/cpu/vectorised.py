@@ -13,7 +13,6 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,16 +65,6 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class CpuPlan(Plan):
-    """One step's geometry, shared by all layers."""
-
-    block_table: torch.Tensor  # [rows, max_pages] int64
-    decode: list[Any]  # `DecodeRows`, or what a subclass makes of them
-    prefill: list["PrefillRow"]
-    states: "StatePlan | None"  # None where no row needs its state
-
-
-@dataclass(frozen=True)
 class StatePlan:
     """The rows whose state speaks for complete pages from before this step, and what a state in order says."""
 
@@ -97,14 +86,48 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class PrefillRow:
-    """A row of several query tokens: a dense head, where everything fits into the budget, then tiles."""
+    """A row of several query tokens: a dense head, where everything fits into the budget, then the tokens that select,
+    those of one page at a time."""
 
     row: int
     first_token: int
     start: int  # position of the first query token
     dense_end: int  # positions below attend to everything
-    tiles: list[Any]  # `Tile`, or what a subclass makes of them
     pages: torch.Tensor  # [pages] int64, all pages of the row
+    spans: list[tuple[int, int]]  # positions `start .. stop - 1` of one page each, from `dense_end` on
+
+    def tokens(self, start: int, stop: int) -> slice:
+        """Where the query tokens at positions `start .. stop - 1` are."""
+        return slice(start - self.start + self.first_token, stop - self.start + self.first_token)
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of a step, before it is planned how their tokens that select are computed."""
+
+    starts: list[int]  # [rows + 1], where each row's query tokens begin
+    lens: list[int]  # [rows], tokens of each sequence
+    block_table: torch.Tensor  # [rows, max_pages] int64
+    decode: list[int]  # rows of one query token
+    prefill: list[PrefillRow]
+    states: StatePlan | None
+
+    def first_tokens(self, rows: list[int]) -> slice | torch.Tensor:
+        """Where the first query tokens of some rows are; a slice where they stand side by side."""
+        first = [self.starts[row] for row in rows]
+        together = first == list(range(first[0], first[0] + len(first)))
+        return slice(first[0], first[0] + len(first)) if together else torch.tensor(first)
+
+
+@dataclass(frozen=True)
+class CpuPlan(Plan):
+    """One step's geometry, shared by all layers."""
+
+    block_table: torch.Tensor  # [rows, max_pages] int64
+    decode: list[DecodeRows]
+    prefill: list[PrefillRow]
+    tiles: list[list[Tile]]  # of each prefill row, its tokens from `dense_end` on
+    states: StatePlan | None  # None where no row needs its state
 
 
 def _gather(
@@ -224,6 +247,11 @@ class VectorisedAttention:
         """See `PagedAttention.plan`. Everything is on the host: rows of one query token are decode rows wherever they
         stand. Decode rows of several go through tiles as prefill rows do, but no more of their tokens are dense than if
         they came one by one."""
+        rows = self._rows(step)
+        tiles = [[self._plan_tile(row, *span, rows.block_table) for span in row.spans] for row in rows.prefill]
+        return CpuPlan(rows.block_table, self._plan_decodes(rows), rows.prefill, tiles, rows.states)
+
+    def _rows(self, step: Step) -> StepRows:
         starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
         query_lens = [b - a for a, b in pairwise(starts)]
         table = step.block_table.long()
@@ -240,18 +268,14 @@ class VectorisedAttention:
                 prefill.append(self._plan_prefill(row, starts[row], seq_len - query_len, seq_len, table, dense_below))
             if seq_len > whole_tokens and seq_len - query_len >= params.page_size:
                 targets.append((row, (seq_len - query_len) // params.page_size))
-        decode = self._plan_decodes(decode_rows, starts, lens, table)
-        return CpuPlan(table, decode, prefill, self._plan_states(targets, table))
+        return StepRows(starts, lens, table, decode_rows, prefill, self._plan_states(targets, table))
 
-    def _plan_decodes(
-        self, batch_rows: list[int], starts: list[int], lens: list[int], table: torch.Tensor
-    ) -> list["DecodeRows"]:
+    def _plan_decodes(self, rows: StepRows) -> list[DecodeRows]:
         # Rows of much the same length go together: a short one is padded to the longest.
-        batch_rows = sorted(batch_rows, key=lambda row: lens[row])
+        batch_rows = sorted(rows.decode, key=lambda row: rows.lens[row])
         at_once = max(1, _DECODE_ELEMENTS // (self._coarse.budget_tokens * self.num_kv_heads * 2 * self.head_size))
         return [
-            self._plan_decode(batch_rows[first : first + at_once], starts, lens, table)
-            for first in range(0, len(batch_rows), at_once)
+            self._plan_decode(batch_rows[first : first + at_once], rows) for first in range(0, len(batch_rows), at_once)
         ]
 
     def _plan_states(self, targets: list[tuple[int, int]], table: torch.Tensor) -> StatePlan | None:
@@ -266,17 +290,12 @@ class VectorisedAttention:
         headers[..., 2 + STAMP_WORDS] = np.arange(num_blocks)[:, None]
         return StatePlan(rows, num_targets, last_pages, headers)
 
-    def _plan_decode(
-        self, batch_rows: list[int], starts: list[int], lens: list[int], table: torch.Tensor
-    ) -> DecodeRows:
-        params, heads = self.params, self.num_kv_heads
-        rows = torch.tensor(batch_rows)
-        positions = torch.tensor([lens[row] - 1 for row in batch_rows])
-        first = [starts[row] for row in batch_rows]
-        together = first == list(range(first[0], first[0] + len(first)))
-        tokens = slice(first[0], first[0] + len(first)) if together else torch.tensor(first)
-        tile = self._tile(rows, tokens, positions[:, None], table)
-        page_table = plan_page_table(table[rows], positions, heads, params)
+    def _plan_decode(self, batch_rows: list[int], rows: StepRows) -> DecodeRows:
+        params, heads, table = self.params, self.num_kv_heads, rows.block_table
+        some = torch.tensor(batch_rows)
+        positions = torch.tensor([rows.lens[row] - 1 for row in batch_rows])
+        tile = self._tile(some, rows.first_tokens(batch_rows), positions[:, None], table)
+        page_table = plan_page_table(table[some], positions, heads, params)
         num_current = page_table.in_current_page.sum(-1).flatten()
         slots = None
         if page_table.indptr is not None:
@@ -288,18 +307,17 @@ class VectorisedAttention:
     ) -> PrefillRow:
         page_size = self.params.page_size
         dense_end = max(start, min(end, dense_below))
-        tiles = []
+        spans = []
         position = dense_end
         while position < end:
             stop = min(end, (position // page_size + 1) * page_size)
-            tokens = slice(position - start + first_token, stop - start + first_token)
-            tiles.append(self._plan_tile(row, tokens, position, stop, table))
+            spans.append((position, stop))
             position = stop
-        return PrefillRow(row, first_token, start, dense_end, tiles, table[row, : -(-end // page_size)])
+        return PrefillRow(row, first_token, start, dense_end, table[row, : -(-end // page_size)], spans)
 
-    def _plan_tile(self, row: int, tokens: slice, start: int, stop: int, table: torch.Tensor) -> Any:
-        """The tokens at positions `start .. stop - 1` of a row, all of one page; their queries are at `tokens`."""
-        return self._tile(torch.tensor([row]), tokens, torch.arange(start, stop)[None], table)
+    def _plan_tile(self, row: PrefillRow, start: int, stop: int, table: torch.Tensor) -> Tile:
+        """The tokens at positions `start .. stop - 1` of a row, all of one page."""
+        return self._tile(torch.tensor([row.row]), row.tokens(start, stop), torch.arange(start, stop)[None], table)
 
     def _tile(
         self, rows: torch.Tensor, tokens: torch.Tensor | slice, positions: torch.Tensor, table: torch.Tensor
@@ -362,14 +380,14 @@ class VectorisedAttention:
                 assert state_cache is not None and state_table is not None
                 states = self._states(self._read_bodies(state_cache, state_table, rows.tile.rows))
             self._decode(rows, query, kv_cache, states, output)
-        for row in plan.prefill:
+        for row, tiles in zip(plan.prefill, plan.tiles, strict=True):
             states = None
-            if self.residual is not None and row.tiles:
+            if self.residual is not None and tiles:
                 assert state_cache is not None and state_table is not None
-                states = self._states(self._read_bodies(state_cache, state_table, row.tiles[0].rows))
+                states = self._states(self._read_bodies(state_cache, state_table, np.array([row.row])))
                 if row.start < self.params.page_size:  # nothing was folded: what the blocks hold is another's
                     states = (torch.zeros_like(states[0]), torch.zeros_like(states[1]))
-            self._prefill(row, query, kv_cache, states, output)
+            self._prefill(row, tiles, query, kv_cache, states, output)
 
     def grouped(self, query: torch.Tensor, tile: Tile) -> torch.Tensor:
         """Scaled float32 queries `[requests, tokens * group, head_size]`."""
@@ -498,6 +516,7 @@ class VectorisedAttention:
     def _prefill(
         self,
         row: PrefillRow,
+        tiles: list[Tile],
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         states: States | None,
@@ -506,7 +525,7 @@ class VectorisedAttention:
         if row.dense_end > row.start:
             self._dense(row, query, kv_cache, output)
         covered = None
-        for tile in row.tiles:
+        for tile in tiles:
             if states is not None:
                 covered = self._advance(row, tile.pages.shape[1], covered, kv_cache, states)
             self._prefill_tile(tile, row, query, kv_cache, states, output)
@@ -514,7 +533,7 @@ class VectorisedAttention:
     def _dense(self, row: PrefillRow, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> None:
         """Causal attention of the positions `start .. dense_end - 1`, whose every block fits into the budget."""
         pages = row.pages[: -(-row.dense_end // self.params.page_size)]
-        tokens = slice(row.first_token, row.first_token + row.dense_end - row.start)
+        tokens = row.tokens(row.start, row.dense_end)
         # In the order of the tokens [dense_end, kv_heads, 2 d].
         kv = kv_cache[pages, :, : self.params.page_size].transpose(1, 2).flatten(0, 1)[: row.dense_end]
         exact = self._causal(query[tokens], *kv.split(self.head_size, -1))

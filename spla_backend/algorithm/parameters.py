@@ -27,6 +27,11 @@ class SplaParameters:
         least_candidates: Candidates of the fine level, in selection blocks; there are never fewer than two budgets.
         fine_source: What the fine level reads of candidates: `keys`, or `int4`, a sketch of them in the page
             (`spla_backend.algorithm.sketch`).
+        fine_dtype: What the fine level multiplies: `auto`, keys and queries as they are, or these rounded to `bf16` or
+            `fp8` (`spla_backend.algorithm.two_level`). No engine sets it.
+        tile: Neighbouring tokens that share a selection (`spla_backend.algorithm.tiles`), divides `page_size`; 1 in
+            decode. No engine sets it.
+        tile_step: Every how many-th token of a tile is scored to select, divides `tile`. No engine sets it.
         top_p: Stop selecting once this share of the estimated mass is covered; None keeps the whole budget.
         residual: `regression`, `linear` (the paper's) or `none`.
         feature_map: Name of a feature map, used by the `linear` residual.
@@ -45,6 +50,9 @@ class SplaParameters:
     fine_block: int = 0
     least_candidates: int = 0
     fine_source: str = "keys"
+    fine_dtype: str = "auto"
+    tile: int = 1
+    tile_step: int = 1
     top_p: float | None = None
     residual: str = "regression"
     feature_map: str = "softmax"
@@ -90,7 +98,8 @@ class SplaParameters:
     @property
     def max_forced_blocks(self) -> int:
         """The most blocks that rule 3 of docs/design.md, 1 can force: the smallest budget that works."""
-        return self.first_blocks + max(self.last_blocks, self.blocks_per_page)
+        of_tile = max(1, self.tile // self.selection_block)
+        return self.first_blocks + max(self.last_blocks - 1 + of_tile, self.blocks_per_page)
 
 
 def check_sinks(combine: str) -> None:

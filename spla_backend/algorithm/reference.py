@@ -30,6 +30,7 @@ from torch import Tensor
 from spla_backend.algorithm.parameters import COMBINES, RESIDUALS, SplaParameters, check_sinks
 from spla_backend.algorithm.selectors import get_selector
 from spla_backend.algorithm.sketch import FINE_SOURCES
+from spla_backend.algorithm.tiles import check_tile
 
 SELECTORS = ("mean", "taylor2", "cumulant2", "rem", "quest", "km2-rem")
 """Those that are defined here; any other that is registered is defined by its class, in float64."""
@@ -45,7 +46,7 @@ class TokenResult:
     Attributes:
         output: The attention output `[H, d]`.
         selected: Sorted ids of the selected blocks, forced ones included, for each kv head: of selection blocks, or of
-            fine blocks where selection has two levels.
+            fine blocks where selection has two levels. Those of a tile, up to its end.
         exact: Softmax attention over the selected blocks, and the sink where there are sinks `[H, d]`.
         lse: Natural-log sum of `exp(q . k)` over the tokens of the selected blocks, and of `exp(sink)` `[H]`.
         tail: Direction of the residual `[H, d]`; zero where every complete block is selected or the residual is `none`.
@@ -302,31 +303,51 @@ def share_in_group(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
     return torch.logsumexp(scores - normalisers, dim=0)
 
 
+def share_in_tile(shared: Sequence[Tensor]) -> Tensor:
+    """Log of the mean exponential over the tokens of a tile of their scores, `[num_blocks]` each: a tile's score."""
+    return torch.logsumexp(torch.stack(list(shared)), dim=0) - math.log(len(shared))
+
+
+def tile_of(position: int, params: SplaParameters) -> range:
+    """Positions of the tile that a token is in: itself alone where `tile` is 1."""
+    first = position // params.tile * params.tile
+    return range(first, first + params.tile)
+
+
+def voters_of(position: int, computed: range, params: SplaParameters) -> list[int]:
+    """Positions whose scores choose for the tile of a token: of those that are computed together, before it or behind
+    it, every `tile_step`-th of the sequence, or the last of the tile where none is."""
+    tile = [p for p in tile_of(position, params) if p in computed]
+    return [p for p in tile if (p + 1) % params.tile_step == 0] or tile[-1:]
+
+
 def forced_blocks(position: int, params: SplaParameters) -> list[int]:
-    """Sorted ids of the blocks that the token at `position` always attends to: sink, trailing blocks, current page."""
-    current = position // params.selection_block
+    """Sorted ids of the blocks that the tile of the token at `position` always selects: sink, trailing blocks of its
+    first token and what follows, current page. What begins behind a token it does not see."""
+    tile = tile_of(position, params)
+    first, last = tile[0] // params.selection_block, tile[-1] // params.selection_block
     page_start = position // params.page_size * params.blocks_per_page
     return [
         block
-        for block in range(current + 1)
-        if block < params.first_blocks or block > current - params.last_blocks or block >= page_start
+        for block in range(last + 1)
+        if block < params.first_blocks or block > first - params.last_blocks or block >= page_start
     ]
 
 
 def select_blocks(group_scores: Tensor, position: int, params: SplaParameters) -> list[int]:
-    """Blocks that a group attends to exactly, for one token.
+    """Blocks that a group attends to exactly, for one token, or for the tile that it is in.
 
     Top-p shortens a selection that the budget has cut; where everything fits into the budget, all of it is selected.
 
     Args:
-        group_scores: `[num_complete_blocks]` float64, from `share_in_group`.
+        group_scores: `[num_complete_blocks]` float64, from `share_in_group` and `share_in_tile`.
         position: Position of the token in its sequence.
         params: Parameters.
 
     Returns:
         Sorted block ids, forced ones included.
     """
-    num_blocks = position // params.selection_block + 1
+    num_blocks = tile_of(position, params)[-1] // params.selection_block + 1
     if params.budget_blocks >= num_blocks:
         return list(range(num_blocks))
 
@@ -372,18 +393,18 @@ def select_fine_blocks(
     params: SplaParameters,
     sinks: Tensor | None = None,
 ) -> tuple[list[int], dict[int, Tensor]]:
-    """Fine blocks that a group attends to exactly, for the last token of a sequence, in two levels.
+    """Fine blocks that a group attends to exactly, for the last token of a sequence or its tile, in two levels.
 
     The candidates are the selection blocks that one level with a budget of `candidate_blocks` selects. Among their
     fine blocks those of the selection blocks that one level forces are forced, the others ranked by their mass, which
     the heads share as in `share_in_group`, over the fine blocks of the candidates in complete pages. The mass is that
-    of the keys themselves, or of what a sketch says they are.
+    of the keys themselves, or of what a sketch says they are, of keys and queries rounded to `fine_dtype`.
 
     Args:
-        q: Queries of the group's heads `[group, d]` float64.
+        q: Queries of the group's heads, of each token that selects `[tokens, group, d]` float64.
         k: Keys of the sequence `[L, d]` float64.
         statistics: Of selection blocks `[num_complete_blocks, width]` float64; the mean in front is what sketches need.
-        group_scores: `[num_complete_blocks]` float64, of selection blocks, from `share_in_group`.
+        group_scores: `[num_complete_blocks]` float64, of selection blocks, from `share_in_group` and `share_in_tile`.
         params: Parameters, with a `fine_block`.
         sinks: `[group]` float64, as in `share_in_group`.
 
@@ -392,7 +413,7 @@ def select_fine_blocks(
     """
     f, position = params.fine_block, len(k) - 1
     per_block = params.selection_block // f
-    num_fine, budget = position // f + 1, params.budget_blocks * per_block
+    num_fine, budget = tile_of(position, params)[-1] // f + 1, params.budget_blocks * per_block
     if params.whole_blocks * per_block >= num_fine:
         return list(range(num_fine)), {}
 
@@ -405,9 +426,12 @@ def select_fine_blocks(
             if params.fine_source == "int4":
                 of_block = sketched_keys(of_block, statistics[block, : k.shape[1]])
             candidates += range(block * per_block, (block + 1) * per_block)
-            keys += of_block.split(f)
-    masses = [[logsumexp((of_fine @ q_h).tolist()) for of_fine in keys] for q_h in q]
-    shared = share_in_group(torch.tensor(masses, dtype=q.dtype).reshape(len(q), len(candidates)), sinks)
+            keys += rounded_keys(of_block, params.fine_dtype).split(f)
+    by_token = []
+    for q_t in rounded_queries(q, params.fine_dtype):
+        masses = [[logsumexp((of_fine @ q_h).tolist()) for of_fine in keys] for q_h in q_t]
+        by_token.append(share_in_group(torch.tensor(masses, dtype=q.dtype).reshape(len(q_t), len(candidates)), sinks))
+    shared = share_in_tile(by_token)
     forced = [
         fine
         for block in forced_blocks(position, params)
@@ -416,6 +440,31 @@ def select_fine_blocks(
     ]
     scores = dict(zip(candidates, shared, strict=True))
     return choose(scores, forced, budget, params.top_p), scores
+
+
+def rounded_keys(keys: Tensor, dtype: str) -> Tensor:
+    """Keys `[b, d]` as the fine level multiplies them: as they are, in bf16, or in e4m3 with what is beyond 448 there.
+
+    Raises:
+        ValueError: Unknown dtype.
+    """
+    if dtype == "auto":
+        return keys
+    if dtype == "bf16":
+        return keys.float().bfloat16().double()
+    if dtype == "fp8":
+        return keys.float().clamp(-448, 448).to(torch.float8_e4m3fn).double()
+    raise ValueError(f"unknown fine_dtype {dtype!r}, expected one of auto, bf16, fp8")
+
+
+def rounded_queries(q: Tensor, dtype: str) -> Tensor:
+    """Queries `[..., d]` as the fine level multiplies them: in fp8 times the largest power of two that leaves each
+    within 448, which is taken off again."""
+    if dtype != "fp8":
+        return rounded_keys(q, dtype)
+    largest = q.float().abs().amax(dim=-1, keepdim=True).double()
+    factor = torch.where(largest > 0, 2.0 ** torch.floor(torch.log2(448 / largest)), 1.0)
+    return rounded_keys(q * factor, "fp8") / factor
 
 
 def tokens_of(blocks: Sequence[int], length: int, block_size: int) -> list[int]:
@@ -527,6 +576,7 @@ def spla_token(
     v: Tensor,
     params: SplaParameters,
     *,
+    tile_queries: Tensor | None = None,
     statistics: Tensor | None = None,
     gain: Tensor | None = None,
     norm_weights: tuple[Tensor, Tensor] | None = None,
@@ -539,6 +589,8 @@ def spla_token(
         k: Keys of the sequence, the token's own among them, `[L, G, d]` float64. The token is at position `L - 1`.
         v: Values, as `k`.
         params: Parameters.
+        tile_queries: Queries by which the token's tile selects `[tokens, H, d]` float64, from `voters_of`. None for its
+            own alone.
         statistics: Statistics of the blocks of complete pages `[num_complete_blocks, G, width]` float64, to be used
             instead of those computed from `k`: a cache may hold them in a narrower dtype.
         gain: Factor on the mass of the tail, not negative, `[H]`; 1 if None. Used by `shared_normalizer`.
@@ -551,7 +603,8 @@ def spla_token(
     Raises:
         ValueError: Shapes, dtypes or parameters that do not fit together, or a tail mass asked of `quest`.
     """
-    _check(q, k, v, params, statistics, gain, norm_weights, sinks)
+    tile_queries = q[None] if tile_queries is None else tile_queries
+    _check(q, tile_queries, k, v, params, statistics, gain, norm_weights, sinks)
     num_heads = len(q)
     length, num_kv_heads, _ = k.shape
     group = num_heads // num_kv_heads
@@ -572,15 +625,18 @@ def spla_token(
 
     for g in range(num_kv_heads):
         heads = range(g * group, (g + 1) * group)
-        scores = torch.tensor(
-            [[selection_score(params.selector, q[h], statistics[i, g], b) for i in range(num_complete)] for h in heads],
-            dtype=q.dtype,
-        ).reshape(group, num_complete)
+        of_group = tile_queries[:, heads.start : heads.stop]  # [tokens, group, d]
         sinks_of_group = None if sinks is None else sinks[heads.start : heads.stop]
-        has_mass = get_selector(params.selector).has_mass
-        group_scores[g] = share_in_group(scores, sinks_of_group if has_mass else None)
+        of_scores = sinks_of_group if get_selector(params.selector).has_mass else None
+        shared = []
+        for q_t in of_group:
+            scores = torch.tensor(
+                [[selection_score(params.selector, x, statistics[i, g], b) for i in range(num_complete)] for x in q_t],
+                dtype=q.dtype,
+            ).reshape(group, num_complete)
+            shared.append(share_in_group(scores, of_scores))
+        group_scores[g] = share_in_tile(shared)
         if params.fine_block:
-            of_group = q[heads.start : heads.stop]
             blocks, fine_scores[g] = select_fine_blocks(
                 of_group, k[:, g], statistics[:, g], group_scores[g], params, sinks_of_group
             )
@@ -637,7 +693,7 @@ def spla_sequence(
     norm_weights: tuple[Tensor, Tensor] | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """SPLA for every token of a sequence from position `start` on.
+    """SPLA for every token of a sequence from position `start` on, computed together: those before it are other chunks.
 
     Args:
         q: Queries, scaled, `[L, H, d]` float64.
@@ -666,6 +722,7 @@ def spla_sequence(
             k[: position + 1],
             v[: position + 1],
             params,
+            tile_queries=q[voters_of(position, range(start, len(q)), params)],
             statistics=statistics[:num_complete],
             gain=gain,
             norm_weights=norm_weights,
@@ -692,6 +749,7 @@ def complete_statistics(k: Tensor, params: SplaParameters) -> Tensor:
 
 def _check(
     q: Tensor,
+    tile_queries: Tensor,
     k: Tensor,
     v: Tensor,
     params: SplaParameters,
@@ -711,6 +769,9 @@ def _check(
         raise ValueError(f"selection_block {params.selection_block} does not divide page_size {params.page_size}")
     if params.fine_block and params.selection_block % params.fine_block != 0:
         raise ValueError(f"fine_block {params.fine_block} must divide selection_block {params.selection_block}")
+    check_tile(params)
+    if not 0 < len(tile_queries) <= params.tile or tile_queries.shape[1:] != q.shape:
+        raise ValueError(f"tile_queries [1 to {params.tile}, H, d] expected, got {list(tile_queries.shape)}")
     if params.fine_source not in FINE_SOURCES:
         raise ValueError(f"unknown fine_source {params.fine_source!r}, expected one of {', '.join(FINE_SOURCES)}")
     if params.has_sketch and not get_selector(params.selector).mean_first:

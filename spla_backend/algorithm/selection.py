@@ -3,6 +3,7 @@
 import torch
 
 from .parameters import SplaParameters
+from .tiles import tile_ends
 
 
 def forced_blocks(
@@ -11,7 +12,8 @@ def forced_blocks(
     """What is settled before a score is known.
 
     Args:
-        positions: `[rows, tokens]` int64; the tokens of a row share their complete pages.
+        positions: `[rows, tokens]` int64; the tokens of a row share their complete pages. Any token of a tile stands
+            for the tile.
         complete: `[rows, num_blocks]` bool, all blocks of complete pages.
         params: Parameters.
 
@@ -20,13 +22,13 @@ def forced_blocks(
         chosen `[rows, tokens]` int64, and whether some block is left out `[rows, tokens]` bool.
     """
     block = torch.arange(complete.shape[-1], device=complete.device)
-    current = positions // params.selection_block  # [rows, tokens]
-    forced = (block < params.first_blocks) | (block > current[..., None] - params.last_blocks)
-    sparse = current + 1 > params.whole_blocks
+    first, last = (x // params.selection_block for x in tile_ends(positions, params.tile))  # [rows, tokens]
+    forced = (block < params.first_blocks) | (block > first[..., None] - params.last_blocks)
+    sparse = last + 1 > params.whole_blocks
     forced |= ~sparse[..., None]
     forced &= complete[:, None]
-    in_current_page = current + 1 - complete.sum(-1, keepdim=True)
-    num_blocks = torch.where(sparse, params.budget_blocks, current + 1)  # to attend to
+    in_current_page = last + 1 - complete.sum(-1, keepdim=True)
+    num_blocks = torch.where(sparse, params.budget_blocks, last + 1)  # to attend to
     num_free = num_blocks - in_current_page - forced.sum(-1)
     return forced, num_free, sparse
 

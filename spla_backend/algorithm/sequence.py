@@ -1,11 +1,13 @@
 """SPLA over whole sequences, differentiable: the same definition as `spla_backend.algorithm.reference`, by masks.
 
-Every token selects its own blocks, as in decode. The selection is a choice and has no gradient; statistics of blocks
-get one only through the tail's mass, past the rounding of statistics in fp8 as if there were none (straight through).
+Every token selects its own blocks, as in decode, or with the tile it is in (`tiles.py`). The selection is a choice and
+has no gradient; statistics of blocks get one only through the tail's mass, past the rounding of statistics in fp8 as if
+there were none (straight through).
 The rest is read block by block from the sums of each (or token by token, where blocks have fewer tokens than their sums
 rows), chunk of queries by chunk, and read again in the backward pass, so that memory does not grow with the square of
 the length. The exact part is likewise made of the masked logits of all pairs of tokens, or, in 16 bits on a GPU, by
-FlexAttention, which skips the blocks that no token of a tile selects.
+FlexAttention, which skips the blocks that no token of a tile selects. Tiles that share a selection gather what they
+attend to, and subtract it from the state; they have no gradients.
 """
 
 import math
@@ -20,11 +22,19 @@ from torch.utils.checkpoint import checkpoint
 
 from .combine import double_rmsnorm, shared_normalizer, with_sinks
 from .parameters import SplaParameters, check_sinks
-from .residual import BlockReader, Residual, make_residual
+from .residual import BlockReader, Reading, Residual, make_residual
 from .selection import forced_blocks, group_scores, select_blocks
 from .selectors import block_statistics, get_selector
 from .sketch import read_keys
-from .two_level import coarse_parameters, fine_scores, forced_fine_blocks, select_fine_blocks
+from .tiles import Tiles, attend_selected, check_tile, prefix_states
+from .two_level import (
+    coarse_parameters,
+    fine_scores,
+    forced_fine_blocks,
+    round_keys,
+    round_queries,
+    select_fine_blocks,
+)
 
 FLEX_QUERIES = 128
 """Queries a tile of FlexAttention, and the least tokens: what its kernels skip is a whole tile."""
@@ -47,8 +57,9 @@ def spla_attention(
 
     Args:
         q: Queries, multiplied by the softmax scale, `[batch, H, L, d]`, of one dtype with what follows. What is in 16
-            bits is computed in float32; only where FlexAttention attends, on a GPU if L = T, its weights and the exact
-            part are rounded to 16 bits, as in the engine's kernels.
+            bits is computed in float32; only where FlexAttention attends, on a GPU if L = T and tokens select alone,
+            its weights and the exact part are rounded to 16 bits, as in the engine's kernels. Tokens of the first tile
+            that are not among them take no part in its selection.
         k: Keys `[batch, G, T, d]`, T >= L.
         v: Values, as `k`.
         params: What to compute.
@@ -65,7 +76,8 @@ def spla_attention(
         `[batch, H, L, d]`, at least float32.
 
     Raises:
-        ValueError: Shapes that do not fit together.
+        ValueError: Shapes that do not fit together; tiles that do not divide the page, or with `feature_weight` or
+            gradients.
     """
     batch, num_heads, length, d = q.shape
     num_kv_heads, total = k.shape[1:3]
@@ -76,6 +88,12 @@ def spla_attention(
         )
     if sinks is not None:
         check_sinks(params.combine)
+    tile = params.tile
+    check_tile(params)
+    if tile > 1 and feature_weight is not None:
+        raise ValueError("tiles have no learned weights of features: use tile 1")
+    if tile > 1 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("tiles have no gradients: use tile 1, or torch.no_grad")
     group, block = num_heads // num_kv_heads, params.attended_block
     rows = batch * num_kv_heads
     given = (q, k, v)
@@ -85,7 +103,7 @@ def spla_attention(
     whole = total // params.selection_block * params.selection_block
     blocks_of_keys = keys[:, :whole].unflatten(1, (-1, params.selection_block))
     statistics = block_statistics(blocks_of_keys, params)
-    fine_keys = read_keys(blocks_of_keys, statistics, params).flatten(1, 2)
+    fine_keys = round_keys(read_keys(blocks_of_keys, statistics, params).flatten(1, 2), params)
     residual = make_residual(params, d, feature_weight)
 
     def per_row(weight: Tensor) -> Tensor:
@@ -103,7 +121,8 @@ def spla_attention(
 
     choose = partial(unselected_blocks, params=params, sinks=None if of_rows is None else of_rows.detach())
     exact = lse = rest_of_all = None
-    if q.is_cuda and given[0].element_size() == 2 and length == total:
+    states = None if tile == 1 or residual is None else prefix_states(keys, values, params.page_size, residual)
+    if q.is_cuda and given[0].element_size() == 2 and length == total and tile == 1:
         # Two levels look at the keys of whatever may be a candidate: the logits of some queries at a time.
         step = total if not params.fine_block else max(1, _chunk_elements(q.device) // (batch * num_heads * total))
         with torch.no_grad():
@@ -122,17 +141,23 @@ def spla_attention(
     if chunk is None:
         # What is made of a query: weights of all tokens, what it reads of each block's sums, or a mass of each block.
         num_blocks = total // block
-        if residual is None or (reader is None and block < d):
+        if tile > 1:
+            width = max(total, min(total, params.whole_tokens) * d // (tile * group))
+        elif residual is None or (reader is None and block < d):
             width = total
         elif exact is None or reader is None:
             width = max(total, num_blocks * d)
         else:
             width = max(num_blocks, d)
         chunk = max(params.selection_block, _chunk_elements(q.device) // (batch * num_heads * width))
+    chunk = -(-chunk // tile) * tile
     outputs = []
-    for start in range(0, length, chunk):
-        end = min(start + chunk, length)
-        first, seen = total - length + start, total - length + end  # positions; what the last of the chunk sees
+    end = 0
+    while end < length:
+        start = end
+        first = total - length + start  # position
+        seen = min((first + chunk) // tile * tile, total)  # what the last of the chunk sees; chunks end between tiles
+        end = seen - (total - length)
         positions = torch.arange(first, seen, device=q.device)
         blocks = statistics[:, : seen // params.selection_block]  # [rows, num_blocks, width]
         part, keys_seen, values_seen = queries[:, :, start:end], keys[:, :seen], values[:, :seen]
@@ -144,7 +169,9 @@ def spla_attention(
             assert exact is not None and lse is not None
             rest = rest_of_all[:, start:end, : blocks.shape[1] * (params.selection_block // block)]
             attended = (exact[:, :, start:end], lse[:, :, start:end])
-        attend = partial(_attend, rest=rest, positions=positions, params=params, residual=residual, reader=reader)
+        attend = partial(
+            _attend, rest=rest, positions=positions, params=params, residual=residual, reader=reader, states=states
+        )
         # Also for a single chunk: there are many layers.
         outputs.append(
             checkpoint(attend, part, keys_seen, values_seen, blocks, attended, of_rows, *weights, use_reentrant=False)
@@ -162,19 +189,19 @@ def unselected_blocks(
     params: SplaParameters,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The blocks of complete pages that each query does not attend to exactly.
+    """The blocks of complete pages that each query, or each tile, does not attend to exactly.
 
     Args:
         q: `[rows, group, queries, d]`, a row for each sequence and kv head.
         k: Keys as the fine level reads them `[rows, tokens, d]`, at least of the blocks that have statistics; of use to
             two levels.
         statistics: `[rows, num_blocks, width]` of the full selection blocks below the last position's.
-        positions: `[queries]` int64, ascending.
+        positions: `[queries]` int64, ascending; consecutive where tiles share a selection.
         params: What to select.
         sinks: Logits of the heads' sinks `[rows, group, 1]`; None without sinks.
 
     Returns:
-        `[rows, queries, num_attended]` bool, of all the `attended_block` that the selection blocks consist of.
+        `[rows, queries or tiles, num_attended]` bool, of all the `attended_block` that the selection blocks consist of.
     """
     group, num_blocks = q.shape[1], statistics.shape[1]
 
@@ -182,20 +209,30 @@ def unselected_blocks(
         """`[rows, group * queries, blocks]` as `[queries, rows, 1, group, blocks]`."""
         return scores.unflatten(1, (group, -1)).permute(2, 0, 1, 3)[:, :, None]
 
-    num_complete = positions // params.page_size * params.blocks_per_page  # [queries]
-    complete = torch.arange(num_blocks, device=q.device) < num_complete[:, None]  # [queries, num_blocks]
+    tiles = Tiles(positions, params)
+    ends = tiles.ends[:, None]  # [tiles, 1]; of tiles of one token, the token
+    num_complete = ends // params.page_size * params.blocks_per_page
+    complete = torch.arange(num_blocks, device=q.device) < num_complete  # [tiles, num_blocks]
+    if params.tile > 1 and int(tiles.ends[-1]) < params.whole_tokens:
+        return torch.zeros(q.shape[0], *complete.shape, dtype=torch.bool, device=q.device).repeat_interleave(
+            params.selection_block // params.attended_block, -1
+        )
     coarse = coarse_parameters(params) if params.fine_block else params
+    if params.tile_step > 1:
+        q = q[:, :, tiles.voters]
     flat = q.flatten(1, 2)  # [rows, group * queries, d]
     scores = by_query(get_selector(params.selector).score(flat, statistics, params.selection_block))
-    forced, num_free, _ = forced_blocks(positions[:, None], complete, coarse)  # [queries, 1, num_blocks]
+    forced, num_free, _ = forced_blocks(ends, complete, coarse)  # [tiles, 1, num_blocks]
     of_heads = None if sinks is None else sinks[:, None, :, 0]  # as the scores, without blocks
-    grouped = group_scores(scores, complete, of_heads if get_selector(params.selector).has_mass else None)
+    of_scores = of_heads if get_selector(params.selector).has_mass else None
+    grouped = tiles.share(group_scores(scores, tiles.by_voter(complete), of_scores))  # [tiles, rows, 1, num_blocks]
     chosen = select_blocks(grouped, forced, num_free, coarse.top_p)
     if params.fine_block:
-        logits = flat @ k[:, : num_blocks * params.selection_block].mT  # [rows, group * queries, tokens]
-        scores = by_query(fine_scores(logits, params.fine_block))
-        forced, num_free = forced_fine_blocks(positions[:, None], complete, params)
-        chosen = select_fine_blocks(scores, chosen, forced, num_free, params.top_p, of_heads)
+        # Tokens vary slowest: on a CPU sums over the tokens of a block take half of the time.
+        logits = (k[:, : num_blocks * params.selection_block] @ round_queries(flat, params).mT).mT
+        scores = by_query(fine_scores(logits, params.fine_block))  # logits are [rows, group * queries, tokens]
+        forced, num_free = forced_fine_blocks(ends, complete, params)
+        chosen = select_fine_blocks(scores, chosen, forced, num_free, params.top_p, of_heads, tiles)
         complete = complete.repeat_interleave(params.selection_block // params.fine_block, -1)
     return (complete[:, None] & ~chosen[:, :, 0]).transpose(0, 1)
 
@@ -283,6 +320,7 @@ def _attend(
     params: SplaParameters,
     residual: Residual | None,
     reader: BlockReader | None,
+    states: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """One chunk of queries.
 
@@ -295,17 +333,23 @@ def _attend(
             queries]`, without sinks; None if it is to be made.
         sinks: `[rows, group, 1]`; None without sinks.
         weights: Learned parameters of the combination, `[rows, group, 1]` or two of `[rows, group, 1, d]`.
-        rest: From `unselected_blocks`, `[rows, queries, num_attended]`.
+        rest: From `unselected_blocks`, `[rows, queries or tiles, num_attended]`.
         positions: `[queries]`.
         params: What to compute.
         residual: What stands for the rest.
         reader: What reads its blocks, as in `spla_attention`.
+        states: Of tiles, from `tiles.prefix_states`.
 
     Returns:
         `[rows, group, queries, d]`.
     """
     group, block = q.shape[1], params.attended_block
-    exact, lse = _attend_masked(q, k, v, rest, positions, block) if attended is None else attended
+    reading: Reading | None = None
+    if params.tile > 1:
+        exact, lse, reading = attend_selected(q, k, v, rest, positions, states, params, residual)
+        rest = Tiles(positions, params).by_token(rest, 1)  # [rows, queries, num_attended]
+    else:
+        exact, lse = _attend_masked(q, k, v, rest, positions, block) if attended is None else attended
     if sinks is not None:
         exact, lse = with_sinks(exact, lse, sinks)
     has_rest = rest.any(-1)[:, None]  # [rows, 1, queries]
@@ -318,7 +362,9 @@ def _attend(
         of_heads = rest[:, None].expand(-1, group, -1, -1).flatten(1, 2)  # [rows, group * queries, num_attended]
         keys, values = (x[:, : rest.shape[-1] * block] for x in (k, v))
         # What is read from the state is linear in it: the reading of the rest, without a detour over all - selected.
-        if reader is None and block < q.shape[-1]:
+        if reading is not None:
+            pass  # of tiles, from their states
+        elif reader is None and block < q.shape[-1]:
             reading = residual.read_tokens(flat, keys, values, of_heads.repeat_interleave(block, -1))
         else:
             keys, values = (x.unflatten(1, (-1, block)) for x in (keys, values))

@@ -11,6 +11,9 @@ import torch
 
 from .parameters import SplaParameters
 from .selection import forced_blocks, group_scores, select_blocks
+from .tiles import Tiles, tile_ends
+
+FINE_DTYPES = ("auto", "bf16", "fp8")
 
 
 def coarse_parameters(params: SplaParameters) -> SplaParameters:
@@ -24,7 +27,8 @@ def forced_fine_blocks(
     """What is settled before a score is known: fine blocks of selection blocks that one level forces.
 
     Args:
-        positions: `[rows, tokens]` int64; the tokens of a row share their complete pages.
+        positions: `[rows, tokens]` int64; the tokens of a row share their complete pages. Any token of a tile stands
+            for the tile.
         complete: `[rows, num_blocks]` bool, selection blocks of complete pages.
         params: Parameters of the two levels.
 
@@ -35,10 +39,34 @@ def forced_fine_blocks(
     per_block = params.selection_block // params.fine_block
     forced, _, sparse = forced_blocks(positions, complete, params)
     forced = forced.repeat_interleave(per_block, -1)
-    num_fine = positions // params.fine_block + 1
+    num_fine = tile_ends(positions, params.tile)[1] // params.fine_block + 1
     in_current_page = num_fine - per_block * complete.sum(-1, keepdim=True)
     budget = params.budget_tokens // params.fine_block
     return forced, torch.where(sparse, budget, num_fine) - in_current_page - forced.sum(-1)
+
+
+def round_queries(q: torch.Tensor, params: SplaParameters) -> torch.Tensor:
+    """Queries `[..., d]` as the fine level multiplies them.
+
+    In fp8 (e4m3) a query is scaled by the power of two that brings its largest element between 224 and 448, so that
+    scaling itself rounds nothing and can be taken back from the logits.
+    """
+    if params.fine_dtype != "fp8":
+        return round_keys(q, params)
+    # 448 = 0.875 * 2^9: with a largest element of m * 2^e, m in [.5, 1), 2^(9 - e) brings it to m * 2^9.
+    mantissa, exponent = q.float().abs().amax(-1, keepdim=True).frexp()
+    scale = torch.ldexp(torch.ones_like(mantissa), torch.where(mantissa > 0.875, 8, 9) - exponent)
+    return (round_keys(q.float() * scale, params) / scale).to(q.dtype)
+
+
+def round_keys(k: torch.Tensor, params: SplaParameters) -> torch.Tensor:
+    """Keys `[..., d]` as the fine level multiplies them: in fp8 (e4m3) unscaled, what is beyond as the largest."""
+    if params.fine_dtype == "auto":
+        return k
+    if params.fine_dtype == "bf16":
+        return k.float().bfloat16().to(k.dtype)
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    return k.float().clamp(-limit, limit).to(torch.float8_e4m3fn).to(k.dtype)
 
 
 def fine_scores(logits: torch.Tensor, fine_block: int) -> torch.Tensor:
@@ -54,6 +82,7 @@ def select_fine_blocks(
     num_free: torch.Tensor,
     top_p: float | None = None,
     sinks: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """The selected fine blocks of complete pages.
 
@@ -65,10 +94,15 @@ def select_fine_blocks(
         num_free: Likewise.
         top_p: Share of the candidates' mass at which selection stops.
         sinks: As in `group_scores`.
+        tiles: Where tokens share a selection, the tiles whose voters the rows of `scores` are; all else has a row for
+            each tile.
 
     Returns:
         `[rows, kv_heads, tokens, num_fine]` bool.
     """
     num_fine = scores.shape[-1]
     candidates = candidates.repeat_interleave(num_fine // max(candidates.shape[-1], 1), -1)
-    return select_blocks(group_scores(scores, candidates, sinks), forced, num_free, top_p)
+    if tiles is None:
+        return select_blocks(group_scores(scores, candidates, sinks), forced, num_free, top_p)
+    grouped = tiles.share(group_scores(scores, tiles.by_voter(candidates), sinks))
+    return select_blocks(grouped, forced, num_free, top_p)

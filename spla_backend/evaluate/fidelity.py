@@ -122,8 +122,14 @@ class HeadGroup:
 
     def select(self, point: Point) -> torch.Tensor:
         """What is left out, `[queries, num_attended]` bool: blocks of `attended_block` tokens of complete pages that
-        were not selected."""
+        were not selected.
+
+        Raises:
+            ValueError: Tokens share their selection, or the fine level rounds what it multiplies.
+        """
         params = point.params
+        if params.tile > 1 or params.fine_dtype != "auto":
+            raise ValueError("fidelity is measured of tokens that select alone, by keys as they are: use tile 1")
         complete = self._complete(params)
         coarse = coarse_parameters(params) if params.fine_block else params
         if params.fine_block and point.oracle:
@@ -249,7 +255,7 @@ def attention(
         params = replace(params, residual_scale=mine.residual_scale)
     log_gain = None if mine.gain is None else mine.gain.log()
     # On a CPU what a few queries make stays in its caches, which halves the time.
-    chunk = max(16, _CPU_ELEMENTS // (q.shape[1] * q.shape[2])) if q.device.type == "cpu" else None
+    chunk = max(16, 4 * params.tile, _CPU_ELEMENTS // (q.shape[1] * q.shape[2])) if q.device.type == "cpu" else None
     output = spla_attention(
         q,
         k,

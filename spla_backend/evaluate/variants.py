@@ -192,6 +192,9 @@ def without_residual(params: SplaParameters) -> SplaParameters:
         fine_block=params.fine_block,
         least_candidates=params.least_candidates,
         fine_source=params.fine_source,
+        fine_dtype=params.fine_dtype,
+        tile=params.tile,
+        tile_step=params.tile_step,
         top_p=params.top_p,
         residual="none",
     )

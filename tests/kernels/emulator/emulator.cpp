@@ -2,8 +2,6 @@
 // uses has a plain meaning here. Shared memory starts as NaN; asynchronous copies arrive as late as the wait for them, their
 // target NaN until then; threads that wait for each other in vain end the program.
 
-#include <ucontext.h>
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,6 +11,32 @@
 
 #define SPLA_EMULATE
 #define DEVICE static inline
+
+// What a call has to find as it was, on the stack; then the other stack. `swapcontext` asks the system for signals, too,
+// which takes most of an emulated launch.
+extern "C" __attribute__((visibility("hidden"))) void emulator_switch(void **from, void *to);
+asm(R"(
+.text
+.type emulator_switch, @function
+emulator_switch:
+    endbr64
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size emulator_switch, . - emulator_switch
+)");
 
 namespace emulator {
 
@@ -40,8 +64,7 @@ struct Copy {
 };
 
 struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
+    void *top;  // of its stack, while another one runs
     Block *block;
     int tid;
     bool done = false;
@@ -50,13 +73,13 @@ struct Fiber {
 };
 
 static Fiber *current;
-static ucontext_t scheduler;
+static void *scheduler;  // the top of its stack
 static std::vector<std::unique_ptr<Block>> blocks;
 static Meeting cluster;
 static int first_block, num_blocks_x, head, row;
 static long progress;
 
-static void yield() { swapcontext(&current->context, &scheduler); }
+static void yield() { emulator_switch(&current->top, scheduler); }
 
 static void meet(Meeting &m) {
     int generation = m.generation;
@@ -284,7 +307,7 @@ static void enter() {
     kernel(*parameters);
     current->done = true;
     progress++;
-    swapcontext(&current->context, &scheduler);
+    yield();
 }
 
 static bool run_cluster(int num_blocks, int threads, size_t shared_bytes) {
@@ -301,24 +324,26 @@ static bool run_cluster(int num_blocks, int threads, size_t shared_bytes) {
         blocks.push_back(std::move(block));
     }
     constexpr size_t stack = 96 << 10;
+    static std::vector<std::unique_ptr<char[]>> stacks;  // kept from launch to launch
     std::vector<Fiber> fibers(num_blocks * threads);
+    while (stacks.size() < fibers.size()) stacks.emplace_back(new char[stack]);
     for (int i = 0; i < (int)fibers.size(); i++) {
         Fiber &f = fibers[i];
         f.block = blocks[i / threads].get();
         f.tid = i % threads;
-        f.stack = std::make_unique<char[]>(stack);
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.get();
-        f.context.uc_stack.ss_size = stack;
-        f.context.uc_link = nullptr;
-        makecontext(&f.context, enter, 0);
+        // As a call of `enter` finds it: registers of nothing, where to go, and where to return to, which it never does.
+        void **top = (void **)(((size_t)stacks[i].get() + stack) / 16 * 16) - 1;
+        top[0] = nullptr;
+        *--top = (void *)enter;
+        for (int r = 0; r < 6; r++) *--top = nullptr;
+        f.top = top;
     }
     for (size_t left = fibers.size(); left > 0;) {
         long before = progress;
         for (auto &f : fibers) {
             if (f.done) continue;
             current = &f;
-            swapcontext(&scheduler, &f.context);
+            emulator_switch(&scheduler, f.top);
             left -= f.done;
         }
         if (progress == before) return false;

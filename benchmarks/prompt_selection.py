@@ -1,0 +1,201 @@
+"""What prompts lose whose tokens share their selection by tiles, on two models, beside what a kernel would take.
+
+    python benchmarks/prompt_selection.py --text prose.txt dialogue.txt code.txt legal.txt \
+        --models "gemma3-270m=$(spla-model gemma3-270m)" "smollm2-135m=$(spla-model smollm2)" \
+        --output benchmarks/results/prompt_selection_h200.json
+
+Losses as in `two_models.py`, whose documents these are: above dense attention, in float32, of all layers of full
+attention, by the algorithm (`spla_backend/algorithm/tiles.py`) and no kernel. All positions select where a variant
+leaves something out; only `dense_below` says otherwise. Milliseconds are no measurement but arithmetic
+(`prompt_costs.py`), of one layer of the 8B shape. Minutes on a GPU. On two CPU cores ten minutes or more for a variant
+and document of 8192 tokens: `--contexts`, `--variants` and fewer texts choose. The report is written after every
+variant; what it holds is not measured again, and its milliseconds are made anew.
+
+A variant is what an engine would be given (`spla_backend/options.py`), and besides: `tile`, tokens that share a
+selection; `tile_step`, every how many-th of them is scored; `fine_dtype`, in what the fine level multiplies;
+`dense_below`, the position from which tokens select; `chunk`, tokens a chunk that the prompt comes in, 0 for all of it.
+Milliseconds take no notice of `chunk`.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from prompt_costs import predicted
+from tqdm import tqdm
+from two_models import FIRST, PAGE_SIZE, Measurement
+
+from spla_backend.algorithm.parameters import SplaParameters
+from spla_backend.evaluate import report
+from spla_backend.evaluate.capture import AttentionInputs, CapturingModel, Visit
+from spla_backend.evaluate.documents import cut_documents, load_tokenizer
+from spla_backend.evaluate.fidelity import attention
+from spla_backend.evaluate.variants import ModelShape, Variant, layers_of
+from spla_backend.options import SplaOptions
+
+PROMPT = {"tile": 1, "tile_step": 1, "fine_dtype": "auto", "dense_below": 0, "chunk": 0}
+"""What a variant has besides options, and its defaults."""
+PARAMETERS = ("tile", "tile_step", "fine_dtype")
+"""Of these, what the algorithm's parameters hold."""
+ONE = {"tile": 32, "budget": 2048, "fine_block_size": 0, "statistics_dtype": "auto"}
+TWO = {**ONE, "fine_block_size": 16, "candidates": 8192, "fine_source": "keys"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "token, 2048 of 64": {**ONE, "tile": 1},
+    **{f"tile {t}, 2048 of 64": {**ONE, "tile": t} for t in (16, 32, 64)},
+    **{f"tile 32, {b} of 64": {**ONE, "budget": b} for b in (4096, 8192)},
+    **{f"tile 32, {b} of 64, no residual": {**ONE, "budget": b, "residual": "none"} for b in (2048, 4096, 8192)},
+    **{f"tile {t}, x4, 2048 of 16": {**TWO, "tile": t} for t in (16, 32, 64)},
+    **{f"tile 32, x{c}, 2048 of 16": {**TWO, "candidates": 2048 * c} for c in (2, 3, 8)},
+    **{
+        f"tile 32, x{c}, 2048 of {f}": {**TWO, "candidates": 2048 * c, "fine_block_size": f}
+        for c in (4, 8)
+        for f in (32, 64)
+    },
+    **{f"tile 64, x4, 2048 of {f}": {**TWO, "tile": 64, "fine_block_size": f} for f in (32, 64)},
+    **{f"tile 32, x{c}, 2048 of 16, fp8": {**TWO, "candidates": 2048 * c, "fine_dtype": "fp8"} for c in (4, 8)},
+    "tile 32, x4, 2048 of 16, bf16": {**TWO, "fine_dtype": "bf16"},
+    **{f"tile 32, x{c}, 2048 of 16, no residual": {**TWO, "candidates": 2048 * c, "residual": "none"} for c in (4, 8)},
+    **{f"tile {t}, mean, x4, 2048 of 16": {**TWO, "tile": t, "selector": "mean"} for t in (32, 64)},
+    **{
+        f"tile {t}, every {n}, x4, 2048 of 16": {**TWO, "tile": t, "tile_step": n}
+        for t, n in ((32, 2), (32, 4), (64, 2), (64, 4), (64, 8))
+    },
+    "tile 64, every 4, x8, 2048 of 16": {**TWO, "tile": 64, "tile_step": 4, "candidates": 16384},
+    **{
+        f"tile 64, every 4, {name}, x4, 2048 of 16": {**TWO, "tile": 64, "tile_step": 4, **change}
+        for name, change in (
+            ("mean", {"selector": "mean"}),
+            ("no residual", {"residual": "none"}),
+            ("fp8 statistics", {"statistics_dtype": "fp8"}),
+        )
+    },
+    "tile 64, every 2, 2048 of 64": {**ONE, "tile": 64, "tile_step": 2},
+    "tile 32, x4, 1024 of 16": {**TWO, "budget": 1024, "candidates": 4096},
+    "tile 32, x8, 1024 of 16": {**TWO, "budget": 1024},
+    "tile 32, x2, 4096 of 16": {**TWO, "budget": 4096},
+    "tile 32, x4, 2048 of 16, chunks of 1000": {**TWO, "chunk": 1000},
+    "tile 32, x4, 2048 of 16, chunks of 20": {**TWO, "chunk": 20},
+    "tile 32, x4, 2048 of 16, dense below 8192": {**TWO, "dense_below": 8192},
+}
+
+
+class Prompt:
+    """Attention of a prompt in place of a model's.
+
+    Args:
+        variant: As in `VARIANTS`.
+        shape: The model.
+    """
+
+    def __init__(self, variant: dict[str, Any], shape: ModelShape) -> None:
+        options = {name: value for name, value in variant.items() if name not in PROMPT}
+        prompt = PROMPT | {name: value for name, value in variant.items() if name in PROMPT}
+        changes = {name: prompt[name] for name in PARAMETERS}
+        layers = layers_of(Variant("", options), PAGE_SIZE, shape)
+        self.layers: dict[int, SplaParameters] = {i: replace(params, **changes) for i, params in layers.items()}
+        self.dense_below, self.chunk = prompt["dense_below"], prompt["chunk"]
+
+    def __call__(self, inputs: AttentionInputs) -> torch.Tensor | None:
+        if inputs.layer not in self.layers:
+            return None
+        params, length = self.layers[inputs.layer], inputs.q.shape[1]
+        # Tiles within what is attended to whole are dense anyway.
+        dense = max(self.dense_below, params.whole_tokens) // params.tile * params.tile
+        if dense >= length:
+            return None
+        chunk = self.chunk or length
+        edges = [0, dense, *range((dense // chunk + 1) * chunk, length, chunk), length]
+        outputs = []
+        for start, end in itertools.pairwise(edges):
+            q, k, v = inputs.q[:, start:end], inputs.k[:, :end], inputs.v[:, :end]
+            if end <= dense:
+                attend = torch.nn.functional.scaled_dot_product_attention
+                outputs.append(attend(q[None], k[None], v[None], is_causal=True, scale=1.0, enable_gqa=True)[0])
+            else:
+                output = attention(AttentionInputs(inputs.layer, q, k, v), params)
+                assert output is not None
+                outputs.append(output)
+        return torch.cat(outputs, 1)
+
+
+def costs(variant: dict[str, Any]) -> dict[str, Any]:
+    """Predicted milliseconds of a variant; none of selection by token, whose kernels are measured."""
+    options = SplaOptions.from_sources({name: value for name, value in variant.items() if name not in PROMPT})
+    prompt = PROMPT | variant
+    if prompt["tile"] == 1:
+        return {}
+    params = replace(options.parameters(PAGE_SIZE), **{name: prompt[name] for name in PARAMETERS})
+    return predicted(params, prompt["dense_below"])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people."""
+    lines = [
+        f"{'model':14} {'context':>7} {'variant':42} {'128K':>6} {'in turn':>7} {'32K':>6} {'in turn':>7} {'from':>6} "
+        f"{'loss':>8} {'+-':>7}  by document"
+    ]
+    for row in rows:
+        fields = ("ms_128k", "in_turn_ms_128k", "ms_32k", "in_turn_ms_32k", "selects_from")
+        ms = " ".join(f"{row.get(field, ''):>{width}}" for field, width in zip(fields, (6, 7, 6, 7, 6), strict=True))
+        documents = "  ".join(f"{name} {loss:+.4f}" for name, loss in row["documents"].items())
+        lines.append(
+            f"{row['model']:14} {row['context']:7} {row['variant']:42} {ms} {row['loss']:+8.4f} {row['error']:7.4f}  "
+            f"{documents}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="one document each, of its beginning")
+    parser.add_argument("--contexts", nargs="+", type=int, default=list(FIRST), choices=FIRST, help="%(default)s")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"default: all of {list(VARIANTS)}")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further variant after so long")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    began = time.monotonic()
+    if unknown := set(args.variants or ()) - set(VARIANTS):
+        parser.error(f"no variant {', '.join(sorted(unknown))}: choose among {', '.join(VARIANTS)}")
+    variants = {name: VARIANTS[name] for name in args.variants or VARIANTS}
+    texts = {Path(file).stem: file for file in args.text}
+    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+
+    def save() -> None:
+        settings = {"texts": [Path(file).name for file in args.text], "page_size": PAGE_SIZE, "variants": variants}
+        head = report.header("prompt_selection", settings, "benchmarks/prompt_selection.py")
+        with_costs = [row | costs(VARIANTS[row["variant"]]) for row in rows]
+        report.write({**head, "rows": with_costs}, args.output)
+
+    for model_name, folder in (model.split("=", 1) for model in args.models):
+        shape, tokenizer, model = ModelShape.of(folder), load_tokenizer(folder), None
+        for context in args.contexts:
+            done = {r["variant"] for r in rows if (r["model"], r["context"]) == (model_name, context)}
+            jobs = [name for name in variants if name not in done] if context <= shape.max_position else []
+            if not jobs or time.monotonic() - began > args.seconds:
+                continue
+            documents = dict(zip(texts, cut_documents([*texts.values()], tokenizer, context, 1), strict=True))
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model = model or CapturingModel(folder, device=device, head=True)
+            measurement = Measurement(model, shape, {name: d.tokens for name, d in documents.items()}, context)
+            for name in tqdm(jobs, desc=f"{model_name}, {context} tokens", unit="variant"):
+                if time.monotonic() - began > args.seconds:
+                    break
+                visit: Visit = Prompt(variants[name], shape)
+                compared = measurement.compared(measurement.losses(visit))
+                rows.append(
+                    {"model": model_name, "context": context, "from": FIRST[context], "variant": name, **compared}
+                )
+                save()
+    save()
+    print(table(json.loads(args.output.read_text())["rows"]))
+
+
+if __name__ == "__main__":
+    main()
