@@ -32,6 +32,9 @@ class Layer:
     gain: torch.Tensor | None = None  # [H], weight of the tail; None: 1
     norm_weights: tuple[torch.Tensor, torch.Tensor] | None = None  # exact [H, d], tail [H, d], of double RMSNorm; 1
     feature_weight: torch.Tensor | None = None  # [G, d, d], applied to queries and keys before the feature map
+    # [H], logits that have no value: the model's own parameter, which it may load again in place. So kernels keep the
+    # tensor itself, whatever its dtype, and read it in every step.
+    sinks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

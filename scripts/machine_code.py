@@ -66,6 +66,7 @@ class Geometry:
     head_size: int = 128
     dtype: torch.dtype = torch.bfloat16
     executor: str = "spla"
+    sinks: bool = False  # learned ones of attention
 
     @property
     def params(self) -> SplaParameters:
@@ -101,6 +102,7 @@ GEOMETRIES = {
     ),
     "sketch-d80-fp8": Geometry(SKETCH | {"statistics_dtype": "fp8"}, block=16, head_size=80, dtype=torch.float16),
     "two-levels-d256": Geometry({"fine_block": 16}, heads=4, kv_heads=1, head_size=256),
+    "gpt-oss-sketch-top_p": Geometry(SKETCH | {"top_p": 0.9}, heads=64, head_size=64, sinks=True),
     "two-levels-top_p": Geometry({"fine_block": 32, "top_p": 0.9}, page=32, block=32, heads=16, kv_heads=1),
 }
 
@@ -124,6 +126,8 @@ def make_operator(geometry: Geometry) -> Any:
         "cache_dtype": geometry.dtype,
         "scale": geometry.head_size**-0.5,
     }
+    if geometry.sinks:
+        shape["sinks"] = torch.empty(geometry.heads, dtype=geometry.dtype)
     return dispatch.make(device, geometry.params, Layer(**shape), limits, executor=geometry.executor)
 
 

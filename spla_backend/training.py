@@ -129,6 +129,11 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: query `[batch, H, L, d]`, key and value `[batch, G, T, d]`."""
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f"{type(module).__name__} has learned attention sinks, with which SPLA does not train: layers that are not "
+            "its go through transformers' SDPA, which leaves sinks out. Train the model without SPLA, and serve it with"
+        )
     if getattr(module, "sliding_window", None) or kwargs.get("sliding_window"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     options = getattr(module.config, "spla_config", None) or {}

@@ -253,3 +253,24 @@ def test_benchmark_pairs(tmp_path, monkeypatch):
         else:
             assert row["score"] == mine % 2 and row["difference"] == mine % 2 - dense % 2
             assert row.get("sparse_difference") == (None if own else mine % 2 - sparse % 2)
+
+
+def test_sinks_are_refused() -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        vocab_size=100,
+        pad_token_id=0,
+    )
+    model = GptOssForCausalLM(config).eval()
+    attach(model, OPTIONS, PAGE)
+    with pytest.raises(ValueError, match="GptOssAttention has learned attention sinks, with which SPLA does not train"):
+        logits(model, tokens(30))

@@ -110,9 +110,10 @@ class CpuAttention(VectorisedAttention):
         parts = [(compiled.FORMATS.index(kind), size) for kind, size in formats]
         self._formats = np.array(parts, np.int64).reshape(-1, 2)
         # All of the mass takes all of the budget, whatever the rounding.
-        self._mass_wanted = np.inf if params.top_p is None or params.top_p >= 1 else float(params.top_p)
+        self._share_wanted = np.inf if params.top_p is None or params.top_p >= 1 else float(params.top_p)
         gain = torch.zeros(self.num_heads) if self._log_gain is None else self._log_gain
         self._flat_log_gain = gain.reshape(-1).numpy()
+        self._no_sinks = np.full(self.num_heads, -np.inf, np.float32)
         self._flat: dict[int, FlatCache] = {}
         self._warm_up()
 
@@ -270,6 +271,11 @@ class CpuAttention(VectorisedAttention):
                 bodies = StateBodies(body.view(-1).numpy(), (body.stride(0), body.shape[1]), starts)
             self._attend(tokens, query, kv_cache, plan.block_table, bodies, output)
 
+    def _flat_sinks(self) -> NDArray[np.float32]:
+        """Sinks `[heads]` as `compiled.attend` takes them."""
+        sinks = self._sinks_now()
+        return self._no_sinks if sinks is None else sinks.contiguous().numpy()
+
     def _attend(
         self,
         tokens: QueryTokens,
@@ -306,12 +312,13 @@ class CpuAttention(VectorisedAttention):
             block_table.numpy(),
             self._sizes,
             self._rule,
-            self._mass_wanted,
+            self._share_wanted,
             bodies.floats,
             bodies.steps,
             bodies.starts,
             float(self.params.residual_scale),
             self._flat_log_gain,
+            self._flat_sinks(),
             out.numpy(),
             num_read,
         )
@@ -322,7 +329,7 @@ class CpuAttention(VectorisedAttention):
         """See `VectorisedAttention._causal`."""
         if not dense.is_available():
             return super()._causal(query, keys, values)
-        return dense.causal_attention(query, keys, values, self.scale, self.params.page_size)
+        return dense.causal_attention(query, keys, values, self.scale, self.params.page_size, self._sinks_now())
 
 
 def dense_layer(params: SplaParameters, layer: Layer, limits: Limits) -> CpuAttention:

@@ -190,6 +190,13 @@ def _logsumexp(x):
 
 
 @njit(fastmath=_FAST, error_model="numpy")
+def _add_logs(a, b):
+    """Log of `exp(a) + exp(b)`, of which `a` is finite; `a` bit for bit where `b` is -inf."""
+    high = max(a, b)
+    return high if b == -np.inf else high + np.float32(math.log1p(_exp(min(a, b) - high)))
+
+
+@njit(fastmath=_FAST, error_model="numpy")
 def _second_order(selector, s2, log_count):
     """What a selector adds to `log count + q . mu` for the variance `s2` of the logits."""
     if selector == _TAYLOR2:
@@ -258,11 +265,15 @@ def _score(selector, q, q2, stored, formats, pages, page_step, start, area, bloc
 
 
 @njit(fastmath=_FAST, error_model="numpy")
-def _share(score, shared):
-    """Scores of a group `[group, blocks]` shared in the log domain, into `shared [blocks]`."""
+def _share(score, sinks, shared):
+    """Scores of a group `[group, blocks]` shared in the log domain, into `shared [blocks]`; `sinks [group]`, or -inf,
+    take part in the heads' sums. Returns the mass of all blocks, which is 1 a head less what sinks take."""
     group, blocks = score.shape
+    mass = np.float32(0)
     for h in range(group):
-        total = _logsumexp(score[h])
+        of_blocks = _logsumexp(score[h])
+        total = _add_logs(of_blocks, sinks[h])
+        mass += _exp(of_blocks - total)
         for i in range(blocks):
             score[h, i] -= total
     for i in range(blocks):
@@ -270,6 +281,7 @@ def _share(score, shared):
         for h in range(1, group):
             high = max(shared[i], score[h, i])
             shared[i] = high + np.float32(math.log1p(_exp(min(shared[i], score[h, i]) - high)))
+    return mass
 
 
 @njit(fastmath=_FAST, error_model="numpy")
@@ -283,7 +295,7 @@ def _select(shared, forced, num_free, mass_wanted, chosen):
         shared: `[blocks]` from `_share`.
         forced: `[blocks]` bool.
         num_free: Blocks to choose.
-        mass_wanted: Mass at which to stop, of `group`; infinite where the budget alone counts.
+        mass_wanted: Mass at which to stop; infinite where the budget alone counts.
         chosen: Output `[blocks]` bool, the forced ones included.
     """
     blocks = shared.shape[0]
@@ -458,12 +470,14 @@ def _copy(x, out):
 
 
 @njit(fastmath=_FAST, error_model="numpy")
-def _exponentiate(x):
-    """Make `exp(x - max x)` of a vector; returns the maximum and the sum."""
+def _exponentiate(x, sink):
+    """Make `exp(x - peak)` of a vector, `peak` the largest of its elements and `sink`; returns the peak and the sum,
+    that of the sink, which may be -inf, included."""
     peak = np.float32(-np.inf)
     for i in range(x.shape[0]):
         peak = max(peak, x[i])
-    total = np.float32(0)
+    peak = max(peak, sink)
+    total = _exp(sink - peak) if sink > -np.inf else np.float32(0)
     for i in range(x.shape[0]):
         x[i] = _exp(x[i] - peak)
         total += x[i]
@@ -471,15 +485,16 @@ def _exponentiate(x):
 
 
 @njit(fastmath=_FAST, error_model="numpy")
-def _choose_fine(logits, fine, forced, num_free, mass_wanted):
+def _choose_fine(logits, fine, sinks, forced, num_free, share_wanted):
     """The fine blocks of candidates to attend to.
 
     Args:
         logits: `[group, tokens]` of whole candidates, side by side.
         fine: Tokens a fine block.
+        sinks: As in `_share`.
         forced: `[tokens // fine]` bool.
         num_free: As in `_select`.
-        mass_wanted: As in `_select`.
+        share_wanted: Share of the mass at which to stop; infinite where the budget alone counts.
 
     Returns:
         `[tokens // fine]` bool, the forced ones included.
@@ -490,8 +505,8 @@ def _choose_fine(logits, fine, forced, num_free, mass_wanted):
         for i in range(num_fine):
             score[h, i] = _logsumexp(logits[h, i * fine : (i + 1) * fine])
     shared, chosen = np.empty(num_fine, np.float32), np.empty(num_fine, np.bool_)
-    _share(score, shared)
-    _select(shared, forced, num_free, mass_wanted, chosen)
+    mass = _share(score, sinks, shared)
+    _select(shared, forced, num_free, share_wanted * mass if share_wanted < np.inf else np.inf, chosen)
     return chosen
 
 
@@ -514,12 +529,13 @@ def _attend_one(
     table,
     sizes,
     rule,
-    mass_wanted,
+    share_wanted,
     state,
     state_steps,
     state_starts,
     residual_scale,
     log_gain,
+    sinks,
     output,
     num_read,
 ):
@@ -540,6 +556,8 @@ def _attend_one(
         for e in range(d):
             q[h, e] = query[token, kv_head * group + h, e] * np.float32(scale)
             q2[h, e] = q[h, e] * q[h, e]
+    of_sinks = sinks[kv_head * group : (kv_head + 1) * group]
+    no_sinks = np.full(group, np.float32(-np.inf))  # what has no mass of blocks has none that sinks could be added to
     sparse = current + 1 > whole
     tail = sparse and state_starts.shape[1] > 0
     two_levels = sparse and candidates > 0
@@ -562,9 +580,10 @@ def _attend_one(
         _score(selector, q, q2, stored, formats, pages, from_page, start, each, block, score, linear, variance)
         if current + 1 > least:
             shared = np.empty(num_complete, np.float32)
-            _share(score, shared)
+            mass = _share(score, of_sinks if selector != _QUEST else no_sinks, shared)
             free = least - (current + 1 - num_complete) - num_forced
-            _select(shared, forced, free, np.inf if two_levels else mass_wanted * group, chosen)
+            by_mass = share_wanted < np.inf and not two_levels
+            _select(shared, forced, free, share_wanted * mass if by_mass else np.inf, chosen)
 
     num_chosen = 0
     for i in range(num_complete):
@@ -607,7 +626,7 @@ def _attend_one(
             forced_fine[i] = forced[ids[i // per_block]]
         in_current_page = position // fine + 1 - num_complete * per_block
         free = budget * per_block - in_current_page - num_forced * per_block
-        chosen_fine = _choose_fine(logits[:, :complete_tokens], fine, forced_fine, free, mass_wanted * group)
+        chosen_fine = _choose_fine(logits[:, :complete_tokens], fine, of_sinks, forced_fine, free, share_wanted)
         num_fine = 0
         for i in range(chosen_fine.shape[0]):
             num_fine += chosen_fine[i]
@@ -657,7 +676,7 @@ def _attend_one(
     for h in range(group):
         if tail:
             read_qk[h] = _copy(weights[h, :complete_tokens], weights[group + h, :complete_tokens])
-        peak, total[h] = _exponentiate(weights[h])
+        peak, total[h] = _exponentiate(weights[h], of_sinks[h])
         lse[h] = peak + np.float32(math.log(total[h]))
     if tail:
         for t in range(complete_tokens):
@@ -716,12 +735,13 @@ def attend(
     table,
     sizes,
     rule,
-    mass_wanted,
+    share_wanted,
     state,
     state_steps,
     state_starts,
     residual_scale,
     log_gain,
+    sinks,
     output,
     num_read,
 ):
@@ -750,13 +770,14 @@ def attend(
         sizes: `(page size, selection block, fine block)`; the last is not read where there is one level.
         rule: `(selector, budget in selection blocks, likewise those of a row up to which all are attended to,
             candidates or 0 for one level, first blocks, last blocks)`.
-        mass_wanted: Share of the mass at which selection stops; infinite where the budget alone counts.
+        share_wanted: Share of the mass at which selection stops; infinite where the budget alone counts.
         state: Flat float32 array with the bodies of the regression residual's states.
         state_steps: Elements from kv head to kv head, and body rows that stand together in a block.
         state_starts: `[tokens, blocks]` int64, where the first body row of the first kv head is, for every block of a
             token's state; not read for tokens that attend to everything. `[tokens, 0]` without a residual.
         residual_scale: Factor on the covariance.
         log_gain: `[heads]` float32, log of the weight of the tail.
+        sinks: `[heads]` float32, logits that have no value; -inf where there are none.
         output: Output `[tokens, heads, head_size]` float32.
         num_read: Output `[tokens, kv_heads]` int32, blocks attended to: fine ones with two levels.
     """
@@ -780,12 +801,13 @@ def attend(
             table,
             sizes,
             rule,
-            mass_wanted,
+            share_wanted,
             state,
             state_steps,
             state_starts,
             residual_scale,
             log_gain,
+            sinks,
             output,
             num_read,
         )

@@ -19,7 +19,12 @@ def is_available() -> bool:
 
 
 def causal_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, page_size: int
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    page_size: int,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Dense causal attention of the last tokens of one sequence.
 
@@ -32,6 +37,7 @@ def causal_attention(
         values: `[tokens, kv_heads, head_size]`.
         scale: Softmax scale.
         page_size: Tokens a page of the copy; 32 where that is no multiple of 32.
+        sinks: Logits without a value `[heads]` float32; None for none.
 
     Returns:
         `[queries, heads, head_size]` in the dtype of the keys.
@@ -78,6 +84,6 @@ def causal_attention(
             isa=isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
         ),
-        s_aux=None,
+        s_aux=sinks,
     )
     return out

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ...algorithm.attention import masked_attention
-from ...algorithm.combine import double_rmsnorm, shared_normalizer
+from ...algorithm.combine import double_rmsnorm, shared_normalizer, with_sinks
 from ...algorithm.page_table import (
     PaddedSlots,
     PageTablePlan,
@@ -29,7 +29,7 @@ from ...algorithm.page_table import (
     pad_slots,
     plan_page_table,
 )
-from ...algorithm.parameters import SplaParameters
+from ...algorithm.parameters import SplaParameters, check_sinks
 from ...algorithm.residual import Reading, make_residual
 from ...algorithm.selection import forced_blocks, group_scores, select_blocks
 from ...algorithm.selectors import get_selector
@@ -186,6 +186,9 @@ class VectorisedAttention:
         self.scale = layer.scale
         self.cache_dtype = layer.cache_dtype
         self._log_gain = None if layer.gain is None else self._by_kv_head(layer.gain.float().log())
+        if layer.sinks is not None:
+            check_sinks(params.combine)
+        self._sinks = layer.sinks
         ones = torch.ones(layer.num_heads, layer.head_size)
         self.norm_weights = (ones, ones) if layer.norm_weights is None else layer.norm_weights
         self.selector = get_selector(params.selector)
@@ -418,8 +421,9 @@ class VectorisedAttention:
         selected = tile.forced[:, None].expand(-1, self.num_kv_heads, -1, -1)
         if tile.choosing:
             assert scores is not None
-            grouped = group_scores(scores.view(by_head), tile.complete)
-            selected = select_blocks(grouped, tile.forced, tile.num_free, self.group, self._coarse.top_p)
+            sinks = self._sinks_by_kv_head() if self.selector.has_mass else None
+            grouped = group_scores(scores.view(by_head), tile.complete, sinks)
+            selected = select_blocks(grouped, tile.forced, tile.num_free, self._coarse.top_p)
         if tile.fine is not None:
             selected = self._select_fine(tile, q, kv_cache, selected)
         if mass is None:
@@ -457,7 +461,7 @@ class VectorisedAttention:
         where = (slots[..., None] * per_slot + torch.arange(per_slot)).flatten(1)[:, None].expand(scores.shape)
         every = scores.new_full((*q.shape[:2], wanted.shape[-1] * per_slot), -torch.inf).scatter_(-1, where, scores)
         every = every.view(-1, self.num_kv_heads, tile.num_tokens, self.group, every.shape[-1])
-        return select_fine_blocks(every, candidates, *tile.fine, params.top_p)
+        return select_fine_blocks(every, candidates, *tile.fine, params.top_p, self._sinks_by_kv_head())
 
     def _decode(
         self,
@@ -552,17 +556,20 @@ class VectorisedAttention:
         queries, tokens = query.shape[0], keys.shape[0]
         mask = None
         if queries < tokens:
-            mask = torch.arange(tokens) <= torch.arange(tokens - queries, tokens)[:, None]
-        out = F.scaled_dot_product_attention(
+            seen = torch.arange(tokens) <= torch.arange(tokens - queries, tokens)[:, None]
+            mask = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[None, None]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query.transpose(0, 1).to(keys.dtype)[None],  # [1, heads, queries, head_size]
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
+            keys.repeat_interleave(self.group, 1).transpose(0, 1)[None],
+            values.repeat_interleave(self.group, 1).transpose(0, 1)[None],
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.scale,
-            enable_gqa=True,
         )
-        return out[0].transpose(0, 1)
+        sinks = self._sinks_now()
+        if sinks is not None:
+            out, _ = with_sinks(out, lse, sinks[:, None])
+        return out[0].transpose(0, 1).to(keys.dtype)
 
     def _prefill_tile(
         self,
@@ -637,6 +644,10 @@ class VectorisedAttention:
             assert states is not None
             tail = self._tail(tile, q, selected, reading, states)
         by_head = (-1, self.num_kv_heads, tile.num_tokens, self.group)  # of `[requests, tokens * group]`
+        sinks = self._sinks_by_kv_head()
+        if sinks is not None:
+            of_rows = sinks.expand(lse.view(by_head).shape).reshape(lse.shape)
+            out, lse = with_sinks(out, lse, of_rows)
         if self.params.combine == "double_rmsnorm":
             w_exact, w_tail = (self._by_kv_head(w) for w in self.norm_weights)
             tail = torch.zeros_like(out) if tail is None else tail
@@ -664,6 +675,14 @@ class VectorisedAttention:
         rest = tuple(a - b for a, b in zip(whole, reading, strict=True))
         tail = self.residual.tail(rest, num_rest)
         return tail if tile.all_sparse else tail.masked_fill((num_rest <= 0).unsqueeze(-1), 0.0)
+
+    def _sinks_now(self) -> torch.Tensor | None:
+        """The sinks `[heads]` float32 as the model has them now; None where it has none."""
+        return None if self._sinks is None else self._sinks.detach().float()
+
+    def _sinks_by_kv_head(self) -> torch.Tensor | None:
+        sinks = self._sinks_now()
+        return None if sinks is None else self._by_kv_head(sinks)
 
     def _by_kv_head(self, per_head: torch.Tensor) -> torch.Tensor:
         """`[heads, ...]` as `[kv_heads, 1, group, ...]`."""

@@ -55,5 +55,6 @@ def attend_densely(
         softmax_scale=layer.scale,
         causal=True,
         block_table=block_table[rows.first_row : rows.first_row + rows.seq_lens.shape[0]],
-        fa_version=get_flash_attn_version(head_size=d),
+        fa_version=get_flash_attn_version(head_size=d, has_sinks=layer.sinks is not None),
+        s_aux=layer.sinks,
     )

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 import triton
 
-from ...algorithm.parameters import SplaParameters
+from ...algorithm.parameters import SplaParameters, check_sinks
 from ...algorithm.selectors import get_selector
 from ..interface import Layer, Pool
 from ..layout import layouts
@@ -34,6 +34,9 @@ class GpuLayer:
         state_layout: Bytes of a state block.
         group: Query heads a kv head.
         gain: `[H]` float32, weight of the tail.
+        sinks: `[H]`, the model's own parameter of any dtype, read by every launch; None without sinks.
+        sink_dtype: Its dtype.
+        score_sinks: The same, where the heads' sums of scores are sums of masses, which the sinks are added to.
         norm_weights: Exact and tail `[H, d]` float32, of the double RMSNorm.
         top_p: 0 where there is none.
         selector: The selector's class, for its traits.
@@ -58,6 +61,8 @@ class GpuLayer:
     def __init__(
         self, params: SplaParameters, layer: Layer, device: torch.device | str, scratch_pool: Pool = nullcontext
     ) -> None:
+        if layer.sinks is not None:
+            check_sinks(params.combine)
         check_layer(params, layer.num_heads, layer.num_kv_heads, layer.head_size, layer.cache_dtype)
         self.params, self.device, self.scratch_pool = params, torch.device(device), scratch_pool
         self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
@@ -68,9 +73,11 @@ class GpuLayer:
         ones = torch.ones(layer.num_heads, layer.head_size)
         exact, tail = (ones, ones) if layer.norm_weights is None else layer.norm_weights
         self.gain = self._weight(gain)
+        self.sinks, self.sink_dtype = layer.sinks, None if layer.sinks is None else layer.sinks.dtype
         self.norm_weights = self._weight(exact), self._weight(tail)
         self.top_p = params.top_p if params.top_p is not None and params.top_p < 1 else 0.0
         self.selector, self.gpu_selector = get_selector(params.selector), gpu_selector(params.selector)
+        self.score_sinks = layer.sinks if self.selector.has_mass else None
         self.phi = gpu_feature_map(params.feature_map) if params.residual == "linear" else None
         self.has_mass = params.residual != "none" and params.combine == "shared_normalizer"
         self.own_mass = self.has_mass and not self.selector.score_is_mass

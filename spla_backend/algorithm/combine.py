@@ -18,6 +18,21 @@ def shared_normalizer(
     return torch.where(share > 0, exact + share * (tail - exact), exact)
 
 
+def with_sinks(exact: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with a learned sink: one more logit a head in the denominator, of a token without a value (gpt-oss,
+    arXiv 2508.10925).
+
+    Args:
+        exact: `[..., head_size]`.
+        lse: `[...]`, log of its denominator.
+        sinks: Logits, broadcastable to `lse`.
+
+    Returns:
+        Both with the sink.
+    """
+    return exact * torch.sigmoid(lse - sinks).unsqueeze(-1), torch.logaddexp(lse, sinks)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 

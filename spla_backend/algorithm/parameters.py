@@ -100,3 +100,16 @@ class SplaParameters:
         """The most blocks that rule 3 of docs/design.md, 1 can force: the smallest budget that works."""
         of_tile = max(1, self.tile // self.selection_block)
         return self.first_blocks + max(self.last_blocks - 1 + of_tile, self.blocks_per_page)
+
+
+def check_sinks(combine: str) -> None:
+    """What a layer with learned attention sinks cannot have.
+
+    Raises:
+        ValueError: A combination that makes nothing of them.
+    """
+    if combine == "double_rmsnorm":
+        raise ValueError(
+            "combine 'double_rmsnorm' would undo learned attention sinks, being an RMSNorm of what they scale: set "
+            "combine to 'shared_normalizer'"
+        )

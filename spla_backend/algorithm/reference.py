@@ -9,6 +9,7 @@ Sources:
     COBS, arXiv 2607.09052: the second-cumulant score (`cumulant2`).
     Quest, arXiv 2406.10774: the per-coordinate bound (`quest`).
     RAttention, arXiv 2506.15545: the sum of two RMS-normalised branches (`double_rmsnorm`).
+    gpt-oss, arXiv 2508.10925: a learned sink, a logit a head in the softmax's denominator that has no value.
     `rem` and `km2-rem` take a block's keys for Gaussian samples: the log-mean-exp of a random energy model, which
         freezes where the best of `n` samples is all that counts.
 
@@ -26,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spla_backend.algorithm.parameters import COMBINES, RESIDUALS, SplaParameters
+from spla_backend.algorithm.parameters import COMBINES, RESIDUALS, SplaParameters, check_sinks
 from spla_backend.algorithm.selectors import get_selector
 from spla_backend.algorithm.sketch import FINE_SOURCES
 from spla_backend.algorithm.tiles import check_tile
@@ -46,8 +47,8 @@ class TokenResult:
         output: The attention output `[H, d]`.
         selected: Sorted ids of the selected blocks, forced ones included, for each kv head: of selection blocks, or of
             fine blocks where selection has two levels. Those of a tile, up to its end.
-        exact: Softmax attention over the selected blocks `[H, d]`.
-        lse: Natural-log sum of `exp(q . k)` over the tokens of the selected blocks `[H]`.
+        exact: Softmax attention over the selected blocks, and the sink where there are sinks `[H, d]`.
+        lse: Natural-log sum of `exp(q . k)` over the tokens of the selected blocks, and of `exp(sink)` `[H]`.
         tail: Direction of the residual `[H, d]`; zero where every complete block is selected or the residual is `none`.
         log_tail_mass: Log of the residual's mass in units of `exp(q . k)`, before the gain `[H]`; -inf where every
             complete block is selected, where the residual is `none` and under `double_rmsnorm`, which uses no mass.
@@ -279,19 +280,27 @@ def logsumexp(values: Sequence[float]) -> float:
 # Selection (docs/design.md, 1)
 
 
-def share_in_group(scores: Tensor) -> Tensor:
-    """Log of the sum over a group's heads of each head's softmax over the complete blocks.
+def share_in_group(scores: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Log of the sum over a group's heads of each head's softmax over the complete blocks, and its sink where it has
+    one.
 
     In the log domain, because probabilities of far blocks underflow to equal zeros, and their order would be lost.
 
+    What the group loses with a block is the sum of what its heads would give to it of their attention. So a sink
+    belongs into the normaliser: a head that gives nearly all to its sink has little to lose, whatever it ranks first.
+    Scores that rank blocks and are no masses (`quest`) have no unit in which a sink could be added.
+
     Args:
         scores: `[group, num_complete_blocks]` float64, one row for each query head of the group.
+        sinks: `[group]` float64, logits of the heads' sinks.
 
     Returns:
         `[num_complete_blocks]` float64.
     """
-    log_probabilities = scores - torch.logsumexp(scores, dim=1, keepdim=True)
-    return torch.logsumexp(log_probabilities, dim=0)
+    normalisers = torch.logsumexp(scores, dim=1, keepdim=True)
+    if sinks is not None:
+        normalisers = torch.logaddexp(normalisers, sinks[:, None])
+    return torch.logsumexp(scores - normalisers, dim=0)
 
 
 def share_in_tile(shared: Sequence[Tensor]) -> Tensor:
@@ -377,7 +386,12 @@ def choose(scores: Mapping[int, Tensor], forced: list[int], budget: int, top_p: 
 
 
 def select_fine_blocks(
-    q: Tensor, k: Tensor, statistics: Tensor, group_scores: Tensor, params: SplaParameters
+    q: Tensor,
+    k: Tensor,
+    statistics: Tensor,
+    group_scores: Tensor,
+    params: SplaParameters,
+    sinks: Tensor | None = None,
 ) -> tuple[list[int], dict[int, Tensor]]:
     """Fine blocks that a group attends to exactly, for the last token of a sequence or its tile, in two levels.
 
@@ -392,6 +406,7 @@ def select_fine_blocks(
         statistics: Of selection blocks `[num_complete_blocks, width]` float64; the mean in front is what sketches need.
         group_scores: `[num_complete_blocks]` float64, of selection blocks, from `share_in_group` and `share_in_tile`.
         params: Parameters, with a `fine_block`.
+        sinks: `[group]` float64, as in `share_in_group`.
 
     Returns:
         Sorted ids of fine blocks, forced ones included, and the scores of those that were ranked, by id.
@@ -415,7 +430,7 @@ def select_fine_blocks(
     by_token = []
     for q_t in rounded_queries(q, params.fine_dtype):
         masses = [[logsumexp((of_fine @ q_h).tolist()) for of_fine in keys] for q_h in q_t]
-        by_token.append(share_in_group(torch.tensor(masses, dtype=q.dtype).reshape(len(q_t), len(candidates))))
+        by_token.append(share_in_group(torch.tensor(masses, dtype=q.dtype).reshape(len(q_t), len(candidates)), sinks))
     shared = share_in_tile(by_token)
     forced = [
         fine
@@ -460,10 +475,15 @@ def tokens_of(blocks: Sequence[int], length: int, block_size: int) -> list[int]:
 # Exact part (docs/design.md, 2)
 
 
-def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, float]:
-    """Softmax attention of one head: q `[d]`, k and v `[n, d]`, n > 0. Returns the output `[d]` and the LSE."""
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None) -> tuple[Tensor, float]:
+    """Softmax attention of one head: q `[d]`, k and v `[n, d]`, n > 0. Returns the output `[d]` and the LSE.
+
+    A `sink` `[]` is one more logit, of a token without a value: it counts in the LSE and adds nothing to the output.
+    """
     logits = k @ q  # [n]
     lse = torch.logsumexp(logits, dim=0)
+    if sink is not None:
+        lse = torch.logaddexp(lse, sink)
     return torch.exp(logits - lse) @ v, float(lse)
 
 
@@ -527,6 +547,8 @@ def residual_direction(q: Tensor, s_rest: Tensor, z_rest: Tensor, params: SplaPa
 def combine_shared_normalizer(exact: Tensor, lse: float, tail: Tensor, log_mass: float, gain: float) -> Tensor:
     """Both branches `[d]` under one softmax normaliser: `(e^lse exact + gain e^log_mass tail) / (e^lse + gain e^...)`.
 
+    A sink is in `exact` and `lse` already (`exact_attention`), and so in the denominator once.
+
     Args:
         exact: `[d]` float64.
         lse: LSE of the exact part.
@@ -558,6 +580,7 @@ def spla_token(
     statistics: Tensor | None = None,
     gain: Tensor | None = None,
     norm_weights: tuple[Tensor, Tensor] | None = None,
+    sinks: Tensor | None = None,
 ) -> TokenResult:
     """SPLA for the last token of a sequence (arXiv 2601.22379).
 
@@ -573,12 +596,15 @@ def spla_token(
         gain: Factor on the mass of the tail, not negative, `[H]`; 1 if None. Used by `shared_normalizer`.
         norm_weights: RMSNorm weights of the exact part and of the residual, `[H, d]` each; 1 if None. Used by
             `double_rmsnorm`.
+        sinks: Learned logits that have no value `[H]` float64, one a head: the denominator is the sum over the attended
+            tokens, the tail's mass and `exp(sink)`. For `shared_normalizer`: an RMSNorm of the exact part would undo
+            them.
 
     Raises:
         ValueError: Shapes, dtypes or parameters that do not fit together, or a tail mass asked of `quest`.
     """
     tile_queries = q[None] if tile_queries is None else tile_queries
-    _check(q, tile_queries, k, v, params, statistics, gain, norm_weights)
+    _check(q, tile_queries, k, v, params, statistics, gain, norm_weights, sinks)
     num_heads = len(q)
     length, num_kv_heads, _ = k.shape
     group = num_heads // num_kv_heads
@@ -600,23 +626,28 @@ def spla_token(
     for g in range(num_kv_heads):
         heads = range(g * group, (g + 1) * group)
         of_group = tile_queries[:, heads.start : heads.stop]  # [tokens, group, d]
+        sinks_of_group = None if sinks is None else sinks[heads.start : heads.stop]
+        of_scores = sinks_of_group if get_selector(params.selector).has_mass else None
         shared = []
         for q_t in of_group:
             scores = torch.tensor(
                 [[selection_score(params.selector, x, statistics[i, g], b) for i in range(num_complete)] for x in q_t],
                 dtype=q.dtype,
             ).reshape(group, num_complete)
-            shared.append(share_in_group(scores))
+            shared.append(share_in_group(scores, of_scores))
         group_scores[g] = share_in_tile(shared)
         if params.fine_block:
-            blocks, fine_scores[g] = select_fine_blocks(of_group, k[:, g], statistics[:, g], group_scores[g], params)
+            blocks, fine_scores[g] = select_fine_blocks(
+                of_group, k[:, g], statistics[:, g], group_scores[g], params, sinks_of_group
+            )
         else:
             blocks = select_blocks(group_scores[g], position, params)
         selected.append(blocks)
 
         tokens = tokens_of(blocks, length, size)
         for h in heads:
-            exact[h], lse[h] = exact_attention(q[h], k[tokens, g], v[tokens, g])
+            sink = None if sinks is None else sinks[h]
+            exact[h], lse[h] = exact_attention(q[h], k[tokens, g], v[tokens, g], sink)
 
         # The rest: tokens of complete pages that were not selected. The current page is always selected, so what is to
         # be subtracted from the state over the complete pages are the selected tokens among these.
@@ -660,6 +691,7 @@ def spla_sequence(
     statistics: Tensor | None = None,
     gain: Tensor | None = None,
     norm_weights: tuple[Tensor, Tensor] | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """SPLA for every token of a sequence from position `start` on, computed together: those before it are other chunks.
 
@@ -672,6 +704,7 @@ def spla_sequence(
         statistics: As in `spla_token`, for the last token: of all blocks of pages below position `L - 1`.
         gain: As in `spla_token`.
         norm_weights: As in `spla_token`.
+        sinks: As in `spla_token`.
 
     Returns:
         `[L, H, d]` float64; rows below `start` are NaN.
@@ -693,6 +726,7 @@ def spla_sequence(
             statistics=statistics[:num_complete],
             gain=gain,
             norm_weights=norm_weights,
+            sinks=sinks,
         ).output
     return output
 
@@ -722,6 +756,7 @@ def _check(
     statistics: Tensor | None,
     gain: Tensor | None,
     norm_weights: tuple[Tensor, Tensor] | None,
+    sinks: Tensor | None,
 ) -> None:
     """One place for every case that `spla_token` refuses."""
     if q.dim() != 2 or k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[1] or len(k) == 0:
@@ -760,3 +795,7 @@ def _check(
         raise ValueError(f"gain [{q.shape[0]}] without negative elements expected")
     if norm_weights is not None and any(weight.shape != q.shape for weight in norm_weights):
         raise ValueError(f"norm_weights of shape {list(q.shape)} expected")
+    if sinks is not None and (tuple(sinks.shape) != (q.shape[0],) or sinks.dtype != torch.float64):
+        raise ValueError(f"sinks [{q.shape[0]}] in float64 expected, got {list(sinks.shape)} in {sinks.dtype}")
+    if sinks is not None:
+        check_sinks(params.combine)

@@ -33,22 +33,30 @@ def forced_blocks(
     return forced, num_free, sparse
 
 
-def group_scores(scores: torch.Tensor, complete: torch.Tensor | None) -> torch.Tensor:
+def group_scores(
+    scores: torch.Tensor, complete: torch.Tensor | None, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """Scores of the heads of a group shared in the log domain.
 
     Args:
         scores: `[rows, kv_heads, tokens, group, num_blocks]` log masses.
         complete: Blocks that may be selected, bool: `[rows, num_blocks]`, those of complete pages, or `[rows, kv_heads,
             tokens, num_blocks]`; the others may hold anything, NaN included. None where all may.
+        sinks: Logits of the heads' sinks, broadcastable to `[rows, kv_heads, tokens, group]`; None without sinks.
 
     Returns:
         `[rows, kv_heads, tokens, num_blocks]`: log of the sum over heads of each head's softmax over the complete
-        blocks; -inf where not complete, and nowhere else. A row without complete blocks is -inf throughout.
+        blocks, and its sink where it has one; -inf where not complete, and nowhere else. A row without complete blocks
+        is -inf throughout.
     """
     if complete is not None:
         complete = complete[:, None, None] if complete.dim() == 2 else complete
         scores = scores.masked_fill(~complete.unsqueeze(-2), -torch.inf)
-    grouped = torch.logsumexp(scores.log_softmax(-1), -2)
+    if sinks is None:
+        scores = scores.log_softmax(-1)
+    else:
+        scores = scores - torch.logaddexp(scores.logsumexp(-1), sinks).unsqueeze(-1)
+    grouped = torch.logsumexp(scores, -2)
     # A hopeless block still goes before one that is no candidate, so that as many are selected as were planned.
     grouped.clamp_(min=torch.finfo(grouped.dtype).min)
     return grouped if complete is None else grouped.masked_fill(~complete, -torch.inf)
@@ -58,7 +66,6 @@ def select_blocks(
     grouped: torch.Tensor,
     forced: torch.Tensor,
     num_free: torch.Tensor | int,
-    group_size: int,
     top_p: float | None = None,
 ) -> torch.Tensor:
     """The selected blocks of complete pages.
@@ -68,8 +75,7 @@ def select_blocks(
         forced: `[rows, tokens, num_blocks]` bool, complete blocks selected whatever their score.
         num_free: `[rows, tokens]` int, how many further blocks the budget allows: no more than there are. An int
             where it is the same for all.
-        group_size: Query heads a kv head: the total mass of a row of `grouped`.
-        top_p: Share of the estimated mass at which selection stops.
+        top_p: Share of the estimated mass of all blocks at which selection stops; what goes to sinks is none of it.
 
     Returns:
         `[rows, kv_heads, tokens, num_blocks]` bool.
@@ -89,5 +95,5 @@ def select_blocks(
         forced_mass = grouped.masked_fill(~forced, -torch.inf).exp().sum(-1, keepdim=True)
         mass = ranked.exp()
         before = forced_mass + mass.cumsum(-1) - mass
-        keep = keep & (before < top_p * group_size)
+        keep = keep & (before < top_p * grouped.exp().sum(-1, keepdim=True))
     return torch.zeros_like(forced).scatter(-1, order, keep) | forced

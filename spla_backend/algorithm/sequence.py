@@ -20,8 +20,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from .combine import double_rmsnorm, shared_normalizer
-from .parameters import SplaParameters
+from .combine import double_rmsnorm, shared_normalizer, with_sinks
+from .parameters import SplaParameters, check_sinks
 from .residual import BlockReader, Reading, Residual, make_residual
 from .selection import forced_blocks, group_scores, select_blocks
 from .selectors import block_statistics, get_selector
@@ -49,6 +49,7 @@ def spla_attention(
     log_gain: Tensor | None = None,
     norm_weights: tuple[Tensor, Tensor] | None = None,
     feature_weight: Tensor | None = None,
+    sinks: Tensor | None = None,
     reader: BlockReader | None = None,
     chunk: int | None = None,
 ) -> Tensor:
@@ -67,6 +68,7 @@ def spla_attention(
             for 1.
         feature_weight: What queries and keys are multiplied with before the feature map of `linear`, `[G, d, d]`; None
             for neither.
+        sinks: Learned logits without a value `[H]` (gpt-oss), not for `double_rmsnorm`; None for none.
         reader: What reads the blocks of the rest, in the dtype of the sums; None for torch.
         chunk: Queries at a time; None takes as many as `_chunk_elements` allows.
 
@@ -84,6 +86,8 @@ def spla_attention(
             f"q [batch, H, L, d], k and v [batch, G, T, d] with H a multiple of G and T >= L expected, got "
             f"{[list(x.shape) for x in (q, k, v)]}"
         )
+    if sinks is not None:
+        check_sinks(params.combine)
     tile = params.tile
     check_tile(params)
     if tile > 1 and feature_weight is not None:
@@ -107,6 +111,7 @@ def spla_attention(
         by_group = weight.unflatten(0, (num_kv_heads, 1, group, 1))
         return by_group.expand(batch, num_kv_heads, *by_group.shape[1:]).flatten(0, 1).squeeze(1)
 
+    of_rows = None if sinks is None else per_row(sinks.reshape(-1).to(q.dtype))  # [rows, group, 1]
     weights: list[Tensor] = []
     if residual is not None and params.combine == "shared_normalizer" and log_gain is not None:
         weights = [per_row(log_gain.reshape(-1))]  # [rows, group, 1]
@@ -114,6 +119,7 @@ def spla_attention(
         ones = torch.ones(num_heads, d, dtype=q.dtype, device=q.device)
         weights = [per_row(weight.reshape(num_heads, d)) for weight in norm_weights or (ones, ones)]
 
+    choose = partial(unselected_blocks, params=params, sinks=None if of_rows is None else of_rows.detach())
     exact = lse = rest_of_all = None
     states = None if tile == 1 or residual is None else prefix_states(keys, values, params.page_size, residual)
     if q.is_cuda and given[0].element_size() == 2 and length == total and tile == 1:
@@ -121,7 +127,7 @@ def spla_attention(
         step = total if not params.fine_block else max(1, _chunk_elements(q.device) // (batch * num_heads * total))
         with torch.no_grad():
             parts = [
-                unselected_blocks(part, fine_keys, statistics, positions, params)
+                choose(part, fine_keys, statistics, positions)
                 for part, positions in zip(
                     queries.split(step, 2), torch.arange(total, device=q.device).split(step), strict=True
                 )
@@ -129,7 +135,7 @@ def spla_attention(
             rest_of_all = torch.cat(parts, 1)
         by_sequence = rest_of_all.unflatten(0, (batch, num_kv_heads))
         exact, lse = attend_flex(*given, by_sequence, block)
-        if residual is None and params.combine == "shared_normalizer":
+        if residual is None and params.combine == "shared_normalizer" and sinks is None:
             return exact.to(q.dtype)
         exact, lse = (x.to(q.dtype).reshape(rows, group, *x.shape[2:]) for x in (exact, lse))
     if chunk is None:
@@ -157,7 +163,7 @@ def spla_attention(
         part, keys_seen, values_seen = queries[:, :, start:end], keys[:, :seen], values[:, :seen]
         if rest_of_all is None:
             with torch.no_grad():
-                rest = unselected_blocks(part, fine_keys, blocks, positions, params)
+                rest = choose(part, fine_keys, blocks, positions)
             attended = None
         else:
             assert exact is not None and lse is not None
@@ -168,14 +174,21 @@ def spla_attention(
         )
         # Also for a single chunk: there are many layers.
         outputs.append(
-            checkpoint(attend, part, keys_seen, values_seen, blocks, attended, *weights, use_reentrant=False)
+            checkpoint(attend, part, keys_seen, values_seen, blocks, attended, of_rows, *weights, use_reentrant=False)
             if torch.is_grad_enabled()
-            else attend(part, keys_seen, values_seen, blocks, attended, *weights)
+            else attend(part, keys_seen, values_seen, blocks, attended, of_rows, *weights)
         )
     return torch.cat(outputs, 2).reshape(batch, num_heads, length, d)
 
 
-def unselected_blocks(q: Tensor, k: Tensor, statistics: Tensor, positions: Tensor, params: SplaParameters) -> Tensor:
+def unselected_blocks(
+    q: Tensor,
+    k: Tensor,
+    statistics: Tensor,
+    positions: Tensor,
+    params: SplaParameters,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """The blocks of complete pages that each query, or each tile, does not attend to exactly.
 
     Args:
@@ -185,6 +198,7 @@ def unselected_blocks(q: Tensor, k: Tensor, statistics: Tensor, positions: Tenso
         statistics: `[rows, num_blocks, width]` of the full selection blocks below the last position's.
         positions: `[queries]` int64, ascending; consecutive where tiles share a selection.
         params: What to select.
+        sinks: Logits of the heads' sinks `[rows, group, 1]`; None without sinks.
 
     Returns:
         `[rows, queries or tiles, num_attended]` bool, of all the `attended_block` that the selection blocks consist of.
@@ -209,14 +223,16 @@ def unselected_blocks(q: Tensor, k: Tensor, statistics: Tensor, positions: Tenso
     flat = q.flatten(1, 2)  # [rows, group * queries, d]
     scores = by_query(get_selector(params.selector).score(flat, statistics, params.selection_block))
     forced, num_free, _ = forced_blocks(ends, complete, coarse)  # [tiles, 1, num_blocks]
-    grouped = tiles.share(group_scores(scores, tiles.by_voter(complete)))  # [tiles, rows, 1, num_blocks]
-    chosen = select_blocks(grouped, forced, num_free, group, coarse.top_p)
+    of_heads = None if sinks is None else sinks[:, None, :, 0]  # as the scores, without blocks
+    of_scores = of_heads if get_selector(params.selector).has_mass else None
+    grouped = tiles.share(group_scores(scores, tiles.by_voter(complete), of_scores))  # [tiles, rows, 1, num_blocks]
+    chosen = select_blocks(grouped, forced, num_free, coarse.top_p)
     if params.fine_block:
         # Tokens vary slowest: on a CPU sums over the tokens of a block take half of the time.
         logits = (k[:, : num_blocks * params.selection_block] @ round_queries(flat, params).mT).mT
         scores = by_query(fine_scores(logits, params.fine_block))  # logits are [rows, group * queries, tokens]
         forced, num_free = forced_fine_blocks(ends, complete, params)
-        chosen = select_fine_blocks(scores, chosen, forced, num_free, params.top_p, tiles)
+        chosen = select_fine_blocks(scores, chosen, forced, num_free, params.top_p, of_heads, tiles)
         complete = complete.repeat_interleave(params.selection_block // params.fine_block, -1)
     return (complete[:, None] & ~chosen[:, :, 0]).transpose(0, 1)
 
@@ -297,6 +313,7 @@ def _attend(
     v: Tensor,
     statistics: Tensor,
     attended: tuple[Tensor, Tensor] | None,
+    sinks: Tensor | None,
     *weights: Tensor,
     rest: Tensor,
     positions: Tensor,
@@ -313,7 +330,8 @@ def _attend(
         v: As `k`.
         statistics: `[rows, num_blocks, width]`.
         attended: The exact part, `[rows, group, queries, d]`, and the log of its sum of exponentials, `[rows, group,
-            queries]`; None if it is to be made.
+            queries]`, without sinks; None if it is to be made.
+        sinks: `[rows, group, 1]`; None without sinks.
         weights: Learned parameters of the combination, `[rows, group, 1]` or two of `[rows, group, 1, d]`.
         rest: From `unselected_blocks`, `[rows, queries or tiles, num_attended]`.
         positions: `[queries]`.
@@ -332,6 +350,8 @@ def _attend(
         rest = Tiles(positions, params).by_token(rest, 1)  # [rows, queries, num_attended]
     else:
         exact, lse = _attend_masked(q, k, v, rest, positions, block) if attended is None else attended
+    if sinks is not None:
+        exact, lse = with_sinks(exact, lse, sinks)
     has_rest = rest.any(-1)[:, None]  # [rows, 1, queries]
     if residual is None:
         if params.combine == "shared_normalizer":

@@ -81,6 +81,7 @@ def select_fine_blocks(
     forced: torch.Tensor,
     num_free: torch.Tensor,
     top_p: float | None = None,
+    sinks: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """The selected fine blocks of complete pages.
@@ -92,15 +93,16 @@ def select_fine_blocks(
         forced: From `forced_fine_blocks`.
         num_free: Likewise.
         top_p: Share of the candidates' mass at which selection stops.
+        sinks: As in `group_scores`.
         tiles: Where tokens share a selection, the tiles whose voters the rows of `scores` are; all else has a row for
             each tile.
 
     Returns:
         `[rows, kv_heads, tokens, num_fine]` bool.
     """
-    group, num_fine = scores.shape[-2:]
+    num_fine = scores.shape[-1]
     candidates = candidates.repeat_interleave(num_fine // max(candidates.shape[-1], 1), -1)
     if tiles is None:
-        return select_blocks(group_scores(scores, candidates), forced, num_free, group, top_p)
-    grouped = tiles.share(group_scores(scores, tiles.by_voter(candidates)))
-    return select_blocks(grouped, forced, num_free, group, top_p)
+        return select_blocks(group_scores(scores, candidates, sinks), forced, num_free, top_p)
+    grouped = tiles.share(group_scores(scores, tiles.by_voter(candidates), sinks))
+    return select_blocks(grouped, forced, num_free, top_p)

@@ -88,6 +88,11 @@ class SplaBackend(AttentionBackend):
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        """Learned sinks are a term of the denominator."""
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         """Not yet."""
         return False

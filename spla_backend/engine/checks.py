@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import learned
+from ..algorithm.parameters import check_sinks
 from ..options import RefusedError, SplaOptions, full_attention_layers
 from .logger import logger
 from .registration import BACKEND_NAME, BACKEND_PATH, backend_member
@@ -291,8 +292,6 @@ def refuse_layer(config: "AttentionSelectorConfig") -> None:
         reasons.append("MLA layers (their cache holds latent vectors instead of keys)")
     if config.use_sparse:
         reasons.append("layers with sparse attention of their own")
-    if config.has_sink:
-        reasons.append("learned attention sinks")
     if config.use_mm_prefix or config.use_non_causal:
         reasons.append("attention that is not causal")
     if config.use_rswa:
@@ -322,6 +321,41 @@ def refuse_arguments(**arguments: Any) -> None:
     if given:
         raise _refusal(
             f"SPLA does not support layers with {', '.join(given)}: remove --attention-backend spla for this model"
+        )
+
+
+def refuse_sinks(dtype: Any, head_size: int, options: SplaOptions) -> None:
+    """Learned attention sinks of a layer, where something does not compute them.
+
+    Args:
+        dtype: Of the sinks.
+        head_size: `d`.
+        options: SPLA's.
+
+    Raises:
+        ValueError: The combination makes nothing of them, or FlashAttention, which computes dense prompts on a GPU,
+            takes none such.
+    """
+    from vllm.platforms import current_platform
+
+    try:
+        check_sinks(options.combine)
+    except ValueError as error:
+        raise _refusal(f"SPLA does not compute these options for this model: {error}") from None
+    if not current_platform.is_cuda():
+        return
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    dtype = str(dtype).removeprefix("torch.")
+    if get_flash_attn_version(head_size=head_size, has_sinks=True) not in (3, 4):
+        raise _refusal(
+            "SPLA's dense prompts with learned attention sinks need FlashAttention 3 or 4, which vLLM has not for this "
+            "GPU or this head size: use a Hopper GPU, or remove --attention-backend spla"
+        )
+    if dtype != "bfloat16":
+        raise _refusal(
+            f"SPLA does not support learned attention sinks in {dtype} on a GPU, where FlashAttention takes them in "
+            "bfloat16: set --dtype bfloat16, or remove --attention-backend spla"
         )
 
 

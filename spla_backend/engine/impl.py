@@ -16,7 +16,14 @@ from ..algorithm.parameters import SplaParameters
 from ..kernels import dispatch
 from ..kernels.interface import Layer, Limits, PagedAttention
 from ..patches import draft_groups
-from .checks import check_hybrid_manager, parameters_file, refuse_arguments, refuse_spec, resolve_options
+from .checks import (
+    check_hybrid_manager,
+    parameters_file,
+    refuse_arguments,
+    refuse_sinks,
+    refuse_spec,
+    resolve_options,
+)
 from .logger import logger
 from .memory import kept_pool, scratch_pool
 from .metadata import SplaMetadata
@@ -45,7 +52,6 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
             logits_soft_cap=logits_soft_cap or None,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
             sliding_window=sliding_window,
-            sinks=sinks,
         )
         self.num_heads = num_heads
         self.head_size = head_size
@@ -56,6 +62,9 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
         self.vllm_config = get_current_vllm_config()
         self.options = resolve_options(self.vllm_config)
         check_hybrid_manager(self.vllm_config, self.options)
+        if sinks is not None:
+            refuse_sinks(sinks.dtype, head_size, self.options)
+        self.sinks = sinks  # a parameter of the model, whose values are not loaded yet
         self.index = -1  # until the layer's name is known
         self.op: PagedAttention | None = None  # until `bind`
         self.bound: tuple[int, torch.dtype] | None = None
@@ -151,6 +160,7 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
             gain=self.learned.gain,
             norm_weights=self.learned.norm_weights,
             feature_weight=self.learned.feature_weight,
+            sinks=self.sinks,
         )
         params = self._parameters(page_size)
         self.op = dispatch.make(

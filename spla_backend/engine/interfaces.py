@@ -82,6 +82,7 @@ BACKEND = (
     "vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_dtypes",
     "vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_layouts()",
     "vllm.v1.attention.backend:AttentionBackend.supports_kv_connector()",
+    "vllm.v1.attention.backend:AttentionBackend.supports_sink()",
     "vllm.v1.attention.backend:AttentionCGSupport.ALWAYS",
     "vllm.v1.attention.backend:AttentionCGSupport.UNIFORM_BATCH",
     "vllm.v1.attention.backend:AttentionImpl.__init__(num_heads, head_size, scale, num_kv_heads, alibi_slopes, "
@@ -112,7 +113,6 @@ BACKEND = (
         for field in (
             "attn_type",
             "dtype",
-            "has_sink",
             "has_sliding_window",
             "head_size",
             "kv_cache_dtype",
@@ -179,8 +179,8 @@ CPU_KERNELS = (
 
 GPU_KERNELS = (
     "vllm.v1.attention.backends.fa_utils:flash_attn_varlen_func(q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, "
-    "max_seqlen_k, softmax_scale, causal, block_table, fa_version)",
-    "vllm.v1.attention.backends.fa_utils:get_flash_attn_version(head_size)",
+    "max_seqlen_k, softmax_scale, causal, block_table, fa_version, s_aux)",
+    "vllm.v1.attention.backends.fa_utils:get_flash_attn_version(head_size, has_sinks)",
 )
 
 

@@ -54,6 +54,12 @@ class CapturingModel:
         def attend(
             module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, None]:
+            if kwargs.get("s_aux") is not None:
+                raise ValueError(
+                    f"{type(module).__name__} has learned attention sinks, which transformers' SDPA, with which models "
+                    "are looked into and calibrated here, leaves out: only what runs vLLM (`spla-eval perplexity`, "
+                    "`tasks`) takes such a model"
+                )
             scale = kwargs.get("scaling")
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             window = kwargs.get("sliding_window")

@@ -127,7 +127,7 @@ class HeadGroup:
         Raises:
             ValueError: Tokens share their selection, or the fine level rounds what it multiplies.
         """
-        params, group = point.params, self.q.shape[1]
+        params = point.params
         if params.tile > 1 or params.fine_dtype != "auto":
             raise ValueError("fidelity is measured of tokens that select alone, by keys as they are: use tile 1")
         complete = self._complete(params)
@@ -137,7 +137,7 @@ class HeadGroup:
         else:
             forced, num_free, _ = forced_blocks(self.positions[:, None], complete, coarse)  # [queries, 1, ...]
             top_p = None if point.oracle else coarse.top_p
-            chosen = select_blocks(self._group_scores(point), forced, num_free, group, top_p)
+            chosen = select_blocks(self._group_scores(point), forced, num_free, top_p)
         if params.fine_block:
             per_block = params.selection_block // params.fine_block
             logits = self._logits[..., : complete.shape[1] * params.selection_block]

@@ -395,6 +395,85 @@ def test_heads_of_a_group_share_and_groups_do_not() -> None:
     assert after[1] != before[1]
 
 
+# Learned sinks
+
+
+def random_sinks(heads: int, seed: int = 0) -> Tensor:
+    """From next to nothing of a head's mass to most of it."""
+    return 2 + 3 * torch.randn(heads, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_a_sink_is_a_token_without_a_value() -> None:
+    """Within the budget, it is dense attention to one token more, whose value is 0."""
+    q, k, v = random_qkv(60, 4, 2, 8)
+    sinks = random_sinks(4)
+    got = ref.spla_token(q[-1], k, v, BASE, sinks=sinks)
+    for h in range(4):
+        logits = torch.cat([k[:, h // 2] @ q[-1, h], sinks[h : h + 1]])
+        want = logits.softmax(0)[:-1] @ v[:, h // 2]
+        torch.testing.assert_close(got.output[h], want, rtol=1e-12, atol=1e-13)
+    assert float((got.output - ref.spla_token(q[-1], k, v, BASE).output).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("residual", ["regression", "linear", "none"])
+def test_sinks_count_once_in_the_merged_denominator(residual: str) -> None:
+    gain = torch.tensor([1.0, 0.25, 0.0, 3.0], dtype=torch.float64)
+    params = replace(BASE, residual=residual)
+    q, k, v = random_qkv(200, 4, 2, 8)
+    sinks = random_sinks(4)
+    got = ref.spla_token(q[-1], k, v, params, gain=gain, sinks=sinks)
+    for h in range(4):
+        seen = ref.tokens_of(got.selected[h // 2], 200, 16)
+        weights = torch.exp(k[seen, h // 2] @ q[-1, h])
+        mass = gain[h] * got.log_tail_mass[h].exp()
+        total = weights.sum() + mass + sinks[h].exp()
+        want = (weights @ v[seen, h // 2] + mass * got.tail[h]) / total
+        torch.testing.assert_close(got.output[h], want, rtol=1e-11, atol=1e-13)
+
+
+def test_no_sink_is_one_of_no_mass() -> None:
+    q, k, v = random_qkv(200, 4, 2, 8)
+    nothing = torch.full((4,), -math.inf, dtype=torch.float64)
+    got, want = (ref.spla_token(q[-1], k, v, BASE, sinks=sinks) for sinks in (nothing, None))
+    assert got.selected == want.selected and torch.equal(got.output, want.output)
+    everything = ref.spla_token(q[-1], k, v, BASE, sinks=torch.full((4,), 800.0, dtype=torch.float64))
+    assert bool(everything.output.isfinite().all()) and float(everything.output.abs().max()) == 0
+
+
+def test_sinks_in_the_heads_normalisers() -> None:
+    """A head's share of a block is its attention to it, of which the sink has its part."""
+    scores = 3 * torch.randn(4, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sinks = random_sinks(4)
+    with_sinks = torch.cat([scores, sinks[:, None]], 1).softmax(1)
+    torch.testing.assert_close(ref.share_in_group(scores, sinks).exp(), with_sinks[:, :-1].sum(0))
+    # Two heads that want different blocks: the one that gives all to its sink is not asked.
+    scores = torch.tensor([[3.0, 0, 0, 0], [0, 0, 0, 4.0]], dtype=torch.float64)
+    assert int(ref.share_in_group(scores).argmax()) == 3
+    assert int(ref.share_in_group(scores, torch.tensor([-9.0, 9.0], dtype=torch.float64)).argmax()) == 0
+
+
+def test_top_p_with_sinks() -> None:
+    """The mass of which a share is wanted is that of blocks: what goes to sinks is none of it, nor covered by them."""
+    params = replace(BASE, budget_blocks=9, top_p=0.7)
+    q, k, v = random_qkv(330, 4, 2, 8)
+    got = ref.spla_token(q[-1], k, v, params, sinks=random_sinks(4))
+    for g in range(2):
+        mass = got.group_scores[g].exp()
+        chosen = [i for i in got.selected[g] if i < 20]
+        free = [i for i in chosen if i not in (0, 19)]
+        assert 3 < len(got.selected[g]) < 9, "top-p stopped it"
+        least = min(free, key=lambda i: float(mass[i]))
+        covered, wanted = float(mass[chosen].sum()), 0.7 * float(mass.sum())
+        assert covered >= wanted > covered - float(mass[least])
+
+
+def test_sinks_under_double_rmsnorm_are_refused() -> None:
+    q, k, v = random_qkv(60, 4, 2, 8)
+    params = replace(BASE, combine="double_rmsnorm")
+    with pytest.raises(ValueError, match="would undo learned attention sinks"):
+        ref.spla_token(q[-1], k, v, params, sinks=random_sinks(4))
+
+
 # Exact part, residual, combination
 
 

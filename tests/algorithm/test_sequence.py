@@ -66,6 +66,39 @@ def test_equals_the_definition(name, heads, kv_heads, batch):
         torch.testing.assert_close(actual[i].transpose(0, 1), expected, rtol=1e-10, atol=1e-11)
 
 
+WITH_SINKS = ["none", "quest", "regression", "regression-top-p", "linear", "two-levels", "two-levels-top-p"]
+
+
+@pytest.mark.parametrize("name", WITH_SINKS)
+@pytest.mark.parametrize(("heads", "kv_heads", "batch"), [(4, 2, 1), (3, 1, 2)])
+def test_sinks_equal_the_definition(name, heads, kv_heads, batch):
+    params = CASES[name]
+    q, k, v, log_gain, (sinks, _) = inputs(heads, kv_heads, length=45, batch=batch, seed=heads)
+    sinks = 3 * sinks[:, 0]
+    actual = spla_attention(q, k, v, params, log_gain=log_gain, sinks=sinks, chunk=17)
+    for i in range(len(q)):
+        parts = (x[i].transpose(0, 1) for x in (q, k, v))
+        expected = spla_sequence(*parts, params, gain=log_gain.exp(), sinks=sinks)
+        torch.testing.assert_close(actual[i].transpose(0, 1), expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["none", "regression", "linear"])
+def test_gradients_of_sinks(name):
+    q, k, v, _, (sinks, _) = inputs(2, 1, length=27, d=2, batch=1)
+    leaves = [x.requires_grad_() for x in (sinks[:, 0].clone(), q, k, v)]
+
+    def attend(sinks, q, k, v):
+        return spla_attention(q, k, v, CASES[name], sinks=sinks, chunk=10)
+
+    assert torch.autograd.gradcheck(attend, leaves, atol=1e-6)
+
+
+def test_sinks_under_double_rmsnorm_are_refused():
+    q, k, v, sinks, _ = inputs(2, 1, length=27, batch=1)
+    with pytest.raises(ValueError, match="would undo learned attention sinks"):
+        spla_attention(q, k, v, CASES["rmsnorm"], sinks=sinks)
+
+
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_statistics_in_fp8(selector):
     """Selection and mass are those of the rounded statistics, the gradient is that of the exact ones."""

@@ -60,6 +60,7 @@ class Shape:
     query_std: float
     seed: int
     implementation: type[VectorisedAttention] = VectorisedAttention
+    sinks: torch.dtype | None = None  # of the layer's attention sinks
 
     @property
     def heads(self) -> int:
@@ -107,6 +108,7 @@ def shapes(
         query_std=draw(st.sampled_from([0.3, 1.0, 2.0])),
         seed=draw(st.integers(0, 2**16)),
         implementation=implementation,
+        sinks=draw(st.sampled_from([None, torch.float32, torch.bfloat16])) if combine == "shared_normalizer" else None,
     )
 
 
@@ -147,10 +149,16 @@ class Layer:
         self.scale = d**-0.5
         self.gain = 0.5 + torch.rand(heads, generator=self.gen)
         self.norm_weights = (self.normal(heads, d), self.normal(heads, d))
+        sinks = self.sinks = None
+        if shape.sinks is not None:  # loaded after the layer was made, from next to nothing to next to all of the mass
+            sinks = torch.nn.Parameter(torch.full((heads,), math.nan, dtype=shape.sinks))
         self.op = shape.implementation(
             self.params,
-            LayerSizes(heads, shape.kv_heads, d, dtype, self.scale, self.gain, self.norm_weights),
+            LayerSizes(heads, shape.kv_heads, d, dtype, self.scale, self.gain, self.norm_weights, sinks=sinks),
         )
+        if sinks is not None:
+            sinks.data.copy_(5 * self.normal(heads))
+            self.sinks = sinks.detach().double()
         per_sequence = [-(-length // self.params.page_size) for length in seq_lens]
         num_states = max(1, self.op.state_layout.num_blocks)
         self.kv_cache = self.poisoned(sum(per_sequence) + 4, dtype)
@@ -240,6 +248,7 @@ class Layer:
             statistics=statistics,
             gain=self.gain.double(),
             norm_weights=(self.norm_weights[0].double(), self.norm_weights[1].double()),
+            sinks=self.sinks,
         )
 
     def stored_statistics(self, index: int, num_pages: int) -> Tensor:
@@ -416,7 +425,7 @@ def test_select_blocks(data: st.DataObject) -> None:
         forced = torch.tensor([block in always for block in range(num_blocks)])
         num_free = params.budget_blocks - (current + 1 - num_blocks) - int(forced.sum())
         for free in (num_free, torch.tensor([[num_free]])):
-            got = select_blocks(scores.float()[None, :, None], forced[None, None], free, group, params.top_p)
+            got = select_blocks(scores.float()[None, :, None], forced[None, None], free, params.top_p)
             for g in (0, 1):
                 assert got[0, g, 0].nonzero().flatten().tolist() == [i for i in want[g] if i < num_blocks]
 
@@ -661,11 +670,12 @@ def test_a_long_rebuild(residual: str) -> None:
         compare(layer, 0, end - 1, got, [end - 1])
 
 
-@pytest.mark.parametrize("combine", ["shared_normalizer", "double_rmsnorm"])
+@pytest.mark.parametrize("combine", ["shared_normalizer", "double_rmsnorm", "sinks"])
 @pytest.mark.parametrize("start", [0, 70, 97])
 def test_every_position_of_a_prefill(start: int, combine: str) -> None:
-    params = SplaParameters(32, 16, budget_blocks=5, combine=combine)
-    layer = Layer(Shape(params, 2, 2, 64, False, 1.0, seed=1), [170])
+    sinks = torch.float32 if combine == "sinks" else None
+    params = SplaParameters(32, 16, budget_blocks=5, combine="shared_normalizer" if sinks else combine)
+    layer = Layer(Shape(params, 2, 2, 64, False, 1.0, seed=1, sinks=sinks), [170])
     layer.write((0, 0, 170))
     sequence = layer.sequences[0]
     (got,) = layer.forward([(0, start, 170)])
@@ -677,6 +687,7 @@ def test_every_position_of_a_prefill(start: int, combine: str) -> None:
         start=start,
         gain=layer.gain.double(),
         norm_weights=(layer.norm_weights[0].double(), layer.norm_weights[1].double()),
+        sinks=layer.sinks,
     )
     for position in range(start, 170):
         error = relative_error(got[position - start], want[position])

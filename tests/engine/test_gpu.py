@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from .conftest import LLAMA, ONE_LEVEL, random_prompt, save_random_model, start_engine
+from .test_sinks import save_gpt_oss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -214,6 +215,53 @@ def test_two_levels(even_model, source, dense_below):
     long = [i for i, length in enumerate(LENGTHS) if length > 2 * BUDGET]  # beyond the candidates
     mean, _ = differences([expected[i] for i in long], [dense[i] for i in long])
     assert mean > 2 * SELECTION[0]  # it did leave something out
+
+
+# bfloat16 has an eighth of float16's digits. All experts take part, so that rounding does not decide which do.
+GPT_OSS = {
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_local_experts": 2,
+    "max_position_embeddings": 8192,
+    "dtype": "bfloat16",
+}
+BFLOAT16_ROUNDING = tuple(8 * x for x in ROUNDING)
+
+
+def test_sinks(tmp_path):
+    """gpt-oss, its windows in FlashAttention: the dense answer where everything fits into the budget, in dense layers
+    too; one answer by graphs and without them, by prompts' kernels and decode's, in pieces."""
+    from vllm import SamplingParams
+
+    model, arguments = save_gpt_oss(tmp_path / "gpt-oss", std=0.03, **GPT_OSS), {"dtype": "bfloat16"}
+    dense = ask(model, "FLASH_ATTN", **arguments)
+    assert_same(ask(model, "spla", {"budget": 4096}, **arguments), dense, BFLOAT16_ROUNDING)
+    in_layers = {"budget": 4096, "dense_layers": [1]}
+    assert_same(ask(model, "spla", in_layers, **arguments), dense, BFLOAT16_ROUNDING)
+    with start(model, **arguments) as engine:
+        layers = engine.runner.compilation_config.static_forward_context.values()
+        steps = [layer.impl.op.steps for layer in layers if layer.get_attn_backend().get_name() == "SPLA"]
+        assert len(steps) == 2 and all(of_layer.fused is None for of_layer in steps)
+        sparse = generate(engine, PROMPTS)
+        outputs = engine.llm.generate(
+            [{"prompt_token_ids": p + a.tokens} for p, a in zip(PROMPTS, sparse, strict=True)],
+            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+    found = [
+        abs(entry[token].logprob - logprobs[token])
+        for o, a in zip(outputs, sparse, strict=True)
+        for entry, token, logprobs in zip(o.prompt_logprobs[-TOKENS:], a.tokens, a.logprobs, strict=True)
+    ]
+    mean, worst = mean_and_worst(found)
+    tolerance = tuple(2 * x for x in SELECTION)
+    assert mean < tolerance[0] and worst < tolerance[1]
+    long = [i for i, length in enumerate(LENGTHS) if length > BUDGET]
+    differences([sparse[i] for i in long], [dense[i] for i in long])  # prints what was left out
+    assert_same(ask(model, "spla", SPARSE, enforce_eager=True, **arguments), sparse, tolerance)
+    assert_same(ask(model, "spla", SPARSE, max_num_batched_tokens=256, **arguments), sparse, tolerance)
 
 
 def test_eager_equals_graphs(model, sparse):

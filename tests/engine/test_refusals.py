@@ -103,7 +103,6 @@ def test_head_size(tmp_path, start, spla_log):
         ("head_size", 72, "head size 72"),
         ("use_mla", True, "MLA layers"),
         ("use_sparse", True, "layers with sparse attention of their own"),
-        ("has_sink", True, "learned attention sinks"),
         ("use_non_causal", True, "attention that is not causal"),
     ],
 )
@@ -113,12 +112,36 @@ def test_layer(field, value, message):
 
     from spla_backend.engine.checks import refuse_layer
 
-    flags = ("use_mla", "use_sparse", "has_sink", "use_mm_prefix", "use_non_causal", "use_rswa")
+    flags = ("use_mla", "use_sparse", "use_mm_prefix", "use_non_causal", "use_rswa")
     flags = dict.fromkeys((*flags, "use_per_head_quant_scales", "use_adaptive_verification"), False)
     layer = {"dtype": "torch.bfloat16", "kv_cache_dtype": "auto", "head_size": 64, **flags}
     refuse_layer(Namespace(**layer))
     with pytest.raises(ValueError, match=f"SPLA does not support {message}.*: remove --attention-backend spla"):
         refuse_layer(Namespace(**{**layer, field: value}))
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "message"),
+    [
+        (2, "torch.bfloat16", "need FlashAttention 3 or 4, which vLLM has not for this GPU or this head size"),
+        (3, "torch.float16", "sinks in float16 on a GPU, where FlashAttention takes them in bfloat16: set --dtype"),
+    ],
+)
+def test_sinks_on_a_gpu(monkeypatch, version, dtype, message):
+    from types import SimpleNamespace as Namespace
+
+    from vllm.v1.attention.backends import fa_utils
+
+    from spla_backend.engine.checks import refuse_sinks
+    from spla_backend.options import SplaOptions
+
+    refuse_sinks(dtype, 64, SplaOptions())
+    monkeypatch.setattr("vllm.platforms.current_platform", Namespace(is_cuda=lambda: True))
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size, has_sinks: version)
+    with pytest.raises(ValueError, match=message):
+        refuse_sinks(dtype, 64, SplaOptions())
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size, has_sinks: 3)
+    refuse_sinks("torch.bfloat16", 64, SplaOptions())
 
 
 @pytest.mark.parametrize(

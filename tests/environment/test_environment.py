@@ -191,6 +191,13 @@ def test_chunked_local_attention(tmp_path):
     assert found["Layers of CPU_ATTN"].startswith("4 of 6 (ChunkedLocalAttention): model.layers.{0-1, 3-4}")
 
 
+def test_sinks(tmp_path):
+    found = describe(tmp_path, GPT_OSS)
+    assert found["Layers of SPLA"] == "3 of 6: model.layers.{1, 3, 5}.attn.attn"
+    assert found["Layers of CPU_ATTN"].startswith("3 of 6 (sliding windows of 128 tokens): model.layers.{0, 2, 4}")
+    assert found["Start-up"] == "nothing is refused"
+
+
 @pytest.mark.parametrize(
     ("config", "why"),
     [
@@ -211,8 +218,8 @@ def test_no_layer(tmp_path, config, why):
     [
         (
             GPT_OSS,
-            [],
-            "refused by SPLA: SPLA does not support learned attention sinks: remove --attention-backend spla",
+            ["--additional-config", '{"spla": {"combine": "double_rmsnorm", "residual": "linear"}}'],
+            "refused by SPLA: SPLA does not compute these options for this model: combine 'double_rmsnorm' would undo",
         ),
         (LLAMA | {"head_dim": 72}, [], "refused by SPLA: SPLA does not support head size 72 (supported: 32, 64"),
         (LLAMA, ["--additional-config", '{"spla": {"budgets": 1}}'], "refused by SPLA: unknown SPLA option 'budgets'"),

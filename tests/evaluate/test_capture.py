@@ -144,3 +144,11 @@ def test_attention_is_the_references(tmp_path):
 def test_no_model(tmp_path):
     with pytest.raises(ValueError, match="cannot load"):
         CapturingModel(str(tmp_path))
+
+
+def test_sinks_are_refused(tmp_path):
+    """They would be left out without a word."""
+    changes = {"num_local_experts": 2, "num_experts_per_tok": 1, "architectures": ["GptOssForCausalLM"]}
+    model = CapturingModel(save(tmp_path, model_type="gpt_oss", **changes))
+    with pytest.raises(ValueError, match="GptOssAttention has learned attention sinks, which transformers' SDPA"):
+        model.run(TOKENS, None)

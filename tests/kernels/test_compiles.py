@@ -44,7 +44,7 @@ EVERY_KERNEL = (
 )
 ON_HOPPER = (
     r"|^main: (store 8|decode 8|prefill (64|dense))|^d256-group4: prefill 64|^two-levels: decode 8"
-    r"|^sketch: (store|decode) 8|^sketch-block32: decode 8"
+    r"|^sketch: (store|decode) 8|^sketch-block32: decode 8|^gpt-oss-sketch-top_p: (decode 8|prefill 64)"
 )
 COMPILED = {
     80: EVERY_KERNEL + "|^training: read blocks d128",

@@ -1,5 +1,6 @@
 """Rows that attend densely on a GPU, without one: what is called with what, FlashAttention replaced."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from spla_backend.algorithm.combine import rms_norm
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.kernels.gpu import attention
 from spla_backend.kernels.gpu.attention import GpuAttention, run_prefill
-from spla_backend.kernels.gpu.dense import DenseRows
+from spla_backend.kernels.gpu.dense import DenseRows, attend_densely
 from spla_backend.kernels.gpu.dense_layer import GpuDenseAttention
 from spla_backend.kernels.gpu.layer import GpuLayer
 from spla_backend.kernels.gpu.prefill.passes import PrefillPlan
@@ -60,3 +61,21 @@ def test_dense_layers_have_plans_of_their_own():
     sparse, dense = make(GpuAttention), make(GpuDenseAttention)
     assert sparse.plan_key != dense.plan_key
     assert (sparse.page_layout, sparse.state_layout) == (dense.page_layout, dense.state_layout)
+
+
+def test_sinks_go_to_flash_attention(monkeypatch):
+    """The model's own parameter does, for dense prompts and dense layers, so that its values are those of the step."""
+    calls, sinks = [], torch.nn.Parameter(torch.zeros(HEADS, dtype=torch.bfloat16))
+    stand_in = SimpleNamespace(
+        flash_attn_varlen_func=lambda **arguments: calls.append(arguments),
+        get_flash_attn_version=lambda head_size, has_sinks: 3 if has_sinks else 2,
+    )
+    monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.fa_utils", stand_in)
+    rows = DenseRows(2, 5, 0, torch.tensor([0, 5]), torch.tensor([5]), 5, 5)
+    query = torch.zeros(9, HEADS, SIZE, dtype=torch.bfloat16)
+    for of_layer in (sinks, None):
+        layer = Layer(HEADS, 1, SIZE, torch.bfloat16, 1.0, sinks=of_layer)
+        gpu_layer = GpuLayer(SplaParameters(64, 64, 4), layer, "cpu")
+        attend_densely(gpu_layer, rows, query, gpu_layer.empty_pages(2), torch.zeros(1, 4), torch.empty_like(query))
+    assert [call["s_aux"] for call in calls] == [sinks, None]
+    assert [call["fa_version"] for call in calls] == [3, 2]

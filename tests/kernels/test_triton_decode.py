@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import SELECTORS, each_selector, limits, make_batch, residual_of
+from triton_cases import SELECTORS, draw_sinks, each_selector, limits, make_batch, residual_of
 
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.kernels.gpu.decode.fused import FusedDecode
+from spla_backend.kernels.gpu.decode.fused import FusedDecode, refusal
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
 from spla_backend.kernels.gpu.decode.tuning import Tuning
 from spla_backend.kernels.gpu.layer import GpuLayer
@@ -64,6 +64,62 @@ def test_residual_and_combination(residual: str, combine: str) -> None:
         params(residual=residual, combine=combine), [150, 97], seed=fresh(), norm_weights=weights,
         gain=torch.tensor([0.0, 0.5, 1.0, 2.0]), **SMALL,
     )  # fmt: skip
+    batch.check(batch.decode(), 2e-3)
+
+
+@pytest.mark.parametrize("residual", ["regression", "linear", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sinks(residual: str, dtype: torch.dtype) -> None:
+    """Of rows that attend to everything, of others, and of padding."""
+    batch = make_batch(
+        params(residual=residual), [150, 97, 81, 80, 17, 1, 0], seed=fresh(), sinks=draw_sinks(4, fresh(), dtype),
+        gain=torch.tensor([0.0, 0.5, 1.0, 2.0]), **SMALL,
+    )  # fmt: skip
+    batch.check(batch.decode(), 2e-3)
+
+
+def test_sinks_are_read_in_every_step() -> None:
+    """They are the model's own parameter, which it may load again in place."""
+    sinks = torch.nn.Parameter(torch.full((4,), float("nan"), device=DEVICE))
+    batch = make_batch(params(), [150, 97], seed=fresh(), sinks=sinks, **SMALL)
+    for _ in range(2):
+        sinks.data.copy_(draw_sinks(4, fresh()))
+        batch.check(batch.decode(), 2e-3)
+
+
+@pytest.mark.parametrize("group", [3, 8, 16])
+def test_sinks_of_groups(group: int) -> None:
+    """Through splits, in verification rows, with top-p."""
+    batch = make_batch(
+        params(budget=7, top_p=0.8), [200, 98, 82, 19], query_len=[3, 2, 3, 1], seed=fresh(), num_heads=2 * group,
+        num_kv_heads=2, head_size=64, device=DEVICE, tuning=Tuning(3, 3, chunk=16, tile=16),
+        sinks=draw_sinks(2 * group, fresh()),
+    )  # fmt: skip
+    batch.check(batch.decode(), 2e-3)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_sinks_by_selector(selector: str) -> None:
+    p = params(selector=selector, residual=residual_of(selector))
+    batch = make_batch(p, [150, 81], seed=fresh(), sinks=draw_sinks(4, fresh()), **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+def test_sinks_under_double_rmsnorm_are_refused() -> None:
+    with pytest.raises(ValueError, match="would undo learned attention sinks"):
+        make_batch(params(combine="double_rmsnorm"), [20], sinks=draw_sinks(4, 0), **SMALL)
+
+
+def test_the_fused_launch_leaves_sinks_to_the_others() -> None:
+    shape = {"group": 8, "head_size": 64, "cache_dtype": torch.bfloat16}
+    assert refusal(SplaParameters(64, 64, 32), **shape) is None
+    assert refusal(SplaParameters(64, 64, 32), **shape, has_sinks=True) == "the layer has attention sinks"
+
+
+def test_sinks_with_selection_in_pieces() -> None:
+    batch = make_batch(params(), [500, 90], seed=fresh(), sinks=draw_sinks(4, fresh()), **SMALL)
+    batch.op.sizes = replace(batch.op.sizes, width=16)
+    batch.op.scratch = {**batch.op.scratch, "grouped": torch.empty(2, 2, batch.op.sizes.max_pages, device=DEVICE)}
     batch.check(batch.decode(), 2e-3)
 
 

@@ -1,10 +1,11 @@
 """Sparse prefill against the float64 reference: outputs of tokens, whatever rows and chunks they are in."""
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
-from triton_cases import SELECTORS, Batch, each_selector, limits, make_batch, residual_of
+from triton_cases import SELECTORS, Batch, draw_sinks, each_selector, limits, make_batch, residual_of, sinks_of
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import apply_feature_map, key_features, recurrent_state, spla_token
@@ -82,6 +83,7 @@ def check(batch: Batch, ranges: list[tuple[int, int]], tolerance: float, sample:
                 statistics=statistics[: position // params.page_size * params.blocks_per_page],
                 gain=layer.gain.double().cpu(),
                 norm_weights=norm_weights,
+                sinks=sinks_of(layer),
             )
             got, want = output[token].double().cpu(), expected.output
             for head in range(layer.num_kv_heads):
@@ -93,6 +95,10 @@ def check(batch: Batch, ranges: list[tuple[int, int]], tolerance: float, sample:
             compared += 1
         at += stop - start
     assert compared
+
+
+def fresh() -> int:
+    return random.randrange(1 << 30)
 
 
 def near_tie(scores: torch.Tensor, selected: list[int]) -> float:
@@ -165,6 +171,44 @@ RESIDUALS = {
 def test_residuals(residual: str) -> None:
     params = SplaParameters(16, 16, 4, **RESIDUALS[residual])
     check(case(params, [107]), [(0, 107)], 3e-3, sample=3, max_tiles=4)
+
+
+@pytest.mark.parametrize("residual", ["none", "regression", "linear"])
+@pytest.mark.parametrize("top_p", [None, 0.7], ids=["", "top-p"])
+def test_sinks(residual: str, top_p: float | None) -> None:
+    params = SplaParameters(16, 16, 5, residual=residual, top_p=top_p)
+    gain = torch.tensor([0.0, 0.5, 1.0, 2.0])
+    check(case(params, [107], sinks=draw_sinks(4, fresh()), gain=gain), [(0, 107)], 3e-3, sample=3, max_tiles=4)
+
+
+@pytest.mark.parametrize("selector", ["quest", "km2-rem"])
+@pytest.mark.parametrize("statistics", ["auto", "fp8"])
+def test_sinks_by_selector(selector: str, statistics: str) -> None:
+    params = SplaParameters(32, 16, 5, selector=selector, residual=residual_of(selector), statistics_dtype=statistics)
+    check(case(params, [101], sinks=draw_sinks(4, fresh())), [(90, 101)], 3e-3, sample=5)
+
+
+def test_layers_share_launches_and_not_sinks() -> None:
+    """Two layers of one geometry take turns in the passes of one plan; on a GPU the second time by bound launches."""
+    batches = [case(SplaParameters(16, 16, 4), [107], sinks=draw_sinks(4, seed)) for seed in (1, 2)]
+    (query, first, _), (_, second, _) = (attend(batch, [(80, 107)], small=False) for batch in batches)
+    assert float((first - second).norm() / first.norm()) > 0.02
+    ops = [PrefillPasses(batch.layer, limits(1, 107, max_num_tokens=27)) for batch in batches]
+    plan = ops[0].plan(0, [0, 27], [107])
+    for _ in range(2):
+        for batch, op, alone in zip(batches, ops, (first, second), strict=True):
+            output = torch.full_like(query, float("nan"))
+            for step in plan.passes:
+                large = replace(step, small=False)  # with the launches of `step`
+                op.run(large, query, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table, output)
+            assert float((output - alone).norm() / alone.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_sinks_of_groups(group: int) -> None:
+    params = SplaParameters(16, 16, 6, top_p=0.8)
+    sinks = draw_sinks(2 * group, fresh(), torch.float32)
+    check(case(params, [115], num_heads=2 * group, head_size=64, sinks=sinks), [(92, 115)], 3e-3, sample=5)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)

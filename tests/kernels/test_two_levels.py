@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_triton_prefill import check as check_prefill
-from triton_cases import Batch, limits, make_batch, residual_of
+from triton_cases import Batch, draw_sinks, limits, make_batch, residual_of
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import select_blocks, spla_token
@@ -101,6 +101,14 @@ def test_verification_rows(residual: str, source: str, query_len: int | list[int
     p = params(budget=3, residual=residual, last_blocks=1, fine_source=source)
     lengths = [x + 2 for x in edges(p)[:6:2]]
     batch = make_batch(p, [*lengths, 3, 0], query_len=query_len, seed=fresh(), chunk=0, **SMALL)
+    batch.check(batch.decode(), 2e-3)
+
+
+@pytest.mark.parametrize("source", FINE_SOURCES)
+@pytest.mark.parametrize("top_p", [None, 0.8])
+def test_sinks(source: str, top_p: float | None) -> None:
+    p = params(budget=5, top_p=top_p, fine_source=source)
+    batch = make_batch(p, [*edges(p), 0], seed=fresh(), chunk=0, sinks=draw_sinks(4, fresh()), **SMALL)
     batch.check(batch.decode(), 2e-3)
 
 

@@ -18,6 +18,18 @@ from spla_backend.kernels.interface import Layer, Limits
 SELECTORS = gpu_selector_names()
 
 
+def sinks_of(layer: GpuLayer) -> torch.Tensor | None:
+    """A layer's sinks as the reference takes them."""
+    return None if layer.sinks is None else layer.sinks.detach().double().cpu()
+
+
+def draw_sinks(num_heads: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Sinks from next to nothing of a head's mass to most of it, one of them of none."""
+    sinks = 2 + 3 * torch.randn(num_heads, generator=torch.Generator().manual_seed(seed))
+    sinks[seed % num_heads] = float("-inf")
+    return sinks.to(dtype)
+
+
 def residual_of(selector: str, residual: str = "regression") -> str:
     """`residual` where a selector has the mass that it asks for."""
     return residual if get_selector(selector).has_mass else "none"
@@ -128,6 +140,7 @@ class Batch:
                     statistics=self.statistics(row, (stop - 1) // layer.params.page_size),
                     gain=layer.gain.double().cpu(),
                     norm_weights=norm_weights,
+                    sinks=sinks_of(layer),
                 )
                 agrees = torch.ones(layer.num_heads, dtype=torch.bool)
                 for head in range(layer.num_kv_heads):
@@ -206,6 +219,7 @@ def make_batch(
     max_model_len: int = 0,
     gain: torch.Tensor | None = None,
     norm_weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sinks: torch.Tensor | None = None,
     tuning: Tuning | None = None,
     token_major: bool = False,
     chunk: int = 37,
@@ -223,7 +237,8 @@ def make_batch(
     num_tokens = sum(query_len) if isinstance(query_len, list) else query_len * len(lengths)
     generator = torch.Generator().manual_seed(seed)
     page, longest = params.page_size, max(max(lengths), max_model_len, 1)
-    sizes = Layer(num_heads, num_kv_heads, head_size, dtype, head_size**-0.5, gain, norm_weights)
+    sinks = None if sinks is None else sinks.to(device)
+    sizes = Layer(num_heads, num_kv_heads, head_size, dtype, head_size**-0.5, gain, norm_weights, sinks=sinks)
     layer, rows = GpuLayer(params, sizes, device), len(lengths)
     op = DecodeSteps(layer, limits(rows, longest, max(1, *query_lens)), executor=executor, tuning=tuning)
     if op.fused:

@@ -14,7 +14,8 @@ With `C` the heads of a group, padded, the `N = 4 C` columns of `W` are
     3C            ones                                                 -> the sum of the selected values
 
 The last program of a (token, kv head) to arrive merges the splits, takes the state's share from `gpu/state`, and
-combines. Programs beside the splits sum the mass of the units that were not selected.
+combines. A head's sink joins there, as a token without a value. Programs beside the splits sum the mass of the units
+that were not selected.
 
 Floor, bytes a (token, kv head): `2 d` elements a selected token, 5 bytes a unit and head for mass and flag, `GROUP d`
 output elements. FLOP: `4 N d` a selected token.
@@ -28,6 +29,7 @@ import triton.language as tl
 from ..feature_maps import map_features
 from ..layer import GpuLayer
 from ..residual import LINEAR, NO_RESIDUAL, REGRESSION, RESIDUAL_CODES
+from ..sinks import load_sinks
 from .residual import subtract_weights, tail_of_rest
 from .running_sum import add_exponentials, log_of_columns
 from .tuning import DecodeSizes, Tuning
@@ -258,6 +260,7 @@ def merge_splits(
     read_z_ptr,
     read_v_ptr,
     gain_ptr,  # [H] float32
+    sink_ptr,  # [H]; None without sinks
     exact_weight_ptr,  # [H, D] float32
     tail_weight_ptr,  # [H, D] float32
     output_ptr,
@@ -324,8 +327,13 @@ def merge_splits(
     for s in tl.static_range(SPLITS):
         exists = c < tl.where(s < num_splits, GROUP, 0)
         top = tl.maximum(top, tl.load(part_sum_ptr + (part + s) * 2 * N + c, mask=exists, other=float("-inf")))
+    if sink_ptr is not None:  # one token more, without a value
+        sink = load_sinks(sink_ptr, head_row, in_group)
+        top = tl.maximum(top, sink)
     safe = tl.where(in_group, top, 0.0)
     norm = tl.zeros([C], dtype=tl.float32)
+    if sink_ptr is not None:
+        norm += tl.exp(sink - safe)
     exact = tl.zeros([C, DP], dtype=tl.float32)
     for s in tl.static_range(SPLITS):
         rows = tl.where(s < num_splits, GROUP, 0)
@@ -402,6 +410,7 @@ def attend_kernel(
     read_v_ptr,
     arrivals_ptr,  # [tokens, G] int32, zero between launches
     gain_ptr,
+    sink_ptr,
     exact_weight_ptr,
     tail_weight_ptr,
     output_ptr,
@@ -493,8 +502,9 @@ def attend_kernel(
                 tl.store(arrivals, 0)
                 merge_splits(
                     splits, token, head, num_rest, part_out_ptr, part_sum_ptr, part,
-                    rest_mass_ptr, read_ptr, read_z_ptr, read_v_ptr, gain_ptr, exact_weight_ptr, tail_weight_ptr,
-                    output_ptr, output_token_stride, output_head_stride, num_kv_heads, residual_scale, norm_eps,
+                    rest_mass_ptr, read_ptr, read_z_ptr, read_v_ptr, gain_ptr, sink_ptr, exact_weight_ptr,
+                    tail_weight_ptr, output_ptr, output_token_stride, output_head_stride, num_kv_heads,
+                    residual_scale, norm_eps,
                     GROUP, GROUP_P, C, N, D, DP, UNIT, SPLITS, SLICES, MASS_SPLITS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
                 )  # fmt: skip
     else:

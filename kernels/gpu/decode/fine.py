@@ -181,6 +181,7 @@ def fine_select_kernel(
     candidate_count_ptr,
     scores_ptr,
     lse_ptr,
+    sink_ptr,  # [H]; None without sinks
     grouped_ptr,  # [tokens, G, max_fine] float32, scratch
     table_ptr,  # [tokens, G, WHOLE] int32: (page * G + head) * (PAGE // FINE) + fine block of the page, ascending
     count_ptr,  # [tokens, G] int32: fine blocks in the table
@@ -239,7 +240,7 @@ def fine_select_kernel(
             exists = index < num_fine
             unit_id = tl.load(candidates + index // PER_UNIT, mask=exists, other=0)
             grouped = all_group_scores(
-                pair, num_fine, scores_ptr, lse_ptr, grouped_ptr, max_fine, num_splits,
+                pair, head, num_fine, scores_ptr, lse_ptr, sink_ptr, grouped_ptr, max_fine, num_splits,
                 GROUP, GROUP_P, BLOCKS, WIDTH, SPLITS,
             )  # fmt: skip
             # What one level forces stands at both ends of the candidates.
@@ -317,6 +318,7 @@ def select_fine(
     )
     fine_select_kernel[(layer.num_kv_heads, num_tokens)](
         candidate_units_ptr=scratch["candidate_units"],
+        sink_ptr=layer.sinks,
         grouped_ptr=scratch["fine_grouped"],
         table_ptr=table,
         count_ptr=scratch["count"],

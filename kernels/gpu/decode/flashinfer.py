@@ -184,6 +184,7 @@ def subtract_kernel(
     read_v_ptr,
     arrivals_ptr,  # [tokens, G] int32, zero between launches
     gain_ptr,
+    sink_ptr,
     exact_weight_ptr,
     tail_weight_ptr,
     output_ptr,
@@ -260,8 +261,9 @@ def subtract_kernel(
                 tl.store(arrivals, 0)
                 merge_splits(
                     splits, token, head, num_complete + 1 - count, part_out_ptr, part_sum_ptr, part,
-                    rest_mass_ptr, read_ptr, read_z_ptr, read_v_ptr, gain_ptr, exact_weight_ptr, tail_weight_ptr,
-                    output_ptr, output_token_stride, output_head_stride, num_kv_heads, residual_scale, norm_eps,
+                    rest_mass_ptr, read_ptr, read_z_ptr, read_v_ptr, gain_ptr, sink_ptr, exact_weight_ptr,
+                    tail_weight_ptr, output_ptr, output_token_stride, output_head_stride, num_kv_heads,
+                    residual_scale, norm_eps,
                     GROUP, GROUP_P, C, N, D, DP, PAGE, SPLITS, SLICES, MASS_SPLITS, RESIDUAL, HAS_MASS, DOUBLE_NORM,
                 )  # fmt: skip
     else:
@@ -463,6 +465,7 @@ class FlashInferDecode:
             read_v_ptr=scratch["read_v"],
             arrivals_ptr=scratch["attend_arrivals"],
             gain_ptr=layer.gain,
+            sink_ptr=layer.sinks,
             exact_weight_ptr=layer.norm_weights[0],
             tail_weight_ptr=layer.norm_weights[1],
             output_ptr=output,

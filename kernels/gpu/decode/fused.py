@@ -60,8 +60,12 @@ class _Params(ctypes.Structure):
     )  # fmt: skip
 
 
-def refusal(params: SplaParameters, *, group: int, head_size: int, cache_dtype: torch.dtype) -> str | None:
+def refusal(
+    params: SplaParameters, *, group: int, head_size: int, cache_dtype: torch.dtype, has_sinks: bool = False
+) -> str | None:
     """Why the fused launch does not compute this, or None where it does."""
+    if has_sinks:
+        return "the layer has attention sinks"
     if params.fine_block and params.fine_source != "int4":
         return "the fine level reads keys"
     if params.fine_block not in (0, FINE_BLOCK):

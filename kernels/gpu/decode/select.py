@@ -14,6 +14,8 @@ selected unit. It is bound by latency: two reductions a step.
 import triton
 import triton.language as tl
 
+from ..sinks import load_sinks
+
 
 @triton.jit
 def _ordered(x):
@@ -30,10 +32,11 @@ def midpoint(low, high):
 
 @triton.jit
 def _group_scores(
-    pair, num_complete, scores_ptr, lse_ptr, max_units, num_splits, first,
+    pair, head, num_complete, scores_ptr, lse_ptr, sink_ptr, max_units, num_splits, first,
     GROUP: tl.constexpr, GROUP_P: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Log of the sum over the group of each head's softmax over complete pages' units, from `first` on, `[WIDTH]`."""
+    """Log of the sum over the group of each head's softmax over complete pages' units, and its sink where `sink_ptr` is
+    not None, from `first` on, `[WIDTH]`."""
     index = first + tl.arange(0, WIDTH)
     member = tl.arange(0, GROUP_P)
     valid = (index < num_complete)[:, None] & (member < GROUP)[None, :]
@@ -46,6 +49,10 @@ def _group_scores(
     best = tl.where(member < GROUP, best, 0.0)
     norm = tl.sum(tl.exp(part - best[None, :]), axis=0)
     lse = best + tl.log(tl.where(member < GROUP, norm, 1.0))
+    if sink_ptr is not None:
+        sink = load_sinks(sink_ptr, head * GROUP + member, member < GROUP)
+        larger = tl.maximum(lse, sink)
+        lse = larger + tl.log(tl.exp(lse - larger) + tl.exp(sink - larger))
     log_probability = score - lse[None, :]
     top = tl.max(log_probability, axis=1)  # [WIDTH]
     safe = tl.where(top == float("-inf"), 0.0, top)
@@ -55,13 +62,14 @@ def _group_scores(
 
 @triton.jit
 def all_group_scores(
-    pair, num_complete, scores_ptr, lse_ptr, grouped_ptr, max_units, num_splits,
+    pair, head, num_complete, scores_ptr, lse_ptr, sink_ptr, grouped_ptr, max_units, num_splits,
     GROUP: tl.constexpr, GROUP_P: tl.constexpr, UNITS: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The scores by which a group ranks the units of complete pages, `[UNITS]`, -inf behind them."""
     if WIDTH == UNITS:
         grouped = _group_scores(
-            pair, num_complete, scores_ptr, lse_ptr, max_units, num_splits, 0, GROUP, GROUP_P, WIDTH, SPLITS,
+            pair, head, num_complete, scores_ptr, lse_ptr, sink_ptr, max_units, num_splits, 0,
+            GROUP, GROUP_P, WIDTH, SPLITS,
         )  # [UNITS] # fmt: skip
     else:
         # A long context and a large group do not fit into registers at once.
@@ -69,7 +77,7 @@ def all_group_scores(
         shared = grouped_ptr + pair * max_units
         for first in tl.range(0, num_complete, WIDTH):
             part = _group_scores(
-                pair, num_complete, scores_ptr, lse_ptr, max_units, num_splits, first,
+                pair, head, num_complete, scores_ptr, lse_ptr, sink_ptr, max_units, num_splits, first,
                 GROUP, GROUP_P, WIDTH, SPLITS,
             )  # fmt: skip
             here = first + tl.arange(0, WIDTH)
@@ -158,6 +166,7 @@ def select_units(
     block_table_ptr,
     scores_ptr,
     lse_ptr,
+    sink_ptr,  # [H]; None without sinks, or where scores are no masses
     grouped_ptr,  # [tokens, G, max_units] float32, scratch
     table_ptr,  # [tokens, G, BUDGET] int32: (page * G + head) * PER_PAGE + unit of the page, ascending
     count_ptr,  # [tokens, G] int32: units in the table
@@ -212,7 +221,7 @@ def select_units(
                 tl.store(units_ptr + pair * BUDGET + slot, slot, mask=slot <= current)
         else:
             grouped = all_group_scores(
-                pair, num_complete, scores_ptr, lse_ptr, grouped_ptr, max_units, num_splits,
+                pair, head, num_complete, scores_ptr, lse_ptr, sink_ptr, grouped_ptr, max_units, num_splits,
                 GROUP, GROUP_P, UNITS, WIDTH, SPLITS,
             )  # fmt: skip
             forced = complete & ((index < FIRST) | (index > current - LAST))

@@ -134,6 +134,7 @@ def select_kernel(
     block_table_ptr,
     scores_ptr,
     lse_ptr,
+    sink_ptr,
     grouped_ptr,
     table_ptr,
     count_ptr,
@@ -165,7 +166,7 @@ def select_kernel(
     token_in_row = tl.program_id(1) % QUERY_LEN
     select_units(
         row, token_in_row, tl.program_id(0), query_start_loc_ptr, seq_lens_ptr, block_table_ptr, scores_ptr, lse_ptr,
-        grouped_ptr, table_ptr, count_ptr, flags_ptr, units_ptr, block_table_stride, max_units, num_kv_heads,
+        sink_ptr, grouped_ptr, table_ptr, count_ptr, flags_ptr, units_ptr, block_table_stride, max_units, num_kv_heads,
         num_splits, GROUP, GROUP_P, PAGE, UNIT, BUDGET, BUDGET_P, FIRST, LAST, UNITS, WIDTH, SPLITS_P, TOP_P,
         DEPENDENT,
     )  # fmt: skip
@@ -208,7 +209,13 @@ class DecodeSteps:
         self.page_counts = self.scratch["count"]
         self.flashinfer = FlashInferDecode.shared(layer, self.page_table) if executor == "flashinfer" else None
         self.fused: FusedDecode | None = None
-        refused = refusal(params, group=layer.group, head_size=layer.head_size, cache_dtype=layer.cache_dtype)
+        refused = refusal(
+            params,
+            group=layer.group,
+            head_size=layer.head_size,
+            cache_dtype=layer.cache_dtype,
+            has_sinks=layer.sinks is not None,
+        )
         on_hopper = layer.device.type == "cuda" and layer.capability[0] == HOPPER
         if executor == "spla" and on_hopper and tuning is None and refused is None:
             self.fused = FusedDecode(layer, limits.max_model_len)
@@ -233,7 +240,7 @@ class DecodeSteps:
         """
         layer = self.layer
         key = (layer.device, layer.params, layer.cache_dtype, layer.num_heads, layer.num_kv_heads, layer.head_size,
-               self.limits.max_num_rows, self.limits.max_query_len, self.sizes.max_units)  # fmt: skip
+               layer.sink_dtype, self.limits.max_num_rows, self.limits.max_query_len, self.sizes.max_units)  # fmt: skip
         if layer.device.type != "cuda" or key in self._warm:
             return
         self._warm.add(key)
@@ -347,6 +354,7 @@ class DecodeSteps:
             read_v_ptr=scratch["read_v"],
             arrivals_ptr=scratch["attend_arrivals"],
             gain_ptr=layer.gain,
+            sink_ptr=layer.sinks,
             exact_weight_ptr=layer.norm_weights[0],
             tail_weight_ptr=layer.norm_weights[1],
             output_ptr=output,
@@ -472,6 +480,7 @@ class DecodeSteps:
             block_table_ptr=block_table,
             scores_ptr=scratch["scores"],
             lse_ptr=scratch["lse"],
+            sink_ptr=layer.score_sinks,
             grouped_ptr=scratch["grouped"],
             table_ptr=scratch["candidates"] if two_levels else self.page_table,
             count_ptr=scratch["candidate_count" if two_levels else "count"],

@@ -27,6 +27,7 @@ import triton.language as tl
 
 from ..feature_maps import map_features
 from ..residual import LINEAR, NO_RESIDUAL, REGRESSION
+from ..sinks import load_sinks
 from ..statistics import LOG2E
 from .select import tile_queries, tile_units
 
@@ -258,6 +259,7 @@ def prefill_merge_kernel(
     part_sum_ptr,
     part_tail_ptr,
     part_z_ptr,
+    sink_ptr,  # [H]; None without sinks
     exact_weight_ptr,  # [H, D] float32
     tail_weight_ptr,  # [H, D] float32
     output_ptr,
@@ -333,6 +335,10 @@ def prefill_merge_kernel(
         center = tl.load(tail_row + TQ * GROUP_P, mask=has_rest, other=0.0)
         top = log_mean
     total = tl.zeros([M], dtype=tl.float32)
+    if sink_ptr is not None:  # one token more, without a value
+        sink = load_sinks(sink_ptr, head * GROUP + member, exists) * LOG2E
+        top = tl.maximum(top, sink)
+        total += tl.exp2(sink - tl.where(top == float("-inf"), 0.0, top))
     out = tl.zeros([M, DP], dtype=tl.float32)
     minus = tl.zeros([M, DP], dtype=tl.float32)
     minus_z = tl.zeros([M], dtype=tl.float32)

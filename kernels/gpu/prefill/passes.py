@@ -223,6 +223,7 @@ class PrefillPasses:
         self._parts = params.budget_blocks - params.first_blocks - params.last_blocks
         self._most_parts = self._largest_budget - params.first_blocks - params.last_blocks
         self._linear = params.residual == "linear"
+        self._keeps_mass = layer.score_sinks is not None and layer.top_p > 0  # of a token's heads, without their sinks
         self._s_rows = layer.state_layout.s_rows
         # Bytes a token and kv head: its parts, or the group's scores that stand in the same place before.
         part = layer.group * d * layer.cache_dtype.itemsize + 2 * layer.group_p * 4
@@ -253,10 +254,12 @@ class PrefillPasses:
         self.scratch = shared_scratch(self._shapes(), layer.device, layer.scratch_pool)
         # Layers of one geometry launch the same kernels.
         weights = layer.gain, *layer.norm_weights
+        named = dict(zip(("gain", "exact_weight", "tail_weight"), weights, strict=True))
+        self.weights = named if layer.sinks is None else named | {"sinks": layer.sinks}
         geometry = (str(layer.device), self._shapes_key(), params, self.tuning, layer.scale, layer.cache_dtype,
-                    layer.num_heads, layer.state_layout, *(w.data_ptr() % 16 for w in weights))  # fmt: skip
+                    layer.num_heads, layer.state_layout, layer.sink_dtype,
+                    *(w.data_ptr() % 16 for w in self.weights.values()))  # fmt: skip
         self._geometry = self._geometries.setdefault(geometry, len(self._geometries))
-        self.weights = dict(zip(("gain", "exact_weight", "tail_weight"), weights, strict=True))
         self._weight_addresses = {name: w.data_ptr() for name, w in self.weights.items()}
 
     def warm_up(self) -> None:
@@ -264,7 +267,7 @@ class PrefillPasses:
         if self.device.type != "cuda":
             return
         layer, params = self.layer, self.layer.params
-        key = (self.device, self._shapes_key(), params, layer.cache_dtype)
+        key = (self.device, self._shapes_key(), params, layer.cache_dtype, layer.sink_dtype)
         if key in self._warm:
             return
         self._warm.add(key)
@@ -326,6 +329,7 @@ class PrefillPasses:
             "table": ((tokens, self._largest_budget - 1), torch.int32),
             "rank": ((tokens, self._largest_budget - 1), torch.int32),
             "count": ((tokens,), torch.int32),
+            **({"mass": ((tokens,), torch.float32)} if self._keeps_mass else {}),
             "totals": ((lists,), torch.int32),
             "first": ((lists,), torch.int32),
             "counters": ((2,), torch.int32),
@@ -678,6 +682,7 @@ class PrefillPasses:
         query, output = own["query"], own["output"]
         unit_p, stride = triton.next_power_of_2(params.selection_block), layer.page_layout.statistics_stride
         fp8 = layer.page_layout.fp8_statistics
+        mass = {"mass_ptr": pool["mass"] if self._keeps_mass else None}
         deep = unit_p * layer.dp <= 8192  # whether several selection blocks are in shared memory at a time
         grouped = pool["out"].view(torch.float32)
         # Arguments and constants of several kernels.
@@ -737,6 +742,8 @@ class PrefillPasses:
                     "best_ptr": pool["best"],
                     "totals_ptr": pool["totals"],
                     "counters_ptr": pool["counters"],
+                    "sink_ptr": None if layer.score_sinks is None else "sinks",
+                    **mass,
                     "max_units": max_units,
                     "num_lists": lists,
                     "num_norms": norms,
@@ -775,6 +782,7 @@ class PrefillPasses:
                 "rank_ptr": pool["rank"],
                 "count_ptr": pool["count"],
                 "totals_ptr": pool["totals"],
+                **mass,
                 "max_units": max_units,
                 "num_rows": rows,
             },
@@ -896,6 +904,7 @@ class PrefillPasses:
                 "count_ptr": pool["count"],
                 "tail_ptr": pool["tail"],
                 "state_ptr": pool["states"],
+                "sink_ptr": None if layer.sinks is None else "sinks",
                 "exact_weight_ptr": "exact_weight",
                 "tail_weight_ptr": "tail_weight",
                 "output_ptr": "output",

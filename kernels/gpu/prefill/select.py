@@ -28,6 +28,7 @@ import triton.language as tl
 
 from ..decode.select import midpoint
 from ..selectors import largest_exponent, sum_over
+from ..sinks import load_sinks
 from ..statistics import LOG2E, Blocks, as_factor
 
 NORMALISE = tl.constexpr(0)
@@ -90,6 +91,8 @@ def prefill_score_kernel(
     best_ptr,  # [tiles, heads, TQ, max_units / SUB] float32: written by SHARE, the largest of SUB neighbouring units
     totals_ptr,  # [lists] int32: cleared by NORMALISE, as are the counters
     counters_ptr,  # [2] int32
+    sink_ptr,  # [H]; None without sinks, or where scores are no masses
+    mass_ptr,  # [tiles, heads, TQ] float32: written by SHARE, sums of tokens' shared scores; None where they are known
     query_token_stride,
     query_head_stride,
     page_stride,
@@ -185,8 +188,18 @@ def prefill_score_kernel(
                 more = tl.load(lse_ptr + (pair * num_norms + other) * M + m)
                 larger = tl.maximum(lse, more)
                 lse = larger + tl.log2(tl.exp2(lse - larger) + tl.exp2(more - larger))
-            shift = tl.where(member < GROUP, lse - SHIFT, float("inf"))
             t = tl.arange(0, TQ)
+            if sink_ptr is not None:
+                # Over UNIT, as the units' masses are.
+                sink = load_sinks(sink_ptr, head * GROUP + member, member < GROUP) * LOG2E - LOG2_UNIT
+                larger = tl.maximum(lse, sink)
+                of_units = lse
+                lse = larger + tl.log2(tl.exp2(lse - larger) + tl.exp2(sink - larger))
+                if (mass_ptr is not None) & (tl.program_id(2) == 0):
+                    of_head = tl.where(member < GROUP, tl.exp2(of_units - lse + SHIFT), 0.0)
+                    of_token = tl.reshape(group_sum(of_head[:, None], M, GROUP_P, 1), [TQ])
+                    tl.store(mass_ptr + pair * TQ + t, of_token, mask=t < num_tokens)
+            shift = tl.where(member < GROUP, lse - SHIFT, float("inf"))
             shared_row = grouped_ptr + (pair * TQ + t) * max_units  # [TQ]
             best_row = best_ptr + (pair * TQ + t) * (max_units // SUB)
         # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
@@ -308,6 +321,7 @@ def prefill_select_kernel(
     rank_ptr,  # [tiles, heads, TQ, SLOTS] int32: place of the token among those of the run that selected the unit
     count_ptr,  # [tiles, heads, TQ] int32
     totals_ptr,  # [runs, heads, max_units] int32, zero before: tokens that selected the unit and were not forced to
+    mass_ptr,  # [tiles, heads, TQ] float32: the sum of a token's shared scores; None where every head's make 2^SHIFT
     max_units,
     num_rows,  # tokens a program
     TQ: tl.constexpr,
@@ -372,8 +386,11 @@ def prefill_select_kernel(
 
             if TOP_P > 0:
                 # As in `gpu/decode/select`: bisect for the least key with too little mass above it. Every head's shares
-                # of all units make 1.
-                enough = TOP_P * GROUP * tl.exp2(SHIFT)
+                # of all units make 1, but for what goes to its sink.
+                if mass_ptr is None:
+                    enough = TOP_P * GROUP * tl.exp2(SHIFT)
+                else:
+                    enough = TOP_P * tl.load(mass_ptr + row)
                 chosen = tl.where(selected, grouped, 0.0)
                 low_key = tl.min(tl.where(selected, key, 2147483647)) - 1
                 high_key = tl.full([], 2147483647, dtype=tl.int32)
