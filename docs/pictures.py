@@ -57,20 +57,26 @@ def how_it_works(path: Path) -> None:
     above: dict[str, Any] = {"y": top + 1.55, "fontsize": 8.5, "va": "bottom"}
     axes.text(left, s="first page:\nalways selected", color=SPLA, **above)
     axes.text(left + pages * width - 0.12, s="newest pages:\nalways selected", ha="right", color=SPLA, **above)
-    axes.text(left + 6.5 * width, s="grey: not selected, never read", ha="center", color=MUTED, **above)
+    axes.text(
+        left + 6.5 * width,
+        s="grey: no block of it selected,\nkeys and values not read",
+        ha="center",
+        color=MUTED,
+        **above,
+    )
 
     box(axes, 0.2, 5.0, 2.4, 1.3, "query of the\nnew token", INK)
     box(axes, 4.0, 5.0, 4.4, 1.3, "1  score every page\nby its summary", SPLA)
-    box(axes, 9.9, 5.0, 3.6, 1.3, "2  select the best,\nup to the budget", SPLA)
-    box(axes, 15.1, 5.0, 4.6, 1.3, "3  exact attention over\nthe selected pages", SPLA)
+    box(axes, 9.3, 5.0, 4.8, 1.3, "2  of the best pages, select\nthe best blocks of 16 tokens", SPLA)
+    box(axes, 15.1, 5.0, 4.6, 1.3, "3  exact attention over\nthe selected blocks", SPLA)
     box(axes, 4.0, 1.7, 4.4, 1.5, "state: one sum over\nall complete pages", STATE)
-    box(axes, 9.3, 1.7, 4.8, 1.5, "4  subtract what the\nselected pages put in:\nestimate of the rest", STATE)
+    box(axes, 9.3, 1.7, 4.8, 1.5, "4  subtract what the\nselected blocks put in:\nestimate of the rest", STATE)
     box(axes, 15.1, 1.7, 4.6, 1.5, "5  combine, weighed by\nestimated attention mass", INK)
 
     arrow(axes, (2.6, 5.65), (4.0, 5.65))
     arrow(axes, (6.2, top - 0.9), (6.2, 6.3), SPLA)
-    arrow(axes, (8.4, 5.65), (9.9, 5.65))
-    arrow(axes, (13.5, 5.65), (15.1, 5.65))
+    arrow(axes, (8.4, 5.65), (9.3, 5.65))
+    arrow(axes, (14.1, 5.65), (15.1, 5.65))
     arrow(axes, (17.64, top - 0.05), (17.64, 6.3), SPLA)
     arrow(axes, (8.4, 2.45), (9.3, 2.45), STATE)
     arrow(axes, (11.7, 5.0), (11.7, 3.2), SPLA)
@@ -98,7 +104,10 @@ def headline(path: Path) -> None:
         ("seconds for all answers (256 tokens each)", "milliseconds per token, once all prompts are read"),
         strict=True,
     ):
-        for offset, backend, color, name in ((-0.2, "dense", DENSE, "dense attention"), (0.2, "spla", SPLA, "SPLA")):
+        for offset, backend, color, name in (
+            (-0.2, "dense", DENSE, "dense attention"),
+            (0.2, "spla", SPLA, "SPLA, selection in one level"),
+        ):
             values = [rows[backend, scenario][key] for scenario in scenarios]
             bars = axes.bar([i + offset for i in range(len(scenarios))], values, 0.38, color=color, label=name)
             axes.bar_label(bars, [f"{value:.1f}" for value in values], fontsize=8.5)

@@ -90,7 +90,7 @@ def refuse_what_does_not_fit(head_size: int, capability: tuple[int, int]) -> Ite
         raise ValueError(
             f"SPLA's kernels for heads of {head_size} and these options do not fit on a GPU of compute capability "
             f"{'.'.join(map(str, capability))}, one needs {error.required} of {error.name} and gets {error.limit}: "
-            "choose other SPLA options (the defaults need least), or remove --attention-backend spla"
+            "choose other SPLA options (fine_block_size 0 needs less), or remove --attention-backend spla"
         ) from None
 
 
