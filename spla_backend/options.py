@@ -47,7 +47,7 @@ class SplaOptions:
         dense_layers: Indices of layers that attend to everything, as without SPLA.
         layer_budgets: Budgets of some layers by their indices; all others have `budget`.
         prefill_dense_below: Prompt tokens at positions below this attend to everything. None means where a dense token
-            is cheaper on a GPU (`kernels/gpu/attention.py`), and none on a CPU; rows that are attended to whole are dense anyway.
+            is cheaper on a GPU (`kernels/gpu/attention.py`), and none on a CPU, beyond what is whole anyway.
         parameters_file: File of learned parameters, from the current folder or the model's; None means
             `spla.safetensors` beside the model's weights where there is one, `none` means no file.
         executor: What attends to the selected pages in decode on a GPU: `spla` or `flashinfer`.
