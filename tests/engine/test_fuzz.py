@@ -1,6 +1,7 @@
 """A short run of the fuzzer, and faults that it finds. A long run: `python -m tests.engine.fuzz`."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -53,16 +54,17 @@ def test_what_differs_by_rounding_is_no_failure(monkeypatch):
     assert counts["near_ties"] > 0
 
 
-def first_failure(steps: int) -> Failure:
-    failures = (run(seed, steps, Counter())[1] for seed in SEEDS)
+def first_failure(steps: int, seeds: Iterable[int] = SEEDS) -> Failure:
+    failures = (run(seed, steps, Counter())[1] for seed in seeds)
     return next(failure for failure in failures if failure is not None)
 
 
 def test_stamps_that_do_not_name_the_content_are_found(monkeypatch):
-    """A request then takes another one's state for its own, whose pages had the same numbers."""
+    """A request then takes another one's state for its own, whose pages had the same numbers. One world in a hundred has
+    such a request within 60 steps; these were found by trying."""
     never = property(lambda self: 0, lambda self, value: None)
     monkeypatch.setattr(VectorisedAttention, "_counter", never, raising=False)
-    assert "from what it is alone" in first_failure(60).message
+    assert "from what it is alone" in first_failure(60, (342, 180)).message
 
 
 def test_statistics_of_a_rejected_draft_are_found(monkeypatch):
