@@ -60,8 +60,8 @@ def first_failure(steps: int, seeds: Iterable[int] = SEEDS) -> Failure:
 
 
 def test_stamps_that_do_not_name_the_content_are_found(monkeypatch):
-    """A request then takes another one's state for its own, whose pages had the same numbers. One world in a hundred has
-    such a request within 60 steps; these were found by trying."""
+    """A request then takes another one's state for its own, whose pages had the same numbers. One world in a hundred
+    has such a request within 60 steps; these were found by trying."""
     never = property(lambda self: 0, lambda self, value: None)
     monkeypatch.setattr(VectorisedAttention, "_counter", never, raising=False)
     assert "from what it is alone" in first_failure(60, (342, 180)).message
