@@ -17,24 +17,20 @@ selection; `tile_step`, every how many-th of them is scored; `fine_dtype`, in wh
 Milliseconds take no notice of `chunk`.
 """
 
-import argparse
 import itertools
 import json
-import math
-import time
+import operator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from prompt_costs import predicted
-from tqdm import tqdm
-from two_models import FIRST, PAGE_SIZE, Measurement
+from two_models import FIRST, PAGE_SIZE, arguments, chosen, missing
 
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.evaluate import report
-from spla_backend.evaluate.capture import AttentionInputs, CapturingModel, Visit
-from spla_backend.evaluate.documents import cut_documents, load_tokenizer
+from spla_backend.evaluate.capture import AttentionInputs
 from spla_backend.evaluate.fidelity import attention
 from spla_backend.evaluate.variants import ModelShape, Variant, layers_of
 from spla_backend.options import SplaOptions
@@ -152,19 +148,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="one document each, of its beginning")
-    parser.add_argument("--contexts", nargs="+", type=int, default=list(FIRST), choices=FIRST, help="%(default)s")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"default: all of {list(VARIANTS)}")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further variant after so long")
-    parser.add_argument("--output", type=Path, required=True)
+    parser = arguments(__doc__, str(list(VARIANTS)))
     args = parser.parse_args()
-    began = time.monotonic()
-    if unknown := set(args.variants or ()) - set(VARIANTS):
-        parser.error(f"no variant {', '.join(sorted(unknown))}: choose among {', '.join(VARIANTS)}")
-    variants = {name: VARIANTS[name] for name in args.variants or VARIANTS}
-    texts = {Path(file).stem: file for file in args.text}
+    variants = chosen(parser, args, VARIANTS)
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
 
     def save() -> None:
@@ -173,26 +159,11 @@ def main() -> None:
         with_costs = [row | costs(VARIANTS[row["variant"]]) for row in rows]
         report.write({**head, "rows": with_costs}, args.output)
 
-    for model_name, folder in (model.split("=", 1) for model in args.models):
-        shape, tokenizer, model = ModelShape.of(folder), load_tokenizer(folder), None
-        for context in args.contexts:
-            done = {r["variant"] for r in rows if (r["model"], r["context"]) == (model_name, context)}
-            jobs = [name for name in variants if name not in done] if context <= shape.max_position else []
-            if not jobs or time.monotonic() - began > args.seconds:
-                continue
-            documents = dict(zip(texts, cut_documents([*texts.values()], tokenizer, context, 1), strict=True))
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = model or CapturingModel(folder, device=device, head=True)
-            measurement = Measurement(model, shape, {name: d.tokens for name, d in documents.items()}, context)
-            for name in tqdm(jobs, desc=f"{model_name}, {context} tokens", unit="variant"):
-                if time.monotonic() - began > args.seconds:
-                    break
-                visit: Visit = Prompt(variants[name], shape)
-                compared = measurement.compared(measurement.losses(visit))
-                rows.append(
-                    {"model": model_name, "context": context, "from": FIRST[context], "variant": name, **compared}
-                )
-                save()
+    for model_name, shape, measurement, name in missing(args, rows, list(variants), operator.itemgetter("variant")):
+        context = measurement.context
+        compared = measurement.compared(measurement.losses(Prompt(variants[name], shape)))
+        rows.append({"model": model_name, "context": context, "from": FIRST[context], "variant": name, **compared})
+        save()
     save()
     print(table(json.loads(args.output.read_text())["rows"]))
 

@@ -23,7 +23,9 @@ chosen or fitted by what they show.
 import argparse
 import json
 import math
+import operator
 import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,58 @@ class Measurement:
         }
 
 
+def arguments(description: str | None, variants: str) -> argparse.ArgumentParser:
+    """What a program is told that measures variants on models and documents; `variants` says which it has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="one document each, of its beginning")
+    parser.add_argument("--contexts", nargs="+", type=int, default=list(FIRST), choices=FIRST, help="%(default)s")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"default: all of {variants}")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further variant after so long")
+    parser.add_argument("--output", type=Path, required=True)
+    return parser
+
+
+def chosen(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, known: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The variants of `--variants`, all of them by default."""
+    if unknown := set(args.variants or ()) - set(known):
+        parser.error(f"no variant {', '.join(sorted(unknown))}: choose among {', '.join(known)}")
+    return {name: known[name] for name in args.variants or known}
+
+
+def missing(
+    args: argparse.Namespace, rows: list[dict[str, Any]], jobs: Sequence[Any], key: Callable[[dict[str, Any]], Any]
+) -> Iterator[tuple[str, ModelShape, Measurement, Any]]:
+    """Each job that has no row yet, of every model and context, with the model's name and shape and its measurement on
+    the documents; none begins after `--seconds`.
+
+    Args:
+        args: From `arguments`.
+        rows: What has been measured.
+        jobs: What is to be measured of a model and context.
+        key: Which job a row is of.
+    """
+    began = time.monotonic()
+    texts = {Path(file).stem: file for file in args.text}
+    for model_name, folder in (model.split("=", 1) for model in args.models):
+        shape, tokenizer, model = ModelShape.of(folder), load_tokenizer(folder), None
+        for context in args.contexts:
+            done = {key(r) for r in rows if (r["model"], r["context"]) == (model_name, context)}
+            left = [job for job in jobs if job not in done] if context <= shape.max_position else []
+            if not left or time.monotonic() - began > args.seconds:
+                continue
+            documents = dict(zip(texts, cut_documents([*texts.values()], tokenizer, context, 1), strict=True))
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model = model or CapturingModel(folder, device=device, head=True)
+            measurement = Measurement(model, shape, {name: d.tokens for name, d in documents.items()}, context)
+            for job in tqdm(left, desc=f"{model_name}, {context} tokens", unit="variant"):
+                if time.monotonic() - began > args.seconds:
+                    break
+                yield model_name, shape, measurement, job
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for people."""
     lines = [f"{'model':14} {'context':>7} {'budget':>6} {'variant':40} {'KiB':>7} {'loss':>8} {'+-':>7}  by document"]
@@ -133,46 +187,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="one document each, of its beginning")
-    parser.add_argument("--contexts", nargs="+", type=int, default=list(FIRST), choices=FIRST, help="%(default)s")
+    parser = arguments(__doc__, f"{list(VARIANTS)} and --options")
     parser.add_argument("--budgets", nargs="+", type=int, default=[512, 1024, 2048], help="%(default)s")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"default: all of {list(VARIANTS)} and --options")
     parser.add_argument("--options", type=Path, metavar="JSON", help="a file of {variant: options}")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further variant after so long")
-    parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    began = time.monotonic()
-    known = VARIANTS | (json.loads(args.options.read_text()) if args.options else {})
-    if unknown := set(args.variants or ()) - set(known):
-        parser.error(f"no variant {', '.join(sorted(unknown))}: choose among {', '.join(known)}")
-    variants = {name: known[name] for name in args.variants or known}
+    variants = chosen(parser, args, VARIANTS | (json.loads(args.options.read_text()) if args.options else {}))
     settings = {"texts": [Path(file).name for file in args.text], "page_size": PAGE_SIZE, "variants": variants}
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
-    texts = {Path(file).stem: file for file in args.text}
-    for model_name, folder in (model.split("=", 1) for model in args.models):
-        shape, tokenizer, model = ModelShape.of(folder), load_tokenizer(folder), None
-        for context in args.contexts:
-            jobs = [(v, b) for b in args.budgets for v in variants] if context <= shape.max_position else []
-            done = {(r["variant"], r["budget"]) for r in rows if (r["model"], r["context"]) == (model_name, context)}
-            jobs = [job for job in jobs if job not in done]
-            if not jobs or time.monotonic() - began > args.seconds:
-                continue
-            documents = dict(zip(texts, cut_documents([*texts.values()], tokenizer, context, 1), strict=True))
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            model = model or CapturingModel(folder, device=device, head=True)
-            measurement = Measurement(model, shape, {name: d.tokens for name, d in documents.items()}, context)
-            if ("dense", None) not in done:
-                rows.append({"model": model_name, "budget": None, **measurement.row("dense", None)})
-            for variant, budget in tqdm(jobs, desc=f"{model_name}, {context} tokens", unit="variant"):
-                if time.monotonic() - began > args.seconds:
-                    break
-                row = measurement.row(variant, options_of(variants[variant], budget))
-                rows.append({"model": model_name, "budget": budget, **row})
-                report.write(
-                    {**report.header("two_models", settings, "benchmarks/two_models.py"), "rows": rows}, args.output
-                )
+    jobs = [(variant, budget) for budget in args.budgets for variant in variants]
+    key = operator.itemgetter("variant", "budget")
+    for model_name, _, measurement, (variant, budget) in missing(args, rows, jobs, key):
+        where = model_name, measurement.context, "dense"
+        if not any((row["model"], row["context"], row["variant"]) == where for row in rows):
+            rows.append({"model": model_name, "budget": None, **measurement.row("dense", None)})
+        row = measurement.row(variant, options_of(variants[variant], budget))
+        rows.append({"model": model_name, "budget": budget, **row})
+        report.write({**report.header("two_models", settings, "benchmarks/two_models.py"), "rows": rows}, args.output)
     print(table(rows))
 
 
