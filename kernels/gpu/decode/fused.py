@@ -154,10 +154,9 @@ class FusedDecode:
 
     def whole_blocks(self, num_rows: int) -> int:
         """Selection blocks of a row up to which all of it is attended to: more than `SplaParameters.whole_blocks` where
-        rows are few, because two levels take as long as reading some megabytes does, however few rows there are."""
+        rows are few, because two levels take as long as reading some megabytes does, however few rows there are. One
+        level has no candidates, and so nothing more."""
         params = self.params
-        if not params.fine_block or not self.choosing_bytes:
-            return params.whole_blocks
         block_bytes = 2 * params.selection_block * self.layer.head_size * self.layer.page_layout.itemsize
         extra = int(self.choosing_bytes / (num_rows * self.num_kv_heads * block_bytes))
         few = min(params.budget_blocks * 3 // 2 + extra, params.candidate_blocks * 3 // 2)
