@@ -15,25 +15,16 @@ from spla_backend.algorithm import sequence
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.selectors import block_statistics, get_selector
 from spla_backend.algorithm.sequence import spla_attention
-from spla_backend.algorithm.statistics_format import decode, encode
 from spla_backend.algorithm.tiles import Tiles, attend_selected, prefix_states
 from spla_backend.algorithm.two_level import FINE_DTYPES, round_keys, round_queries
 from spla_backend.kernels import dispatch
 from spla_backend.kernels.interface import Layer, Limits
 
+from .cases import random_qkv, stored_statistics
+
 torch.set_num_threads(1)
 
 BASE = SplaParameters(page_size=16, selection_block=16, budget_blocks=4, fine_block=4, least_candidates=8, tile=8)
-
-
-def random_qkv(length: int, heads: int, kv_heads: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """q `[L, H, d]`, scaled, and k, v `[L, G, d]`; float64."""
-    gen = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=gen, dtype=torch.float64)
-
-    return normal(length, heads, d) * 4 / d**0.5, normal(length, kv_heads, d), normal(length, kv_heads, d)
 
 
 def by_sequence(q: Tensor, k: Tensor, v: Tensor, params: SplaParameters, start: int = 0, **kwargs: object) -> Tensor:
@@ -234,10 +225,7 @@ def test_sequence_is_the_definition(case: tuple[SplaParameters, int, int, int], 
     params, kv_heads, group, length = case
     q, k, v = random_qkv(length, kv_heads * group, kv_heads, 8, seed)
     k = 2 * k + 0.5
-    statistics = ref.complete_statistics(k, params)
-    if params.statistics_dtype == "fp8":
-        formats = get_selector(params.selector).formats(8)
-        statistics = decode(encode(statistics, formats), formats).double()
+    statistics = stored_statistics(k, params)
     start = max(0, length - 2 * params.page_size - skipped)  # within a tile, for the most part
     want = ref.spla_sequence(q, k, v, params, start=start, statistics=statistics)[start:]
     got = by_sequence(q, k, v, params, start, chunk=7)

@@ -11,28 +11,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from spla_backend.algorithm import reference as ref
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.selectors import get_selector
 from spla_backend.algorithm.sequence import spla_attention, unselected_blocks
 from spla_backend.algorithm.sketch import FINE_SOURCES
-from spla_backend.algorithm.statistics_format import decode, encode
+
+from .cases import random_qkv, stored_statistics
 
 torch.set_num_threads(1)
 
 BASE = SplaParameters(page_size=16, selection_block=16, budget_blocks=4, fine_block=4)
-
-
-def random_qkv(length: int, heads: int, kv_heads: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """q `[L, H, d]`, scaled, and k, v `[L, G, d]`; float64."""
-    gen = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=gen, dtype=torch.float64)
-
-    return normal(length, heads, d) * 4 / d**0.5, normal(length, kv_heads, d), normal(length, kv_heads, d)
 
 
 def candidates_of(result: ref.TokenResult, g: int, position: int, params: SplaParameters) -> list[int]:
@@ -199,10 +189,7 @@ def test_sequence_is_the_definition(case: tuple[SplaParameters, int, int, int], 
     params, kv_heads, group, length = case
     q, k, v = random_qkv(length, kv_heads * group, kv_heads, 8, seed)
     k = 2 * k + 0.5
-    statistics = ref.complete_statistics(k, params)
-    if params.statistics_dtype == "fp8":
-        formats = get_selector(params.selector).formats(8)
-        statistics = decode(encode(statistics, formats), formats).double()
+    statistics = stored_statistics(k, params)
     whole = [x.transpose(0, 1)[None] for x in (q, k, v)]
     some = min(length, 2 * params.page_size + 3)
     got = spla_attention(whole[0][:, :, -some:], *whole[1:], params, chunk=7)[0].transpose(0, 1)

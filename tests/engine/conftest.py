@@ -18,11 +18,12 @@ import pytest
 
 pytest.importorskip("vllm")
 
+# `ONE_LEVEL`: the options of a test are added to these, and two levels have tests of their own.
+from .fuzz.settings import ONE_LEVEL
+
 VOCABULARY = 1000
 PAGE = 32
 BUDGET = 192  # 6 pages of 32: sparse from 193 tokens on
-# The options of a test are added to these: two levels have tests of their own.
-ONE_LEVEL = {"fine_block_size": 0, "statistics_dtype": "auto"}
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

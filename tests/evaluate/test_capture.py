@@ -40,13 +40,13 @@ GEMMA3 = {
 TOKENS = list(range(3, 103))
 
 
-def save(folder, **changes) -> str:
+def save(folder, std=0.2, **changes) -> str:
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, 0.0, 0.2)
+            torch.nn.init.normal_(parameter, 0.0, std)
     model.save_pretrained(folder)
     return str(folder)
 

@@ -10,29 +10,17 @@ from types import ModuleType
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from spla_backend.algorithm.parameters import SplaParameters  # noqa: E402
 from spla_backend.algorithm.sequence import spla_attention  # noqa: E402
 from spla_backend.evaluate.capture import AttentionInputs  # noqa: E402
 from spla_backend.evaluate.variants import ModelShape  # noqa: E402
 
+from .test_reports import save_with_tokenizer  # noqa: E402
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = {"budget": 256, "fine_block_size": 16, "candidates": 512, "fine_source": "keys"}
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 64,
-    "max_position_embeddings": 1024,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 
 
 @pytest.fixture
@@ -49,23 +37,12 @@ def load(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    torch.manual_seed(0)
-    made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
-    for parameter in made.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, 0.0, 0.4)
-    made.save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(63)} | {"?": 63}, unk_token="?"))
-    tokenizer.pre_tokenizer = Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return str(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "vocab_size": 64}
+    return save_with_tokenizer(
+        folder, std=0.4, max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, **sizes
+    )
 
 
 def test_report(load, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,18 +15,22 @@ from .test_capture import CONFIG, save  # noqa: E402
 TEXT_TOKENS = 600
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
+def save_with_tokenizer(folder, **changes) -> str:
+    """A small model whose tokens are the words `w1`, `w2` and so on."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    folder = tmp_path_factory.mktemp("model")
-    save(folder)
-    vocabulary = {"<unk>": 0} | {f"w{i}": i for i in range(1, CONFIG["vocab_size"])}
+    save(folder, **changes)
+    vocabulary = {"<unk>": 0} | {f"w{i}": i for i in range(1, changes.get("vocab_size", CONFIG["vocab_size"]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     # Splits at punctuation too, as what counts tokens for the tasks.
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_with_tokenizer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
