@@ -72,12 +72,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
         )
     },
     "tile 64, every 2, 2048 of 64": {**ONE, "tile": 64, "tile_step": 2},
+    "tile 32, every 4, x6, 2048 of 16": {**TWO, "tile": 32, "tile_step": 4, "candidates": 12288},
+    "tile 32, every 4, mean, x4, 2048 of 16": {**TWO, "tile": 32, "tile_step": 4, "selector": "mean"},
+    "tile 16, every 4, x4, 2048 of 16": {**TWO, "tile": 16, "tile_step": 4},
     "tile 32, x4, 1024 of 16": {**TWO, "budget": 1024, "candidates": 4096},
     "tile 32, x8, 1024 of 16": {**TWO, "budget": 1024},
     "tile 32, x2, 4096 of 16": {**TWO, "budget": 4096},
     "tile 32, x4, 2048 of 16, chunks of 1000": {**TWO, "chunk": 1000},
     "tile 32, x4, 2048 of 16, chunks of 20": {**TWO, "chunk": 20},
-    "tile 32, x4, 2048 of 16, dense below 8192": {**TWO, "dense_below": 8192},
+    **{
+        f"tile {t}, every {n}, x4, 2048 of 16, dense below 8192": {
+            **TWO,
+            "tile": t,
+            "tile_step": n,
+            "statistics_dtype": "fp8",
+            "dense_below": 8192,
+        }
+        for t, n in ((32, 1), (32, 2), (32, 4), (64, 4))
+    },
 }
 
 
