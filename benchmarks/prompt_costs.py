@@ -11,6 +11,9 @@ a tensor-core tile. Of each tile from the position on where selecting is cheaper
 * residual: the product that takes the selected tokens from the state, and the reading of the state.
 * other: choosing, states, queries and outputs.
 
+Tiles that share their candidates score blocks and candidates together: what these stages read is read once, the rows of
+all of the tiles fill a tensor-core tile, and candidates are chosen once. A tile counts its part of that.
+
 Everything before that position is dense attention as FlashAttention 3 does it. There are two figures. `ms`: of a stage,
 products at the rate that FlashAttention 3 reaches among exponentials, other instructions and copies from the
 second-level cache go on side by side, and the longest counts. `in_turn`: products at the rate they reach alone, and
@@ -96,10 +99,12 @@ def elementwise(elements: np.ndarray, instructions: float, specials: float) -> n
 
 def stages_of(params: SplaParameters, positions: np.ndarray) -> dict[str, Stage]:
     """What one sparse tile of one kv head takes, at each of some last positions."""
+    tiles = params.coarse_tile // params.tile  # that share their candidates
     rows = params.tile * HEADS // KV_HEADS
     multiplied = -(-rows // ROWS) * ROWS
     voters = rows // params.tile_step
-    multiplied_voters = -(-voters // ROWS) * ROWS
+    # A tile's part of what all of them multiply together: of all their rows, and of those that are scored.
+    multiplied_together, multiplied_voters = (-(-tiles * n // ROWS) * ROWS / tiles for n in (rows, voters))
     complete = positions // params.page_size * params.page_size  # tokens of complete pages
     blocks = complete / params.selection_block
     zero = np.zeros(len(positions))
@@ -111,8 +116,8 @@ def stages_of(params: SplaParameters, positions: np.ndarray) -> dict[str, Stage]
     width = get_selector(params.selector).width(HEAD_SIZE)
     row_passes = passes * multiplied_voters
     if has_tail:  # masses are wanted of all rows; those of rows that are scored come with the first pass
-        row_passes = row_passes + np.where(ranks, multiplied - multiplied_voters, multiplied)
-    reads = np.maximum(passes, 1 if has_tail else 0)
+        row_passes = row_passes + np.where(ranks, multiplied_together - multiplied_voters, multiplied_together)
+    reads = np.maximum(passes, 1 if has_tail else 0) / tiles
     instructions = passes * elementwise(
         voters * blocks, SCORE_INSTRUCTIONS[params.selector], SCORE_SPECIALS[params.selector]
     )
@@ -127,9 +132,9 @@ def stages_of(params: SplaParameters, positions: np.ndarray) -> dict[str, Stage]
         rate = TENSOR_FP8 if in_fp8 else TENSOR
         instructions = elementwise(voters * tokens, FINE_INSTRUCTIONS, FINE_SPECIALS)
         if in_fp8:
-            instructions = instructions + elementwise(tokens * HEAD_SIZE, CONVERT_INSTRUCTIONS, 0)
+            instructions = instructions + elementwise(tokens * HEAD_SIZE / tiles, CONVERT_INSTRUCTIONS, 0)
         stages["fine"] = Stage(
-            2 * multiplied_voters * tokens * HEAD_SIZE / rate, instructions, tokens * HEAD_SIZE * ITEM / L2
+            2 * multiplied_voters * tokens * HEAD_SIZE / rate, instructions, tokens * HEAD_SIZE * ITEM / L2 / tiles
         )
     selected = np.minimum(positions + 1, params.budget_tokens)
     stages["attention"] = Stage(
@@ -144,9 +149,9 @@ def stages_of(params: SplaParameters, positions: np.ndarray) -> dict[str, Stage]
             elementwise(rows * selected, RESIDUAL_INSTRUCTIONS, 0),
             zero + 4 * state / L2,
         )
-    levels = 2 if params.fine_block else 1
+    choices = 1 / tiles + (1 if params.fine_block else 0)
     read_and_written = 2 * rows * HEAD_SIZE * ITEM / MEMORY
-    stages["other"] = Stage(zero, zero + levels * SELECT_SECONDS, zero + read_and_written)
+    stages["other"] = Stage(zero, zero + choices * SELECT_SECONDS, zero + read_and_written)
     return stages
 
 

@@ -12,9 +12,9 @@ and document of 8192 tokens: `--contexts`, `--variants` and fewer texts choose. 
 variant; what it holds is not measured again, and its milliseconds are made anew.
 
 A variant is what an engine would be given (`spla_backend/options.py`), and besides: `tile`, tokens that share a
-selection; `tile_step`, every how many-th of them is scored; `fine_dtype`, in what the fine level multiplies;
-`dense_below`, the position from which tokens select; `chunk`, tokens a chunk that the prompt comes in, 0 for all of it.
-Milliseconds take no notice of `chunk`.
+selection; `tile_step`, every how many-th of them is scored; `candidate_tile`, tokens that share their candidates, 0 for
+the tile; `fine_dtype`, in what the fine level multiplies; `dense_below`, the position from which tokens select;
+`chunk`, tokens a chunk that the prompt comes in, 0 for all of it. Milliseconds take no notice of `chunk`.
 """
 
 import itertools
@@ -35,9 +35,9 @@ from spla_backend.evaluate.fidelity import attention
 from spla_backend.evaluate.variants import ModelShape, Variant, layers_of
 from spla_backend.options import SplaOptions
 
-PROMPT = {"tile": 1, "tile_step": 1, "fine_dtype": "auto", "dense_below": 0, "chunk": 0}
+PROMPT = {"tile": 1, "tile_step": 1, "candidate_tile": 0, "fine_dtype": "auto", "dense_below": 0, "chunk": 0}
 """What a variant has besides options, and its defaults."""
-PARAMETERS = ("tile", "tile_step", "fine_dtype")
+PARAMETERS = ("tile", "tile_step", "candidate_tile", "fine_dtype")
 """Of these, what the algorithm's parameters hold."""
 ONE = {"tile": 32, "budget": 2048, "fine_block_size": 0, "statistics_dtype": "auto"}
 TWO = {**ONE, "fine_block_size": 16, "candidates": 8192, "fine_source": "keys"}
@@ -90,6 +90,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
         for t, n in ((32, 1), (32, 2), (32, 4), (64, 4))
     },
+    **{
+        f"tile 32, every {n}, candidates of 64, x{c}, 2048 of 16, dense below 8192": {
+            **TWO,
+            "tile_step": n,
+            "candidate_tile": 64,
+            "candidates": 2048 * c,
+            "statistics_dtype": "fp8",
+            "dense_below": 8192,
+        }
+        for n, c in ((2, 4), (4, 4), (4, 6))
+    },
 }
 
 
@@ -114,7 +125,7 @@ class Prompt:
             return None
         params, length = self.layers[inputs.layer], inputs.q.shape[1]
         # Tiles within what is attended to whole are dense anyway.
-        dense = max(self.dense_below, params.whole_tokens) // params.tile * params.tile
+        dense = max(self.dense_below, params.whole_tokens) // params.coarse_tile * params.coarse_tile
         if dense >= length:
             return None
         chunk = self.chunk or length
@@ -144,17 +155,18 @@ def costs(variant: dict[str, Any]) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for people."""
+    longest = max((len(row["variant"]) for row in rows), default=0)
     lines = [
-        f"{'model':14} {'context':>7} {'variant':42} {'128K':>6} {'in turn':>7} {'32K':>6} {'in turn':>7} {'from':>6} "
-        f"{'loss':>8} {'+-':>7}  by document"
+        f"{'model':14} {'context':>7} {'variant':{longest}} {'128K':>6} {'in turn':>7} {'32K':>6} {'in turn':>7} "
+        f"{'from':>6} {'loss':>8} {'+-':>7}  by document"
     ]
     for row in rows:
         fields = ("ms_128k", "in_turn_ms_128k", "ms_32k", "in_turn_ms_32k", "selects_from")
         ms = " ".join(f"{row.get(field, ''):>{width}}" for field, width in zip(fields, (6, 7, 6, 7, 6), strict=True))
         documents = "  ".join(f"{name} {loss:+.4f}" for name, loss in row["documents"].items())
         lines.append(
-            f"{row['model']:14} {row['context']:7} {row['variant']:42} {ms} {row['loss']:+8.4f} {row['error']:7.4f}  "
-            f"{documents}"
+            f"{row['model']:14} {row['context']:7} {row['variant']:{longest}} {ms} {row['loss']:+8.4f} "
+            f"{row['error']:7.4f}  {documents}"
         )
     return "\n".join(lines)
 

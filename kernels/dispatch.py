@@ -91,10 +91,11 @@ def make(
     Raises:
         ValueError: There is none for this device, or not for these parameters.
     """
-    if (params.tile, params.fine_dtype) != (1, "auto"):
+    if (params.tile, params.coarse_tile, params.fine_dtype) != (1, 1, "auto"):
         raise ValueError(
-            f"no kernel lets tiles of {params.tile} prompt tokens share a selection, or rounds what ranks fine blocks "
-            f"to {params.fine_dtype}: set tile to 1 and fine_dtype to 'auto'"
+            f"no kernel lets tiles of {params.tile} prompt tokens share a selection or {params.coarse_tile} their "
+            f"candidates, or rounds what ranks fine blocks to {params.fine_dtype}: set tile to 1, candidate_tile to 0 "
+            "and fine_dtype to 'auto'"
         )
     if device.type == "cpu":
         check_cpu(executor)

@@ -32,6 +32,8 @@ class SplaParameters:
         tile: Neighbouring tokens that share a selection (`spla_backend.algorithm.tiles`), divides `page_size`; 1 in
             decode. No engine sets it.
         tile_step: Every how many-th token of a tile is scored to select, divides `tile`. No engine sets it.
+        candidate_tile: Neighbouring tokens that share their candidates, in two levels: a multiple of `tile`, divides
+            `page_size`; 0 stands for `tile`. No engine sets it.
         top_p: Stop selecting once this share of the estimated mass is covered; None keeps the whole budget.
         residual: `regression`, `linear` (the paper's) or `none`.
         feature_map: Name of a feature map, used by the `linear` residual.
@@ -53,6 +55,7 @@ class SplaParameters:
     fine_dtype: str = "auto"
     tile: int = 1
     tile_step: int = 1
+    candidate_tile: int = 0
     top_p: float | None = None
     residual: str = "regression"
     feature_map: str = "softmax"
@@ -68,6 +71,11 @@ class SplaParameters:
     def candidate_blocks(self) -> int:
         """Candidates of the fine level, in selection blocks; 0 with one level."""
         return max(self.least_candidates, 2 * self.budget_blocks) if self.fine_block else 0
+
+    @property
+    def coarse_tile(self) -> int:
+        """Neighbouring tokens that share what statistics choose: candidates, or with one level the selection."""
+        return self.candidate_tile or self.tile
 
     @property
     def whole_blocks(self) -> int:

@@ -321,6 +321,14 @@ def voters_of(position: int, computed: range, params: SplaParameters) -> list[in
     return [p for p in tile if (p + 1) % params.tile_step == 0] or tile[-1:]
 
 
+def candidate_voters_of(position: int, computed: range, params: SplaParameters) -> list[int]:
+    """Positions whose scores choose the candidates of a token, in two levels: those that choose for the tiles of all
+    tokens that share its candidates and are computed together."""
+    first = position // params.coarse_tile * params.coarse_tile
+    there = [p for p in range(first, first + params.coarse_tile) if p in computed]
+    return sorted({voter for p in there for voter in voters_of(p, computed, params)})
+
+
 def forced_blocks(position: int, params: SplaParameters) -> list[int]:
     """Sorted ids of the blocks that the tile of the token at `position` always selects: sink, trailing blocks of its
     first token and what follows, current page. What begins behind a token it does not see."""
@@ -395,10 +403,11 @@ def select_fine_blocks(
 ) -> tuple[list[int], dict[int, Tensor]]:
     """Fine blocks that a group attends to exactly, for the last token of a sequence or its tile, in two levels.
 
-    The candidates are the selection blocks that one level with a budget of `candidate_blocks` selects. Among their
-    fine blocks those of the selection blocks that one level forces are forced, the others ranked by their mass, which
-    the heads share as in `share_in_group`, over the fine blocks of the candidates in complete pages. The mass is that
-    of the keys themselves, or of what a sketch says they are, of keys and queries rounded to `fine_dtype`.
+    The candidates are the selection blocks that one level with a budget of `candidate_blocks` and tiles of
+    `coarse_tile` tokens selects. Among their fine blocks those of the selection blocks that one level forces for the
+    tile are forced, the others ranked by their mass, which the heads share as in `share_in_group`, over the fine blocks
+    of the candidates in complete pages. The mass is that of the keys themselves, or of what a sketch says they are, of
+    keys and queries rounded to `fine_dtype`.
 
     Args:
         q: Queries of the group's heads, of each token that selects `[tokens, group, d]` float64.
@@ -417,7 +426,7 @@ def select_fine_blocks(
     if params.whole_blocks * per_block >= num_fine:
         return list(range(num_fine)), {}
 
-    coarse = replace(params, budget_blocks=params.candidate_blocks, top_p=None)
+    coarse = replace(params, budget_blocks=params.candidate_blocks, top_p=None, tile=params.coarse_tile)
     candidates: list[int] = []  # fine blocks
     keys: list[Tensor] = []  # of each as they are read [f, d]
     for block in select_blocks(group_scores, position, coarse):
@@ -577,6 +586,7 @@ def spla_token(
     params: SplaParameters,
     *,
     tile_queries: Tensor | None = None,
+    candidate_queries: Tensor | None = None,
     statistics: Tensor | None = None,
     gain: Tensor | None = None,
     norm_weights: tuple[Tensor, Tensor] | None = None,
@@ -591,6 +601,8 @@ def spla_token(
         params: Parameters.
         tile_queries: Queries by which the token's tile selects `[tokens, H, d]` float64, from `voters_of`. None for its
             own alone.
+        candidate_queries: Queries by which the candidates are chosen `[tokens, H, d]` float64, from
+            `candidate_voters_of`. None for `tile_queries`.
         statistics: Statistics of the blocks of complete pages `[num_complete_blocks, G, width]` float64, to be used
             instead of those computed from `k`: a cache may hold them in a narrower dtype.
         gain: Factor on the mass of the tail, not negative, `[H]`; 1 if None. Used by `shared_normalizer`.
@@ -604,7 +616,8 @@ def spla_token(
         ValueError: Shapes, dtypes or parameters that do not fit together, or a tail mass asked of `quest`.
     """
     tile_queries = q[None] if tile_queries is None else tile_queries
-    _check(q, tile_queries, k, v, params, statistics, gain, norm_weights, sinks)
+    candidate_queries = tile_queries if candidate_queries is None else candidate_queries
+    _check(q, tile_queries, candidate_queries, k, v, params, statistics, gain, norm_weights, sinks)
     num_heads = len(q)
     length, num_kv_heads, _ = k.shape
     group = num_heads // num_kv_heads
@@ -626,10 +639,11 @@ def spla_token(
     for g in range(num_kv_heads):
         heads = range(g * group, (g + 1) * group)
         of_group = tile_queries[:, heads.start : heads.stop]  # [tokens, group, d]
+        of_candidates = candidate_queries[:, heads.start : heads.stop]  # [other tokens, group, d]
         sinks_of_group = None if sinks is None else sinks[heads.start : heads.stop]
         of_scores = sinks_of_group if get_selector(params.selector).has_mass else None
         shared = []
-        for q_t in of_group:
+        for q_t in of_candidates:
             scores = torch.tensor(
                 [[selection_score(params.selector, x, statistics[i, g], b) for i in range(num_complete)] for x in q_t],
                 dtype=q.dtype,
@@ -723,6 +737,7 @@ def spla_sequence(
             v[: position + 1],
             params,
             tile_queries=q[voters_of(position, range(start, len(q)), params)],
+            candidate_queries=q[candidate_voters_of(position, range(start, len(q)), params)],
             statistics=statistics[:num_complete],
             gain=gain,
             norm_weights=norm_weights,
@@ -750,6 +765,7 @@ def complete_statistics(k: Tensor, params: SplaParameters) -> Tensor:
 def _check(
     q: Tensor,
     tile_queries: Tensor,
+    candidate_queries: Tensor,
     k: Tensor,
     v: Tensor,
     params: SplaParameters,
@@ -772,6 +788,10 @@ def _check(
     check_tile(params)
     if not 0 < len(tile_queries) <= params.tile or tile_queries.shape[1:] != q.shape:
         raise ValueError(f"tile_queries [1 to {params.tile}, H, d] expected, got {list(tile_queries.shape)}")
+    if not 0 < len(candidate_queries) <= params.coarse_tile or candidate_queries.shape[1:] != q.shape:
+        raise ValueError(
+            f"candidate_queries [1 to {params.coarse_tile}, H, d] expected, got {list(candidate_queries.shape)}"
+        )
     if params.fine_source not in FINE_SOURCES:
         raise ValueError(f"unknown fine_source {params.fine_source!r}, expected one of {', '.join(FINE_SOURCES)}")
     if params.has_sketch and not get_selector(params.selector).mean_first:

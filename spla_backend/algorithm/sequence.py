@@ -59,7 +59,7 @@ def spla_attention(
         q: Queries, multiplied by the softmax scale, `[batch, H, L, d]`, of one dtype with what follows. What is in 16
             bits is computed in float32; only where FlexAttention attends, on a GPU if L = T and tokens select alone,
             its weights and the exact part are rounded to 16 bits, as in the engine's kernels. Tokens of the first tile
-            that are not among them take no part in its selection.
+            that are not among them take no part in its selection; likewise of the first that shares candidates.
         k: Keys `[batch, G, T, d]`, T >= L.
         v: Values, as `k`.
         params: What to compute.
@@ -125,6 +125,7 @@ def spla_attention(
     if q.is_cuda and given[0].element_size() == 2 and length == total and tile == 1:
         # Two levels look at the keys of whatever may be a candidate: the logits of some queries at a time.
         step = total if not params.fine_block else max(1, _chunk_elements(q.device) // (batch * num_heads * total))
+        step = -(-step // params.coarse_tile) * params.coarse_tile
         with torch.no_grad():
             parts = [
                 choose(part, fine_keys, statistics, positions)
@@ -150,13 +151,14 @@ def spla_attention(
         else:
             width = max(num_blocks, d)
         chunk = max(params.selection_block, _chunk_elements(q.device) // (batch * num_heads * width))
-    chunk = -(-chunk // tile) * tile
+    whole_tiles = params.coarse_tile  # what queries at a time are cut at
+    chunk = -(-chunk // whole_tiles) * whole_tiles
     outputs = []
     end = 0
     while end < length:
         start = end
         first = total - length + start  # position
-        seen = min((first + chunk) // tile * tile, total)  # what the last of the chunk sees; chunks end between tiles
+        seen = min((first + chunk) // whole_tiles * whole_tiles, total)  # what the last of the chunk sees
         end = seen - (total - length)
         positions = torch.arange(first, seen, device=q.device)
         blocks = statistics[:, : seen // params.selection_block]  # [rows, num_blocks, width]
@@ -209,29 +211,36 @@ def unselected_blocks(
         """`[rows, group * queries, blocks]` as `[queries, rows, 1, group, blocks]`."""
         return scores.unflatten(1, (group, -1)).permute(2, 0, 1, 3)[:, :, None]
 
+    def complete_blocks(tiles: Tiles) -> Tensor:
+        """Whether a block is of a complete page `[tiles, num_blocks]`."""
+        num_complete = tiles.ends[:, None] // params.page_size * params.blocks_per_page
+        return torch.arange(num_blocks, device=q.device) < num_complete
+
     tiles = Tiles(positions, params)
-    ends = tiles.ends[:, None]  # [tiles, 1]; of tiles of one token, the token
-    num_complete = ends // params.page_size * params.blocks_per_page
-    complete = torch.arange(num_blocks, device=q.device) < num_complete  # [tiles, num_blocks]
+    complete = complete_blocks(tiles)
     if params.tile > 1 and int(tiles.ends[-1]) < params.whole_tokens:
         return torch.zeros(q.shape[0], *complete.shape, dtype=torch.bool, device=q.device).repeat_interleave(
             params.selection_block // params.attended_block, -1
         )
     coarse = coarse_parameters(params) if params.fine_block else params
+    # The tiles that share what statistics choose: the candidates, or what one level selects.
+    coarse_tiles = tiles if coarse.tile == params.tile else Tiles(positions, coarse, tiles.voters)
+    coarse_complete = complete_blocks(coarse_tiles)
     if params.tile_step > 1:
         q = q[:, :, tiles.voters]
     flat = q.flatten(1, 2)  # [rows, group * queries, d]
     scores = by_query(get_selector(params.selector).score(flat, statistics, params.selection_block))
-    forced, num_free, _ = forced_blocks(ends, complete, coarse)  # [tiles, 1, num_blocks]
+    forced, num_free, _ = forced_blocks(coarse_tiles.ends[:, None], coarse_complete, coarse)
     of_heads = None if sinks is None else sinks[:, None, :, 0]  # as the scores, without blocks
     of_scores = of_heads if get_selector(params.selector).has_mass else None
-    grouped = tiles.share(group_scores(scores, tiles.by_voter(complete), of_scores))  # [tiles, rows, 1, num_blocks]
-    chosen = select_blocks(grouped, forced, num_free, coarse.top_p)
+    grouped = group_scores(scores, coarse_tiles.by_voter(coarse_complete), of_scores)  # [voters, rows, 1, num_blocks]
+    chosen = select_blocks(coarse_tiles.share(grouped), forced, num_free, coarse.top_p)
+    chosen = coarse_tiles.by_tile(chosen, tiles)  # [tiles, rows, 1, num_blocks]
     if params.fine_block:
         # Tokens vary slowest: on a CPU sums over the tokens of a block take half of the time.
         logits = (k[:, : num_blocks * params.selection_block] @ round_queries(flat, params).mT).mT
         scores = by_query(fine_scores(logits, params.fine_block))  # logits are [rows, group * queries, tokens]
-        forced, num_free = forced_fine_blocks(ends, complete, params)
+        forced, num_free = forced_fine_blocks(tiles.ends[:, None], complete, params)
         chosen = select_fine_blocks(scores, chosen, forced, num_free, params.top_p, of_heads, tiles)
         complete = complete.repeat_interleave(params.selection_block // params.fine_block, -1)
     return (complete[:, None] & ~chosen[:, :, 0]).transpose(0, 1)

@@ -21,9 +21,15 @@ page, so that all tokens of a tile have the same current page and the same compl
 
 A chunk that ends within a tile leaves the tile in two pieces, each of which selects by its own tokens' scores, by its
 last token's where it has none of every n-th; forced blocks and numbers are those of the tile. A chunk that ends between
-tiles changes nothing.
+tiles changes nothing, where candidates are not shared by several tiles (below).
 
-With a tile of one token this is selection by token.
+In two levels several tiles may share their candidates: those of a `candidate_tile`, which is a number of tokens that
+divides the page, too. It chooses candidates as a tile of its size would, by all tokens that are scored for its tiles.
+Then each of its tiles selects fine blocks among these by the scores of its own tokens, and whether all is attended to
+is reckoned at the tile's last position. A chunk that ends within a candidate tile leaves it in two pieces, each of
+which chooses candidates by its own tokens; one that ends between candidate tiles changes nothing.
+
+With a tile and a candidate tile of one token this is selection by token.
 """
 
 import torch
@@ -36,7 +42,7 @@ from .residual import Reading, Residual
 
 def check_tile(params: SplaParameters) -> None:
     """Raises:
-    ValueError: A tile that does not fit page and selection block, or a step that does not fit the tile.
+    ValueError: A tile that does not fit page and selection block, or a step or candidate tile that does not fit it.
     """
     tile, block = params.tile, params.selection_block
     if params.page_size % tile or max(tile, block) % min(tile, block):
@@ -46,6 +52,13 @@ def check_tile(params: SplaParameters) -> None:
         )
     if tile % params.tile_step:
         raise ValueError(f"tile_step {params.tile_step} must divide tile {tile}")
+    shared = params.candidate_tile
+    if shared and not params.fine_block:
+        raise ValueError(f"candidate_tile {shared} must be 0 where there is one level: it has no candidates")
+    if shared and (shared % tile or params.page_size % shared):
+        raise ValueError(
+            f"candidate_tile {shared} must be a multiple of tile {tile} and divide page_size {params.page_size}"
+        )
 
 
 def tile_ends(positions: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,13 +75,14 @@ class Tiles:
     Args:
         positions: `[tokens]` int64, consecutive; the first and the last tile may be there in part.
         params: How many tokens a tile has, and how many of these its scores are of.
+        voters: Indices of the tokens whose scores count, where smaller tiles in these say so; None goes by `params`.
 
     Attributes:
         ends: Last position of each tile `[tiles]` int64, though its token be missing.
         voters: Indices of the tokens whose scores count `[voters]` int64, ascending.
     """
 
-    def __init__(self, positions: torch.Tensor, params: SplaParameters) -> None:
+    def __init__(self, positions: torch.Tensor, params: SplaParameters, voters: torch.Tensor | None = None) -> None:
         tile, device = params.tile, positions.device
         self.tile = tile
         if tile == 1:  # as they are, consecutive or not
@@ -80,10 +94,12 @@ class Tiles:
         self.ends = torch.arange(first + 1, stop + 1, device=device) * tile - 1
         self._around = (start - first * tile, stop * tile - end)
         self._of_token = positions // tile - first  # [tokens]
-        votes = (positions + 1) % params.tile_step == 0
-        last = self.ends.clamp(max=end - 1) - start  # [tiles]
-        votes[last] |= ~self.cut(votes, 0).any(1)
-        self.voters = votes.nonzero()[:, 0]
+        if voters is None:
+            votes = (positions + 1) % params.tile_step == 0
+            last = self.ends.clamp(max=end - 1) - start  # [tiles]
+            votes[last] |= ~self.cut(votes, 0).any(1)
+            voters = votes.nonzero()[:, 0]
+        self.voters = voters
         self._of_voter = self._of_token[self.voters]
 
     def cut(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -114,6 +130,10 @@ class Tiles:
     def by_token(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """`[..., tiles, ...]` as `[..., tokens, ...]`."""
         return x if self.tile == 1 else x.index_select(dim, self._of_token)
+
+    def by_tile(self, x: torch.Tensor, tiles: "Tiles") -> torch.Tensor:
+        """What each of these has `[len(self.ends), ...]` for each of the smaller `tiles` in them `[tiles, ...]`."""
+        return x if tiles is self else x[tiles.ends // self.tile - self.ends[0] // self.tile]
 
     def by_voter(self, x: torch.Tensor) -> torch.Tensor:
         """`[tiles, ...]` as `[voters, ...]`."""

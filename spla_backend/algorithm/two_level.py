@@ -17,8 +17,15 @@ FINE_DTYPES = ("auto", "bf16", "fp8")
 
 
 def coarse_parameters(params: SplaParameters) -> SplaParameters:
-    """Selection in one level whose selected blocks are the candidates."""
-    return replace(params, fine_block=0, budget_blocks=params.candidate_blocks, top_p=None)
+    """Selection in one level whose selected blocks are the candidates, and whose tiles those that share them."""
+    return replace(
+        params,
+        fine_block=0,
+        budget_blocks=params.candidate_blocks,
+        top_p=None,
+        tile=params.coarse_tile,
+        candidate_tile=0,
+    )
 
 
 def forced_fine_blocks(

@@ -128,7 +128,7 @@ class HeadGroup:
             ValueError: Tokens share their selection, or the fine level rounds what it multiplies.
         """
         params = point.params
-        if params.tile > 1 or params.fine_dtype != "auto":
+        if params.coarse_tile > 1 or params.fine_dtype != "auto":
             raise ValueError("fidelity is measured of tokens that select alone, by keys as they are: use tile 1")
         complete = self._complete(params)
         coarse = coarse_parameters(params) if params.fine_block else params

@@ -195,6 +195,7 @@ def without_residual(params: SplaParameters) -> SplaParameters:
         fine_dtype=params.fine_dtype,
         tile=params.tile,
         tile_step=params.tile_step,
+        candidate_tile=params.candidate_tile,
         top_p=params.top_p,
         residual="none",
     )

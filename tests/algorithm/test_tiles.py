@@ -25,6 +25,19 @@ from .cases import random_qkv, stored_statistics
 torch.set_num_threads(1)
 
 BASE = SplaParameters(page_size=16, selection_block=16, budget_blocks=4, fine_block=4, least_candidates=8, tile=8)
+SHARED = SplaParameters(
+    page_size=32,
+    selection_block=8,
+    budget_blocks=6,
+    last_blocks=3,
+    selector="mean",
+    fine_block=4,
+    tile=8,
+    tile_step=4,
+    candidate_tile=16,
+    residual="none",
+)
+"""Tiles that share their candidates, which are 12 blocks."""
 
 
 def by_sequence(q: Tensor, k: Tensor, v: Tensor, params: SplaParameters, start: int = 0, **kwargs: object) -> Tensor:
@@ -183,11 +196,127 @@ def test_rest_and_state_are_the_tiles() -> None:
     assert len(set(tails)) == 1
 
 
+def test_shared_candidates_by_brute_force() -> None:
+    """Sums of exponentials in numpy: candidates by the tokens of both tiles that are scored, fine blocks by the tile's.
+    Of the tiles 224 to 231 and 232 to 239, tokens are there up to 238."""
+    q, k, v = random_qkv(239, 4, 2, 8)
+    means = k[:224].unflatten(0, (28, 8)).mean(1).numpy()  # [28, 2, 8]
+    outputs = ref.spla_sequence(q, k, v, SHARED, start=224)
+    for position, voters, forced in (
+        (226, [227, 231], {0, 1, *range(52, 58)}),  # the blocks 26 and 27, and the current page up to 231
+        (231, [227, 231], {0, 1, *range(52, 58)}),
+        (238, [235], {0, 1, *range(54, 60)}),  # the block 27, and the current page up to 239
+    ):
+        assert ref.voters_of(position, range(224, 239), SHARED) == voters
+        assert ref.candidate_voters_of(position, range(224, 239), SHARED) == [227, 231, 235]
+        kwargs = {"tile_queries": q[voters], "candidate_queries": q[[227, 231, 235]]}
+        got = ref.spla_token(q[position], k[: position + 1], v[: position + 1], SHARED, **kwargs)
+        for g in (0, 1):
+            of_group = q[:, 2 * g : 2 * g + 2]
+            mass = np.exp(means[:, g] @ of_group[[227, 231, 235]].flatten(0, 1).numpy().T)  # [28, tokens * heads]
+            score = (mass / mass.sum(0)).sum(1)
+            # 0, 26 and 27 are forced, as the first token of both tiles has it, and 28 and 29 are in the current page.
+            candidates = [0, 26, 27, *sorted(range(1, 26), key=lambda i: -score[i])[: 12 - 5]]
+            fine = [f for i in candidates for f in (2 * i, 2 * i + 1)]
+            keys = k[:, g].numpy()
+            queries = of_group[voters].flatten(0, 1).numpy()
+            mass = np.array([np.exp(keys[4 * f : 4 * f + 4] @ queries.T).sum(0) for f in fine])
+            score = (mass / mass.sum(0)).sum(1)
+            free = sorted((f for f in fine if f not in forced), key=lambda f: -score[fine.index(f)])
+            assert got.selected[g] == sorted(forced | set(free[: 12 - len(forced)]))
+        assert torch.equal(got.output, outputs[position])
+    torch.testing.assert_close(by_sequence(q, k, v, SHARED, 224), outputs[224:], rtol=1e-9, atol=1e-10)
+
+
+def test_what_is_no_shared_candidate_does_not_count() -> None:
+    """Nor do, for the definition, values that a tile did not select."""
+    q, k, v = random_qkv(240, 2, 1, 8, seed=3)
+    statistics = ref.complete_statistics(k, SHARED)  # [28, 1, 8]
+    candidates: set[int] = set()
+    for first in (224, 232):
+        of_tile = {"tile_queries": q[[first + 3, first + 7]], "candidate_queries": q[227:240:4]}
+        for position in (first, first + 7):
+            seen = slice(position + 1)
+            want = ref.spla_token(q[position], k[seen], v[seen], SHARED, **of_tile)
+            candidates = {f // 2 for f in want.fine_scores[0]}
+            assert len(candidates) == 10
+            k_poisoned, v_poisoned = torch.full_like(k, math.nan), torch.full_like(v, math.nan)
+            tokens = ref.tokens_of([*candidates, 28, 29], position + 1, 8)
+            k_poisoned[tokens] = k[tokens]
+            tokens = ref.tokens_of(want.selected[0], position + 1, 4)
+            v_poisoned[tokens] = v[tokens]
+            poisoned = (k_poisoned[seen], v_poisoned[seen])
+            got = ref.spla_token(q[position], *poisoned, SHARED, statistics=statistics, **of_tile)
+            assert got.selected == want.selected and torch.equal(got.output, want.output)
+
+    queries, keys = q[224:].transpose(0, 1)[None], k.transpose(0, 1)  # [1, group, 16, 8], [1, 240, 8]
+    blocks, positions = statistics.transpose(0, 1), torch.arange(224, 240)
+    want_rest = sequence.unselected_blocks(queries, keys, blocks, positions, SHARED)  # [1, 2, 56]
+    poisoned_keys = keys.clone()
+    poisoned_keys[:, ref.tokens_of([i for i in range(28) if i not in candidates], 240, 8)] = math.nan
+    assert torch.equal(sequence.unselected_blocks(queries, poisoned_keys, blocks, positions, SHARED), want_rest)
+    poisoned_keys[:, 26 * 8] = math.nan  # forced for both, of which the second tile need not select it
+    assert not torch.equal(sequence.unselected_blocks(queries, poisoned_keys, blocks, positions, SHARED), want_rest)
+
+
+@pytest.mark.parametrize("change", [{}, {"tile_step": 1}, {"tile": 1, "tile_step": 1}])
+def test_candidates_of_one_tile_are_the_tiles(change: dict) -> None:
+    """Bit for bit, and those of more are others."""
+    q, k, v = random_qkv(250, 2, 1, 8)
+    params = replace(SHARED, residual="regression", candidate_tile=0, **change)
+    of_tile, of_more = (replace(params, candidate_tile=t) for t in (params.tile, 16))
+    assert torch.equal(by_sequence(q, k, v, of_tile), by_sequence(q, k, v, params))
+    want, got, other = (ref.spla_sequence(q, k, v, p, start=230)[230:] for p in (params, of_tile, of_more))
+    assert torch.equal(got, want)
+    torch.testing.assert_close(by_sequence(q, k, v, of_more, 230), other, rtol=1e-9, atol=1e-10)
+    assert (other - want).abs().max() > 1e-3
+
+
+def test_chunks_of_shared_candidates() -> None:
+    """Cuts between candidate tiles change nothing, others that candidate tile alone, between tiles and within."""
+    q, k, v = random_qkv(240, 2, 1, 8, seed=1)
+
+    def in_chunks(*cuts: int) -> Tensor:
+        """From position 192 on."""
+        parts = []
+        for start, end in zip([192, *cuts], [*cuts, 240], strict=True):
+            want = ref.spla_sequence(q[:end], k[:end], v[:end], SHARED, start=start)[start:]
+            got = by_sequence(q[:end], k[:end], v[:end], SHARED, start)
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+            parts.append(want)
+        return torch.cat(parts)
+
+    want = in_chunks()
+    assert torch.equal(in_chunks(208, 224), want)
+    for chunk in (1, 8, 20, 64):
+        got = by_sequence(q, k, v, SHARED, 192, chunk=chunk)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(by_sequence(q, k, v, SHARED, 203, chunk=chunk)[5:], want[16:], rtol=1e-9, atol=1e-10)
+    for cut in (216, 229):
+        again = in_chunks(cut)
+        inside = slice(cut // 16 * 16 - 192, cut // 16 * 16 - 176)
+        assert (again[inside] - want[inside]).abs().max() > 1e-3
+        again[inside] = want[inside]
+        assert torch.equal(again, want)
+
+
+def test_a_dense_tile_may_share_candidates_with_others() -> None:
+    """The candidate tile 64 to 95 has fewer candidates than blocks; the tiles up to 79 are within two budgets."""
+    q, k, v = random_qkv(96, 2, 1, 8)
+    params = replace(SHARED, budget_blocks=5, last_blocks=2, candidate_tile=32)
+    assert params.whole_tokens == 80 and params.candidate_blocks == 10
+    want = ref.spla_sequence(q, k, v, params, start=64)[64:]
+    torch.testing.assert_close(by_sequence(q, k, v, params, 64), want, rtol=1e-9, atol=1e-10)
+    dense = by_sequence(q, k, v, replace(params, budget_blocks=12), 64)
+    torch.testing.assert_close(want[:16], dense[:16], rtol=1e-9, atol=1e-10)
+    assert ((want[16:] - dense[16:]).abs().amax((1, 2)) > 1e-6).all()
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[SplaParameters, int, int, int]:
     """Parameters, kv heads, heads a kv head, and a length about some edge."""
     block = draw(st.sampled_from([2, 4, 8]), label="block")
-    page = block * draw(st.sampled_from([1, 2]), label="per page")
+    page = block * draw(st.sampled_from([1, 2] if block == 8 else [1, 2, 4]), label="per page")
     tile = draw(st.sampled_from([t for t in (1, 2, 4, 8, 16) if t <= page]), label="tile")
     fine = draw(st.sampled_from([0, *(f for f in (1, 2, 4) if f <= block)]), label="fine")
     selector = draw(st.sampled_from(ref.SELECTORS))
@@ -205,6 +334,7 @@ def cases(draw: st.DrawFn) -> tuple[SplaParameters, int, int, int]:
         fine_dtype=draw(st.sampled_from(FINE_DTYPES if fine else ["auto"])),
         tile=tile,
         tile_step=draw(st.sampled_from([n for n in (1, 2, 4) if n <= tile])),
+        candidate_tile=draw(st.sampled_from([0, *(tile * n for n in (1, 2, 4) if tile * n <= page)] if fine else [0])),
         statistics_dtype=draw(st.sampled_from(["auto", "fp8"])),
         top_p=draw(st.sampled_from([None, None, 0.3, 0.8])),
         residual=draw(st.sampled_from(residuals)),
@@ -220,15 +350,18 @@ def cases(draw: st.DrawFn) -> tuple[SplaParameters, int, int, int]:
 
 
 @settings(max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-@given(case=cases(), seed=st.integers(0, 1000), skipped=st.integers(0, 5))
-def test_sequence_is_the_definition(case: tuple[SplaParameters, int, int, int], seed: int, skipped: int) -> None:
+@given(case=cases(), seed=st.integers(0, 1000), skipped=st.integers(0, 5), has_sinks=st.booleans())
+def test_sequence_is_the_definition(
+    case: tuple[SplaParameters, int, int, int], seed: int, skipped: int, has_sinks: bool
+) -> None:
     params, kv_heads, group, length = case
     q, k, v = random_qkv(length, kv_heads * group, kv_heads, 8, seed)
     k = 2 * k + 0.5
     statistics = stored_statistics(k, params)
     start = max(0, length - 2 * params.page_size - skipped)  # within a tile, for the most part
-    want = ref.spla_sequence(q, k, v, params, start=start, statistics=statistics)[start:]
-    got = by_sequence(q, k, v, params, start, chunk=7)
+    sinks = q[0, :, 0] if has_sinks and params.combine == "shared_normalizer" else None
+    want = ref.spla_sequence(q, k, v, params, start=start, statistics=statistics, sinks=sinks)[start:]
+    got = by_sequence(q, k, v, params, start, chunk=7, sinks=sinks)
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
 
 
@@ -261,6 +394,9 @@ def test_tiles_cut_and_join() -> None:
     some = Tiles(torch.arange(13, 30), replace(BASE, tile=8, tile_step=4))
     assert (some.voters + 13).tolist() == [15, 19, 23, 27]
     torch.testing.assert_close(some.share(scores[some.voters])[1], scores[[6, 10]].exp().mean(0).log())
+    pair = Tiles(torch.arange(13, 30), replace(BASE, tile=16), some.voters)
+    assert pair.ends.tolist() == [15, 31] and pair.by_tile(pair.ends, some).tolist() == [15, 31, 31]
+    torch.testing.assert_close(pair.share(scores[some.voters])[1], scores[[6, 10, 14]].exp().mean(0).log())
     piece = Tiles(torch.arange(12, 18), replace(BASE, tile=8, tile_step=8))
     assert (piece.voters + 12).tolist() == [15, 17]  # of 16 and 17 none is an eighth
 
@@ -286,7 +422,7 @@ def test_rounding_of_products() -> None:
         assert torch.equal(round_queries(q, in_fp8), ref.rounded_queries(q, "fp8"))
 
 
-@pytest.mark.parametrize("change", [{"tile": 16}, {"fine_dtype": "bf16"}])
+@pytest.mark.parametrize("change", [{"tile": 16}, {"candidate_tile": 16}, {"fine_dtype": "bf16"}])
 def test_no_engine_computes_it_as_something_else(change: dict) -> None:
     params = SplaParameters(page_size=16, selection_block=16, budget_blocks=6, fine_block=8, **change)
     layer, limits = (
@@ -306,8 +442,17 @@ def test_what_does_not_fit_is_refused() -> None:
             by_sequence(q, k, v, params)
     with pytest.raises(ValueError, match="tile_step 3 must divide tile 8"):
         by_sequence(q, k, v, replace(BASE, tile_step=3))
+    for shared in (12, 24, 32):
+        with pytest.raises(
+            ValueError, match=f"candidate_tile {shared} must be a multiple of tile 8 and divide page_size"
+        ):
+            by_sequence(q, k, v, replace(BASE, candidate_tile=shared))
+    with pytest.raises(ValueError, match="candidate_tile 16 must be 0 where there is one level"):
+        ref.spla_token(q[-1], k, v, replace(BASE, fine_block=0, candidate_tile=16))
     with pytest.raises(ValueError, match=r"tile_queries \[1 to 8, H, d\] expected"):
         ref.spla_token(q[-1], k, v, BASE, tile_queries=q[-9:])
+    with pytest.raises(ValueError, match=r"candidate_queries \[1 to 8, H, d\] expected"):
+        ref.spla_token(q[-1], k, v, BASE, candidate_queries=q[-9:])
     with pytest.raises(ValueError, match="no gradients"):
         by_sequence(q.requires_grad_(), k, v, BASE)
     q = q.detach()

@@ -53,6 +53,7 @@ def test_report(load, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "tile 32": {**SMALL, "tile": 32},
         "tile 32, fp8": {**SMALL, "tile": 32, "fine_dtype": "fp8"},
         "tile 32, chunks of 20": {**SMALL, "tile": 32, "chunk": 20},
+        "tile 32, candidates of 64": {**SMALL, "tile": 32, "candidate_tile": 64},
         "dense below 704": {**SMALL, "tile": 32, "dense_below": 704},
         "whole": {"budget": 768, "fine_block_size": 0, "tile": 32},
     }
@@ -129,6 +130,18 @@ def test_arithmetic(load) -> None:
     assert some["fine"].products[0] == half.products[0]
     assert some["attention"].products[0] == 2 * stages["attention"].products[0]
     assert some["coarse"].products[0] == pytest.approx(2 * (256 + 64) * 2047 * 256 / costs.TENSOR)
+    # Two tiles of 32 rows that are scored multiply 64 together; masses are of 256, of which 64 are scored anyway.
+    alone, paired = (
+        costs.stages_of(replace(params, tile_step=4, candidate_tile=c), np.array([131071])) for c in (0, 64)
+    )
+    for of in (alone, paired):
+        assert of["attention"].products[0] == stages["attention"].products[0]
+    assert paired["fine"].products[0] == pytest.approx(alone["fine"].products[0] / 2)
+    assert paired["fine"].copies[0] == pytest.approx(alone["fine"].copies[0] / 2)
+    assert paired["fine"].instructions[0] == alone["fine"].instructions[0]
+    assert paired["coarse"].products[0] == pytest.approx(some["coarse"].products[0] / 2)
+    assert paired["coarse"].copies[0] == pytest.approx(2 * 2047 * 256 * 2 / costs.L2 / 2)
+    assert paired["other"].instructions[0] == pytest.approx(1.5 * costs.SELECT_SECONDS)
 
     ends = np.arange(16384, 32768, 32) + 31
     want = 8e3 * costs.seconds_of(params, ends, False).sum() + 1e3 * (
