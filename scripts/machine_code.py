@@ -355,7 +355,7 @@ def stand_in(arch: int, sass: Path | None) -> None:
     flashinfer.__spec__ = ModuleSpec("flashinfer", None)
     flashinfer.BatchDecodeWithPagedKVCacheWrapper = Wrapper
     attention = types.ModuleType("vllm.v1.attention.backends.fa_utils")
-    attention.flash_attn_varlen_func = lambda **_: None
+    attention.flash_attn_varlen_func = lambda q, **_: (q, torch.empty(q.shape[1], len(q)))
     attention.get_flash_attn_version = lambda **_: 3
     sys.modules |= {"flashinfer": flashinfer, attention.__name__: attention}
 

@@ -18,7 +18,7 @@ from .layer import GpuLayer
 from .prefill.passes import PrefillPasses, PrefillPlan
 from .store import Store
 
-DENSE_BELOW = {(64, 1): 16384, (64, 2): 24576, (32, 1): 32768, (16, 1): 98304}
+DENSE_BELOW = {(64, 1): 8192, (64, 2): 10240, (16, 1): 12288}
 """Position from which a sparse prompt token costs less than a dense one at a budget of 2048 tokens, by tokens of a
 selection block (or more) and by its sets of vectors (2: `km2-rem`): measured on an H200 (`benchmarks/NOTES.md`)."""
 
@@ -26,13 +26,13 @@ selection block (or more) and by its sets of vectors (2: `km2-rem`): measured on
 def default_dense_below(params: SplaParameters, max_model_len: int) -> int:
     """Where prompt tokens begin to select unless the user says: what a sparse token costs grows with the budget.
 
-    Blocks of less than 16, and of two sets of vectors in less than 64, cost more than dense attention at every length.
+    Never in blocks of less than 16, nor with two sets of vectors in blocks of less than 64, which were not measured.
     """
     sets = get_selector(params.selector).sets_per_block
     block = max((size for size, of in DENSE_BELOW if of == sets and size <= params.selection_block), default=0)
     if block == 0:
         return max_model_len
-    return DENSE_BELOW[block, sets] * max(params.budget_blocks * params.selection_block, 2048) // 2048
+    return DENSE_BELOW[block, sets] * max(params.budget_tokens, 2048) // 2048
 
 
 @dataclass(frozen=True)

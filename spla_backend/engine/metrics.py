@@ -4,7 +4,6 @@ The entry point of `vllm.stat_logger_plugins`: vLLM makes the logger in the proc
 every request that finished. Whatever else is in that process is untouched; the device and the engine are not asked.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,5 +101,4 @@ def make_counter(vllm_config: VllmConfig) -> RequestCounter | None:
     params, of_layers = options.parameters(page_size), options.layers(page_size, indices)
     device = torch.device(current_platform.device_type)
     below = dispatch.dense_below(device, options.prefill_dense_below, params, model.max_model_len)
-    prompts = params if device.type == "cpu" else replace(params, fine_block=0)  # GPUs select in one level there
-    return RequestCounter(prompts, [of_layers.get(index) for index in indices], below)
+    return RequestCounter(params, [of_layers.get(index) for index in indices], below)

@@ -1,5 +1,6 @@
 """Sparse prefill against the float64 reference: outputs of tokens, whatever rows and chunks they are in."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -8,8 +9,20 @@ import torch
 from triton_cases import SELECTORS, Batch, draw_sinks, each_selector, limits, make_batch, residual_of, sinks_of
 
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.algorithm.reference import apply_feature_map, key_features, recurrent_state, spla_token
+from spla_backend.algorithm.reference import (
+    TokenResult,
+    apply_feature_map,
+    candidate_voters_of,
+    key_features,
+    recurrent_state,
+    select_blocks,
+    spla_token,
+    voters_of,
+)
+from spla_backend.algorithm.two_level import coarse_parameters
 from spla_backend.kernels.gpu.layer import GpuLayer
+from spla_backend.kernels.gpu.prefill import passes
+from spla_backend.kernels.gpu.prefill.attend import address_unit, blocks_at
 from spla_backend.kernels.gpu.prefill.passes import NARROW, PrefillPasses, PrefillTuning
 from spla_backend.kernels.interface import Layer
 from spla_backend.kernels.layout import STATE_MAGIC
@@ -17,57 +30,85 @@ from spla_backend.kernels.layout import STATE_MAGIC
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def attend_plainly(
+    layer: GpuLayer,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    table: torch.Tensor,
+    used: torch.Tensor,
+    start_loc: torch.Tensor,
+    tile: int,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """`attend_blocks` without FlashAttention, for a CPU."""
+    block = layer.params.attended_block
+    keys, values = (x[:, :, 0].float() for x in blocks_at(kv_cache, address_unit(kv_cache), block))
+    lse = torch.full((layer.group, len(query)), float("nan"))
+    starts = start_loc.tolist()
+    for number, (first, stop) in enumerate(itertools.pairwise(starts)):
+        if first == stop:
+            continue
+        seen = int(used[number])
+        assert stop - first <= tile and 0 < seen <= table.shape[1] * block
+        at = table[number, : -(-seen // block)].long()
+        k, v = keys[at].flatten(0, 1)[:seen], values[at].flatten(0, 1)[:seen]
+        logits = torch.einsum("thd,kd->htk", query[first:stop].float(), k) * layer.scale
+        later = torch.arange(seen) > torch.arange(seen - (stop - first), seen)[:, None]
+        logits.masked_fill_(later, float("-inf"))
+        lse[:, first:stop] = logits.logsumexp(-1)
+        output[first:stop] = torch.einsum("htk,kd->thd", logits.softmax(-1), v).to(output.dtype)
+    return lse
+
+
+if DEVICE == "cpu":
+    passes.attend_blocks = attend_plainly  # Triton is interpreted; FlashAttention cannot be
+
+
 def attend(
     batch: Batch,
     ranges: list[tuple[int, int]],
     *,
-    max_tiles: int | None = None,
+    max_groups: int | None = None,
     tuning: PrefillTuning | None = None,
     seed: int = 1,
-    captured: torch.Tensor | None = None,
-    small: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, PrefillPasses]:
-    """Prefill the positions `ranges` of the batch's rows; queries (random, or `captured [tokens, H, d]`), NaN-poisoned
-    outputs, and the op.
+    """Prefill the positions `ranges` of the batch's rows; random queries, NaN-poisoned outputs, and the op.
 
-    The keys and values of those tokens, and of no later ones, are in the cache. The launch shapes of large and of small
-    passes take turns, unless `small` says which.
+    The keys and values of those tokens, and of no later ones, are in the cache.
     """
     layer, total = batch.layer, sum(b - a for a, b in ranges)
     longest = max(batch.lengths)
     op = PrefillPasses(layer, limits(len(ranges), longest, max_num_tokens=total), tuning=tuning)
-    if max_tiles is not None:
-        op.max_tiles = max_tiles
+    if max_groups is not None:
+        op.max_groups = max_groups
     generator = torch.Generator().manual_seed(seed)
     joint = 2 * torch.randn(total, layer.num_heads + 2, layer.head_size, generator=generator)
     query = joint.to(DEVICE, layer.cache_dtype)[:, : layer.num_heads]
-    if captured is not None:
-        query.copy_(captured)
     output = torch.full_like(query, float("nan"))
     starts = [0]
     for a, b in ranges:
         starts.append(starts[-1] + b - a)
     plan = op.plan(0, starts, [b for _, b in ranges])
-    for name, buffer in op.scratch.items():
-        if name != "arrivals":
-            buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
-    for number, planned in enumerate(plan.passes):
-        step = replace(planned, small=number % 2 == 1 if small is None else small)
+    for step in plan.passes:
+        for name, buffer in op.scratch.items():
+            if name != "arrivals":
+                buffer.fill_(float("nan") if buffer.is_floating_point() else -1)
         op.run(step, query, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table, output)
     assert int(op.scratch["arrivals"].abs().sum()) == 0
     return query, output, op
 
 
 def check(batch: Batch, ranges: list[tuple[int, int]], tolerance: float, sample: int = 1, **arguments: object) -> None:
-    """Compare every `sample`-th sparse token with the reference, in one level even where decode selects in two; dense
-    ones must not have been touched."""
+    """Compare every `sample`-th sparse token with the reference; dense ones must not have been touched."""
     query, output, op = attend(batch, ranges, **arguments)
-    layer, params = batch.layer, replace(batch.layer.params, fine_block=0)
+    layer, params = batch.layer, op.params
     norm_weights = tuple(w.double().cpu() for w in layer.norm_weights)
+    scaled = query.double().cpu() * layer.scale
     at, compared = 0, 0
     for row, (start, stop) in enumerate(ranges):
         statistics = batch.statistics(row, (stop - 1) // params.page_size)
         keys, values = batch.keys[row].double().cpu(), batch.values[row].double().cpu()
+        sparse = range(max(start, op.dense_below), stop)
         for position in range(start, stop):
             token = at + position - start
             if position < op.dense_below:
@@ -75,11 +116,15 @@ def check(batch: Batch, ranges: list[tuple[int, int]], tolerance: float, sample:
                 continue
             if (position - start) % sample:
                 continue
+            voters = [at + p - start for p in voters_of(position, sparse, params)]
+            of_candidates = [at + p - start for p in candidate_voters_of(position, sparse, params)]
             expected = spla_token(
-                query[token].double().cpu() * layer.scale,
+                scaled[token],
                 keys[: position + 1],
                 values[: position + 1],
                 params,
+                tile_queries=scaled[voters],
+                candidate_queries=scaled[of_candidates],
                 statistics=statistics[: position // params.page_size * params.blocks_per_page],
                 gain=layer.gain.double().cpu(),
                 norm_weights=norm_weights,
@@ -90,7 +135,7 @@ def check(batch: Batch, ranges: list[tuple[int, int]], tolerance: float, sample:
                 heads = slice(head * layer.group, (head + 1) * layer.group)
                 error = float((got[heads] - want[heads]).norm() / want[heads].norm())
                 if not error < tolerance:
-                    gap = near_tie(expected.group_scores[head], expected.selected[head])
+                    gap = near_tie(expected, head, position, params)
                     assert gap < 1e-3, f"row {row} position {position} head {head}: relative error {error:.2e}"
             compared += 1
         at += stop - start
@@ -101,8 +146,19 @@ def fresh() -> int:
     return random.randrange(1 << 30)
 
 
-def near_tie(scores: torch.Tensor, selected: list[int]) -> float:
-    """How far the best score left out is from the worst that is selected and not forced."""
+def near_tie(expected: TokenResult, head: int, position: int, params: SplaParameters) -> float:
+    """How far, in either level, the best score left out is from the worst that is selected and not forced."""
+    scores, selected = expected.group_scores[head], expected.selected[head]
+    if not params.fine_block:
+        return least_gap(scores, selected)
+    fine = expected.fine_scores[head]
+    order = list(fine)
+    of_fine = least_gap(torch.stack([fine[i] for i in order]), [order.index(i) for i in selected if i in fine])
+    coarse = replace(coarse_parameters(params), tile=params.coarse_tile)
+    return min(of_fine, least_gap(scores, select_blocks(scores, position, coarse)))
+
+
+def least_gap(scores: torch.Tensor, selected: list[int]) -> float:
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[[block for block in selected if block < len(scores)]] = True
     if bool(mask.all()):
@@ -170,7 +226,7 @@ RESIDUALS = {
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_residuals(residual: str) -> None:
     params = SplaParameters(16, 16, 4, **RESIDUALS[residual])
-    check(case(params, [107]), [(0, 107)], 3e-3, sample=3, max_tiles=4)
+    check(case(params, [107]), [(0, 107)], 3e-3, sample=3, max_groups=4)
 
 
 @pytest.mark.parametrize("residual", ["none", "regression", "linear"])
@@ -178,7 +234,7 @@ def test_residuals(residual: str) -> None:
 def test_sinks(residual: str, top_p: float | None) -> None:
     params = SplaParameters(16, 16, 5, residual=residual, top_p=top_p)
     gain = torch.tensor([0.0, 0.5, 1.0, 2.0])
-    check(case(params, [107], sinks=draw_sinks(4, fresh()), gain=gain), [(0, 107)], 3e-3, sample=3, max_tiles=4)
+    check(case(params, [107], sinks=draw_sinks(4, fresh()), gain=gain), [(0, 107)], 3e-3, sample=3, max_groups=4)
 
 
 @pytest.mark.parametrize("selector", ["quest", "km2-rem"])
@@ -191,7 +247,7 @@ def test_sinks_by_selector(selector: str, statistics: str) -> None:
 def test_layers_share_launches_and_not_sinks() -> None:
     """Two layers of one geometry take turns in the passes of one plan; on a GPU the second time by bound launches."""
     batches = [case(SplaParameters(16, 16, 4), [107], sinks=draw_sinks(4, seed)) for seed in (1, 2)]
-    (query, first, _), (_, second, _) = (attend(batch, [(80, 107)], small=False) for batch in batches)
+    (query, first, _), (_, second, _) = (attend(batch, [(80, 107)]) for batch in batches)
     assert float((first - second).norm() / first.norm()) > 0.02
     ops = [PrefillPasses(batch.layer, limits(1, 107, max_num_tokens=27)) for batch in batches]
     plan = ops[0].plan(0, [0, 27], [107])
@@ -199,7 +255,7 @@ def test_layers_share_launches_and_not_sinks() -> None:
         for batch, op, alone in zip(batches, ops, (first, second), strict=True):
             output = torch.full_like(query, float("nan"))
             for step in plan.passes:
-                large = replace(step, small=False)  # with the launches of `step`
+                large = replace(step)  # with the launches of `step`
                 op.run(large, query, batch.kv_cache, batch.kv_cache, batch.block_table, batch.state_table, output)
             assert float((output - alone).norm() / alone.norm()) < 1e-3
 
@@ -247,10 +303,39 @@ def test_finer_blocks(page: int, block: int, more: dict) -> None:
     params = SplaParameters(page, block, **more)
     start = params.budget_blocks * block
     ranges = [(start, start + block + 5), (start + max(3, page - block - 3), start + page + 2)]
-    check(case(params, [stop for _, stop in ranges]), ranges, 3e-3, sample=5, max_tiles=3)
+    check(case(params, [stop for _, stop in ranges]), ranges, 3e-3, sample=5, max_groups=3)
 
 
 FP8 = {"statistics_dtype": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("page", "block", "fine", "heads", "more"),
+    [
+        (64, 64, 16, (8, 2, 32), {"budget_blocks": 3}),  # as by default
+        (64, 64, 32, (2, 2, 16), {"budget_blocks": 4, "residual": "none"}),
+        (64, 16, 16, (3, 1, 48), {"budget_blocks": 6, "selector": "km2-rem"}),
+        (128, 64, 64, (8, 1, 64), {"budget_blocks": 4, "residual": "linear", "statistics_dtype": "fp8"}),
+        (32, 32, 16, (4, 2, 32), {"budget_blocks": 4, "top_p": 0.8, "last_blocks": 3}),
+        (16, 16, 16, (4, 1, 32), {"budget_blocks": 5, "residual": "linear", "combine": "double_rmsnorm"}),
+        (48, 16, 16, (4, 1, 32), {"budget_blocks": 7, "first_blocks": 0, "last_blocks": 1, "selector": "quest",
+                                  "residual": "none"}),
+    ],
+    ids=["main", "fine-32", "p64-b16", "p128-b64-f64", "top-p", "p16", "p48"],
+)  # fmt: skip
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_two_levels(page: int, block: int, fine: int, heads: tuple[int, int, int], more: dict, sinks: bool) -> None:
+    """From the first token that selects on, over a page's end, and a chunk that begins and ends within a tile."""
+    if sinks and more.get("combine"):
+        pytest.skip("an RMSNorm undoes sinks")
+    params = SplaParameters(page, block, fine_block=fine, least_candidates=2 * more["budget_blocks"] + 1, **more)
+    start = params.whole_tokens
+    ranges = [(start, start + page + 5), (start + 2 * page - 7, start + 2 * page + 39)]
+    own = draw_sinks(heads[0], fresh()) if sinks else None
+    batch = case(
+        params, [stop for _, stop in ranges], num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2], sinks=own
+    )
+    check(batch, ranges, 3e-3, sample=7, max_groups=2)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +358,7 @@ def test_statistics_in_fp8(selector: str, heads: tuple[int, int, int], page: int
     start = max(params.budget_blocks * block, 2 * page) + page - 3
     stop = start + min(page, 21)  # over the end of a page and of its first block
     batch = case(params, [stop], num_heads=heads[0], num_kv_heads=heads[1], head_size=heads[2])
-    check(batch, [(start, stop)], 3e-3, sample=4, max_tiles=2)
+    check(batch, [(start, stop)], 3e-3, sample=4, max_groups=2)
 
 
 def test_regression_of_statistics_in_fp8() -> None:
@@ -312,7 +397,7 @@ def test_rows_and_passes() -> None:
     params = SplaParameters(16, 16, 4)
     batch = case(params, [98, 40, 126, 97])
     ranges = [(33, 98), (0, 40), (110, 126), (90, 97)]
-    check(batch, ranges, 3e-3, sample=4, max_tiles=3)
+    check(batch, ranges, 3e-3, sample=4, max_groups=3)
 
 
 def test_state_of_another_request() -> None:
@@ -337,20 +422,23 @@ def test_passes_agree_within_rounding() -> None:
     params = SplaParameters(16, 16, 4, residual="none")
     batch = case(params, [112])
     _, whole, _ = attend(batch, [(72, 112)])
-    _, cut, _ = attend(batch, [(72, 112)], max_tiles=2)
+    _, cut, _ = attend(batch, [(72, 112)], max_groups=2)
     largest = batch.values[0].float().abs().amax((0, 2)).repeat_interleave(2)  # [H]
     assert bool(((whole - cut).float().abs() <= 2 * 3.2 * 2**-11 * largest[:, None]).all())
 
 
-@pytest.mark.parametrize(("size", "more"), [(1, {}), (23, {}), (7, FP8)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [(32, {}), (64, FP8), (32, {"fine_block": 16, "least_candidates": 9})],
+    ids=["32", "64-fp8", "32-two-levels"],
+)
 def test_chunk_sizes_agree(size: int, more: dict) -> None:
-    params = SplaParameters(16, 16, 4, **more)
-    batch = case(params, [105])
-    query, whole, _ = attend(batch, [(75, 105)])
-    batch.kv_cache[batch.state_table[0].long()] = float("nan")  # as a prefix cache hit at 75 finds it
-    start = 105 - 4 * size if size == 1 else 75
-    got = in_chunks(batch, query[start - 75 :], start, size)
-    assert_agree(got, whole[start - 75 :], 1e-3, 2)
+    """Chunks that end between candidate tiles."""
+    params = SplaParameters(32, 32, 4, **more)
+    batch = case(params, [345])
+    query, whole, _ = attend(batch, [(256, 345)])
+    batch.kv_cache[batch.state_table[0].long()] = float("nan")  # as a prefix cache hit at 256 finds it
+    assert_agree(in_chunks(batch, query, 256, size), whole, 1e-3, 2)
 
 
 def test_rows_agree_alone() -> None:
@@ -366,21 +454,6 @@ def test_rows_agree_alone() -> None:
         got = in_chunks(alone, query[rows], start, stop - start)
         assert_agree(got, together[rows], 1e-3, 2)
         first = rows.stop
-
-
-@pytest.mark.parametrize("more", [{}, FP8], ids=["auto", "fp8"])
-def test_decode_agrees(more: dict) -> None:
-    """Tokens through decode, one after the other, and the same tokens through prefill."""
-    params = SplaParameters(16, 16, 4, **more)
-    batch = case(params, [304])
-    query, output, _ = attend(batch, [(288, 304)])
-    for step, position in enumerate(range(288, 304)):
-        batch.query, batch.lengths = query[step : step + 1], [position + 1]
-        batch.seq_lens.fill_(position + 1)
-        # Decode sees the page as it is at this token: what lies behind it is masked, not absent.
-        got = batch.decode()[0].double()
-        error = float((got - output[step].double()).norm() / got.norm())
-        assert error < 3e-3, f"position {position}: relative error {error:.2e}"
 
 
 def fold(batch: Batch, lengths: list[int], splits: int | None = None) -> None:
@@ -505,6 +578,8 @@ def test_splits_fill_the_device_once() -> None:
 
 # Real sizes
 
+TWO = {"fine_block": 16, "fine_source": "int4", "least_candidates": 17, "statistics_dtype": "fp8"}
+
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -524,6 +599,16 @@ def test_splits_fill_the_device_once() -> None:
         ((16, 2, 128), 64, torch.bfloat16, {"residual": "linear", "combine": "double_rmsnorm"}),
         ((16, 4, 128), 64, torch.bfloat16, {}),
         ((16, 4, 128), 64, torch.bfloat16, FP8),
+        ((16, 4, 128), 64, torch.bfloat16, TWO),
+        ((8, 1, 64), 64, torch.float16, TWO | {"sinks": True}),
+        ((4, 1, 256), 64, torch.bfloat16, TWO),
+        ((12, 4, 80), 32, torch.bfloat16, TWO | {"residual": "linear", "top_p": 0.9}),
+        (
+            (32, 2, 128),
+            128,
+            torch.bfloat16,
+            TWO | {"selection_block": 64, "selector": "km2-rem", "fine_source": "keys"},
+        ),
         ((8, 2, 128), 64, torch.bfloat16, {"selection_block": 16, "selector": "km2-rem", **FP8}),
         ((7, 1, 96), 32, torch.float16, {"selector": "taylor2", "residual": "linear", **FP8}),
         ((4, 4, 64), 128, torch.bfloat16, {"selection_block": 32, "selector": "quest", "residual": "none", **FP8}),
@@ -543,6 +628,11 @@ def test_splits_fill_the_device_once() -> None:
         "paper",
         "g4-d128-p64",
         "fp8-g4-d128-p64",
+        "two-levels-g4-d128",
+        "two-levels-g8-d64-sinks",
+        "two-levels-g4-d256",
+        "two-levels-g3-d80-linear",
+        "two-levels-g16-d128-p128",
         "fp8-g4-d128-p64-b16-km2",
         "fp8-g7-d96-p32",
         "fp8-g1-d64-p128-b32",
@@ -552,15 +642,16 @@ def test_splits_fill_the_device_once() -> None:
 def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype, more: dict) -> None:
     num_heads, num_kv_heads, head_size = heads
     more = {"selection_block": page, **more}
+    sinks = draw_sinks(num_heads, fresh()) if more.pop("sinks", False) else None
     params = SplaParameters(page, budget_blocks=6 * page // more["selection_block"], **more)
     edge = 6 * page
     lengths = [edge * 5 + 5, edge + 1, edge * 3 + page - 1]
     batch = make_batch(
         params, lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, dtype=dtype,
-        device=DEVICE, seed=int(torch.seed() % 2**31), chunk=0,
+        device=DEVICE, seed=int(torch.seed() % 2**31), chunk=0, sinks=sinks,
     )  # fmt: skip
     ranges = [(edge * 2 + 3, lengths[0]), (0, lengths[1]), (edge * 3 - 9, lengths[2])]
-    check(batch, ranges, 6e-3 if dtype is torch.float16 else 2e-2, sample=page * 2 - 1, max_tiles=17)
+    check(batch, ranges, 6e-3 if dtype is torch.float16 else 2e-2, sample=page * 2 - 1, max_groups=17)
 
 
 @pytest.mark.gpu
@@ -568,42 +659,36 @@ def test_gpu_shapes(heads: tuple[int, int, int], page: int, dtype: torch.dtype, 
 @pytest.mark.parametrize(
     "params",
     [
-        SplaParameters(64, 64, 8),
+        SplaParameters(64, 64, 8, fine_block=16, least_candidates=24, fine_source="int4", **FP8),
         SplaParameters(64, 16, 32, selector="km2-rem"),
         SplaParameters(64, 16, 32, **FP8),
     ],
     ids=["default", "p64-b16-km2", "p64-b16-fp8"],
 )
 def test_gpu_chunk_sizes_agree(params: SplaParameters) -> None:
-    """Chunks of 8 to 8192 tokens and all at once, the last of them behind a cached prefix that ends within a page."""
+    """Chunks of 64 to 8192 tokens and all at once, behind a cached prefix."""
     batch = make_batch(
         params, [9000], num_heads=8, num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device=DEVICE,
         seed=int(torch.seed() % 2**31), chunk=0,
     )  # fmt: skip
-    start = 541
+    start = 1088
     query, whole, _ = attend(batch, [(start, 9000)])
-    for size in (64, 100, 1024, 8192):
+    for first, size in ((start, 64), (start, 1024), (start, 8192), (5056, 128), (8960, 192)):
         batch.kv_cache[batch.state_table[0].long()] = float("nan")
-        assert_agree(in_chunks(batch, query, start, size), whole, 1e-2, 4)
-    for first in (5003, 8990):
-        batch.kv_cache[batch.state_table[0].long()] = float("nan")
-        assert_agree(in_chunks(batch, query[first - start :], first, 8), whole[first - start :], 1e-2, 4)
+        assert_agree(in_chunks(batch, query[first - start :], first, size), whole[first - start :], 1e-2, 4)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(
-    # So few pages that their masses are summed up in one split; scratch has room for the pieces of few tokens alone.
-    ("length", "small"),
-    [(124, False), (124, True), (2000, False)],
-    ids=["124", "124-small", "2000"],
-)
-def test_gpu_passes_agree_bit_for_bit(length: int, small: bool) -> None:
-    """Chunks that are whole tiles do the same arithmetic, whatever pass they are in."""
+@pytest.mark.parametrize("fine", [0, 16], ids=["one-level", "two-levels"])
+@pytest.mark.parametrize("length", [480, 8000])
+def test_gpu_passes_agree_bit_for_bit(length: int, fine: int) -> None:
+    """Chunks that are whole tiles do the same arithmetic, whatever pass they are in, if their loops are not cut."""
     batch = make_batch(
-        SplaParameters(16, 16, 4, residual="none"), [length], num_heads=8, num_kv_heads=2, head_size=128,
-        dtype=torch.bfloat16, device=DEVICE, seed=int(torch.seed() % 2**31), chunk=0,
+        SplaParameters(16, 16, 4, residual="none", fine_block=fine, least_candidates=8), [length], num_heads=8,
+        num_kv_heads=2, head_size=128, dtype=torch.bfloat16, device=DEVICE, seed=int(torch.seed() % 2**31), chunk=0,
     )  # fmt: skip
-    _, whole, _ = attend(batch, [(72, length)], small=small)
-    _, cut, _ = attend(batch, [(72, length)], max_tiles=2 if length == 124 else 17, small=small)
+    tuning = PrefillTuning(most_splits=1)
+    _, whole, _ = attend(batch, [(136, length)], tuning=tuning)
+    _, cut, _ = attend(batch, [(136, length)], max_groups=2 if length == 480 else 67, tuning=tuning)
     assert torch.equal(whole, cut)

@@ -1,24 +1,22 @@
 """SPLA prefill over the engine's paged cache on a GPU: what a step needs, and the launches of one layer.
 
-Every token selects for itself the pages that it would select in decode; where decode selects in two levels, it selects
-whole selection blocks, in one level of the same budget. Tokens below `dense_below` attend to everything, through
-FlashAttention (`gpu/attention.py`); all others go through the passes planned here, whatever rows and chunks they come
-in. The plain reference of the whole is `reference.spla_sequence`.
+Neighbouring tokens at fixed positions, a tile, share their selection (`algorithm/tiles.py`; `prompt_parameters` says
+how many). Tokens below `dense_below` attend to everything, through FlashAttention (`gpu/attention.py`); all others go
+through the passes planned here, whatever rows and chunks they come in. The plain reference of the whole is
+`reference.spla_sequence`.
 
-A pass is a number of tiles (`select`) that fits into the scratch. Its launches, for some kv heads at
-a time:
+A pass is a number of candidate tiles that fits into the scratch. Its launches:
 
-1. `prefill_state_kernel`, for all kv heads: the recurrent state at every page
-2. `prefill_score_kernel`, NORMALISE, then SHARE; `prefill_select_kernel`
-3. `prefill_work_kernel`, `prefill_list_kernel`: the tokens that selected a block, as a list cut into work items; mass
-   and mean logit of what was not selected
-4. `page_attend_kernel`, `prefill_merge_kernel`
+1. `prefill_state_kernel`: the recurrent state at every page (`state.py`); `prompt_statistics_kernel`: statistics that
+   are bytes, decoded (`decode_statistics.py`)
+2. `prompt_score_kernel`, NORMALISE, then SHARE: scores of selection blocks (`score.py`)
+3. `prompt_candidates_kernel`, `prompt_fine_kernel`, `prompt_select_kernel`: what is attended to (`select.py`)
+4. `prompt_mass_kernel`: the mass of what is left out (`score.py`)
+5. `prompt_gather_kernel`, then FlashAttention over what was selected (`attend.py`)
+6. `prompt_rest_kernel`, `prompt_combine_kernel`: the state less the selected, and the output (`combine.py`)
 
-A short chunk is a small pass: its scores are cut into more splits, its merge into more programs, and the launches are
-bound once a step for all layers (`gpu/launch`), because the host would take longer than the device.
-
-Where the scratch does not take all kv heads, they run for some of them after the others rather than for fewer tokens:
-the more tokens chose a block, the more often is it used once it is on chip.
+In a small pass, loops over blocks are cut into splits. Launches are bound once a step for all layers (`gpu/launch`),
+because the host would take longer than the device.
 
 What depends on lengths is planned on the host, from lengths that the host knows; nothing waits for the device.
 """
@@ -33,6 +31,7 @@ import torch
 import triton
 from tqdm import tqdm
 
+from ....algorithm.parameters import SplaParameters
 from ...interface import Limits
 from ...layout import STATE_MAGIC
 from ..dense import DenseRows
@@ -40,39 +39,71 @@ from ..launch import Launch, current_stream, layer_of
 from ..layer import GpuLayer
 from ..residual import RESIDUAL_CODES
 from ..scratch import Shapes, shared_scratch
-from .attend import page_attend_kernel, prefill_merge_kernel
-from .select import (
-    MODES,
-    prefill_list_kernel,
-    prefill_score_kernel,
-    prefill_select_kernel,
-    prefill_work_kernel,
-)
+from .attend import address_unit, attend_blocks, prompt_gather_kernel
+from .combine import prompt_combine_kernel, prompt_rest_kernel
+from .decode_statistics import KINDS, prompt_statistics_kernel
+from .score import MODES, prompt_mass_kernel, prompt_score_kernel
+from .select import prompt_candidates_kernel, prompt_fine_kernel, prompt_select_kernel
 from .state import fold_pages_kernel, fold_sum_kernel, prefill_state_kernel
 
 SCRATCH_BYTES = 1 << 30
-"""What the parts of a pass may take: a larger pass gives every selection block a longer list of tokens."""
+"""What a pass may take, beside what FlashAttention allocates."""
+DECODED_BYTES = 1 << 26
+"""What the decoded statistics of a pass's rows may take, if it is enough for one row."""
+TILE, CANDIDATE_TILE, TILE_STEP = 32, 64, 4
+"""Tokens that share a selection, tokens that share their candidates, and of how many one is scored, at most:
+the fastest that lose next to nothing (`benchmarks/NOTES.md`)."""
+VOTERS = 16
+"""Rows of a matrix product at least."""
+
+Group = tuple[int, int, int, int]
+"""A candidate tile: row, first token in the batch, tokens, position of the first token."""
 
 
-SUB = 16
-"""Neighbouring selection blocks that selection looks at only if the best of them is good enough."""
+def prompt_parameters(params: SplaParameters, group: int) -> SplaParameters:
+    """What prompt tokens compute: `params` with the tiles of these kernels, whatever decode computes of them.
 
-Tile = tuple[int, int, int, int]
-"""Row, first token in the batch, tokens, position of the first token."""
+    Args:
+        params: Of a layer.
+        group: Query heads a kv head: the fewer there are, the more tokens vote in as many rows of a product.
+    """
+    page = params.page_size & -params.page_size  # tiles are powers of two, as matrices are
+    tile = min(TILE, page)
+    while replace(params, tile=tile).max_forced_blocks > params.budget_blocks:
+        tile //= 2  # to a selection block at least, which the budget has room for
+    step = min(TILE_STEP, 1 << (group - 1).bit_length(), tile)
+    params = replace(params, tile=tile, tile_step=step)
+    if params.fine_block:
+        params = replace(params, candidate_tile=min(CANDIDATE_TILE, page), fine_source="keys")
+    return params
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Tiles of sparse tokens."""
+    """Candidate tiles of sparse tokens."""
 
-    tiles: torch.Tensor  # [tiles, 4] int32: row, first token, tokens, position of the first token
-    tile_run: torch.Tensor  # [tiles] int32
-    tile_state: torch.Tensor  # [tiles] int32
-    runs: torch.Tensor  # [runs, 3] int32: first tile, tiles, row
+    groups: torch.Tensor  # [groups, 4] int32: row, first token, tokens, position of the first token
+    places: torch.Tensor  # [groups] int32: place of the first token among the tokens of the pass
+    group_state: torch.Tensor  # [groups] int32
+    group_place: torch.Tensor  # [groups] int32: place of the row's first selection block among those of all rows
+    runs: torch.Tensor  # [runs, 3] int32: first group, groups, row
+    start_loc: torch.Tensor  # [G * tiles + 1] int32: places of the tiles' tokens, one kv head after the other
+    num_tokens: int
+    num_places: int  # selection blocks of complete pages, of all rows
     max_complete: int  # at least the selection blocks of every tile's complete pages
-    heads: int  # kv heads at a time
-    small: bool  # whether it leaves multiprocessors idle unless cut into small pieces
-    launches: dict[tuple, list[Launch]] = field(default_factory=dict, compare=False)  # by what layers differ in
+    launches: dict[tuple, list["Launch | Attend"]] = field(
+        default_factory=dict, compare=False
+    )  # by what layers differ in
+
+
+@dataclass(frozen=True)
+class Attend:
+    """FlashAttention over what a pass selected, between its launches."""
+
+    gathered: torch.Tensor  # [G * tokens, GROUP, D]
+    table: torch.Tensor  # [G * tiles, SLOTS] int32
+    used: torch.Tensor  # [G * tiles] int32
+    exact: torch.Tensor  # [G * tokens, GROUP, D], written
 
 
 @dataclass(frozen=True)
@@ -98,39 +129,24 @@ class PrefillPlan:
 class PrefillTuning:
     """Launch shapes."""
 
-    normalise_chunk: int = 64
-    normalise_warps: int = 8
-    normalise_registers: int | None = None
-    normalise_stages: int = 3
-    share_chunk: int = 32
-    share_warps: int = 8
-    share_registers: int | None = 128
-    share_stages: int = 2
-    tile_rows: int = 128
-    select_rows: int = 4  # tokens a program
-    select_elements: int = 1024  # pages a warp
-    select_registers: int | None = 128
-    list_warps: int = 1
-    attend_rows: int = 64
-    attend_span: int = 8  # steps of a work item
-    attend_programs: int = 3  # a multiprocessor
-    attend_stages: int = 2
-    attend_warps: int = 4
-    attend_registers: int | None = 168
-    merge_rows: int = 128
-    merge_stages: int = 4
-    merge_warps: int = 8
-    merge_registers: int | None = None
-    # Of small passes.
-    small_attend_rows: int = 16
-    small_attend_programs: int = 3
-    small_attend_stages: int = 3
-    small_attend_registers: int | None = 168
-    small_merge_rows: int = 16
-    small_merge_stages: int = 6
-    small_merge_forced_stages: int = 3
-    small_merge_warps: int = 4
-    dependent: bool = True  # kernels are launched while the ones before them still run
+    score_chunk: int = 32  # selection blocks at a time
+    score_stages: int = 4
+    mass_rows: int = 128
+    mass_chunk: int = 32
+    mass_stages: int = 4
+    mass_warps: int = 8
+    fine_keys: int = 64
+    fine_stages: int = 3
+    select_blocks: int = 512  # a warp
+    select_voters: int = 16  # at a time
+    rest_keys: int = 64
+    rest_slice: int = 128
+    rest_stages: int = 3
+    rest_warps: int = 4
+    combine_rows: int = 64
+    combine_features: int = 64
+    combine_warps: int = 4
+    most_splits: int = 8  # of a loop, in small passes
     state_slice: int = 16
     state_stages: int = 3
     state_warps: int = 4
@@ -140,17 +156,10 @@ class PrefillTuning:
     fold_sum_slice: int = 8
 
 
-SMALL = PrefillTuning(
-    normalise_chunk=32,
-    normalise_registers=128,
-    normalise_stages=2,
-    merge_rows=64,
-    merge_stages=3,
-    merge_warps=4,
-    small_merge_stages=3,
-)
-"""Where the others do not fit into shared memory: large heads, and `linear`, whose merge reads two matrices."""
-NARROW = replace(SMALL, share_chunk=16, fold_slice=64, fold_stages=2)
+SMALL = PrefillTuning(score_stages=2, mass_rows=64, mass_stages=2, mass_warps=4,
+                      fine_stages=2, combine_features=32, rest_keys=32, rest_slice=64, rest_stages=2)  # fmt: skip
+"""Where the others do not fit into shared memory: large heads."""
+NARROW = replace(SMALL, score_chunk=16, mass_chunk=16, fine_keys=32, fold_slice=64, fold_stages=2)
 """Where thread blocks have less of it (`capability.is_narrow`). It was compiled for such GPUs, not measured on them."""
 
 
@@ -172,10 +181,11 @@ class PrefillPasses:
         layer: Which layer.
         limits: The largest step; where all tokens of a sequence attend to everything, no scratch is taken.
         tuning: Launch shapes.
-        scratch_bytes: What the parts of a pass may take.
+        scratch_bytes: What a pass may take.
 
     Attributes:
-        dense_below: Tokens at positions below it attend to everything; at least the budget.
+        params: What prompt tokens compute.
+        dense_below: Tokens at positions below it attend to everything; at least what is attended to whole.
         scratch: Buffers between the launches, which all layers of one geometry share.
     """
 
@@ -191,66 +201,44 @@ class PrefillPasses:
         scratch_bytes: int = SCRATCH_BYTES,
     ) -> None:
         self.layer, self.device = layer, layer.device
-        max_num_tokens, max_num_rows = limits.max_num_tokens, limits.max_num_rows
-        params, d = layer.params, layer.head_size
-        small = d > 128 or params.residual == "linear" or layer.narrow
+        self.params = params = prompt_parameters(layer.params, layer.group)
+        d = layer.head_size
         if tuning is None:
-            tuning = NARROW if layer.narrow else SMALL if small else PrefillTuning()
+            tuning = NARROW if layer.narrow else SMALL if d > 128 else PrefillTuning()
             if layer.tensor_memory and d > 128:
                 tuning = replace(tuning, fold_slice=64)
             if layer.selector.sets_per_block > 1:
-                tuning = replace(tuning, normalise_chunk=16 if layer.narrow and d > 128 else 32)
-            elif layer.page_layout.fp8_statistics and not small:
-                # Bytes pass through registers before a matrix product; a tile of few rows has registers for more.
-                if min(32, params.selection_block & -params.selection_block) * layer.group_p <= 64:
-                    tuning = replace(tuning, share_chunk=64)
-                else:
-                    tuning = replace(tuning, normalise_chunk=32, normalise_registers=128)
+                tuning = replace(tuning, score_chunk=16 if layer.narrow and d > 128 else 32, mass_chunk=32)
         self.tuning = tuning
-        self.dense_below = max(limits.prefill_dense_below, params.budget_blocks * params.selection_block)
-        dependent = layer.dependent and self.tuning.dependent
-        self._chain = {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
-        wide = 1 if layer.dp <= 128 else 2
-        rows = self.tuning.tile_rows // wide
-        self.tile_tokens = max(1, min(32, rows // layer.group_p, params.selection_block & -params.selection_block))
-        self._merge_tokens = max(1, min(self.tile_tokens, self.tuning.merge_rows // wide // layer.group_p))
-        self._small_merge_tokens = max(1, min(self._merge_tokens, self.tuning.small_merge_rows // layer.group_p))
-        self._attend_tokens = max(1, self.tuning.attend_rows // wide // layer.group_p)
-        self._small_attend_tokens = max(1, self.tuning.small_attend_rows // layer.group_p)
-        self.slots = params.budget_blocks - 1
-        self._largest_budget = max(limits.largest_budget, params.budget_blocks)
-        # Selection blocks that a token selects at most without being forced to: the others are first or last ones.
-        self._parts = params.budget_blocks - params.first_blocks - params.last_blocks
-        self._most_parts = self._largest_budget - params.first_blocks - params.last_blocks
+        self.tile, self.group_tokens = params.tile, params.candidate_tile or params.tile
+        # Tiles are sparse as a whole.
+        least = max(limits.prefill_dense_below, params.whole_tokens)
+        self.dense_below = -(-least // self.group_tokens) * self.group_tokens
+        self._tiles = self.group_tokens // self.tile  # of a candidate tile
+        self._rows = max(VOTERS, self.group_tokens // params.tile_step * layer.group_p)  # voters
+        self._per_unit = params.selection_block // params.attended_block
+        self._most = params.candidate_blocks
+        # Fine blocks at a time: a power of two, as their sizes are.
+        keys = math.gcd(self.tuning.fine_keys, params.selection_block)
+        self._fine_blocks = max(1, keys // params.attended_block)
+        self._slots = max(limits.largest_budget, params.budget_blocks) * self._per_unit
         self._linear = params.residual == "linear"
-        self._keeps_mass = layer.score_sinks is not None and layer.top_p > 0  # of a token's heads, without their sinks
         self._s_rows = layer.state_layout.s_rows
-        # Bytes a token and kv head: its parts, or the group's scores that stand in the same place before.
-        part = layer.group * d * layer.cache_dtype.itemsize + 2 * layer.group_p * 4
-        part += (layer.group * d + layer.group_p) * 4 if self._linear else 0
         self._max_pages = -(-limits.max_model_len // params.page_size)
         self._most_units = self._max_pages * params.blocks_per_page
         self._max_units = _round_up(self._most_units)
-        per_token = max(self._most_parts * part, self._max_units * 4)
-        limit = -(-max_num_tokens // self.tile_tokens) + 2 * max_num_rows  # tiles of a step
-        # Tiles times kv heads of a pass, and rows times kv heads: every one of the latter has lists of its own, whose
-        # last steps are not full.
-        self._max_pairs = max(1, min(limit * layer.num_kv_heads, scratch_bytes // (per_token * self.tile_tokens)))
-        step = self._attend_tokens * (8 + (8 * layer.group_p if params.residual == "regression" else 0))  # bytes
-        self._max_lists = max(1, scratch_bytes // 16 // (self._max_units * step))
-        self._max_lists = min(self._max_lists, max_num_rows * layer.num_kv_heads, self._max_pairs)
-        self.max_tiles, self.max_runs = self._max_pairs, min(max_num_rows, self._max_lists)
-        # States are made for all kv heads at once: page comes after page there, so that few heads take as long as all.
-        state = layer.num_kv_heads * (self._s_rows + 1) * d * 4  # bytes
-        self.max_states = max(1, min(limit, scratch_bytes // 4 // state)) if params.residual != "none" else limit
-        # Tiles times kv heads that leave multiprocessors idle unless they are cut into small pieces.
-        self._small_pairs = layer.num_sms * self._merge_tokens // self.tile_tokens // 2
+        self._max_num_rows = max_num_rows = limits.max_num_rows
+        limit = -(-limits.max_num_tokens // self.group_tokens) + 2 * max_num_rows  # candidate tiles of a step
+        row = self._max_units * layer.num_kv_heads * layer.page_layout.statistics_stride * 2  # bytes
+        self._max_places = max(1, DECODED_BYTES // row) * self._max_units
+        self.max_groups = 1
+        per_group = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._group_shapes().values())
+        self.max_groups = max(1, min(limit, scratch_bytes // per_group))
         # A program of `linear` takes few features: each needs all of a key.
         self._fold_slice = min(16 if self._linear else self.tuning.fold_slice, layer.dp)
         self._fold_slices = triton.cdiv(d, self._fold_slice)
         self.fold_programs = layer.num_sms * (2 if self._linear else 1) // self._fold_slices
         self._sparse = limits.max_model_len > self.dense_below
-        self._max_num_rows = max_num_rows
         self.scratch = shared_scratch(self._shapes(), layer.device, layer.scratch_pool)
         # Layers of one geometry launch the same kernels.
         weights = layer.gain, *layer.norm_weights
@@ -266,7 +254,7 @@ class PrefillPasses:
         """Compile what the passes of every length need, so that no request has to wait for it."""
         if self.device.type != "cuda":
             return
-        layer, params = self.layer, self.layer.params
+        layer, params = self.layer, self.params
         key = (self.device, self._shapes_key(), params, layer.cache_dtype, layer.sink_dtype)
         if key in self._warm:
             return
@@ -282,7 +270,7 @@ class PrefillPasses:
         folds = self.plan(0, [0, 1], [pages * params.page_size]).folds if pages else None
         if folds is not None:
             self.fold(folds, kv_cache, kv_cache, block_table, state_table)
-        # One length for every power of two that `prefill_select_kernel` is compiled for.
+        # One length for every power of two that the kernels of selection are compiled for.
         positions = [max(self.dense_below, 1)] if self._sparse else []
         units = triton.next_power_of_2(_round_up(self.dense_below // params.selection_block))
         while self._sparse and units + params.blocks_per_page < self._most_units:
@@ -290,9 +278,7 @@ class PrefillPasses:
             units *= 2
         for position in tqdm(positions, desc="Compiling SPLA prefill kernels", disable=len(positions) < 2):
             (step,) = self.plan(0, [0, 1], [position + 1]).passes
-            for small in (True, False):
-                size = replace(step, small=small, launches={})
-                self.run(size, query, kv_cache, kv_cache, block_table, state_table, torch.empty_like(query))
+            self.run(step, query, kv_cache, kv_cache, block_table, state_table, torch.empty_like(query))
         torch.cuda.synchronize(self.device)
 
     def _shapes_key(self) -> tuple:
@@ -300,47 +286,52 @@ class PrefillPasses:
 
     def _shapes(self) -> Shapes:
         folding: Shapes = {"arrivals": ((self._max_num_rows, self.layer.num_kv_heads), torch.int32)}
-        if self.layer.params.residual != "none":
+        if self.params.residual != "none":
             places = max(1, self.fold_programs // self.layer.num_kv_heads)
             sums = places, self.layer.num_kv_heads, self._s_rows + 1, self.layer.head_size
             folding["partial"] = sums, torch.float32
         if not self._sparse:
             return folding
-        layer, pairs = self.layer, self._max_pairs
-        tokens, m = pairs * self.tile_tokens, self.tile_tokens * layer.group_p
-        parts = max(1, tokens * self._most_parts)
-        grouped = tokens * self._max_units * 4 // layer.cache_dtype.itemsize
-        rest = layer.params.residual != "none"
-        regression = layer.params.residual == "regression"
-        lists = self._max_lists * self._max_units
-        steps = min(parts, parts // self._attend_tokens + lists)  # every list ends with a step that is not full
-        small = min(pairs, self._small_pairs) * self.tile_tokens * self._most_parts
-        small = min(small, small // self._small_attend_tokens + lists)
-        entries = max(steps * self._attend_tokens, small * self._small_attend_tokens)
-        return folding | {
-            "out": ((max(parts * layer.group * layer.head_size, grouped),), layer.cache_dtype),
-            "part_sum": ((parts, 2, layer.group_p), torch.float32),
-            "part_tail": ((parts if self._linear else 1, layer.group, layer.head_size), torch.float32),
-            "part_z": ((parts if self._linear else 1, layer.group_p), torch.float32),
-            "lse": ((max(pairs, layer.num_sms), m), torch.float32),
-            "tail": ((pairs, 2, m), torch.float32),
-            "sums": ((max(pairs, layer.num_sms), 3, m), torch.float32),
-            "best": ((tokens, self._max_units // SUB), torch.float32),
-            "table": ((tokens, self._largest_budget - 1), torch.int32),
-            "rank": ((tokens, self._largest_budget - 1), torch.int32),
-            "count": ((tokens,), torch.int32),
-            **({"mass": ((tokens,), torch.float32)} if self._keeps_mass else {}),
-            "totals": ((lists,), torch.int32),
-            "first": ((lists,), torch.int32),
-            "counters": ((2,), torch.int32),
-            "list": ((entries, 2), torch.int32),
-            "list_tail": ((entries if regression else 1, 2, layer.group_p), torch.float32),
-            "work": ((max(steps, small), 4), torch.int32),
-            "states": (
-                (self.max_states if rest else 1, layer.num_kv_heads, self._s_rows + 1, layer.head_size),
-                torch.float32,
-            ),
+        layout = self.layer.page_layout
+        if layout.fp8_statistics:
+            decoded = self.layer.num_kv_heads * self._max_places, layout.statistics_stride
+            folding["decoded"] = decoded, torch.float16
+        return folding | self._group_shapes()
+
+    def _group_shapes(self) -> Shapes:
+        """What grows with the candidate tiles of a pass."""
+        layer, params, groups = self.layer, self.params, self.max_groups
+        heads, d, rows = layer.num_kv_heads, layer.head_size, self._rows
+        tiles, tokens = groups * self._tiles, groups * self.group_tokens
+        # Splits are there only while passes are small: as many programs as there are multiprocessors.
+        split = groups * heads + 2 * layer.num_sms
+        split_tiles = tokens * heads + 2 * layer.num_sms * self.group_tokens
+        shapes: Shapes = {
+            "gathered": ((heads * tokens, layer.group, d), layer.cache_dtype),
+            "exact": ((heads * tokens, layer.group, d), layer.cache_dtype),
+            "lse": ((split, rows), torch.float32),
+            "shares": ((groups * heads, self._max_units), torch.float32),
+            "table": ((heads * tiles, self._slots), torch.int32),
+            "used": ((heads * tiles,), torch.int32),
+            "count": ((heads * tiles,), torch.int32),
         }
+        if self._most:
+            blocks = self._most * self._per_unit
+            shapes |= {
+                "candidates": ((groups * heads, 2, self._most), torch.int32),
+                "num": ((groups * heads,), torch.int32),
+                "fine": ((groups * heads, blocks + blocks // self._fine_blocks, rows), torch.float32),
+                "norm": ((split, rows), torch.float32),
+            }
+        if params.residual != "none":
+            state = groups, heads, self._s_rows + 1, d
+            shapes["states"] = state, torch.float32
+            shapes["rest"] = (tiles * heads, 2, d, d), layer.cache_dtype
+            shapes["rest_sums"] = (tiles * heads, 2, d), torch.float32
+        if layer.has_mass:
+            shapes["left"] = (tiles * heads, self._max_units), torch.float32
+            shapes["mass"] = (split_tiles, layer.group_p), torch.float32
+        return shapes
 
     @property
     def scratch_bytes(self) -> int:
@@ -357,10 +348,10 @@ class PrefillPasses:
             starts: `[rows + 1]`, offsets of their query tokens in the batch.
             seq_lens: `[rows]`, tokens of each, this step's included.
         """
-        page, size = self.layer.params.page_size, self.tile_tokens
+        page, size = self.params.page_size, self.group_tokens
         numbers: list[int] = []  # everything that goes to the device
         dense: list[list[Any]] = []
-        tiles: list[Tile] = []
+        groups: list[Group] = []
         folds: list[tuple[int, int]] = []
         for index, seq_len in enumerate(seq_lens):
             row, first, stop = first_row + index, starts[index], starts[index + 1]
@@ -372,12 +363,12 @@ class PrefillPasses:
                     dense[-1][-1] = first + split - start
                 else:
                     dense.append([first, [(row, first, split - start, split)], first + split - start])
-            if split == seq_len and seq_len >= page and self.layer.params.residual != "none":
+            if split == seq_len and seq_len >= page and self.params.residual != "none":
                 folds.append((row, seq_len // page))
             position = split
             while position < seq_len:
                 end = min(seq_len, position // size * size + size)
-                tiles.append((row, first + position - start, end - position, position))
+                groups.append((row, first + position - start, end - position, position))
                 position = end
         plans: list[tuple[int, int, Any]] = []
         for first, members, stop in dense:
@@ -385,30 +376,31 @@ class PrefillPasses:
             numbers += [token - first for _, token, _, _ in members] + [stop - first]
             numbers += [seq_len for *_, seq_len in members]
             plans.append((at, len(members), (first, stop - first, members)))
-        passes: list[tuple[list[int], int, int, int]] = []
-        for some in self._cut(tiles):
+        passes: list[tuple[list[tuple[int, int]], int, int, int, int, int]] = []
+        for some in self._cut(groups):
             runs: list[list[int]] = []
-            tile_run, tile_state, states, last = [], [], -1, None
+            group_state, states, last = [], -1, None
+            group_place, ends = [], 0
             for number, (row, _, _, position) in enumerate(some):
                 if not runs or runs[-1][2] != row:
                     runs.append([number, 0, row])
+                    first_place = ends
+                ends = first_place + position // page * self.params.blocks_per_page
+                group_place.append(first_place)
                 runs[-1][1] += 1
-                tile_run.append(len(runs) - 1)
                 if last != (row, position // page):
                     states, last = states + 1, (row, position // page)
-                tile_state.append(states)
+                group_state.append(states)
+            places = [0, *itertools.accumulate(tokens for _, _, tokens, _ in some)]
             where = []
-            for values in (itertools.chain(*some), tile_run, tile_state, itertools.chain(*runs)):
-                where.append(_align(numbers))
+            for values in (
+                list(itertools.chain(*some)), places[:-1], group_state, group_place, list(itertools.chain(*runs)),
+                self._start_loc(some, places),
+            ):  # fmt: skip
+                where.append((_align(numbers), len(values)))
                 numbers += values
-            passes.append(
-                (
-                    where,
-                    len(some),
-                    len(runs),
-                    _round_up(max(position for *_, position in some) // page * self.layer.params.blocks_per_page),
-                )
-            )
+            units = max(position for *_, position in some) // page * self.params.blocks_per_page
+            passes.append((where, len(some), len(runs), places[-1], ends, _round_up(units)))
         fold_rows, fold_items = self._cut_folds(folds)
         folds_at = _align(numbers)
         numbers += itertools.chain(*fold_rows, *fold_items)
@@ -426,23 +418,58 @@ class PrefillPasses:
             )
             for at, n, (first, count, members) in plans
         ]
-        steps = [
-            Pass(
-                tiles=buffer[tiles_at : tiles_at + 4 * n].view(n, 4),
-                tile_run=buffer[run_at : run_at + n],
-                tile_state=buffer[state_at : state_at + n],
-                runs=buffer[runs_at : runs_at + 3 * r].view(r, 3),
-                max_complete=complete,
-                heads=self._heads(n, r),
-                small=self._heads(n, r) * n <= self._small_pairs,
+        steps = []
+        for where, n, r, tokens, num_places, complete in passes:
+            groups_at, places_at, state_at, place_at, runs_at, start_at = (
+                buffer[at : at + length] for at, length in where
             )
-            for (tiles_at, run_at, state_at, runs_at), n, r, complete in passes
-        ]
+            steps.append(
+                Pass(
+                    groups=groups_at.view(n, 4),
+                    places=places_at,
+                    group_state=state_at,
+                    group_place=place_at,
+                    runs=runs_at.view(r, 3),
+                    start_loc=start_at,
+                    num_tokens=tokens,
+                    num_places=_round_up(num_places),
+                    max_complete=complete,
+                )
+            )
         if not folds:
             return PrefillPlan(dense_rows, steps, None)
         rows, items = buffer[folds_at:].split([4 * len(fold_rows), 2 * len(fold_items)])
         most = max(splits for _, _, splits, _ in fold_rows)
         return PrefillPlan(dense_rows, steps, Folds(rows.view(-1, 4), items.view(-1, 2), most))
+
+    def _cut(self, groups: list[Group]) -> Iterator[list[Group]]:
+        """The groups of one pass after the other: at most `max_groups`, of rows whose statistics there is room for."""
+        page, blocks = self.params.page_size, self.params.blocks_per_page
+        some: list[Group] = []
+        others = 0  # selection blocks of the rows before the last one
+        for group in groups:
+            another = bool(some) and some[-1][0] != group[0]
+            before = some[-1][3] // page * blocks if another else 0
+            units = others + before + group[3] // page * blocks
+            if some and (len(some) == self.max_groups or _round_up(units) > self._max_places):
+                yield some
+                some, others, before = [], 0, 0
+            some.append(group)
+            others += before
+        if some:
+            yield some
+
+    def _start_loc(self, groups: list[Group], places: list[int]) -> list[int]:
+        """Where the tokens of each tile begin among those of the pass, for one kv head after the other, and the end."""
+        size, tile = self.group_tokens, self.tile
+        begins = [
+            place + min(max(position // size * size + i * tile - position, 0), tokens)
+            for (_, _, tokens, position), place in zip(groups, places[:-1], strict=True)
+            for i in range(self._tiles)
+        ]
+        total = places[-1]
+        heads = self.layer.num_kv_heads
+        return [head * total + begin for head in range(heads) for begin in begins] + [heads * total]
 
     def _cut_folds(self, folds: list[tuple[int, int]]) -> tuple[list[list[int]], list[tuple[int, int]]]:
         """The rows of `Folds` and their splits: as many of all rows together as programs run at a time, and one of each
@@ -456,29 +483,6 @@ class PrefillPasses:
             items += [(fold, split) for split in range(splits)]
             place += splits if splits > 1 else 0
         return rows, items
-
-    def _heads(self, num_tiles: int, num_runs: int) -> int:
-        """The most kv heads that the scratch takes at a time."""
-        heads = self.layer.num_kv_heads
-        fit = (n for n in range(heads, 0, -1) if heads % n == 0)
-        return next((n for n in fit if n * num_tiles <= self._max_pairs and n * num_runs <= self._max_lists), 1)
-
-    def _cut(self, tiles: list[Tile]) -> Iterator[list[Tile]]:
-        """Tiles of one pass after the other: at most `max_tiles`, of `max_runs` rows, with `max_states` states."""
-        page = self.layer.params.page_size
-        some: list[Tile] = []
-        rows = states = 0
-        for tile in tiles:
-            another = not some or some[-1][0] != tile[0]
-            new = another or some[-1][3] // page != tile[3] // page
-            full = len(some) == self.max_tiles or rows + another > self.max_runs or states + new > self.max_states
-            if some and full:
-                yield some
-                some, rows, states, another, new = [], 0, 0, True, True
-            some.append(tile)
-            rows, states = rows + another, states + new
-        if some:
-            yield some
 
     # Attention --------------------------------------------------------------------------------------------------
 
@@ -506,8 +510,8 @@ class PrefillPasses:
         Raises:
             ValueError: A residual without its state.
         """
-        if self.layer.params.residual != "none" and (state_cache is None or state_table is None):
-            raise ValueError(f"residual {self.layer.params.residual!r} needs a state cache and its table")
+        if self.params.residual != "none" and (state_cache is None or state_table is None):
+            raise ValueError(f"residual {self.params.residual!r} needs a state cache and its table")
         if state_cache is None or state_table is None:
             state_cache, state_table = kv_cache, block_table
         own = {"query": query, "kv": kv_cache, "state": state_cache, "block_table": block_table,
@@ -541,7 +545,7 @@ class PrefillPasses:
         launches = step.launches.get(alike)
         if launches is None:
             launches = list(self.bind(step, own, alike))
-            step.launches[alike] = launches
+            step.launches[alike] = launches  # type: ignore[assignment]
         addresses |= self._weight_addresses
         addresses["kv_int"], addresses["state_int"] = addresses["kv"], addresses["state"]
 
@@ -552,17 +556,24 @@ class PrefillPasses:
 
         stream = current_stream(self.device)
         for launch in launches:
-            launch(addresses, tensors, stream)
+            if isinstance(launch, Attend):
+                assert isinstance(step, Pass)
+                own["lse"] = attend_blocks(
+                    self.layer, launch.gathered, own["kv"], launch.table, launch.used, step.start_loc, self.tile,
+                    launch.exact,
+                )  # fmt: skip
+                addresses["lse"] = own["lse"].data_ptr()
+            else:
+                launch(addresses, tensors, stream)
 
-    def bind(self, step: Pass | Folds, own: dict[str, torch.Tensor], alike: tuple) -> Iterator[Launch]:
+    def bind(self, step: Pass | Folds, own: dict[str, torch.Tensor], alike: tuple) -> Iterator[Launch | Attend]:
         """The launches for all layers of which `alike` is true (`layer_of`), `own` one of them's tensors."""
         if isinstance(step, Folds):
             yield from self._fold_launches(step, own, alike)
             return
-        if self.layer.params.residual != "none":
+        if self.params.residual != "none":
             yield self._state_launch(step, own, alike)
-        for first_head in range(0, self.layer.num_kv_heads, step.heads):
-            yield from self._head_launches(first_head, step, own, alike)
+        yield from self._pass_launches(step, own, alike)
 
     def _state_arguments(self, own: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Pages and states, with strides in int32 words of pages and in float32 of state blocks."""
@@ -601,12 +612,14 @@ class PrefillPasses:
             "D": layer.head_size,
             "DP": layer.dp,
             "S_ROWS": self._s_rows,
-            **self._chain,
         }
 
     def _fold_launches(self, folds: Folds, own: dict[str, torch.Tensor], alike: tuple) -> Iterator[Launch]:
         """Sums over the splits of the pages, and their sum where there are several."""
-        layer, tuning, constants = self.layer, self.tuning, self._state_constants()
+        layer, tuning = self.layer, self.tuning
+        # Launched while the one before still runs.
+        chain = {"DEPENDENT": True, "launch_pdl": True} if layer.dependent else {"DEPENDENT": False}
+        constants = self._state_constants() | chain
         arguments = {
             **self._state_arguments(own),
             "folds_ptr": folds.rows,
@@ -643,7 +656,7 @@ class PrefillPasses:
     def _state_launch(self, step: Pass, own: dict[str, torch.Tensor], alike: tuple) -> Launch:
         """States at every page of a pass."""
         layer, tuning = self.layer, self.tuning
-        slices = triton.cdiv(self._s_rows, tuning.state_slice)
+        slices = triton.cdiv(self._s_rows, tuning.state_slice) + (not self._linear)
         return Launch(
             prefill_state_kernel,
             (slices, layer.num_kv_heads, step.runs.shape[0]),
@@ -651,8 +664,8 @@ class PrefillPasses:
                 **self._state_arguments(own),
                 **self._page_arguments(own),
                 "runs_ptr": step.runs,
-                "tiles_ptr": step.tiles,
-                "tile_state_ptr": step.tile_state,
+                "tiles_ptr": step.groups,
+                "tile_state_ptr": step.group_state,
                 "states_ptr": self.scratch["states"],
             },
             {
@@ -662,272 +675,332 @@ class PrefillPasses:
                 "TILE": layer.fold_tile,
                 "STAGES": tuning.state_stages,
                 "PHI": layer.phi,
-                "KEEP_Z": self._linear or layer.page_layout.fp8_statistics,
                 "num_warps": tuning.state_warps,
                 **self._state_constants(),
             },
             alike,
         )
 
-    def _head_launches(
-        self, first_head: int, step: Pass, own: dict[str, torch.Tensor], alike: tuple
-    ) -> Iterator[Launch]:
-        """A pass of the kv heads from `first_head` on."""
-        layer, t, pool = self.layer, self.tuning, self.scratch
-        params, heads = layer.params, step.heads
-        num_tiles, num_runs = step.tiles.shape[0], step.runs.shape[0]
-        num_parts = num_tiles * self.tile_tokens * self._parts
+    def _pass_launches(self, step: Pass, own: dict[str, torch.Tensor], alike: tuple) -> Iterator[Launch | Attend]:
+        """A pass, from scores to outputs."""
+        layer, params, t, pool = self.layer, self.params, self.tuning, self.scratch
+        heads, d, dp = layer.num_kv_heads, layer.head_size, layer.dp
+        groups, tiles = len(step.groups), len(step.groups) * self._tiles
         max_units = step.max_complete  # of this pass: scratch is laid out anew each time
-        residual = RESIDUAL_CODES[params.residual]
-        query, output = own["query"], own["output"]
-        unit_p, stride = triton.next_power_of_2(params.selection_block), layer.page_layout.statistics_stride
-        fp8 = layer.page_layout.fp8_statistics
-        mass = {"mass_ptr": pool["mass"] if self._keeps_mass else None}
-        deep = unit_p * layer.dp <= 8192  # whether several selection blocks are in shared memory at a time
-        grouped = pool["out"].view(torch.float32)
-        # Arguments and constants of several kernels.
-        inputs = {
-            **self._page_arguments(own),
+        kv, query, output = own["kv"], own["query"], own["output"]
+        sms, pairs = layer.num_sms, groups * heads
+        address = address_unit(kv)
+        block = params.attended_block
+        addresses = {"page_stride": kv.stride(0) // address, "head_stride": kv.stride(1) // address}
+        queries = {
             "query_ptr": "query",
             "query_token_stride": query.stride(0),
             "query_head_stride": query.stride(1),
-            "first_head": first_head,
-            "scale": layer.scale,
         }
         table = {"block_table_ptr": "block_table", "block_table_stride": own["block_table"].stride(0)}
-        parts = {
-            "part_out_ptr": pool["out"],
-            "part_sum_ptr": pool["part_sum"],
-            "part_tail_ptr": pool["part_tail"],
-            "part_z_ptr": pool["part_z"],
-            "num_parts": num_parts,
-            "residual_scale": params.residual_scale,
-        }
-        shape = {
-            "GROUP": layer.group,
-            "GROUP_P": layer.group_p,
-            "D": layer.head_size,
-            "DP": layer.dp,
-            "PAGE": params.page_size,
-            "UNIT": params.selection_block,
-            **self._chain,
-        }
+        of_groups = {"groups_ptr": step.groups}
+        shape = {"GROUP": layer.group, "GROUP_P": layer.group_p, "D": d, "DP": dp}
+        tiling = {"C": self.group_tokens, "T": self.tile}
+        voters = {**tiling, "STEP": params.tile_step, "ROWS": self._rows}
+        units = {"PAGE": params.page_size, "UNIT": params.selection_block}
         forced = {"FIRST": params.first_blocks, "LAST": params.last_blocks}
-        scores = {
-            "STRIDE": stride,
-            "FP8": fp8,
+        decoded = {
+            "decoded_ptr": pool.get("decoded"),
+            "group_place_ptr": step.group_place,
+            "num_places": step.num_places,
+        }
+        statistics = {
+            "STRIDE": layer.page_layout.statistics_stride,
             "LOG2_UNIT": math.log2(params.selection_block),
             "SELECTOR": layer.gpu_selector,
-            "MASS": layer.has_mass,
         }
-        lists = num_runs * heads * max_units
-        # A few programs to a multiprocessor, each of at least two chunks.
-        sms, pairs = layer.num_sms, heads * num_tiles
-        norms = max(1, min(max_units // (2 * t.normalise_chunk), sms // pairs))
-        splits = max(
-            1, min(max_units // (4 * t.share_chunk), 8), min(max_units // (2 * t.share_chunk), 2 * sms // pairs)
-        )
 
-        def score(mode: str, splits: int, chunk: int, stages: int, warps: int, registers: int | None) -> Launch:
+        def splits(programs: int, steps: int) -> int:
+            """Of loops of so many steps: a program for every multiprocessor, if each has two steps or more."""
+            return max(1, min(t.most_splits, sms // programs, steps // 2))
+
+        norms = splits(pairs, max_units // t.score_chunk)
+        warps = max(4, min(8, self._rows // 16))
+
+        def score(mode: str) -> Launch:
             return Launch(
-                prefill_score_kernel,
-                (heads, num_tiles, splits),
+                prompt_score_kernel,
+                (groups, heads, norms),
                 {
-                    **inputs,
+                    **queries,
                     **table,
-                    "tiles_ptr": step.tiles,
+                    **of_groups,
+                    **decoded,
+                    **self._page_arguments(own),
                     "lse_ptr": pool["lse"],
-                    "sums_ptr": pool["sums"],
-                    "grouped_ptr": grouped,
-                    "best_ptr": pool["best"],
-                    "totals_ptr": pool["totals"],
-                    "counters_ptr": pool["counters"],
+                    "shares_ptr": pool["shares"],
                     "sink_ptr": None if layer.score_sinks is None else "sinks",
-                    **mass,
                     "max_units": max_units,
-                    "num_lists": lists,
                     "num_norms": norms,
+                    "scale": layer.scale,
                 },
                 {
                     **shape,
-                    **scores,
+                    **voters,
+                    **units,
+                    **statistics,
                     "MODE": MODES[mode],
-                    "TQ": self.tile_tokens,
-                    "OWN_MASS": layer.own_mass,
-                    "CHUNK": chunk,
-                    "SUB": SUB,
-                    "STAGES": stages,
+                    "CHUNK": t.score_chunk,
+                    "STAGES": t.score_stages,
                     "num_warps": warps,
-                    "maxnreg": registers,
                 },
                 alike,
             )
 
-        yield score("normalise", norms, t.normalise_chunk, t.normalise_stages, t.normalise_warps, t.normalise_registers)
-        yield score("share", splits, t.share_chunk, t.share_stages, t.share_warps, t.share_registers)
-        subs = max(16, triton.next_power_of_2(max_units // SUB))
-        slots = {"SLOTS": self.slots, "SLOTS_P": max(16, triton.next_power_of_2(self.slots))}
-        # Registers of a multiprocessor end at 16 warps: large budgets spill.
-        warps = min(16, max(1, max(subs, slots["SLOTS_P"] * SUB) // t.select_elements))
-        rows = 1 if step.small else min(t.select_rows, self.tile_tokens)
+        formats = layer.page_layout.formats
+        if formats is not None:
+            yield Launch(
+                prompt_statistics_kernel,
+                (triton.cdiv(max_units, 16), heads, len(step.runs)),
+                {**table, **of_groups, **decoded, **self._page_arguments(own), "runs_ptr": step.runs},
+                {
+                    **units,
+                    "D": d,
+                    "STRIDE": layer.page_layout.statistics_stride,
+                    "KINDS": tuple(KINDS[kind] for kind, _ in formats),
+                    "SIZES": tuple(size for _, size in formats),
+                    "SIZE_P": triton.next_power_of_2(max(size for _, size in formats)),
+                    "UNITS": 16,
+                    "num_warps": 4,
+                },
+                alike,
+            )
+        yield score("normalise")
+        yield score("share")
+        left = pool.get("left")
+        last_page = {"last_page": len(kv) - 1}
+        units_p = max(16, triton.next_power_of_2(max_units))
+        fine_splits = 1
+        if self._most:
+            yield Launch(
+                prompt_candidates_kernel,
+                (groups, heads),
+                {
+                    **table,
+                    **of_groups,
+                    **addresses,
+                    **last_page,
+                    "shares_ptr": pool["shares"],
+                    "candidates_ptr": pool["candidates"],
+                    "num_ptr": pool["num"],
+                    "left_ptr": left,
+                    "unit_stride": params.selection_block * 2 * d // address,
+                    "max_units": max_units,
+                },
+                {
+                    **tiling,
+                    **units,
+                    **forced,
+                    "MOST": self._most,
+                    "UNITS_P": units_p,
+                    "num_warps": self._select_warps(units_p),
+                },
+                alike,
+            )
+            keys = self._fine_blocks * block
+            fine_splits = splits(pairs, self._most * params.selection_block // keys)
+            yield Launch(
+                prompt_fine_kernel,
+                (groups, heads, fine_splits),
+                {
+                    **queries,
+                    **of_groups,
+                    "kv_ptr": "kv",
+                    "candidates_ptr": pool["candidates"],
+                    "num_ptr": pool["num"],
+                    "fine_ptr": pool["fine"],
+                    "norm_ptr": pool["norm"],
+                    "scale": layer.scale,
+                },
+                {
+                    **shape,
+                    **voters,
+                    "ADDRESS": address,
+                    "UNIT": params.selection_block,
+                    "FINE": block,
+                    "MOST": self._most,
+                    "KEYS": keys,
+                    "STAGES": t.fine_stages,
+                    "num_warps": warps,
+                },
+                alike,
+            )
+            units_p = max(16, triton.next_power_of_2(self._most))
+        of_two_levels = {
+            "candidates_ptr": pool.get("candidates"),
+            "num_ptr": pool.get("num"),
+            "fine_ptr": pool.get("fine"),
+            "norm_ptr": pool.get("norm"),
+        }
         yield Launch(
-            prefill_select_kernel,
-            (heads, num_tiles, self.tile_tokens // rows),
-            {
-                "tiles_ptr": step.tiles,
-                "tile_run_ptr": step.tile_run,
-                "grouped_ptr": grouped,
-                "best_ptr": pool["best"],
-                "table_ptr": pool["table"],
-                "rank_ptr": pool["rank"],
-                "count_ptr": pool["count"],
-                "totals_ptr": pool["totals"],
-                **mass,
-                "max_units": max_units,
-                "num_rows": rows,
-            },
-            {
-                **slots,
-                **forced,
-                **self._chain,
-                "TQ": self.tile_tokens,
-                "PAGE": params.page_size,
-                "UNIT": params.selection_block,
-                "GROUP": layer.group,
-                "SUB": SUB,
-                "SUBS": subs,
-                "LANES": min(subs, 128 * warps),
-                "TOP_P": layer.top_p,
-                "num_warps": warps,
-                "maxnreg": t.select_registers,
-            },
-            alike,
-        )
-        width = 32
-        step_tokens, span = self._attend_tokens, t.attend_span
-        if step.small:
-            step_tokens, span = self._small_attend_tokens, 1
-        yield Launch(
-            prefill_work_kernel,
-            (triton.cdiv(max_units, width), heads, num_runs),
+            prompt_select_kernel,
+            (tiles, heads),
             {
                 **table,
-                "runs_ptr": step.runs,
-                "totals_ptr": pool["totals"],
-                "first_ptr": pool["first"],
-                "counters_ptr": pool["counters"],
-                "work_ptr": pool["work"],
-                "list_ptr": pool["list"],
-                "max_units": max_units,
-            },
-            {
-                "PER_PAGE": params.blocks_per_page,
-                "TM": step_tokens,
-                "SPAN": span,
-                "WIDTH": width,
-                "num_warps": 1,
-                **self._chain,
-            },
-            alike,
-        )
-        yield Launch(
-            prefill_list_kernel,
-            (heads, num_tiles, self.tile_tokens),
-            {
-                **inputs,
-                **table,
-                "tiles_ptr": step.tiles,
-                "tile_run_ptr": step.tile_run,
-                "table_ptr": pool["table"],
-                "rank_ptr": pool["rank"],
-                "count_ptr": pool["count"],
-                "first_ptr": pool["first"],
-                "sums_ptr": pool["sums"],
-                "gain_ptr": "gain",
-                "tail_ptr": pool["tail"],
-                "list_ptr": pool["list"],
-                "list_tail_ptr": pool["list_tail"],
-                "max_units": max_units,
-                "num_norms": norms,
-                "tile_state_ptr": step.tile_state,
-                "state_ptr": pool["states"],
-                "num_kv_heads": layer.num_kv_heads,
-            },
-            {
-                **shape,
-                **scores,
-                **slots,
-                **forced,
-                "TQ": self.tile_tokens,
-                "TM": step_tokens,
-                "PARTS": self._parts,
-                "S_ROWS": self._s_rows,
-                "LIST_TAIL": layer.has_mass and params.residual == "regression",
-                "num_warps": min(16, t.list_warps * max(1, slots["SLOTS_P"] * layer.dp // 4096)),
-            },
-            alike,
-        )
-        yield Launch(
-            page_attend_kernel,
-            ((t.small_attend_programs if step.small else t.attend_programs) * sms,),
-            {
-                **inputs,
-                **parts,
-                "work_ptr": pool["work"],
-                "num_items_ptr": pool["counters"],
-                "list_ptr": pool["list"],
-                "list_tail_ptr": pool["list_tail"],
-            },
-            {
-                **shape,
-                "TM": step_tokens,
-                "SPAN": span,
-                "UNIT_P": unit_p,
-                "RESIDUAL": residual,
-                "PHI": layer.phi,
-                "STAGES": t.attend_stages if not step.small else t.small_attend_stages if deep else 2,
-                "num_warps": t.attend_warps,
-                "maxnreg": t.small_attend_registers if step.small else t.attend_registers,
-            },
-            alike,
-        )
-        tokens = self._small_merge_tokens if step.small else self._merge_tokens
-        yield Launch(
-            prefill_merge_kernel,
-            (heads, num_tiles, self.tile_tokens // tokens),
-            {
-                **inputs,
-                **table,
-                **parts,
-                "tiles_ptr": step.tiles,
-                "tile_state_ptr": step.tile_state,
-                "count_ptr": pool["count"],
-                "tail_ptr": pool["tail"],
-                "state_ptr": pool["states"],
+                **of_groups,
+                **addresses,
+                **last_page,
+                **of_two_levels,
+                "shares_ptr": pool["shares"],
                 "sink_ptr": None if layer.sinks is None else "sinks",
+                "table_ptr": pool["table"],
+                "used_ptr": pool["used"],
+                "count_ptr": pool["count"],
+                "left_ptr": left,
+                "block_stride": block * 2 * d // address,
+                "max_units": max_units,
+                "splits": fine_splits,
+            },
+            {
+                **voters,
+                **units,
+                **forced,
+                "GROUP": layer.group,
+                "GROUP_P": layer.group_p,
+                "BLOCK": block,
+                "BUDGET": params.budget_blocks,
+                "MOST": self._most,
+                "SLOTS": params.budget_blocks * self._per_unit,
+                "UNITS_P": units_p,
+                "CURRENT_P": triton.next_power_of_2(params.page_size // block),
+                "FINE_BLOCKS": self._fine_blocks,
+                "SOME": min(t.select_voters, max(1, self._rows // self._tiles)),
+                "TOP_P": layer.top_p,
+                "num_warps": max(4 if self._most else 1, self._select_warps(units_p * self._per_unit)),
+            },
+            alike,
+        )
+        mass_splits = 1
+        if layer.has_mass:
+            mass_tokens = max(1, min(self.tile, t.mass_rows // layer.group_p))
+            mass_programs = tiles * heads * (self.tile // mass_tokens)
+            mass_splits = splits(mass_programs, max_units // t.mass_chunk)
+            yield Launch(
+                prompt_mass_kernel,
+                (tiles * (self.tile // mass_tokens), heads, mass_splits),
+                {
+                    **queries,
+                    **table,
+                    **of_groups,
+                    **decoded,
+                    **self._page_arguments(own),
+                    "left_ptr": left,
+                    "mass_ptr": pool["mass"],
+                    "max_units": max_units,
+                    "scale": layer.scale,
+                },
+                {
+                    **shape,
+                    **tiling,
+                    **units,
+                    **statistics,
+                    "TM": mass_tokens,
+                    "CHUNK": t.mass_chunk,
+                    "STAGES": t.mass_stages,
+                    "num_warps": t.mass_warps,
+                },
+                alike,
+            )
+        gather_tokens = max(1, min(self.group_tokens, 32 // layer.group_p))
+        yield Launch(
+            prompt_gather_kernel,
+            (groups, heads, self.group_tokens // gather_tokens),
+            {
+                **queries,
+                **of_groups,
+                "places_ptr": step.places,
+                "gathered_ptr": pool["gathered"],
+                "num_tokens": step.num_tokens,
+            },
+            {**shape, "TM": gather_tokens, "num_warps": 4},
+            alike,
+        )
+        total = heads * step.num_tokens
+        slots = params.budget_blocks * self._per_unit
+        yield Attend(
+            gathered=pool["gathered"][:total],
+            table=pool["table"].flatten()[: heads * tiles * slots].view(heads * tiles, slots),
+            used=pool["used"][: heads * tiles],
+            exact=pool["exact"][:total],
+        )
+        if params.residual != "none":
+            rest_slice = dp if self._linear else min(dp, t.rest_slice)
+            yield Launch(
+                prompt_rest_kernel,
+                (tiles, heads, dp // rest_slice),
+                {
+                    **of_groups,
+                    "kv_ptr": "kv",
+                    "group_state_ptr": step.group_state,
+                    "table_ptr": pool["table"],
+                    "count_ptr": pool["count"],
+                    "state_ptr": pool["states"],
+                    "rest_ptr": pool["rest"],
+                    "sums_ptr": pool["rest_sums"],
+                },
+                {
+                    **tiling,
+                    "D": d,
+                    "DP": dp,
+                    "ADDRESS": address,
+                    "PAGE": params.page_size,
+                    "BLOCK": block,
+                    "SLOTS": slots,
+                    "KEYS": t.rest_keys,
+                    "SLICE": rest_slice,
+                    "S_ROWS": self._s_rows,
+                    "STAGES": t.rest_stages,
+                    "PHI": layer.phi,
+                    "num_warps": t.rest_warps,
+                },
+                alike,
+            )
+        combine_tokens = max(1, min(self.tile, t.combine_rows // layer.group_p))
+        yield Launch(
+            prompt_combine_kernel,
+            (tiles * (self.tile // combine_tokens), heads),
+            {
+                **queries,
+                **of_groups,
+                "places_ptr": step.places,
+                "count_ptr": pool["count"],
+                "mass_ptr": pool.get("mass"),
+                "rest_ptr": pool.get("rest"),
+                "sums_ptr": pool.get("rest_sums"),
+                "exact_ptr": pool["exact"],
+                "lse_ptr": "lse",
+                "sink_ptr": None if layer.sinks is None else "sinks",
+                "gain_ptr": "gain",
                 "exact_weight_ptr": "exact_weight",
                 "tail_weight_ptr": "tail_weight",
                 "output_ptr": "output",
                 "output_token_stride": output.stride(0),
                 "output_head_stride": output.stride(1),
-                "num_kv_heads": layer.num_kv_heads,
+                "num_tokens_of_pass": step.num_tokens,
+                "mass_splits": mass_splits,
+                "scale": layer.scale,
+                "residual_scale": params.residual_scale,
                 "norm_eps": params.rms_norm_eps,
             },
             {
                 **shape,
-                **forced,
-                "TQ": self.tile_tokens,
-                "TM": tokens,
-                "UNIT_P": unit_p,
-                "PARTS": self._parts,
-                "S_ROWS": self._s_rows,
-                "STAGES": t.small_merge_stages if step.small else t.merge_stages,
-                "FORCED_STAGES": t.small_merge_forced_stages if step.small and deep else 1,
-                "RESIDUAL": residual,
+                **tiling,
+                **units,
+                "TM": combine_tokens,
+                "BLOCK": block,
+                "FEATURES": dp if self._linear else min(dp, t.combine_features),
+                "RESIDUAL": RESIDUAL_CODES[params.residual],
                 "PHI": layer.phi,
                 "DOUBLE_NORM": params.combine == "double_rmsnorm",
-                "num_warps": t.small_merge_warps if step.small else t.merge_warps,
-                "maxnreg": t.merge_registers,
+                "num_warps": t.combine_warps,
             },
             alike,
         )
+
+    def _select_warps(self, blocks: int) -> int:
+        return min(16, max(1, blocks // self.tuning.select_blocks))

@@ -30,7 +30,7 @@ def prefill_state_kernel(
     runs_ptr,  # [runs, 3] int32: first tile, tiles, row
     tiles_ptr,  # [tiles, 4] int32
     tile_state_ptr,  # [tiles] int32: place in `states_ptr` of the state at a tile's page; ascending within a run
-    states_ptr,  # [states, G, S_ROWS + 1, D] float32; the last row is z, where KEEP_Z
+    states_ptr,  # [states, G, S_ROWS + 1, D] float32; the last row is z
     arrivals_ptr,  # [runs, G] int32, zero between launches
     page_stride,
     head_stride,
@@ -54,13 +54,8 @@ def prefill_state_kernel(
     S_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     PHI: tl.constexpr,
-    KEEP_Z: tl.constexpr,  # whether states are put aside with their z
-    DEPENDENT: tl.constexpr,
 ):
     """Grid (SLICES, G, runs)."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     slice_index = tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
@@ -75,60 +70,61 @@ def prefill_state_kernel(
     blocks = state_table_ptr + row * state_table_stride
     dtype = kv_ptr.dtype.element_ty
     state = state_ptr + head * block_head_stride
-    # `regression` has a constant feature behind those of the key: its row of S is the sum of the values.
-    feature = slice_index * SLICE + tl.arange(0, SLICE)
-    in_slice = feature < S_ROWS
+    # `regression` has a constant feature behind those of the key: its row of S is the sum of the values. The last
+    # program has it as well, and keys in the place of the values: its row is z, which lies behind those of S.
+    of_z = (PHI is None) & (slice_index == SLICES - 1)
+    feature = tl.where(of_z, S_ROWS, slice_index * SLICE) + tl.arange(0, SLICE)
+    rows_end = tl.where(of_z, S_ROWS + 1, S_ROWS)
+    in_slice = feature < rows_end
     of_key = feature < D
     column = tl.arange(0, DP)
     in_head = column < D
+    values_at = column + tl.where(of_z, 0, D)
     token = tl.arange(0, TILE)
     s_rows = state + state_row_offset(blocks, feature, block_stride, BODY, D, in_slice)[:, None] + column[None, :]
     z_block = tl.maximum(tl.load(blocks + S_ROWS // BODY), 0).to(tl.int64)
-    z_row = state + z_block * block_stride + (1 + S_ROWS % BODY) * D + feature  # [SLICE]
+    z_row = state + z_block * block_stride + (1 + S_ROWS % BODY) * D + feature  # [SLICE], of a feature map
 
     covered = trusted_pages(
         kv_int_ptr, state_int_ptr, pages, blocks, head, first_page, int_page_stride, int_head_stride,
         block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
     )  # fmt: skip
     # Old bytes must not be used where they are not trusted: they may be NaN, and 0 * NaN is NaN.
-    kept = tl.where(covered > 0, S_ROWS, 0)
-    s = tl.load(s_rows, mask=(feature < kept)[:, None] & in_head[None, :], other=0.0)  # [SLICE, DP]
-    z = tl.load(z_row, mask=of_key & (feature < kept), other=0.0)
-    folded = tl.zeros([SLICE, TILE], dtype=tl.float32)  # keys that z lacks, one sum a place in a tile
+    kept = feature < tl.where(covered > 0, rows_end, 0)
+    s = tl.load(s_rows, mask=kept[:, None] & in_head[None, :], other=0.0)  # [SLICE, DP]
+    z = tl.zeros([SLICE], dtype=tl.float32)
+    if PHI is not None:
+        z = tl.load(z_row, mask=of_key & kept, other=0.0)
     states = states_ptr + (first_state.to(tl.int64) * num_heads + head) * (S_ROWS + 1) * D
     begin = tl.minimum(covered, first_page)
     # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
     page = tl.load(pages + begin)
     for index in tl.range(begin, target, num_stages=STAGES):
         out = states + (index - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
-        put = feature < tl.where(index >= first_page, S_ROWS, 0)
+        put = feature < tl.where(index >= first_page, rows_end, 0)
         tl.store(out + feature[:, None] * D + column[None, :], s, mask=put[:, None] & in_head[None, :])
-        if KEEP_Z:
-            z_now = z
-            if PHI is None:
-                z_now += tl.sum(folded, axis=1)
-            tl.store(out + S_ROWS * D + feature, z_now, mask=put & of_key)
+        if PHI is not None:
+            tl.store(out + S_ROWS * D + feature, z, mask=put & of_key)
         base = kv_ptr + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride + head * head_stride
         page = tl.load(pages + tl.minimum(index + 1, target - 1))
         for first in tl.static_range(0, PAGE, TILE):
             rows = base + (first + token) * 2 * D  # [TILE]
-            v = tl.load(rows[:, None] + D + column[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
+            v = tl.load(rows[:, None] + values_at[None, :], mask=in_head[None, :], other=0.0)  # [TILE, DP]
             if PHI is not None:
                 k = key_features(PHI, rows, feature, of_key, column, in_head)  # [SLICE, TILE]
                 z += tl.sum(k.to(tl.float32), axis=1)
             else:
                 k = tl.load(rows[None, :] + feature[:, None], mask=of_key[:, None], other=0.0)
-                folded += k.to(tl.float32)
-                k = tl.where((feature == D)[:, None], 1.0, k).to(dtype)
+                k = tl.where(of_key[:, None], k, 1.0).to(dtype)
             s = tl.dot(k, v, s)
-    z += tl.sum(folded, axis=1)
     out = states + (target - first_page).to(tl.int64) * num_heads * (S_ROWS + 1) * D
     tl.store(out + feature[:, None] * D + column[None, :], s, mask=in_slice[:, None] & in_head[None, :])
-    if KEEP_Z:
+    if PHI is not None:
         tl.store(out + S_ROWS * D + feature, z, mask=of_key)
     if covered < target:
         tl.store(s_rows, s, mask=in_slice[:, None] & in_head[None, :])
-        tl.store(z_row, z, mask=of_key)
+        if PHI is not None:
+            tl.store(z_row, z, mask=of_key)
         write_headers(
             arrivals_ptr + run * num_heads + head, SLICES, kv_int_ptr, state_int_ptr, pages, blocks, head, target,
             int_page_stride, int_head_stride, block_stride, block_head_stride, MAGIC, STAMP_WORD, NUM_BLOCKS,
