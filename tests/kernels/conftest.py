@@ -25,3 +25,12 @@ def few_programs_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     if INTERPRETED:
         monkeypatch.setattr("spla_backend.kernels.gpu.store.FEW_TOKENS", 4)
+
+
+@pytest.fixture(autouse=True)
+def no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention, over what prompts selected, cannot be interpreted."""
+    if INTERPRETED:
+        from plain_attention import attend_plainly
+
+        monkeypatch.setattr("spla_backend.kernels.gpu.prefill.passes.attend_blocks", attend_plainly)

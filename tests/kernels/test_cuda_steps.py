@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from spla_backend.algorithm.parameters import SplaParameters
-from spla_backend.algorithm.reference import complete_statistics, spla_token
+from spla_backend.algorithm.reference import candidate_voters_of, complete_statistics, spla_token, voters_of
 from spla_backend.kernels.gpu import attention
 from spla_backend.kernels.gpu.attention import GpuAttention
 from spla_backend.kernels.interface import Layer, Limits, Pool, Step
@@ -133,10 +133,13 @@ class Engine:
             output = torch.full_like(query, float("nan"))
             op.run(plans[op.plan_key], query, cache, cache, states, output)
             for row, (request, _) in enumerate(work):
+                sparse = None
+                if row >= num_decodes:
+                    sparse = range(max(request.computed, op.prefill_dense_below), request.computed + right[row])
                 for position in range(request.computed, request.computed + right[row]):
-                    if row < num_decodes or position >= op.prefill_dense_below:
+                    if sparse is None or position in sparse:
                         at = int(starts[row]) + position - request.computed
-                        self._check(op, cache, request, position, output[at])
+                        self._check(op, cache, request, position, output[at], sparse)
             assert not bool(output.isnan().any())
         for (request, _), count in zip(work, right, strict=True):
             request.computed += count
@@ -161,14 +164,27 @@ class Engine:
             output[start:stop] = (weights @ values).transpose(0, 1).to(DTYPE)
 
     def _check(
-        self, op: GpuAttention, cache: torch.Tensor, request: Request, position: int, output: torch.Tensor
+        self,
+        op: GpuAttention,
+        cache: torch.Tensor,
+        request: Request,
+        position: int,
+        output: torch.Tensor,
+        sparse: range | None,
     ) -> None:
-        stop, params = position + 1, op.layer.params
+        """A token's output; `sparse` has the prompt tokens that select in this step, None for a decode row."""
+        stop, params, shared = position + 1, op.layer.params, {}
+        if sparse is not None:
+            params = op.passes.params
+            shared = {
+                name: request.query[voters(position, sparse, params)].double() * SCALE
+                for name, voters in (("tile_queries", voters_of), ("candidate_queries", candidate_voters_of))
+            }
         complete = position // self.page_size
         stored = op.page_layout.statistics(cache[request.pages[:complete]]).transpose(1, 2).flatten(0, 1)
         expected = spla_token(
             request.query[position].double() * SCALE, request.key[:stop].double(), request.value[:stop].double(),
-            params, statistics=stored.double(),
+            params, statistics=stored.double(), **shared,
         )  # fmt: skip
         if stop == len(request.query):  # statistics are those of the keys, however they came into the pages
             fresh = complete_statistics(request.key[:stop].double(), params)

@@ -1,6 +1,5 @@
 """Sparse prefill against the float64 reference: outputs of tokens, whatever rows and chunks they are in."""
 
-import itertools
 import random
 from dataclasses import replace
 
@@ -21,47 +20,11 @@ from spla_backend.algorithm.reference import (
 )
 from spla_backend.algorithm.two_level import coarse_parameters
 from spla_backend.kernels.gpu.layer import GpuLayer
-from spla_backend.kernels.gpu.prefill import passes
-from spla_backend.kernels.gpu.prefill.attend import address_unit, blocks_at
 from spla_backend.kernels.gpu.prefill.passes import NARROW, PrefillPasses, PrefillTuning
 from spla_backend.kernels.interface import Layer
 from spla_backend.kernels.layout import STATE_MAGIC
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def attend_plainly(
-    layer: GpuLayer,
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    table: torch.Tensor,
-    used: torch.Tensor,
-    start_loc: torch.Tensor,
-    tile: int,
-    output: torch.Tensor,
-) -> torch.Tensor:
-    """`attend_blocks` without FlashAttention, for a CPU."""
-    block = layer.params.attended_block
-    keys, values = (x[:, :, 0].float() for x in blocks_at(kv_cache, address_unit(kv_cache), block))
-    lse = torch.full((layer.group, len(query)), float("nan"))
-    starts = start_loc.tolist()
-    for number, (first, stop) in enumerate(itertools.pairwise(starts)):
-        if first == stop:
-            continue
-        seen = int(used[number])
-        assert stop - first <= tile and 0 < seen <= table.shape[1] * block
-        at = table[number, : -(-seen // block)].long()
-        k, v = keys[at].flatten(0, 1)[:seen], values[at].flatten(0, 1)[:seen]
-        logits = torch.einsum("thd,kd->htk", query[first:stop].float(), k) * layer.scale
-        later = torch.arange(seen) > torch.arange(seen - (stop - first), seen)[:, None]
-        logits.masked_fill_(later, float("-inf"))
-        lse[:, first:stop] = logits.logsumexp(-1)
-        output[first:stop] = torch.einsum("htk,kd->thd", logits.softmax(-1), v).to(output.dtype)
-    return lse
-
-
-if DEVICE == "cpu":
-    passes.attend_blocks = attend_plainly  # Triton is interpreted; FlashAttention cannot be
 
 
 def attend(
@@ -71,8 +34,10 @@ def attend(
     max_groups: int | None = None,
     tuning: PrefillTuning | None = None,
     seed: int = 1,
+    captured: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, PrefillPasses]:
-    """Prefill the positions `ranges` of the batch's rows; random queries, NaN-poisoned outputs, and the op.
+    """Prefill the positions `ranges` of the batch's rows; queries (random, or `captured [tokens, H, d]`), NaN-poisoned
+    outputs, and the op.
 
     The keys and values of those tokens, and of no later ones, are in the cache.
     """
@@ -84,6 +49,8 @@ def attend(
     generator = torch.Generator().manual_seed(seed)
     joint = 2 * torch.randn(total, layer.num_heads + 2, layer.head_size, generator=generator)
     query = joint.to(DEVICE, layer.cache_dtype)[:, : layer.num_heads]
+    if captured is not None:
+        query.copy_(captured)
     output = torch.full_like(query, float("nan"))
     starts = [0]
     for a, b in ranges:

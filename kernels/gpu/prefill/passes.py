@@ -221,7 +221,9 @@ class PrefillPasses:
         # Fine blocks at a time: a power of two, as their sizes are.
         keys = math.gcd(self.tuning.fine_keys, params.selection_block)
         self._fine_blocks = max(1, keys // params.attended_block)
-        self._slots = max(limits.largest_budget, params.budget_blocks) * self._per_unit
+        # Layers of any budget share scratch, and so passes: laid out for the largest.
+        largest = max(limits.largest_budget, params.budget_blocks)
+        self._largest = replace(params, budget_blocks=largest)
         self._linear = params.residual == "linear"
         self._s_rows = layer.state_layout.s_rows
         self._max_pages = -(-limits.max_model_len // params.page_size)
@@ -311,14 +313,15 @@ class PrefillPasses:
             "exact": ((heads * tokens, layer.group, d), layer.cache_dtype),
             "lse": ((split, rows), torch.float32),
             "shares": ((groups * heads, self._max_units), torch.float32),
-            "table": ((heads * tiles, self._slots), torch.int32),
+            "table": ((heads * tiles, self._largest.budget_blocks * self._per_unit), torch.int32),
             "used": ((heads * tiles,), torch.int32),
             "count": ((heads * tiles,), torch.int32),
         }
         if self._most:
-            blocks = self._most * self._per_unit
+            most = self._largest.candidate_blocks
+            blocks = most * self._per_unit
             shapes |= {
-                "candidates": ((groups * heads, 2, self._most), torch.int32),
+                "candidates": ((groups * heads, 2, most), torch.int32),
                 "num": ((groups * heads,), torch.int32),
                 "fine": ((groups * heads, blocks + blocks // self._fine_blocks, rows), torch.float32),
                 "norm": ((split, rows), torch.float32),
