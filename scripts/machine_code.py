@@ -101,6 +101,9 @@ GEOMETRIES = {
         SKETCH | {"statistics_dtype": "fp8"}, heads=64, head_size=64, dtype=torch.float16
     ),
     "sketch-d80-fp8": Geometry(SKETCH | {"statistics_dtype": "fp8"}, block=16, head_size=80, dtype=torch.float16),
+    "two-levels-d256-km2-rem-fp8": Geometry(
+        {"fine_block": 16, "selector": "km2-rem", "statistics_dtype": "fp8"}, heads=16, kv_heads=4, head_size=256
+    ),
     "two-levels-d256": Geometry({"fine_block": 16}, heads=4, kv_heads=1, head_size=256),
     "gpt-oss-sketch-top_p": Geometry(SKETCH | {"top_p": 0.9}, heads=64, head_size=64, sinks=True),
     "two-levels-top_p": Geometry({"fine_block": 32, "top_p": 0.9}, page=32, block=32, heads=16, kv_heads=1),

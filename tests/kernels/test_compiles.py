@@ -39,7 +39,7 @@ SCRIPT = ROOT / "scripts/machine_code.py"
 # training are plain float32 arithmetic, the same on all GPUs whose tiles have one size: large heads are compiled for
 # the GPU with the least shared memory of each size, 80 and 89.
 EVERY_KERNEL = (
-    r"^flashinfer: decode 8|^d256-group4: (decode 8|prefill dense)|^d256-km2-rem: prefill 64"
+    r"^flashinfer: decode 8|^d256-group4: (decode 8|prefill dense)|^two-levels-d256-km2-rem-fp8: prefill 64"
     r"|^d64-group8-sketch-fp8-fp16: (store|decode) 8"
 )
 ON_HOPPER = (

@@ -157,7 +157,7 @@ class PrefillTuning:
 
 
 SMALL = PrefillTuning(score_stages=2, mass_rows=64, mass_stages=2, mass_warps=4,
-                      fine_stages=2, combine_features=32, rest_keys=32, rest_slice=64, rest_stages=2)  # fmt: skip
+                      fine_stages=2, combine_rows=32, combine_features=32, rest_keys=32, rest_slice=64, rest_stages=2)  # fmt: skip
 """Where the others do not fit into shared memory: large heads."""
 NARROW = replace(SMALL, score_chunk=16, mass_chunk=16, fine_keys=32, fold_slice=64, fold_stages=2)
 """Where thread blocks have less of it (`capability.is_narrow`). It was compiled for such GPUs, not measured on them."""
@@ -208,7 +208,8 @@ class PrefillPasses:
             if layer.tensor_memory and d > 128:
                 tuning = replace(tuning, fold_slice=64)
             if layer.selector.sets_per_block > 1:
-                tuning = replace(tuning, score_chunk=16 if layer.narrow and d > 128 else 32, mass_chunk=32)
+                chunk = 16 if layer.narrow and d > 128 else 32
+                tuning = replace(tuning, score_chunk=chunk, mass_chunk=chunk)
         self.tuning = tuning
         self.tile, self.group_tokens = params.tile, params.candidate_tile or params.tile
         # Tiles are sparse as a whole.
