@@ -157,7 +157,8 @@ class PrefillTuning:
 
 
 SMALL = PrefillTuning(score_stages=2, mass_rows=64, mass_stages=2, mass_warps=4,
-                      fine_stages=2, combine_rows=32, combine_features=32, rest_keys=32, rest_slice=64, rest_stages=2)  # fmt: skip
+                      fine_stages=2, rest_keys=32, rest_slice=64, rest_stages=2, combine_rows=32,
+                      combine_features=32)  # fmt: skip
 """Where the others do not fit into shared memory: large heads."""
 NARROW = replace(SMALL, score_chunk=16, mass_chunk=16, fine_keys=32, fold_slice=64, fold_stages=2)
 """Where thread blocks have less of it (`capability.is_narrow`). It was compiled for such GPUs, not measured on them."""
