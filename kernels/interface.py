@@ -47,6 +47,8 @@ class Limits:
     max_num_tokens: int
     prefill_dense_below: int  # prompt tokens at positions below it attend to everything, as those below the budget do
     largest_budget: int  # selection blocks, of any layer that selects
+    # Whether prompt tokens of short steps attend to everything further on, up to where selecting takes less time.
+    where_it_pays: bool = False
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ class SplaImpl(AttentionImpl[SplaMetadata]):
             max_model_len=max_model_len,
             max_num_tokens=scheduler.max_num_batched_tokens,
             prefill_dense_below=dispatch.dense_below(device, options.prefill_dense_below, common, max_model_len),
+            where_it_pays=options.prefill_dense_below is None,
             largest_budget=options.largest_budget(max_model_len) // common.selection_block,
         )
         if device.type == "cpu":

@@ -524,6 +524,21 @@ def test_launch_shapes_for_less_shared_memory(more: dict) -> None:
     check(batch, [(250, 330)], 3e-3, sample=7, tuning=NARROW)
 
 
+def test_short_steps_attend_densely_where_selecting_takes_longer() -> None:
+    """By the tokens of a step, where the user has said nothing."""
+    layer = GpuLayer(SplaParameters(64, 64, 32, fine_block=16), Layer(32, 8, 128, torch.bfloat16, 1.0), DEVICE)
+    sizes = limits(2, 1 << 20, max_num_tokens=8192, dense_below=8192)
+    for where_it_pays, tokens, first in (
+        (False, 512, 8192), (True, 8192, 8192), (True, 4096, 8192), (True, 2048, 11712), (True, 512, 22272),
+        (True, 64, 120832),
+    ):  # fmt: skip
+        op = PrefillPasses(layer, replace(sizes, where_it_pays=where_it_pays))
+        half = tokens // 2
+        plan = op.plan(0, [0, half, tokens], [first + half, first - half])
+        assert not plan.passes[1:] and plan.passes[0].groups[0].tolist() == [0, 0, min(64, half), first]
+        assert plan.passes[0].num_tokens == half and sum(rows.num_tokens for rows in plan.dense) == half
+
+
 def test_splits_fill_the_device_once() -> None:
     params = SplaParameters(64, 64, 32)
     layer = GpuLayer(params, Layer(32, 8, 128, torch.bfloat16, 1.0), DEVICE)

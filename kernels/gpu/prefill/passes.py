@@ -53,6 +53,10 @@ DECODED_BYTES = 1 << 26
 TILE, CANDIDATE_TILE, TILE_STEP = 32, 64, 4
 """Tokens that share a selection, tokens that share their candidates, and of how many one is scored, at most:
 the fastest that lose next to nothing (`benchmarks/NOTES.md`)."""
+SHORT_STEP = 4096
+"""Prompt tokens of a step, below which the time of launches counts: selecting then begins to pay further on."""
+LAUNCH_TOKENS = 880
+"""Sparse prompt tokens that take as long as the launches of a layer (`benchmarks/results/prefill_h200.json`)."""
 VOTERS = 16
 """Rows of a matrix product at least."""
 
@@ -186,7 +190,8 @@ class PrefillPasses:
 
     Attributes:
         params: What prompt tokens compute.
-        dense_below: Tokens at positions below it attend to everything; at least what is attended to whole.
+        dense_below: Tokens at positions below it attend to everything; at least what is attended to whole. In short
+            steps more do, where the limits say so.
         scratch: Buffers between the launches, which all layers of one geometry share.
     """
 
@@ -216,6 +221,7 @@ class PrefillPasses:
         # Tiles are sparse as a whole.
         least = max(limits.prefill_dense_below, params.whole_tokens)
         self.dense_below = -(-least // self.group_tokens) * self.group_tokens
+        self._where_it_pays = limits.where_it_pays
         self._tiles = self.group_tokens // self.tile  # of a candidate tile
         self._rows = max(VOTERS, self.group_tokens // params.tile_step * layer.group_p)  # voters
         self._per_unit = params.selection_block // params.attended_block
@@ -354,6 +360,10 @@ class PrefillPasses:
             seq_lens: `[rows]`, tokens of each, this step's included.
         """
         page, size = self.params.page_size, self.group_tokens
+        dense_below, tokens = self.dense_below, starts[-1] - starts[0]
+        if self._where_it_pays and tokens < SHORT_STEP:
+            # A token attends densely in a time that grows with its position.
+            dense_below = -(-dense_below * (tokens + LAUNCH_TOKENS) // (tokens * size)) * size
         numbers: list[int] = []  # everything that goes to the device
         dense: list[list[Any]] = []
         groups: list[Group] = []
@@ -361,7 +371,7 @@ class PrefillPasses:
         for index, seq_len in enumerate(seq_lens):
             row, first, stop = first_row + index, starts[index], starts[index + 1]
             start = seq_len - (stop - first)  # position of the row's first token
-            split = min(max(self.dense_below, start), seq_len)
+            split = min(max(dense_below, start), seq_len)
             if split > start:
                 if dense and dense[-1][-1] == first:
                     dense[-1][1].append((row, first, split - start, split))
