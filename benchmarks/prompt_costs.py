@@ -33,7 +33,7 @@ PROMPTS = {"128k": 131072, "32k": 32768}
 
 TENSOR = 550e12
 """FLOP/s of products in 16 bits. Assumed: 10% less than FlashAttention 3 in `DENSE_SECONDS`, for tiles that are
-gathered; `experiments/tile_union.py` reached 290 to 330 in Triton (NOTES.md, version 7)."""
+gathered. Measured since: 532 to 571 by FlashAttention 3 over block tables (NOTES.md, prompts by tiles)."""
 TENSOR_ALONE = 750e12
 """FLOP/s of products and nothing else. Measured: 746 and 789 on two cards (NOTES.md, version 8)."""
 TENSOR_FP8 = 900e12

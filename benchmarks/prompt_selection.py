@@ -144,7 +144,7 @@ class Prompt:
 
 
 def costs(variant: dict[str, Any]) -> dict[str, Any]:
-    """Predicted milliseconds of a variant; none of selection by token, whose kernels are measured."""
+    """Predicted milliseconds of a variant; none of selection by token, whose kernels were measured."""
     options = SplaOptions.from_sources({name: value for name, value in variant.items() if name not in PROMPT})
     prompt = PROMPT | variant
     if prompt["tile"] == 1:

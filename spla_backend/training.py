@@ -206,7 +206,7 @@ def attach(
 
     Learned parameters begin at 1, or at what the `spla.safetensors` of the model's folder holds; a model to which SPLA
     is attached keeps those that it has. The resolved options go into the model's configuration as `spla_config`.
-    Prompts select like decoded tokens there (`prefill_dense_below` 0), because that is what is trained, if the options
+    Prompts select from the beginning there (`prefill_dense_below` 0), because that is what is trained, if the options
     do not say otherwise.
 
     Args:

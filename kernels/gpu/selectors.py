@@ -3,7 +3,7 @@
 A selector that runs on a GPU has its class in `algorithm/selectors.py` and its functions here, found by that class; a
 user's has both in a file of the user's own (`examples/write_your_own_selector.py`). All kernels take them as a
 compile-time constant, a `GpuSelector`: storing tokens (`page.py`), scoring in decode (`decode/score.py`) and in prefill
-(`prefill/select.py`). Tests go over this table. What the functions read and write, and by which others, is in
+(`prefill/score.py`). Tests go over this table. What the functions read and write, and by which others, is in
 `statistics.py`.
 
 Plain reference: `reference.block_statistics`, `selection_score`, `mass_score`. Sources: mean and diagonal variance with
@@ -199,7 +199,7 @@ def _with_squares(q, scale, QUERY_ROWS: tl.constexpr, NAT: tl.constexpr):
     """Queries, and half their squares for the product with the variance of keys, in a dtype that tensor cores take."""
     wide = q.to(tl.float32)
     if QUERY_ROWS:
-        # Rounded once: `prefill/select.py` says what that costs. Within the range of float16.
+        # Rounded once: `prefill/score.py` says what that costs. Within the range of float16.
         query = q, tl.minimum(wide * wide * (scale * scale * (0.5 * NAT)), 60000.0).to(q.dtype)
     else:
         # q^2 has twice the digits of q: as a sum of two numbers of its dtype it keeps them. Normalised to its largest
