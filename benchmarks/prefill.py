@@ -402,7 +402,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="8192,16384,32768,65536,131072,524288")
     parser.add_argument("--chunks", default="8,64,512,2048,8192", help="tokens of chunks far into a prompt")
-    parser.add_argument("--starts", default="16384,32768,65536,122880", help="where they stand, at least --dense-below")
+    parser.add_argument(
+        "--starts", default="8192,16384,32768,65536,122880", help="where they stand, at least --dense-below"
+    )
     parser.add_argument("--budgets", default="2048")
     parser.add_argument("--page", type=int, default=64)
     parser.add_argument("--block", type=int, help="tokens a selection block, a page unless given")

@@ -14,7 +14,6 @@ from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import select_blocks, spla_token
 from spla_backend.algorithm.sketch import FINE_SOURCES
 from spla_backend.algorithm.two_level import coarse_parameters
-from spla_backend.kernels.gpu.attention import default_dense_below
 from spla_backend.kernels.gpu.checks import check_options
 from spla_backend.kernels.gpu.decode.fused import refusal
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
@@ -326,18 +325,11 @@ def test_refusals_name_the_cause(change: dict, message: str) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("source", FINE_SOURCES)
-def test_prompts_select_in_one_level(source: str) -> None:
-    """By the same statistics, on the same pages, whose statistics and stamps stand before and behind a sketch."""
-    p = params(32, 16, 5, fine_source=source)
-    batch = make_batch(p, [230], seed=fresh(), chunk=0, **SMALL)
-    assert batch.layer.page_layout.has_sketch == (source == "int4")
+def test_prompts_rank_by_keys_beside_a_sketch() -> None:
+    """On the same pages, whose statistics and stamps stand before and behind a sketch."""
+    batch = make_batch(params(32, 16, 5, fine_source="int4"), [230], seed=fresh(), chunk=0, **SMALL)
+    assert batch.layer.page_layout.has_sketch
     check_prefill(batch, [(140, 230)], 3e-3, sample=9)
-
-
-def test_prompts_are_sparse_from_where_one_level_is() -> None:
-    p = params(64, 64, 32)
-    assert default_dense_below(p, 131072) == default_dense_below(replace(p, fine_block=0), 131072) < 131072
 
 
 def test_the_fused_launch_leaves_it_to_others() -> None:
