@@ -51,7 +51,7 @@ GPUS = {80: (108, 163), 86: (84, 99), 89: (142, 99), 90: (132, 227), 100: (148, 
 """Multiprocessors of a GPU of a compute capability, and KiB of shared memory that a thread block may have."""
 
 MAX_MODEL_LEN = 131072
-DENSE_BELOW = 8192
+DENSE_BELOW = 16384
 
 
 @dataclass(frozen=True)
