@@ -59,8 +59,11 @@ def test_smaller_draft(tmp_path, start):
     assert right == drafted > 0
 
 
-@pytest.mark.parametrize("method", ["draft_model", "ngram"])
-@pytest.mark.parametrize("options", [{}, {"prefill_dense_below": 1024}], ids=["select", "dense-prompts"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("draft_model", {}), ("ngram", {"prefill_dense_below": 1024})],
+    ids=["draft-model-select", "ngram-dense-prompts"],
+)
 def test_drafts_cut_off(tiny_llama, start, monkeypatch, method, options):
     """Up to the last token of `max_model_len`, where rows of one step have unequal numbers of drafts: all of them are
     decode rows, and the tokens are those without drafts."""

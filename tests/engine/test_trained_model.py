@@ -10,8 +10,12 @@ pytestmark = pytest.mark.engine
 VARIANTS = {
     "regression": {},
     # By keys: where a key differs in its last bit, its sketch may, and then a selection.
-    "dense layers": {"dense_layers": [0, 2], "selection_block_size": 16, "fine_source": "keys"},
-    "layer budgets": {"layer_budgets": {0: 96, 2: 448}},
+    "layers": {
+        "dense_layers": [0],
+        "layer_budgets": {2: 448},
+        "selection_block_size": 16,
+        "fine_source": "keys",
+    },
     "linear": {"residual": "linear"},
     "double_rmsnorm": {"residual": "linear", "combine": "double_rmsnorm", "selector": "taylor2"},
 }
