@@ -34,10 +34,10 @@ from spla_backend.kernels.interface import Layer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/machine_code.py"
-# What is compiled: each kernel once, with the most shared memory where that may matter (by what the script prints for 89
-# and 100), and for Hopper, on which the kernels run, what the report of differences is tried on. Sums of blocks in
-# training are plain float32 arithmetic, the same on all GPUs whose tiles have one size: large heads are compiled for the
-# GPU with the least shared memory of each size, 80 and 89.
+# What is compiled: each kernel once, with the most shared memory where that may matter (by what the script prints for
+# 89 and 100), and for Hopper, on which the kernels run, what the report of differences is tried on. Sums of blocks in
+# training are plain float32 arithmetic, the same on all GPUs whose tiles have one size: large heads are compiled for
+# the GPU with the least shared memory of each size, 80 and 89.
 EVERY_KERNEL = (
     r"^flashinfer: decode 8|^d256-group4: prefill dense|^two-levels-d256-km2-rem-fp8: (decode 8|prefill 64)"
     r"|^d64-group8-sketch-fp8-fp16: store 8"
