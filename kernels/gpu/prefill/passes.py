@@ -51,8 +51,8 @@ SCRATCH_BYTES = 1 << 30
 DECODED_BYTES = 1 << 26
 """What the decoded statistics of a pass's rows may take, if it is enough for one row."""
 TILE, CANDIDATE_TILE, TILE_STEP = 32, 64, 4
-"""Tokens that share a selection, tokens that share their candidates, and of how many one is scored, at most. With
-candidates of its own a tile of 32 loses next to nothing (`docs/quality.md`); what sharing them loses is not known yet."""
+"""Tokens that share a selection, tokens that share their candidates, and of how many one is scored, at most. A tile
+with candidates of its own loses next to nothing (`docs/quality.md`); what sharing these loses is not known yet."""
 SHORT_STEP = 4096
 """Prompt tokens of a step, below which the time of launches counts: selecting then begins to pay further on."""
 LAUNCH_TOKENS = 880
