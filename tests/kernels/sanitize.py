@@ -32,10 +32,10 @@ def decode(query_len: int, score_blocks: int = 0, **options: Any) -> None:
 
 
 def prefill(statistics_dtype: str = "auto") -> None:
-    """Two rows, one of them behind a cached prefix, in passes with the launch shapes of large and of small ones."""
+    """Two rows, one of them behind a cached prefix, in several passes."""
     params = SplaParameters(16, 16, 4, statistics_dtype=statistics_dtype)
     batch = make_batch(params, [130, 90], **SHAPE)
-    check_prefill(batch, [(70, 130), (0, 90)], 5e-3, sample=23, max_tiles=4)
+    check_prefill(batch, [(70, 130), (0, 90)], 5e-3, sample=23, max_groups=4)
 
 
 if __name__ == "__main__":
