@@ -1,5 +1,9 @@
 """The real engine on a GPU: the dense answer where everything fits into the budget, and one answer whatever the engine
-does (CUDA graphs, chunked prefill, prefix caching, batching)."""
+does (CUDA graphs, chunked prefill, prefix caching, batching).
+
+Prompt tokens that select do so with their neighbours, 64 of them at most: it is one answer where pieces of a prompt end
+at multiples of 64, and what was generated may have other keys and values when it is computed again as part of a prompt.
+"""
 
 import math
 import statistics
@@ -60,7 +64,7 @@ ENGINE_ARGS = {
     "max_model_len": 4096,
     "block_size": 64,
     "enforce_eager": False,
-    "max_num_batched_tokens": 4096,
+    "max_num_batched_tokens": 9216,  # all prompts at once, none in pieces
     "gpu_memory_utilization": 0.2,
     "kv_cache_memory_bytes": 1 << 30,  # nothing is measured: others may use the GPU meanwhile
     "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
@@ -129,30 +133,14 @@ def assert_same(actual, expected, tolerance=SELECTION):
 class Plain:
     """What one engine answers: starting engines is what takes time here."""
 
-    batch: list[Answer]  # all prompts at once, some of them in pieces
+    batch: list[Answer]  # all prompts at once
     alone: list[Answer]  # one by one
-    long: list[Answer]  # the three longest prompts with long answers
-    given: list[list[float]]  # how likely the tokens of `batch` are as part of a prompt
 
 
 @pytest.fixture(scope="module")
 def plain(model):
-    from vllm import SamplingParams
-
     with start(model) as engine:
-        batch = generate(engine, PROMPTS)
-        alone = [generate(engine, [prompt])[0] for prompt in PROMPTS]
-        long = generate(engine, PROMPTS[-3:], LONG)
-        outputs = engine.llm.generate(
-            [{"prompt_token_ids": p + a.tokens} for p, a in zip(PROMPTS, batch, strict=True)],
-            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
-            use_tqdm=False,
-        )
-    given = [
-        [entry[token].logprob for entry, token in zip(o.prompt_logprobs[-TOKENS:], a.tokens, strict=True)]
-        for o, a in zip(outputs, batch, strict=True)
-    ]
-    return Plain(batch, alone, long, given)
+        return Plain(generate(engine, PROMPTS), [generate(engine, [prompt])[0] for prompt in PROMPTS])
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +148,7 @@ def sparse(plain):
     return plain.batch
 
 
+PIECES = {"max_num_batched_tokens": 256, "max_num_seqs": 1}  # nothing beside them: they end at multiples of 256
 FINE = {"selector": "km2-rem", "selection_block_size": 16}
 
 
@@ -179,8 +168,7 @@ def test_finer_blocks_eager_equals_graphs(model, fine):
 
 
 def test_finer_blocks_chunked_prefill(model, fine):
-    arguments = {"max_num_batched_tokens": 256, "max_num_seqs": 16}
-    assert_same(ask(model, "spla", {**SPARSE, **FINE}, **arguments), fine)
+    assert_same(ask(model, "spla", {**SPARSE, **FINE}, **PIECES), fine)
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +194,8 @@ def test_two_levels(even_model, source, dense_below):
     }
     expected = ask(even_model, "spla", two_levels)
     assert_same(ask(even_model, "spla", two_levels, enforce_eager=True), expected)
-    arguments = {"max_num_batched_tokens": 256, "max_num_seqs": 16, "enable_prefix_caching": True}
-    with start(even_model, "spla", two_levels, **arguments) as engine:
+    pieces = PIECES if dense_below == 0 else {**PIECES, "max_num_seqs": 16}
+    with start(even_model, "spla", two_levels, enable_prefix_caching=True, **pieces) as engine:
         for _ in range(2):
             assert_same(generate(engine, PROMPTS), expected)
     dense = ask(even_model, "FLASH_ATTN")
@@ -232,9 +220,7 @@ BFLOAT16_ROUNDING = tuple(8 * x for x in ROUNDING)
 
 def test_sinks(tmp_path):
     """gpt-oss, its windows in FlashAttention: the dense answer where everything fits into the budget, in dense layers
-    too; one answer by graphs and without them, by prompts' kernels and decode's, in pieces."""
-    from vllm import SamplingParams
-
+    too; one answer by graphs and without them, in pieces."""
     model, arguments = save_gpt_oss(tmp_path / "gpt-oss", std=0.03, **GPT_OSS), {"dtype": "bfloat16"}
     dense = ask(model, "FLASH_ATTN", **arguments)
     assert_same(ask(model, "spla", {"budget": 4096}, **arguments), dense, BFLOAT16_ROUNDING)
@@ -245,34 +231,27 @@ def test_sinks(tmp_path):
         steps = [layer.impl.op.steps for layer in layers if layer.get_attn_backend().get_name() == "SPLA"]
         assert len(steps) == 2 and all(of_layer.fused is None for of_layer in steps)
         sparse = generate(engine, PROMPTS)
-        outputs = engine.llm.generate(
-            [{"prompt_token_ids": p + a.tokens} for p, a in zip(PROMPTS, sparse, strict=True)],
-            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
-            use_tqdm=False,
-        )
-    found = [
-        abs(entry[token].logprob - logprobs[token])
-        for o, a in zip(outputs, sparse, strict=True)
-        for entry, token, logprobs in zip(o.prompt_logprobs[-TOKENS:], a.tokens, a.logprobs, strict=True)
-    ]
-    mean, worst = mean_and_worst(found)
     tolerance = tuple(2 * x for x in SELECTION)
-    assert mean < tolerance[0] and worst < tolerance[1]
     long = [i for i, length in enumerate(LENGTHS) if length > BUDGET]
     differences([sparse[i] for i in long], [dense[i] for i in long])  # prints what was left out
     assert_same(ask(model, "spla", SPARSE, enforce_eager=True, **arguments), sparse, tolerance)
-    assert_same(ask(model, "spla", SPARSE, max_num_batched_tokens=256, **arguments), sparse, tolerance)
+    assert_same(ask(model, "spla", SPARSE, **PIECES, **arguments), sparse, tolerance)
 
 
 def test_eager_equals_graphs(model, sparse):
     assert_same(ask(model, "spla", SPARSE, enforce_eager=True), sparse)
 
 
-@pytest.mark.parametrize("size", [64, 100, 1024])
+@pytest.mark.parametrize("size", [64, 1024])
 def test_chunked_prefill(model, sparse, size):
+    assert_same(ask(model, "spla", SPARSE, max_num_batched_tokens=size, max_num_seqs=1), sparse)
+
+
+def test_chunked_dense_prompts(model):
     """Decodes and pieces of prompts share steps here."""
-    arguments = {"max_num_batched_tokens": size, "max_num_seqs": 16}
-    assert_same(ask(model, "spla", SPARSE, **arguments), sparse)
+    options = {**SPARSE, "prefill_dense_below": 4096}
+    pieces = ask(model, "spla", options, max_num_batched_tokens=100, max_num_seqs=16)
+    assert_same(pieces, ask(model, "spla", options))
 
 
 def test_prefix_caching(model, sparse):
@@ -295,22 +274,15 @@ def test_each_prompt_alone(plain):
     assert_same(plain.alone, plain.batch)
 
 
-def test_decode_is_prefill(plain):
-    """The answers' tokens, given as part of the prompt, are as likely as they were when they were generated."""
-    found = [
-        abs(likely - logprobs[token])
-        for answer, given in zip(plain.batch, plain.given, strict=True)
-        for token, logprobs, likely in zip(answer.tokens, answer.logprobs, given, strict=True)
-    ]
-    mean, worst = mean_and_worst(found)
-    assert mean < SELECTION[0] and worst < SELECTION[1]
-
-
-def test_preemption(model, plain):
-    """The pool holds the prompts, but not the answers too."""
-    with start(model, num_gpu_blocks_override=113) as engine:
+def test_preemption(model):
+    """The pool holds the prompts, but not the answers too. The budget holds everything: what was generated is computed
+    again as part of a prompt."""
+    options = {"budget": 4096}
+    with start(model, options=options) as engine:
+        expected = generate(engine, PROMPTS[-3:], LONG)
+    with start(model, options=options, num_gpu_blocks_override=113) as engine:
         preempted = engine.preemptions()
-        assert_same(generate(engine, PROMPTS[-3:], LONG), plain.long)
+        assert_same(generate(engine, PROMPTS[-3:], LONG), expected)
     assert preempted, "the cache was large enough for everything: the test shows nothing"
 
 
@@ -359,7 +331,8 @@ def test_drafts_cut_off(model, without_drafts, monkeypatch, method, is_async, ea
 
 
 def test_double_rmsnorm_served_as_trained(tmp_path):
-    """Log-probabilities of a prompt, within the budget and beyond it, as transformers gives them."""
+    """Log-probabilities of a prompt as transformers gives them: within the budget, for beyond it the tokens that are
+    trained select alone."""
     from transformers import AutoModelForCausalLM
 
     from spla_backend.training import attach, save
@@ -386,7 +359,7 @@ def test_double_rmsnorm_served_as_trained(tmp_path):
     print(
         f"mean difference within the budget {error[: BUDGET - 1].mean():.1e}, beyond {error[BUDGET - 1 :].mean():.1e}"
     )
-    assert error[: BUDGET - 1].mean() < 0.01 and error[BUDGET - 1 :].mean() < 0.05
+    assert error[: BUDGET - 1].mean() < 0.01
 
 
 @pytest.mark.parametrize(
@@ -435,7 +408,7 @@ BUDGETS = {**SPARSE, "layer_budgets": {"0": 1024, "1": 256, "3": 2048}}
 def test_budgets_of_layers_eager_chunked(model):
     """Many plans and one scratch: the same answers in pieces and without graphs."""
     whole = ask(model, "spla", BUDGETS)
-    assert_same(ask(model, "spla", BUDGETS, enforce_eager=True, max_num_batched_tokens=256, max_num_seqs=16), whole)
+    assert_same(ask(model, "spla", BUDGETS, enforce_eager=True, **PIECES), whole)
 
 
 def test_budgets_of_layers_flashinfer(model):
@@ -447,7 +420,7 @@ def test_statistics_in_fp8(model):
     """One answer with CUDA graphs, and eager in chunks."""
     options = {**SPARSE, "statistics_dtype": "fp8"}
     graphs = ask(model, "spla", options)
-    assert_same(graphs, ask(model, "spla", options, enforce_eager=True, max_num_batched_tokens=100), SELECTION_FP8)
+    assert_same(graphs, ask(model, "spla", options, enforce_eager=True, **PIECES), SELECTION_FP8)
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
