@@ -20,6 +20,7 @@ from spla_backend.algorithm.reference import (
 )
 from spla_backend.algorithm.two_level import coarse_parameters
 from spla_backend.kernels.gpu.layer import GpuLayer
+from spla_backend.kernels.gpu.prefill.attend import address_unit
 from spla_backend.kernels.gpu.prefill.passes import NARROW, PrefillPasses, PrefillTuning
 from spla_backend.kernels.interface import Layer
 from spla_backend.kernels.layout import STATE_MAGIC
@@ -335,6 +336,40 @@ def test_regression_of_statistics_in_fp8() -> None:
     # Outputs are a third as long as values here, so that rounding counts for more: up to 4e-3 in 120 draws. With
     # rounded means in the place of the state's, it was 2e-2 to .2 in 16 draws.
     check(batch, [(408, 420)], 6e-3, sample=3)
+
+
+@pytest.mark.parametrize("more", [{"fine_block": 16, "least_candidates": 4}, {}], ids=["two-levels", "one-level"])
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_nothing_else_is_read(more: dict) -> None:
+    """No key beyond the candidates, and no key or value of a block that no tile of a kv head selected: NaN there, once
+    the state is up to date."""
+    params = SplaParameters(64, 64, 3, **more)
+    batch = case(params, [616])
+    _, expected, op = attend(batch, [(576, 616)])  # of one page, and so one candidate tile or two tiles
+    rows = batch.kv_cache.view(-1, batch.kv_cache.shape[-1])  # keys and values of a token side by side
+    d = rows.shape[1] // 2
+    unit = rows.shape[1] // address_unit(batch.kv_cache)
+    keys, values = (torch.zeros(len(rows), dtype=torch.bool, device=rows.device) for _ in range(2))
+
+    def mark(where: torch.Tensor, addresses: torch.Tensor, size: int) -> None:
+        where[(addresses[:, None].long() // unit + torch.arange(size, device=rows.device)).flatten()] = True
+
+    tiles = 2
+    table = op.scratch["table"].flatten().view(-1, 3 * 64 // params.attended_block)
+    for pair in range(2 * tiles):
+        used = -(-int(op.scratch["used"][pair]) // params.attended_block)
+        mark(keys, table[pair, :used], params.attended_block)
+        mark(values, table[pair, :used], params.attended_block)
+    for head in range(2 if params.fine_block else 0):
+        mark(keys, op.scratch["candidates"][head, 1, : int(op.scratch["num"][head])], 64)
+    of_tokens = torch.zeros(batch.kv_cache.shape[:3], dtype=torch.bool, device=rows.device)
+    of_tokens[batch.block_table[0].long(), :, :64] = True
+    of_tokens = of_tokens.flatten()
+    assert int((of_tokens & ~keys).sum()) > 100 and int((of_tokens & ~values).sum()) > 400
+    rows[:, :d][of_tokens & ~keys] = float("nan")
+    rows[:, d:][of_tokens & ~values] = float("nan")
+    _, output, _ = attend(batch, [(576, 616)])
+    assert torch.equal(output, expected)
 
 
 def test_top_p() -> None:
