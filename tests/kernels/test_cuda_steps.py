@@ -240,13 +240,15 @@ def test_layers_of_several_budgets(dense_below: int, num_plans: int, monkeypatch
     assert engine.differing <= 2
 
 
-def test_two_levels_of_several_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts attend to everything; scratch is laid out for the candidates of the largest budget."""
+@pytest.mark.parametrize(("page", "dense_below"), [(32, 256), (16, 128)], ids=["dense-prompts", "sparse-prompts"])
+def test_two_levels_of_several_budgets(page: int, dense_below: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch is laid out for the candidates of the largest budget, and so are the passes, which layers share."""
     torch.manual_seed(random.randrange(1 << 30))
-    layers = [SplaParameters(32, 32, n, fine_block=16) for n in (4, 3)]
-    engine = Engine(layers, monkeypatch, dense_below=256, tokens=100, rows=2)
+    layers = [SplaParameters(page, page, n, fine_block=16) for n in (4, 3)]
+    engine = Engine(layers, monkeypatch, dense_below=dense_below, tokens=100, rows=2)
     assert engine.ops[1].steps.scratch is engine.ops[0].steps.scratch
-    engine.waiting = [draw(*lengths, 32) for lengths in [(231, 2), (140, 2)]]
+    assert engine.ops[1].passes.scratch is engine.ops[0].passes.scratch
+    engine.waiting = [draw(*lengths, page) for lengths in [(231, 2), (140, 2)]]
     while engine.waiting or engine.running:
         engine.step()
         assert engine.num_plans == 1
