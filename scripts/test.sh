@@ -9,8 +9,8 @@ source .venv/bin/activate
 status=0
 if ! (($#)); then
     # Kernel tests in a process of their own: Triton must know that it interprets before vLLM imports it. Beside all
-    # else, with the algorithm's, so that both take as long; what it says comes at the end. One thread each: threads that wait for one another on a core that is busy with
-    # the other process take ten times as long.
+    # else, with the algorithm's, so that both take as long; what it says comes at the end. One thread each: threads that
+    # wait for one another on a core that is busy with the other process take ten times as long.
     export OMP_NUM_THREADS=1
     log=$(mktemp)
     pytest --durations=20 tests/kernels tests/algorithm >"$log" 2>&1 &
