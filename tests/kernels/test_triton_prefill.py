@@ -122,8 +122,7 @@ def near_tie(expected: TokenResult, head: int, position: int, params: SplaParame
     fine = expected.fine_scores[head]
     order = list(fine)
     of_fine = least_gap(torch.stack([fine[i] for i in order]), [order.index(i) for i in selected if i in fine])
-    coarse = replace(coarse_parameters(params), tile=params.coarse_tile)
-    return min(of_fine, least_gap(scores, select_blocks(scores, position, coarse)))
+    return min(of_fine, least_gap(scores, select_blocks(scores, position, coarse_parameters(params))))
 
 
 def least_gap(scores: torch.Tensor, selected: list[int]) -> float:

@@ -16,7 +16,7 @@ from ..residual import LINEAR, NO_RESIDUAL, REGRESSION
 from ..sinks import load_sinks
 from ..statistics import LOG2E
 from .score import add_log2
-from .tiles import tile_tokens
+from .tiles import load_tile
 
 
 @triton.jit
@@ -154,12 +154,7 @@ def prompt_combine_kernel(
     num_tiles = tl.num_programs(0) // (T // TM)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
-    group = tile // (C // T)
-    first_token = tl.load(groups_ptr + group * 4 + 1)
-    position = tl.load(groups_ptr + group * 4 + 3)
-    begin, num_tokens, base = tile_tokens(
-        position, tl.load(groups_ptr + group * 4 + 2), (tile % (C // T)).to(tl.int32), C, T
-    )
+    group, first_token, begin, num_tokens, base = load_tile(groups_ptr, tile, C, T)
     m = tl.arange(0, ROWS)
     member = m % GROUP_P
     in_group = member < GROUP

@@ -95,9 +95,7 @@ class Pass:
     num_tokens: int
     num_places: int  # selection blocks of complete pages, of all rows
     max_complete: int  # at least the selection blocks of every tile's complete pages
-    launches: dict[tuple, list["Launch | Attend"]] = field(
-        default_factory=dict, compare=False
-    )  # by what layers differ in
+    launches: "Launches" = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,10 @@ class Attend:
     exact: torch.Tensor  # [G * tokens, GROUP, D], written
 
 
+Launches = dict[tuple, list[Launch | Attend]]
+"""By what layers differ in."""
+
+
 @dataclass(frozen=True)
 class Folds:
     """Rows that end within what attends to everything: their state is brought up to date."""
@@ -117,7 +119,7 @@ class Folds:
     rows: torch.Tensor  # [folds, 4] int32: row, its complete pages, splits, place of the first split's sums
     items: torch.Tensor  # [items, 2] int32: fold, split
     most_splits: int  # of a row
-    launches: dict[tuple, list[Launch]] = field(default_factory=dict, compare=False)  # by what layers differ in
+    launches: "Launches" = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ class PrefillPasses:
                 chunk = 16 if layer.narrow and d > 128 else 32
                 tuning = replace(tuning, score_chunk=chunk, mass_chunk=chunk)
         self.tuning = tuning
-        self.tile, self.group_tokens = params.tile, params.candidate_tile or params.tile
+        self.tile, self.group_tokens = params.tile, params.coarse_tile
         # Tiles are sparse as a whole.
         least = max(limits.prefill_dense_below, params.whole_tokens)
         self.dense_below = -(-least // self.group_tokens) * self.group_tokens
@@ -560,7 +562,7 @@ class PrefillPasses:
         launches = step.launches.get(alike)
         if launches is None:
             launches = list(self.bind(step, own, alike))
-            step.launches[alike] = launches  # type: ignore[assignment]
+            step.launches[alike] = launches
         addresses |= self._weight_addresses
         addresses["kv_int"], addresses["state_int"] = addresses["kv"], addresses["state"]
 
@@ -679,8 +681,8 @@ class PrefillPasses:
                 **self._state_arguments(own),
                 **self._page_arguments(own),
                 "runs_ptr": step.runs,
-                "tiles_ptr": step.groups,
-                "tile_state_ptr": step.group_state,
+                "groups_ptr": step.groups,
+                "group_state_ptr": step.group_state,
                 "states_ptr": self.scratch["states"],
             },
             {
@@ -705,7 +707,7 @@ class PrefillPasses:
         kv, query, output = own["kv"], own["query"], own["output"]
         sms, pairs = layer.num_sms, groups * heads
         address = address_unit(kv)
-        block = params.attended_block
+        block, slots = params.attended_block, params.budget_blocks * self._per_unit
         addresses = {"page_stride": kv.stride(0) // address, "head_stride": kv.stride(1) // address}
         queries = {
             "query_ptr": "query",
@@ -880,7 +882,7 @@ class PrefillPasses:
                 "BLOCK": block,
                 "BUDGET": params.budget_blocks,
                 "MOST": self._most,
-                "SLOTS": params.budget_blocks * self._per_unit,
+                "SLOTS": slots,
                 "UNITS_P": units_p,
                 "CURRENT_P": triton.next_power_of_2(params.page_size // block),
                 "FINE_BLOCKS": self._fine_blocks,
@@ -936,7 +938,6 @@ class PrefillPasses:
             alike,
         )
         total = heads * step.num_tokens
-        slots = params.budget_blocks * self._per_unit
         yield Attend(
             gathered=pool["gathered"][:total],
             table=pool["table"].flatten()[: heads * tiles * slots].view(heads * tiles, slots),

@@ -20,7 +20,7 @@ import triton.language as tl
 from ..selectors import largest_exponent, sum_over
 from ..sinks import load_sinks
 from ..statistics import LOG2E, Blocks, as_factor
-from .tiles import in_registers, load_queries, tile_tokens, voters
+from .tiles import in_registers, load_queries, load_tile, voters
 
 NORMALISE = tl.constexpr(0)
 SHARE = tl.constexpr(1)
@@ -33,6 +33,38 @@ def add_log2(a, b):
     """`log2(2^a + 2^b)`, one of them finite."""
     larger = tl.maximum(a, b)
     return larger + tl.log2(tl.exp2(a - larger) + tl.exp2(b - larger))
+
+
+@triton.jit
+def split_of(num_units, CHUNK: tl.constexpr):
+    """The first of this program's units, and the end of them: whole chunks, which the third dimension shares."""
+    per_split = tl.cdiv(tl.cdiv(num_units, tl.num_programs(2)), CHUNK) * CHUNK
+    start = tl.program_id(2) * per_split
+    return start, tl.minimum(start + per_split, num_units)
+
+
+@triton.jit
+def statistics_of_row(
+    kv_ptr, decoded_ptr, group_place_ptr, group, head, head_stride, num_places,
+    D: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Where the statistics of a row's first unit are, decoded; or those in the first page of the cache."""
+    area = kv_ptr + head * head_stride + PAGE * 2 * D
+    if decoded_ptr is not None:
+        row_place = head.to(tl.int64) * num_places + tl.load(group_place_ptr + group)
+        area = decoded_ptr + row_place * STRIDE
+    return area
+
+
+@triton.jit
+def statistics_of_units(area, page, unit, page_stride, last_page, PER_PAGE: tl.constexpr, STRIDE: tl.constexpr):
+    """Where the statistics of the units `unit` are, from `statistics_of_row`; `page` is None where they are decoded."""
+    if page is None:
+        statistic = area + unit * STRIDE
+    else:
+        statistic = area + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride
+        statistic += unit % PER_PAGE * STRIDE
+    return statistic
 
 
 @triton.jit(do_not_specialize=["block_table_stride", "last_page", "num_places"])
@@ -82,9 +114,7 @@ def prompt_score_kernel(
     position = tl.load(groups_ptr + group * 4 + 3)
     PER_PAGE: tl.constexpr = PAGE // UNIT
     num_units = position // PAGE * PER_PAGE  # of complete pages
-    per_split = tl.cdiv(tl.cdiv(num_units, tl.num_programs(2)), CHUNK) * CHUNK
-    start = tl.program_id(2) * per_split
-    stop = tl.minimum(start + per_split, num_units)
+    start, stop = split_of(num_units, CHUNK)
     m = tl.arange(0, ROWS)
     pair = group * tl.num_programs(1) + head
     own_lse = lse_ptr + pair * num_norms * ROWS + m
@@ -102,10 +132,9 @@ def prompt_score_kernel(
         q = in_registers(as_factor(q, kv_ptr, decoded_ptr is not None), DP)
         query = SELECTOR.prepare(q, scale, True, LOG2E)
         pages = block_table_ptr + row * block_table_stride
-        area = kv_ptr + head * head_stride + PAGE * 2 * D
-        if decoded_ptr is not None:
-            row_place = head.to(tl.int64) * num_places + tl.load(group_place_ptr + group)
-            area = decoded_ptr + row_place * STRIDE
+        area = statistics_of_row(
+            kv_ptr, decoded_ptr, group_place_ptr, group, head, head_stride, num_places, D, PAGE, STRIDE
+        )
         offset = tl.arange(0, CHUNK)
         unit = scale * LOG2E  # logits in powers of two, which is what the hardware raises
         top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
@@ -122,16 +151,15 @@ def prompt_score_kernel(
                 lse = add_log2(lse, sink)
             shift = tl.where(votes & (member < GROUP), lse - SHIFT, float("inf"))
         # Page ids are fetched a step ahead: a load that waits for another load is not pipelined well.
+        page = None
         if decoded_ptr is None:
             page = tl.load(pages + tl.minimum(start + offset, num_units - 1) // PER_PAGE)
         for first in tl.range(start, stop, CHUNK, num_stages=STAGES):
             index = first + offset
             exists = index < stop
-            if decoded_ptr is not None:
-                statistic = area + tl.minimum(index, num_units - 1) * STRIDE  # [CHUNK]
-            else:
-                statistic = area + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride
-                statistic += tl.minimum(index, num_units - 1) % PER_PAGE * STRIDE
+            known = tl.minimum(index, num_units - 1)
+            statistic = statistics_of_units(area, page, known, page_stride, last_page, PER_PAGE, STRIDE)  # [CHUNK]
+            if decoded_ptr is None:
                 page = tl.load(pages + tl.minimum(index + CHUNK, num_units - 1) // PER_PAGE)
             rows = statistic[:, None] + column[None, :]
             # The mass of a unit is over that of a token.
@@ -193,20 +221,13 @@ def prompt_mass_kernel(
     tile = (tl.program_id(0) // (T // TM)).to(tl.int64)
     part = tl.program_id(0) % (T // TM)
     head = tl.program_id(1)
-    group = tile // (C // T)
-    row = tl.load(groups_ptr + group * 4).to(tl.int64)
-    first_token = tl.load(groups_ptr + group * 4 + 1)
-    position = tl.load(groups_ptr + group * 4 + 3)
-    begin, num_tokens, _base = tile_tokens(
-        position, tl.load(groups_ptr + group * 4 + 2), (tile % (C // T)).to(tl.int32), C, T
-    )
+    group, first_token, begin, num_tokens, base = load_tile(groups_ptr, tile, C, T)
     if part * TM >= num_tokens:
         return
+    row = tl.load(groups_ptr + group * 4).to(tl.int64)
     PER_PAGE: tl.constexpr = PAGE // UNIT
-    num_units = position // PAGE * PER_PAGE
-    per_split = tl.cdiv(tl.cdiv(num_units, tl.num_programs(2)), CHUNK) * CHUNK
-    start = tl.program_id(2) * per_split
-    stop = tl.minimum(start + per_split, num_units)
+    num_units = base // PAGE * PER_PAGE
+    start, stop = split_of(num_units, CHUNK)
     m = tl.arange(0, ROWS)
     token = part * TM + m // GROUP_P
     member = m % GROUP_P
@@ -219,26 +240,24 @@ def prompt_mass_kernel(
     q = in_registers(as_factor(q, kv_ptr, decoded_ptr is not None), DP)
     query = SELECTOR.prepare(q, scale, True, LOG2E)
     pages = block_table_ptr + row * block_table_stride
-    area = kv_ptr + head * head_stride + PAGE * 2 * D
-    if decoded_ptr is not None:
-        row_place = head.to(tl.int64) * num_places + tl.load(group_place_ptr + group)
-        area = decoded_ptr + row_place * STRIDE
+    area = statistics_of_row(
+        kv_ptr, decoded_ptr, group_place_ptr, group, head, head_stride, num_places, D, PAGE, STRIDE
+    )
     left = left_ptr + (tile * tl.num_programs(1) + head) * max_units
     offset = tl.arange(0, CHUNK)
     # Not -inf: what a tile selected whole has no mass, and a chunk may have nothing else.
     top = tl.full([ROWS], -1e30, dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
+    page = None
     if decoded_ptr is None:
         page = tl.load(pages + tl.minimum(start + offset, num_units - 1) // PER_PAGE)
     beyond = tl.load(left + start + offset, mask=start + offset < stop, other=float("-inf"))
     for first in tl.range(start, stop, CHUNK, num_stages=STAGES):
         index = first + offset
         of_chunk = beyond[None, :]
-        if decoded_ptr is not None:
-            statistic = area + tl.minimum(index, num_units - 1) * STRIDE  # [CHUNK]
-        else:
-            statistic = area + tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64) * page_stride
-            statistic += tl.minimum(index, num_units - 1) % PER_PAGE * STRIDE
+        known = tl.minimum(index, num_units - 1)
+        statistic = statistics_of_units(area, page, known, page_stride, last_page, PER_PAGE, STRIDE)  # [CHUNK]
+        if decoded_ptr is None:
             page = tl.load(pages + tl.minimum(index + CHUNK, num_units - 1) // PER_PAGE)
         beyond = tl.load(left + index + CHUNK, mask=index + CHUNK < stop, other=float("-inf"))
         rows = statistic[:, None] + column[None, :]

@@ -83,6 +83,14 @@ def enough_mass(selected, forced, key, share, index, num, enough):
     return selected & (forced | (key > high_key) | (tied & (index <= bound)))
 
 
+@triton.jit
+def unit_addresses(pages, unit, exists, of_head, page_stride, unit_stride, last_page, PER_PAGE: tl.constexpr):
+    """Where in the cache the units `unit` of a row begin, of which `exists`; `pages` is its block table."""
+    page = tl.load(pages + unit // PER_PAGE, mask=exists, other=0)
+    page = tl.minimum(tl.maximum(page, 0), last_page)
+    return page * page_stride + of_head + unit % PER_PAGE * unit_stride
+
+
 @triton.jit(do_not_specialize=["block_table_stride", "last_page"])
 def prompt_candidates_kernel(
     block_table_ptr,
@@ -118,13 +126,14 @@ def prompt_candidates_kernel(
     index = tl.arange(0, UNITS_P)
     exists = index < num_complete
     share = tl.load(shares_ptr + pair * max_units + index, mask=exists, other=0.0)
-    forced = forced_blocks(index, base, num_complete, PAGE, UNIT, FIRST, LAST)
+    forced = forced_blocks(index, base, num_complete, UNIT, FIRST, LAST)
     # Shares are not negative, so that their bits compare as they do.
     chosen, _ = largest(share.to(tl.int32, bitcast=True), exists, forced, index, num_complete, wanted)
     place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    page = tl.load(block_table_ptr + row * block_table_stride + index // PER_PAGE, mask=exists, other=0)
-    page = tl.minimum(tl.maximum(page, 0), last_page)
-    address = page * page_stride + head * head_stride + index % PER_PAGE * unit_stride
+    address = unit_addresses(
+        block_table_ptr + row * block_table_stride, index, exists, head * head_stride, page_stride, unit_stride,
+        last_page, PER_PAGE,
+    )  # fmt: skip
     tl.store(candidates_ptr + pair * 2 * MOST + place, index, mask=chosen)
     tl.store(candidates_ptr + pair * 2 * MOST + MOST + place, address, mask=chosen)
     tl.store(num_ptr + pair, tl.sum(chosen.to(tl.int32), axis=0))
@@ -316,9 +325,10 @@ def prompt_select_kernel(
     if MOST == 0:
         unit = nth
         share = tl.load(shares_ptr + pair * max_units + unit, mask=exists, other=0.0)
-        page = tl.load(block_table_ptr + row * block_table_stride + unit // PER_PAGE, mask=exists, other=0)
-        page = tl.minimum(tl.maximum(page, 0), last_page)
-        address = page * page_stride + head * head_stride + unit % PER_PAGE * block_stride
+        address = unit_addresses(
+            block_table_ptr + row * block_table_stride, unit, exists, head * head_stride, page_stride, block_stride,
+            last_page, PER_PAGE,
+        )  # fmt: skip
     else:
         unit = tl.load(candidates + nth, mask=exists, other=0)
         address = tl.load(candidates + MOST + nth, mask=exists, other=0) + block * block_stride
@@ -329,7 +339,7 @@ def prompt_select_kernel(
             GROUP, GROUP_P, C, T, STEP, ROWS, MINE, SOME, FINE_BLOCKS,
         )  # fmt: skip
     num_items = num_units * PER_UNIT
-    forced = exists & forced_blocks(unit, base, num_complete, PAGE, UNIT, FIRST, LAST)
+    forced = exists & forced_blocks(unit, base, num_complete, UNIT, FIRST, LAST)
     # Shares are not negative, so that their bits compare as they do.
     selected, key = largest(share.to(tl.int32, bitcast=True), exists, forced, item, num_items, wanted)
     if TOP_P > 0:

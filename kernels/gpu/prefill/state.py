@@ -28,8 +28,8 @@ def prefill_state_kernel(
     block_table_ptr,
     state_table_ptr,
     runs_ptr,  # [runs, 3] int32: first tile, tiles, row
-    tiles_ptr,  # [tiles, 4] int32
-    tile_state_ptr,  # [tiles] int32: place in `states_ptr` of the state at a tile's page; ascending within a run
+    groups_ptr,  # [groups, 4] int32
+    group_state_ptr,  # [groups] int32: place in `states_ptr` of the state at a group's page; ascending within a run
     states_ptr,  # [states, G, S_ROWS + 1, D] float32; the last row is z
     arrivals_ptr,  # [runs, G] int32, zero between launches
     page_stride,
@@ -60,12 +60,12 @@ def prefill_state_kernel(
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
     run = tl.program_id(2)
-    first_tile = tl.load(runs_ptr + run * 3).to(tl.int64)
-    last_tile = first_tile + tl.load(runs_ptr + run * 3 + 1) - 1
+    first_group = tl.load(runs_ptr + run * 3).to(tl.int64)
+    last_group = first_group + tl.load(runs_ptr + run * 3 + 1) - 1
     row = tl.load(runs_ptr + run * 3 + 2).to(tl.int64)
-    first_page = tl.load(tiles_ptr + first_tile * 4 + 3) // PAGE
-    target = tl.load(tiles_ptr + last_tile * 4 + 3) // PAGE
-    first_state = tl.load(tile_state_ptr + first_tile)
+    first_page = tl.load(groups_ptr + first_group * 4 + 3) // PAGE
+    target = tl.load(groups_ptr + last_group * 4 + 3) // PAGE
+    first_state = tl.load(group_state_ptr + first_group)
     pages = block_table_ptr + row * block_table_stride
     blocks = state_table_ptr + row * state_table_stride
     dtype = kv_ptr.dtype.element_ty

@@ -39,6 +39,17 @@ def tile_tokens(position, num_tokens, within, C: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def load_tile(groups_ptr, tile, C: tl.constexpr, T: tl.constexpr):
+    """Of tile `tile`: its candidate tile, the candidate tile's first token in the batch, and `tile_tokens`."""
+    group = tile // (C // T)
+    first_token = tl.load(groups_ptr + group * 4 + 1)
+    position = tl.load(groups_ptr + group * 4 + 3)
+    num_tokens = tl.load(groups_ptr + group * 4 + 2)
+    begin, tokens, base = tile_tokens(position, num_tokens, (tile % (C // T)).to(tl.int32), C, T)
+    return group, first_token, begin, tokens, base
+
+
+@triton.jit
 def load_queries(
     query_ptr, head, first_token, token, member, exists, query_token_stride, query_head_stride,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -63,8 +74,6 @@ def in_registers(q, DP: tl.constexpr):
 
 
 @triton.jit
-def forced_blocks(
-    index, position, num_complete, PAGE: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr
-):
+def forced_blocks(index, position, num_complete, BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
     """Which blocks of complete pages a tile that begins at `position` selects whatever their scores."""
     return (index < num_complete) & ((index < FIRST) | (index > position // BLOCK - LAST))
