@@ -147,7 +147,7 @@ def spla(
     op: PrefillPasses, pool: Pool, query: torch.Tensor, output: torch.Tensor, start: int = 0
 ) -> Callable[[], None]:
     """One layer of a step, which is planned once for all layers; the dense beginning through FA3."""
-    plan = op.plan(0, [0, len(query)], [start + len(query)])
+    plan = op.planner.plan(0, [0, len(query)], [start + len(query)])
     dense = [fa3(pool, query[: rows.num_tokens], output[: rows.num_tokens], start) for rows in plan.dense]
 
     def run() -> None:
@@ -239,7 +239,7 @@ class Layers:
         """State blocks of all layers as a chunk at `start` finds them."""
         # Rows that attend densely leave such states.
         dense = PrefillPasses(self.op.layer, limits(self.context, max_num_tokens=1, dense_below=1 << 30))
-        step = dense.plan(0, [0, 1], [start]).folds
+        step = dense.planner.plan(0, [0, 1], [start]).folds
         cache = self.pool.kv_cache
         if step is not None:
             for row in range(LAYERS):
@@ -250,7 +250,7 @@ class Layers:
 
     def sparse(self, query: torch.Tensor, output: torch.Tensor, start: int, layers: int = LAYERS) -> Callable[[], None]:
         """The first layers of a chunk at `start`, planned."""
-        passes = self.op.plan(0, [0, len(query)], [start + len(query)]).passes
+        passes = self.op.planner.plan(0, [0, len(query)], [start + len(query)]).passes
         cache = self.pool.kv_cache
         tables = [[x[row : row + 1] for x in (self.pool.block_table, self.pool.state_table)] for row in range(layers)]
 
@@ -469,7 +469,10 @@ def main() -> None:
             op = make(context, budget, context)
             pool = Pool(op.layer, context, 1)
             where = {"batch": 1, "context": context, "budget": budget, "page": args.page, "block": block}
-            print(f"{where}: scratch {op.scratch_bytes / 2**20:.0f} MiB, {op.max_groups} groups a pass", flush=True)
+            print(
+                f"{where}: scratch {op.scratch_bytes / 2**20:.0f} MiB, {op.planner.max_groups} groups a pass",
+                flush=True,
+            )
             record("floor", floor_ms(op, context, flops, bandwidth), 0.0, **where)
             for kind in args.kinds.split(","):
                 query = inputs(pool, context, kind)

@@ -101,6 +101,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         }
         for n, c in ((2, 4), (4, 4), (4, 6))
     },
+    # What the kernels of a GPU compute, from the first position that leaves something out.
+    **{
+        f"tile 32, every 4, candidates of 64, 8192 candidates, {b} of 16": {
+            **TWO,
+            "budget": b,
+            "tile_step": 4,
+            "candidate_tile": 64,
+            "statistics_dtype": "fp8",
+        }
+        for b in (2048, 1024)
+    },
 }
 
 
@@ -178,7 +189,11 @@ def main() -> None:
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
 
     def save() -> None:
-        settings = {"texts": [Path(file).name for file in args.text], "page_size": PAGE_SIZE, "variants": variants}
+        settings = {
+            "texts": [Path(file).name for file in args.text],
+            "page_size": PAGE_SIZE,
+            "variants": {row["variant"]: VARIANTS[row["variant"]] for row in rows},
+        }
         head = report.header("prompt_selection", settings, "benchmarks/prompt_selection.py")
         with_costs = [row | costs(VARIANTS[row["variant"]]) for row in rows]
         report.write({**head, "rows": with_costs}, args.output)

@@ -348,7 +348,10 @@ def stand_in(arch: int, sass: Path | None) -> None:
     torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(multi_processor_count=multiprocessors)
     torch.cuda.current_device = lambda: 0
     torch.cuda.synchronize = lambda *_: None
-    torch.cuda.device_of = lambda *_: contextlib.nullcontext()
+    torch.cuda.device_of = torch.cuda.stream = lambda *_: contextlib.nullcontext()
+    torch.cuda.Stream = torch.cuda.current_stream = lambda *_: types.SimpleNamespace(
+        cuda_stream=0, wait_stream=lambda _: None
+    )
     torch.Tensor.data_ptr = lambda self: 4096 + self.storage_offset() * self.dtype.itemsize
     torch.Tensor.__int__ = lambda self: 1
     torch.set_default_device("meta")

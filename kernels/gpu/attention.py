@@ -15,7 +15,8 @@ from .checks import refuse_what_does_not_fit
 from .decode.steps import DecodeSteps
 from .dense import attend_densely
 from .layer import GpuLayer
-from .prefill.passes import PrefillPasses, PrefillPlan
+from .prefill.passes import PrefillPasses
+from .prefill.plan import PrefillPlan
 from .store import Store
 
 DENSE_BELOW = {(64, 1): 8192, (64, 2): 10240, (16, 1): 12288}
@@ -95,7 +96,7 @@ class GpuAttention:
         """See `PagedAttention.plan`."""
         prefill = None
         if step.prefill_lens:
-            prefill = self.passes.plan(step.num_decodes, step.prefill_starts, step.prefill_lens)
+            prefill = self.passes.planner.plan(step.num_decodes, step.prefill_starts, step.prefill_lens)
         return GpuPlan(step, prefill)
 
     def run(

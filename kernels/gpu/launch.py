@@ -5,6 +5,7 @@ specialises the kernel for, and finds the compiled kernel by that. A step's laye
 `Launch` does this once, and then hands addresses to the compiled kernel.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -98,3 +99,41 @@ def current_stream(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return triton.runtime.driver.active.get_current_stream(torch.cuda.current_device())
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class Beside:
+    """A launch on a second stream: behind what the current one was given, beside what it is given up to a `Join`."""
+
+    def __init__(self, launch: Launch, device: torch.device) -> None:
+        self._launch, self._device = launch, device
+
+    def __call__(
+        self, addresses: Mapping[str, int], tensors: Callable[[], Mapping[str, torch.Tensor]], stream: int | None
+    ) -> None:
+        """Launch for one layer, as `Launch` does."""
+        if stream is None:
+            self._launch(addresses, tensors, None)
+            return
+        second = _second_stream(self._device)
+        second.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(second):  # for Triton's own launch, of a kernel that has yet to be compiled
+            self._launch(addresses, tensors, second.cuda_stream)
+
+
+class Join:
+    """Has the current stream wait for what was launched beside it; called as launches are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(
+        self, addresses: Mapping[str, int], tensors: Callable[[], Mapping[str, torch.Tensor]], stream: int | None
+    ) -> None:
+        """Wait, where there are streams."""
+        if stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(_second_stream(self._device))

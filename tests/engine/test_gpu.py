@@ -247,11 +247,11 @@ def test_chunked_prefill(model, sparse, size):
     assert_same(ask(model, "spla", SPARSE, max_num_batched_tokens=size, max_num_seqs=1), sparse)
 
 
-def test_chunked_dense_prompts(model):
+def test_chunked_dense_prompts(even_model):
     """Decodes and pieces of prompts share steps here."""
     options = {**SPARSE, "prefill_dense_below": 4096}
-    pieces = ask(model, "spla", options, max_num_batched_tokens=100, max_num_seqs=16)
-    assert_same(pieces, ask(model, "spla", options))
+    pieces = ask(even_model, "spla", options, max_num_batched_tokens=100, max_num_seqs=16)
+    assert_same(pieces, ask(even_model, "spla", options))
 
 
 def test_prefix_caching(model, sparse):
@@ -362,6 +362,28 @@ def test_double_rmsnorm_served_as_trained(tmp_path):
     assert error[: BUDGET - 1].mean() < 0.01
 
 
+def prompt_then_answer(inputs, layers, prompt):
+    """What the kernels compute of a layer: so many tokens of a prompt, whose tiles select, and tokens that were
+    generated, each of which does."""
+    from spla_backend.evaluate.capture import AttentionInputs
+    from spla_backend.evaluate.fidelity import attention
+    from spla_backend.kernels.gpu.prefill.plan import prompt_parameters
+
+    if inputs.layer not in layers:
+        return None
+    decode = layers[inputs.layer]
+    tiles = prompt_parameters(decode, inputs.q.shape[0] // inputs.k.shape[0])
+    dense = min(prompt, -(-tiles.whole_tokens // tiles.coarse_tile) * tiles.coarse_tile)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = inputs.q[:, :dense], inputs.k[:, :dense], inputs.v[:, :dense]
+    outputs = [attend(q[None], k[None], v[None], is_causal=True, scale=1.0, enable_gqa=True)[0].float()]
+    for start, end, params in ((dense, prompt, tiles), (prompt, inputs.q.shape[1], decode)):
+        if start < end:
+            seen = AttentionInputs(inputs.layer, inputs.q[:, start:end], inputs.k[:, :end], inputs.v[:, :end])
+            outputs.append(attention(seen, params))
+    return torch.cat(outputs, 1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -374,21 +396,20 @@ def test_layers_that_differ(model, options):
     """The algorithm's token in almost every step, where dense attention has others. Most layers see everything: where
     many select, rounding decides too often. How much it decides is seen in the algorithm itself, in float32."""
     from spla_backend.evaluate.capture import CapturingModel
-    from spla_backend.evaluate.fidelity import attention
     from spla_backend.options import SplaOptions
 
     answers = ask(model, "spla", options)
     layers = SplaOptions.from_sources(options).layers(64, range(MODEL["num_hidden_layers"]))
     exact = CapturingModel(model, torch.float32, "cuda", head=True)
     rounded = CapturingModel(model, torch.float16, "cuda", head=True)
-    visit = partial(attention, params=layers)
-    kinds = {"spla": (rounded, visit), "dense": (rounded, None), "exact": (exact, visit)}
+    kinds = {"spla": (rounded, True), "dense": (rounded, False), "exact": (exact, True)}
     differing, gaps = dict.fromkeys(kinds, 0), {kind: 0.0 for kind in kinds}
     rounding = 0.0  # how far the algorithm's two precisions are apart where they choose different tokens
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         best, logprobs = {}, {}
-        for kind, (reference, how) in kinds.items():
-            logits = reference.run(prompt + answer.tokens[:-1], how).logits[0, len(prompt) - 1 :]
+        visit = partial(prompt_then_answer, layers=layers, prompt=len(prompt))
+        for kind, (reference, selects) in kinds.items():
+            logits = reference.run(prompt + answer.tokens[:-1], visit if selects else None).logits[0, len(prompt) - 1 :]
             logprobs[kind], best[kind] = logits.float().log_softmax(-1), logits.argmax(-1)
             for token, likely, ours in zip(best[kind].tolist(), answer.logprobs, answer.tokens, strict=True):
                 if token != ours:
@@ -416,11 +437,11 @@ def test_budgets_of_layers_flashinfer(model):
     assert_same(ask(model, "spla", BUDGETS | {"executor": "flashinfer"}), ask(model, "spla", BUDGETS))
 
 
-def test_statistics_in_fp8(model):
+def test_statistics_in_fp8(even_model):
     """One answer with CUDA graphs, and eager in chunks."""
     options = {**SPARSE, "statistics_dtype": "fp8"}
-    graphs = ask(model, "spla", options)
-    assert_same(graphs, ask(model, "spla", options, enforce_eager=True, **PIECES), SELECTION_FP8)
+    graphs = ask(even_model, "spla", options)
+    assert_same(graphs, ask(even_model, "spla", options, enforce_eager=True, **PIECES), SELECTION_FP8)
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])

@@ -15,7 +15,7 @@ from spla_backend.kernels.gpu.attention import GpuAttention, run_prefill
 from spla_backend.kernels.gpu.dense import DenseRows, attend_densely
 from spla_backend.kernels.gpu.dense_layer import GpuDenseAttention
 from spla_backend.kernels.gpu.layer import GpuLayer
-from spla_backend.kernels.gpu.prefill.passes import PrefillPlan
+from spla_backend.kernels.gpu.prefill.plan import PrefillPlan
 from spla_backend.kernels.interface import Layer, Limits, Step
 
 HEADS, SIZE, EPS = 4, 16, 0.1

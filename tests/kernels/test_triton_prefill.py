@@ -46,7 +46,7 @@ def attend(
     longest = max(batch.lengths)
     op = PrefillPasses(layer, limits(len(ranges), longest, max_num_tokens=total), tuning=tuning)
     if max_groups is not None:
-        op.max_groups = max_groups
+        op.planner.max_groups = max_groups
     generator = torch.Generator().manual_seed(seed)
     joint = 2 * torch.randn(total, layer.num_heads + 2, layer.head_size, generator=generator)
     query = joint.to(DEVICE, layer.cache_dtype)[:, : layer.num_heads]
@@ -56,7 +56,7 @@ def attend(
     starts = [0]
     for a, b in ranges:
         starts.append(starts[-1] + b - a)
-    plan = op.plan(0, starts, [b for _, b in ranges])
+    plan = op.planner.plan(0, starts, [b for _, b in ranges])
     for step in plan.passes:
         for name, buffer in op.scratch.items():
             if name != "arrivals":
@@ -144,7 +144,7 @@ def in_chunks(batch: Batch, query: torch.Tensor, start: int, size: int) -> torch
     output, other = (torch.full_like(query, float("nan")) for _ in range(2))
     for first in range(0, len(query), size):
         some = slice(first, min(first + size, len(query)))
-        plan = op.plan(0, [0, some.stop - first], [start + some.stop])
+        plan = op.planner.plan(0, [0, some.stop - first], [start + some.stop])
         for step in plan.passes:
             for target in (other[some], output[some]) if DEVICE == "cuda" else (output[some],):
                 op.run(
@@ -217,7 +217,7 @@ def test_layers_share_launches_and_not_sinks() -> None:
     (query, first, _), (_, second, _) = (attend(batch, [(80, 107)]) for batch in batches)
     assert float((first - second).norm() / first.norm()) > 0.02
     ops = [PrefillPasses(batch.layer, limits(1, 107, max_num_tokens=27)) for batch in batches]
-    plan = ops[0].plan(0, [0, 27], [107])
+    plan = ops[0].planner.plan(0, [0, 27], [107])
     for _ in range(2):
         for batch, op, alone in zip(batches, ops, (first, second), strict=True):
             output = torch.full_like(query, float("nan"))
@@ -460,13 +460,13 @@ def fold(batch: Batch, lengths: list[int], splits: int | None = None) -> None:
     sizes = limits(len(lengths), 1 << 20, max_num_tokens=sum(lengths), dense_below=1 << 30)
     op = PrefillPasses(batch.layer, sizes, tuning=None if splits is None else replace(PrefillTuning(), fold_pages=1))
     if splits is not None:
-        op.fold_programs = splits * len(lengths) * batch.layer.num_kv_heads
+        op.planner.fold_programs = splits * len(lengths) * batch.layer.num_kv_heads
         shape = splits * len(lengths), *op.scratch["partial"].shape[1:]
         op.scratch = {**op.scratch, "partial": torch.empty(shape, device=DEVICE)}
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    plan = op.plan(0, starts, lengths)
+    plan = op.planner.plan(0, starts, lengths)
     assert plan.folds is not None and not plan.passes
     assert splits in (None, 1) or plan.folds.most_splits > 1
     op.scratch["partial"].fill_(float("nan"))
@@ -566,7 +566,7 @@ def test_short_steps_attend_densely_where_selecting_takes_longer() -> None:
     ):  # fmt: skip
         op = PrefillPasses(layer, replace(sizes, where_it_pays=where_it_pays))
         half = tokens // 2
-        plan = op.plan(0, [0, half, tokens], [first + half, first - half])
+        plan = op.planner.plan(0, [0, half, tokens], [first + half, first - half])
         assert not plan.passes[1:] and plan.passes[0].groups[0].tolist() == [0, 0, min(64, half), first]
         assert plan.passes[0].num_tokens == half and sum(rows.num_tokens for rows in plan.dense) == half
 
@@ -580,7 +580,7 @@ def test_splits_fill_the_device_once() -> None:
         ([100] * 20 + [8192] + [100] * 19, [1] * 20 + [11] + [1] * 19), ([70, 63, 8192, 4096], [1, 9, 4]),
     ):  # fmt: skip
         starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-        folds = op.plan(0, starts, lengths).folds
+        folds = op.planner.plan(0, starts, lengths).folds
         assert folds is not None and folds.most_splits == max(splits)
         row, pages, cut, place = folds.rows.T.tolist()
         assert row == [i for i, length in enumerate(lengths) if length >= 64]

@@ -10,6 +10,7 @@ Floor: `4 d` FLOP a (token, selected token, head).
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -76,6 +77,16 @@ def blocks_at(kv_cache: torch.Tensor, unit: int, block: int) -> tuple[torch.Tens
     reach += (kv_cache.shape[2] - block) * row  # where the last block may begin
     view = kv_cache.as_strided((reach // unit + 1, block, 1, row), (unit, row, row, 1))
     return view[..., : row // 2], view[..., row // 2 :]
+
+
+@dataclass(frozen=True)
+class Attend:
+    """`attend_blocks` over what a pass selected, between its launches."""
+
+    gathered: torch.Tensor  # [G * tokens, GROUP, D]
+    table: torch.Tensor  # [G * tiles, SLOTS] int32
+    used: torch.Tensor  # [G * tiles] int32
+    exact: torch.Tensor  # [G * tokens, GROUP, D], written
 
 
 def attend_blocks(

@@ -1,14 +1,13 @@
-"""SPLA prefill over the engine's paged cache on a GPU: what a step needs, and the launches of one layer.
+"""SPLA prefill over the engine's paged cache on a GPU: the launches of one layer, for the passes of a step (`plan.py`).
 
-Neighbouring tokens at fixed positions, a tile, share their selection (`algorithm/tiles.py`; `prompt_parameters` says
-how many). Tokens below `dense_below` attend to everything, through FlashAttention (`gpu/attention.py`); all others go
-through the passes planned here, whatever rows and chunks they come in. The plain reference of the whole is
-`reference.spla_sequence`.
+Neighbouring tokens at fixed positions, a tile, share their selection (`algorithm/tiles.py`). The plain reference of the
+whole is `reference.spla_sequence`.
 
 A pass is a number of candidate tiles that fits into the scratch. Its launches:
 
-1. `prefill_state_kernel`: the recurrent state at every page (`state.py`); `prompt_statistics_kernel`: statistics that
-   are bytes, decoded (`decode_statistics.py`)
+1. `prefill_state_kernel`: the recurrent state at every page (`state.py`), one page after the other, which leaves most
+   of a GPU idle: beside the launches up to 6, on a stream of its own; `prompt_statistics_kernel`: statistics that are
+   bytes, decoded (`decode_statistics.py`)
 2. `prompt_score_kernel`, NORMALISE, then SHARE: scores of selection blocks (`score.py`)
 3. `prompt_candidates_kernel`, `prompt_fine_kernel`, `prompt_select_kernel`: what is attended to (`select.py`)
 4. `prompt_mass_kernel`: the mass of what is left out (`score.py`)
@@ -17,31 +16,27 @@ A pass is a number of candidate tiles that fits into the scratch. Its launches:
 
 In a small pass, loops over blocks are cut into splits. Launches are bound once a step for all layers (`gpu/launch`),
 because the host would take longer than the device.
-
-What depends on lengths is planned on the host, from lengths that the host knows; nothing waits for the device.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import triton
 from tqdm import tqdm
 
-from ....algorithm.parameters import SplaParameters
 from ...interface import Limits
 from ...layout import STATE_MAGIC
-from ..dense import DenseRows
-from ..launch import Launch, current_stream, layer_of
+from ..launch import Beside, Join, Launch, current_stream, layer_of
 from ..layer import GpuLayer
 from ..residual import RESIDUAL_CODES
 from ..scratch import Shapes, shared_scratch
-from .attend import address_unit, attend_blocks, prompt_gather_kernel
+from .attend import Attend, address_unit, attend_blocks, prompt_gather_kernel
 from .combine import prompt_combine_kernel, prompt_rest_kernel
 from .decode_statistics import KINDS, prompt_statistics_kernel
+from .plan import Folds, Pass, Planner, prompt_parameters, round_up_units
 from .score import MODES, prompt_mass_kernel, prompt_score_kernel
 from .select import prompt_candidates_kernel, prompt_fine_kernel, prompt_select_kernel
 from .state import fold_pages_kernel, fold_sum_kernel, prefill_state_kernel
@@ -50,85 +45,8 @@ SCRATCH_BYTES = 1 << 30
 """What a pass may take, beside what FlashAttention allocates."""
 DECODED_BYTES = 1 << 26
 """What the decoded statistics of a pass's rows may take, if it is enough for one row."""
-TILE, CANDIDATE_TILE, TILE_STEP = 32, 64, 4
-"""Tokens that share a selection, tokens that share their candidates, and of how many one is scored, at most. A tile
-with candidates of its own loses next to nothing (`docs/quality.md`); what sharing these loses is not known yet."""
-SHORT_STEP = 4096
-"""Prompt tokens of a step, below which the time of launches counts: selecting then begins to pay further on."""
-LAUNCH_TOKENS = 880
-"""Sparse prompt tokens that take as long as the launches of a layer (`benchmarks/results/prefill_h200.json`)."""
 VOTERS = 16
 """Rows of a matrix product at least."""
-
-Group = tuple[int, int, int, int]
-"""A candidate tile: row, first token in the batch, tokens, position of the first token."""
-
-
-def prompt_parameters(params: SplaParameters, group: int) -> SplaParameters:
-    """What prompt tokens compute: `params` with the tiles of these kernels, whatever decode computes of them.
-
-    Args:
-        params: Of a layer.
-        group: Query heads a kv head: the fewer there are, the more tokens vote in as many rows of a product.
-    """
-    page = params.page_size & -params.page_size  # tiles are powers of two, as matrices are
-    tile = min(TILE, page)
-    while replace(params, tile=tile).max_forced_blocks > params.budget_blocks:
-        tile //= 2  # to a selection block at least, which the budget has room for
-    step = min(TILE_STEP, 1 << (group - 1).bit_length(), tile)
-    params = replace(params, tile=tile, tile_step=step)
-    if params.fine_block:
-        params = replace(params, candidate_tile=min(CANDIDATE_TILE, page), fine_source="keys")
-    return params
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Candidate tiles of sparse tokens."""
-
-    groups: torch.Tensor  # [groups, 4] int32: row, first token, tokens, position of the first token
-    places: torch.Tensor  # [groups] int32: place of the first token among the tokens of the pass
-    group_state: torch.Tensor  # [groups] int32
-    group_place: torch.Tensor  # [groups] int32: place of the row's first selection block among those of all rows
-    runs: torch.Tensor  # [runs, 3] int32: first group, groups, row
-    start_loc: torch.Tensor  # [G * tiles + 1] int32: places of the tiles' tokens, one kv head after the other
-    num_tokens: int
-    num_places: int  # selection blocks of complete pages, of all rows
-    max_complete: int  # at least the selection blocks of every tile's complete pages
-    launches: "Launches" = field(default_factory=dict, compare=False)
-
-
-@dataclass(frozen=True)
-class Attend:
-    """FlashAttention over what a pass selected, between its launches."""
-
-    gathered: torch.Tensor  # [G * tokens, GROUP, D]
-    table: torch.Tensor  # [G * tiles, SLOTS] int32
-    used: torch.Tensor  # [G * tiles] int32
-    exact: torch.Tensor  # [G * tokens, GROUP, D], written
-
-
-Launches = dict[tuple, list[Launch | Attend]]
-"""By what layers differ in."""
-
-
-@dataclass(frozen=True)
-class Folds:
-    """Rows that end within what attends to everything: their state is brought up to date."""
-
-    rows: torch.Tensor  # [folds, 4] int32: row, its complete pages, splits, place of the first split's sums
-    items: torch.Tensor  # [items, 2] int32: fold, split
-    most_splits: int  # of a row
-    launches: "Launches" = field(default_factory=dict, compare=False)
-
-
-@dataclass(frozen=True)
-class PrefillPlan:
-    """One step's prefill rows; all device memory in one buffer, copied once."""
-
-    dense: list[DenseRows]
-    passes: list[Pass]
-    folds: Folds | None
 
 
 @dataclass(frozen=True)
@@ -170,17 +88,6 @@ NARROW = replace(SMALL, score_chunk=16, mass_chunk=16, fine_keys=32, fold_slice=
 """Where thread blocks have less of it (`capability.is_narrow`). It was compiled for such GPUs, not measured on them."""
 
 
-def _round_up(units: int) -> int:
-    """Selection blocks that rows of scratch are laid out for, so that they begin at aligned addresses."""
-    return -(-units // 16) * 16
-
-
-def _align(numbers: list[int]) -> int:
-    """Fill up to a multiple of 16 bytes, which kernels are specialised for; the length then."""
-    numbers += [0] * (-len(numbers) % 4)
-    return len(numbers)
-
-
 class PrefillPasses:
     """Sparse prefill of one layer.
 
@@ -192,8 +99,7 @@ class PrefillPasses:
 
     Attributes:
         params: What prompt tokens compute.
-        dense_below: Tokens at positions below it attend to everything; at least what is attended to whole. In short
-            steps more do, where the limits say so.
+        planner: Cuts the prompt tokens of a step for `run` and `fold`.
         scratch: Buffers between the launches, which all layers of one geometry share.
     """
 
@@ -220,10 +126,6 @@ class PrefillPasses:
                 tuning = replace(tuning, score_chunk=chunk, mass_chunk=chunk)
         self.tuning = tuning
         self.tile, self.group_tokens = params.tile, params.coarse_tile
-        # Tiles are sparse as a whole.
-        least = max(limits.prefill_dense_below, params.whole_tokens)
-        self.dense_below = -(-least // self.group_tokens) * self.group_tokens
-        self._where_it_pays = limits.where_it_pays
         self._tiles = self.group_tokens // self.tile  # of a candidate tile
         self._rows = max(VOTERS, self.group_tokens // params.tile_step * layer.group_p)  # voters
         self._per_unit = params.selection_block // params.attended_block
@@ -238,18 +140,21 @@ class PrefillPasses:
         self._s_rows = layer.state_layout.s_rows
         self._max_pages = -(-limits.max_model_len // params.page_size)
         self._most_units = self._max_pages * params.blocks_per_page
-        self._max_units = _round_up(self._most_units)
+        self._max_units = round_up_units(self._most_units)
         self._max_num_rows = max_num_rows = limits.max_num_rows
         limit = -(-limits.max_num_tokens // self.group_tokens) + 2 * max_num_rows  # candidate tiles of a step
         row = self._max_units * layer.num_kv_heads * layer.page_layout.statistics_stride * 2  # bytes
         self._max_places = max(1, DECODED_BYTES // row) * self._max_units
-        self.max_groups = 1
-        per_group = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._group_shapes().values())
-        self.max_groups = max(1, min(limit, scratch_bytes // per_group))
+        per_group = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._group_shapes(1).values())
+        self._max_groups = max(1, min(limit, scratch_bytes // per_group))
         # A program of `linear` takes few features: each needs all of a key.
         self._fold_slice = min(16 if self._linear else self.tuning.fold_slice, layer.dp)
         self._fold_slices = triton.cdiv(d, self._fold_slice)
-        self.fold_programs = layer.num_sms * (2 if self._linear else 1) // self._fold_slices
+        self._fold_programs = layer.num_sms * (2 if self._linear else 1) // self._fold_slices
+        self.planner = Planner(
+            params, layer.num_kv_heads, limits, layer.device, max_groups=self._max_groups, max_places=self._max_places,
+            fold_programs=self._fold_programs, fold_pages=self.tuning.fold_pages,
+        )  # fmt: skip
         self._sparse = limits.max_model_len > self.dense_below
         self.scratch = shared_scratch(self._shapes(), layer.device, layer.scratch_pool)
         # Layers of one geometry launch the same kernels.
@@ -279,17 +184,17 @@ class PrefillPasses:
             state_table = block_table
         # The longest row is cut if any is.
         pages = min(self.dense_below // params.page_size, self._max_pages)
-        folds = self.plan(0, [0, 1], [pages * params.page_size]).folds if pages else None
+        folds = self.planner.plan(0, [0, 1], [pages * params.page_size]).folds if pages else None
         if folds is not None:
             self.fold(folds, kv_cache, kv_cache, block_table, state_table)
         # One length for every power of two that the kernels of selection are compiled for.
         positions = [max(self.dense_below, 1)] if self._sparse else []
-        units = triton.next_power_of_2(_round_up(self.dense_below // params.selection_block))
+        units = triton.next_power_of_2(round_up_units(self.dense_below // params.selection_block))
         while self._sparse and units + params.blocks_per_page < self._most_units:
             positions.append(units * params.selection_block + params.page_size)
             units *= 2
         for position in tqdm(positions, desc="Compiling SPLA prefill kernels", disable=len(positions) < 2):
-            (step,) = self.plan(0, [0, 1], [position + 1]).passes
+            (step,) = self.planner.plan(0, [0, 1], [position + 1]).passes
             self.run(step, query, kv_cache, kv_cache, block_table, state_table, torch.empty_like(query))
         torch.cuda.synchronize(self.device)
 
@@ -299,7 +204,7 @@ class PrefillPasses:
     def _shapes(self) -> Shapes:
         folding: Shapes = {"arrivals": ((self._max_num_rows, self.layer.num_kv_heads), torch.int32)}
         if self.params.residual != "none":
-            places = max(1, self.fold_programs // self.layer.num_kv_heads)
+            places = max(1, self._fold_programs // self.layer.num_kv_heads)
             sums = places, self.layer.num_kv_heads, self._s_rows + 1, self.layer.head_size
             folding["partial"] = sums, torch.float32
         if not self._sparse:
@@ -308,11 +213,11 @@ class PrefillPasses:
         if layout.fp8_statistics:
             decoded = self.layer.num_kv_heads * self._max_places, layout.statistics_stride
             folding["decoded"] = decoded, torch.float16
-        return folding | self._group_shapes()
+        return folding | self._group_shapes(self._max_groups)
 
-    def _group_shapes(self) -> Shapes:
-        """What grows with the candidate tiles of a pass."""
-        layer, params, groups = self.layer, self.params, self.max_groups
+    def _group_shapes(self, groups: int) -> Shapes:
+        """What grows with the candidate tiles of a pass, for so many of them."""
+        layer, params = self.layer, self.params
         heads, d, rows = layer.num_kv_heads, layer.head_size, self._rows
         tiles, tokens = groups * self._tiles, groups * self.group_tokens
         # Splits are there only while passes are small: as many programs as there are multiprocessors.
@@ -347,159 +252,14 @@ class PrefillPasses:
         return shapes
 
     @property
+    def dense_below(self) -> int:
+        """Tokens at positions below it attend to everything."""
+        return self.planner.dense_below
+
+    @property
     def scratch_bytes(self) -> int:
         """Bytes of scratch, shared by all layers of one geometry."""
         return sum(x.nbytes for x in self.scratch.values())
-
-    # Planning ---------------------------------------------------------------------------------------------------
-
-    def plan(self, first_row: int, starts: list[int], seq_lens: list[int]) -> PrefillPlan:
-        """Dense rows and passes of a step's prefill rows.
-
-        Args:
-            first_row: Row of the batch of the first of them.
-            starts: `[rows + 1]`, offsets of their query tokens in the batch.
-            seq_lens: `[rows]`, tokens of each, this step's included.
-        """
-        page, size = self.params.page_size, self.group_tokens
-        dense_below, tokens = self.dense_below, starts[-1] - starts[0]
-        if self._where_it_pays and tokens < SHORT_STEP:
-            # A token attends densely in a time that grows with its position.
-            dense_below = -(-dense_below * (tokens + LAUNCH_TOKENS) // (tokens * size)) * size
-        numbers: list[int] = []  # everything that goes to the device
-        dense: list[list[Any]] = []
-        groups: list[Group] = []
-        folds: list[tuple[int, int]] = []
-        for index, seq_len in enumerate(seq_lens):
-            row, first, stop = first_row + index, starts[index], starts[index + 1]
-            start = seq_len - (stop - first)  # position of the row's first token
-            split = min(max(dense_below, start), seq_len)
-            if split > start:
-                if dense and dense[-1][-1] == first:
-                    dense[-1][1].append((row, first, split - start, split))
-                    dense[-1][-1] = first + split - start
-                else:
-                    dense.append([first, [(row, first, split - start, split)], first + split - start])
-            if split == seq_len and seq_len >= page and self.params.residual != "none":
-                folds.append((row, seq_len // page))
-            position = split
-            while position < seq_len:
-                end = min(seq_len, position // size * size + size)
-                groups.append((row, first + position - start, end - position, position))
-                position = end
-        plans: list[tuple[int, int, Any]] = []
-        for first, members, stop in dense:
-            at = _align(numbers)
-            numbers += [token - first for _, token, _, _ in members] + [stop - first]
-            numbers += [seq_len for *_, seq_len in members]
-            plans.append((at, len(members), (first, stop - first, members)))
-        passes: list[tuple[list[tuple[int, int]], int, int, int, int, int]] = []
-        for some in self._cut(groups):
-            runs: list[list[int]] = []
-            group_state, states, last = [], -1, None
-            group_place, ends = [], 0
-            for number, (row, _, _, position) in enumerate(some):
-                if not runs or runs[-1][2] != row:
-                    runs.append([number, 0, row])
-                    first_place = ends
-                ends = first_place + position // page * self.params.blocks_per_page
-                group_place.append(first_place)
-                runs[-1][1] += 1
-                if last != (row, position // page):
-                    states, last = states + 1, (row, position // page)
-                group_state.append(states)
-            places = [0, *itertools.accumulate(tokens for _, _, tokens, _ in some)]
-            where = []
-            for values in (
-                list(itertools.chain(*some)), places[:-1], group_state, group_place, list(itertools.chain(*runs)),
-                self._start_loc(some, places),
-            ):  # fmt: skip
-                where.append((_align(numbers), len(values)))
-                numbers += values
-            units = max(position for *_, position in some) // page * self.params.blocks_per_page
-            passes.append((where, len(some), len(runs), places[-1], ends, _round_up(units)))
-        fold_rows, fold_items = self._cut_folds(folds)
-        folds_at = _align(numbers)
-        numbers += itertools.chain(*fold_rows, *fold_items)
-        host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        buffer = host.to(self.device, non_blocking=True)
-        dense_rows = [
-            DenseRows(
-                first_token=first,
-                num_tokens=count,
-                first_row=members[0][0],
-                start_loc=buffer[at : at + n + 1],
-                seq_lens=buffer[at + n + 1 : at + 2 * n + 1],
-                max_query_len=max(m[2] for m in members),
-                max_seq_len=max(m[3] for m in members),
-            )
-            for at, n, (first, count, members) in plans
-        ]
-        steps = []
-        for where, n, r, tokens, num_places, complete in passes:
-            groups_at, places_at, state_at, place_at, runs_at, start_at = (
-                buffer[at : at + length] for at, length in where
-            )
-            steps.append(
-                Pass(
-                    groups=groups_at.view(n, 4),
-                    places=places_at,
-                    group_state=state_at,
-                    group_place=place_at,
-                    runs=runs_at.view(r, 3),
-                    start_loc=start_at,
-                    num_tokens=tokens,
-                    num_places=_round_up(num_places),
-                    max_complete=complete,
-                )
-            )
-        if not folds:
-            return PrefillPlan(dense_rows, steps, None)
-        rows, items = buffer[folds_at:].split([4 * len(fold_rows), 2 * len(fold_items)])
-        most = max(splits for _, _, splits, _ in fold_rows)
-        return PrefillPlan(dense_rows, steps, Folds(rows.view(-1, 4), items.view(-1, 2), most))
-
-    def _cut(self, groups: list[Group]) -> Iterator[list[Group]]:
-        """The groups of one pass after the other: at most `max_groups`, of rows whose statistics there is room for."""
-        page, blocks = self.params.page_size, self.params.blocks_per_page
-        some: list[Group] = []
-        others = 0  # selection blocks of the rows before the last one
-        for group in groups:
-            another = bool(some) and some[-1][0] != group[0]
-            before = some[-1][3] // page * blocks if another else 0
-            units = others + before + group[3] // page * blocks
-            if some and (len(some) == self.max_groups or _round_up(units) > self._max_places):
-                yield some
-                some, others, before = [], 0, 0
-            some.append(group)
-            others += before
-        if some:
-            yield some
-
-    def _start_loc(self, groups: list[Group], places: list[int]) -> list[int]:
-        """Where the tokens of each tile begin among those of the pass, for one kv head after the other, and the end."""
-        size, tile = self.group_tokens, self.tile
-        begins = [
-            place + min(max(position // size * size + i * tile - position, 0), tokens)
-            for (_, _, tokens, position), place in zip(groups, places[:-1], strict=True)
-            for i in range(self._tiles)
-        ]
-        total = places[-1]
-        heads = self.layer.num_kv_heads
-        return [head * total + begin for head in range(heads) for begin in begins] + [heads * total]
-
-    def _cut_folds(self, folds: list[tuple[int, int]]) -> tuple[list[list[int]], list[tuple[int, int]]]:
-        """The rows of `Folds` and their splits: as many of all rows together as programs run at a time, and one of each
-        row at least."""
-        programs = max(1, self.fold_programs // self.layer.num_kv_heads)
-        share = max(self.tuning.fold_pages, -(-sum(pages for _, pages in folds) // programs))
-        rows, items, place = [], [], 0
-        for fold, (row, pages) in enumerate(folds):
-            splits = max(1, pages // share)
-            rows.append([row, pages, splits, place])
-            items += [(fold, split) for split in range(splits)]
-            place += splits if splits > 1 else 0
-        return rows, items
 
     # Attention --------------------------------------------------------------------------------------------------
 
@@ -583,13 +343,15 @@ class PrefillPasses:
             else:
                 launch(addresses, tensors, stream)
 
-    def bind(self, step: Pass | Folds, own: dict[str, torch.Tensor], alike: tuple) -> Iterator[Launch | Attend]:
+    def bind(
+        self, step: Pass | Folds, own: dict[str, torch.Tensor], alike: tuple
+    ) -> Iterator[Launch | Beside | Join | Attend]:
         """The launches for all layers of which `alike` is true (`layer_of`), `own` one of them's tensors."""
         if isinstance(step, Folds):
             yield from self._fold_launches(step, own, alike)
             return
         if self.params.residual != "none":
-            yield self._state_launch(step, own, alike)
+            yield Beside(self._state_launch(step, own, alike), self.device)
         yield from self._pass_launches(step, own, alike)
 
     def _state_arguments(self, own: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -698,7 +460,9 @@ class PrefillPasses:
             alike,
         )
 
-    def _pass_launches(self, step: Pass, own: dict[str, torch.Tensor], alike: tuple) -> Iterator[Launch | Attend]:
+    def _pass_launches(
+        self, step: Pass, own: dict[str, torch.Tensor], alike: tuple
+    ) -> Iterator[Launch | Join | Attend]:
         """A pass, from scores to outputs."""
         layer, params, t, pool = self.layer, self.params, self.tuning, self.scratch
         heads, d, dp = layer.num_kv_heads, layer.head_size, layer.dp
@@ -945,6 +709,7 @@ class PrefillPasses:
             exact=pool["exact"][:total],
         )
         if params.residual != "none":
+            yield Join(self.device)
             rest_slice = dp if self._linear else min(dp, t.rest_slice)
             yield Launch(
                 prompt_rest_kernel,
