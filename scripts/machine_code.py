@@ -233,6 +233,8 @@ class Stand:
     launches: list[Launched] = []  # noqa: RUF012
     sass: Path | None = None
     compiling = True
+    step = ""  # "GEOMETRY: STEP"
+    skipped = ""  # regular expression of launches
 
     def __init__(self, arch: int) -> None:
         self._target = GPUTarget("cuda", arch, 32)
@@ -368,7 +370,8 @@ def stand_in(arch: int, sass: Path | None) -> None:
     launch = triton.runtime.jit.JITFunction.run
 
     def run(self: Any, *args: Any, **options: Any) -> Any:
-        if not Stand.compiling:
+        left_out = Stand.skipped and re.search(Stand.skipped, f"{Stand.step}: {self.fn.__name__}")
+        if left_out or not Stand.compiling:
             return None
         kernel = launch(self, *args, **options)
         if found := scattered_reductions(kernel.asm["ttgir"]):
@@ -378,14 +381,17 @@ def stand_in(arch: int, sass: Path | None) -> None:
     triton.runtime.jit.JITFunction.run = run
 
 
-def compile_geometry(name: str, only: str) -> dict[str, list[dict[str, Any]]]:
-    """The launches of every step of a geometry whose name has the pattern in it."""
+def compile_geometry(name: str, only: str, skip: str) -> dict[str, list[dict[str, Any]]]:
+    """The launches of every step of a geometry whose name has the pattern `only` in it, but for those that have `skip`
+    in theirs."""
     found = {}
+    Stand.skipped = skip
     for step, launch in steps(name):
-        if re.search(only, f"{name}: {step}"):
+        Stand.step = f"{name}: {step}"
+        if re.search(only, Stand.step):
             Stand.launches.clear()
             launch()
-            found[f"{name}: {step}"] = [asdict(launched) for launched in Stand.launches]
+            found[Stand.step] = [asdict(launched) for launched in Stand.launches]
     return found
 
 
@@ -461,6 +467,9 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", help="regular expression: 'GEOMETRY: STEP' that have it, e.g. '^main: decode'"
     )
+    parser.add_argument(
+        "--skip", default="", help="regular expression: not 'GEOMETRY: STEP: KERNEL' that have it, e.g. ': pack_kernel'"
+    )
     parser.add_argument("--sass", type=Path, help="folder for the instructions of every kernel, by digest")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument(
@@ -473,7 +482,7 @@ def main() -> int:
         args.sass.mkdir(parents=True, exist_ok=True)
     known = {parameter.name for parameter in fields(SplaParameters)}  # a tree of before may not know all
     names = [name for name, geometry in GEOMETRIES.items() if known.issuperset(geometry.options)]
-    names, compiled = [*names, "training"], functools.partial(compile_geometry, only=args.only)
+    names, compiled = [*names, "training"], functools.partial(compile_geometry, only=args.only, skip=args.skip)
     launches: dict[str, list[dict]] = {}
     with contextlib.ExitStack() as stack:
         if args.jobs == 1:

@@ -22,7 +22,7 @@ from spla_backend.kernels.gpu.decode.fused import refusal
 from spla_backend.kernels.gpu.selectors import GpuSelector, gpu_selector, gpu_selector_names, register_gpu_selector
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPE = {"num_heads": 4, "num_kv_heads": 2, "head_size": 32, "device": DEVICE}
+SHAPE = {"num_heads": 4, "num_kv_heads": 2, "head_size": 32, "device": DEVICE, "by_kernels": True}
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "write_your_own_selector.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}

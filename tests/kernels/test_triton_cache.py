@@ -16,7 +16,7 @@ from spla_backend.kernels.gpu.statistics import decode_e4m3, decode_e5m2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STORES = sorted({gpu_selector(name).store: name for name in gpu_selector_names()}.values())
 """A selector for every way to make statistics."""
-SHAPE = {"num_heads": 2, "num_kv_heads": 2, "head_size": 32, "device": DEVICE}
+SHAPE = {"num_heads": 2, "num_kv_heads": 2, "head_size": 32, "device": DEVICE, "by_kernels": True}
 
 
 def params(selector: str = "rem", page: int = 16, block: int = 16, **others: str) -> SplaParameters:

@@ -38,7 +38,7 @@ def check(batch: Batch, num_pages: int) -> None:
 def case(params: SplaParameters, length: int, head_size: int = 32, **more: object) -> Batch:
     return make_batch(
         params, [length], num_heads=2, num_kv_heads=2, head_size=head_size, seed=torch.seed() % 2**31, device=DEVICE,
-        **more,
+        by_kernels=True, **more,
     )  # fmt: skip
 
 

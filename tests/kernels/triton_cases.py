@@ -8,6 +8,7 @@ from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import TokenResult, select_blocks, spla_token
 from spla_backend.algorithm.selectors import get_selector
 from spla_backend.algorithm.two_level import coarse_parameters
+from spla_backend.kernels.cpu.vectorised import VectorisedAttention
 from spla_backend.kernels.gpu.decode.steps import DecodeSteps
 from spla_backend.kernels.gpu.decode.tuning import Tuning
 from spla_backend.kernels.gpu.layer import GpuLayer
@@ -64,11 +65,11 @@ class Batch:
         page = self.layer.params.page_size
         return self.block_table[row].cpu()[position // page].long() * page + position % page
 
-    def write(self, row: int, start: int, stop: int) -> None:
-        """Store the tokens `start .. stop - 1` of a row, as one batch."""
+    def write(self, row: int, start: int, stop: int, plain: VectorisedAttention | None = None) -> None:
+        """Store the tokens `start .. stop - 1` of a row, as one batch: by the kernels, or in plain torch."""
         slots = self.slots(row, start, stop).to(self.query.device)
         keys, values = self.keys[row][start:stop], self.values[row][start:stop]
-        self.store.update_cache(keys, values, self.kv_cache, slots)
+        (plain or self.store).update_cache(keys, values, self.kv_cache, slots)
 
     def run(self, output: torch.Tensor, steady: bool = False) -> None:
         """Run the op."""
@@ -225,8 +226,12 @@ def make_batch(
     chunk: int = 37,
     executor: str = "spla",
     captured: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
+    by_kernels: bool = False,
 ) -> Batch:
     """Random rows, written to the cache in chunks of `chunk` tokens (0: all at once).
+
+    On a CPU, where kernels are interpreted, plain torch writes them unless they are to be written `by_kernels`: the
+    same bytes, but for rounding (`test_triton_cache.py`, `test_triton_sketch.py`), in a fraction of the time.
 
     Keys have a mean of their own in every selection block, so that blocks differ in mass and the residual has something
     to say.
@@ -288,7 +293,8 @@ def make_batch(
         block_table.to(device),
         state_table.to(device),
     )
+    plain = None if by_kernels or device != "cpu" else VectorisedAttention(params, sizes)
     for row, length in enumerate(lengths):
         for start in range(0, length, chunk or max(length, 1)):
-            batch.write(row, start, min(length, start + (chunk or length)))
+            batch.write(row, start, min(length, start + (chunk or length)), plain)
     return batch

@@ -6,8 +6,8 @@ whole is `reference.spla_sequence`.
 A pass is a number of candidate tiles that fits into the scratch. Its launches:
 
 1. `prefill_state_kernel`: the recurrent state at every page (`state.py`), one page after the other, which leaves most
-   of a GPU idle: beside the launches up to 6, on a stream of its own; `prompt_statistics_kernel`: statistics that are
-   bytes, decoded (`decode_statistics.py`)
+   of a GPU idle: in long passes beside the launches up to 6, on a stream of its own; `prompt_statistics_kernel`:
+   statistics that are bytes, decoded (`decode_statistics.py`)
 2. `prompt_score_kernel`, NORMALISE, then SHARE: scores of selection blocks (`score.py`)
 3. `prompt_candidates_kernel`, `prompt_fine_kernel`, `prompt_select_kernel`: what is attended to (`select.py`)
 4. `prompt_mass_kernel`: the mass of what is left out (`score.py`)
@@ -36,7 +36,7 @@ from ..scratch import Shapes, shared_scratch
 from .attend import Attend, address_unit, attend_blocks, prompt_gather_kernel
 from .combine import prompt_combine_kernel, prompt_rest_kernel
 from .decode_statistics import KINDS, prompt_statistics_kernel
-from .plan import Folds, Pass, Planner, prompt_parameters, round_up_units
+from .plan import SHORT_STEP, Folds, Pass, Planner, prompt_parameters, round_up_units
 from .score import MODES, prompt_mass_kernel, prompt_score_kernel
 from .select import prompt_candidates_kernel, prompt_fine_kernel, prompt_select_kernel
 from .state import fold_pages_kernel, fold_sum_kernel, prefill_state_kernel
@@ -351,8 +351,14 @@ class PrefillPasses:
             yield from self._fold_launches(step, own, alike)
             return
         if self.params.residual != "none":
-            yield Beside(self._state_launch(step, own, alike), self.device)
+            states = self._state_launch(step, own, alike)
+            yield Beside(states, self.device) if self._in_two_streams(step) else states
         yield from self._pass_launches(step, own, alike)
+
+    def _in_two_streams(self, step: Pass) -> bool:
+        """Whether states are made beside the scores: to change streams takes 70 us of a processor, which waits for the
+        device in long passes only."""
+        return step.num_tokens >= SHORT_STEP
 
     def _state_arguments(self, own: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Pages and states, with strides in int32 words of pages and in float32 of state blocks."""
@@ -709,7 +715,8 @@ class PrefillPasses:
             exact=pool["exact"][:total],
         )
         if params.residual != "none":
-            yield Join(self.device)
+            if self._in_two_streams(step):
+                yield Join(self.device)
             rest_slice = dp if self._linear else min(dp, t.rest_slice)
             yield Launch(
                 prompt_rest_kernel,

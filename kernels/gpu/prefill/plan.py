@@ -18,8 +18,8 @@ from ..launch import Beside, Join, Launch
 from .attend import Attend
 
 TILE, CANDIDATE_TILE, TILE_STEP = 32, 64, 4
-"""Tokens that share a selection, tokens that share their candidates, and of how many one is scored, at most. What each
-loses is in `docs/quality.md`."""
+"""Tokens that share a selection, tokens that share their candidates, and of how many one is scored, at most. Together
+they lose on a model what selection by token does (`docs/quality.md`)."""
 SHORT_STEP = 4096
 """Prompt tokens of a step, below which the time of launches counts: selecting then begins to pay further on."""
 LAUNCH_TOKENS = 880
