@@ -599,13 +599,14 @@ class VectorisedAttention:
         causal = causal.repeat_interleave(self.group, 0).expand(heads, -1, -1)
         keys, values = torch.cat([kv.flatten(1, 2), current], 1).unsqueeze(1).split(self.head_size, -1)
         visible = torch.cat([chosen.repeat_interleave(block_size, -1), causal], -1)
-        # The kv heads are its batch, so that a group shares its keys. It is the one torch kernel with an LSE.
+        # The kv heads are its batch, so that a group shares its keys. It is the one torch kernel with an LSE. It takes
+        # queries as they came: the scale need not be a power of two, and in 16 bits they would be rounded once more.
         exact, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q.to(keys.dtype).unsqueeze(1),
+            (q / self.scale).to(keys.dtype).unsqueeze(1),
             keys.contiguous(),
             values.contiguous(),
             attn_mask=torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1),
-            scale=1.0,
+            scale=self.scale,
         )
         reading = None
         if states is not None:

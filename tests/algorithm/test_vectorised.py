@@ -715,6 +715,24 @@ def test_decode_with_a_bfloat16_cache(implementation: type[VectorisedAttention],
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", [80, 128])
+def test_prompts_with_a_cache_of_16_bits(head_size: int, dtype: torch.dtype) -> None:
+    """The kernel rounds weights of tokens to 16 bits, which averages out; queries, which does not, it takes as they
+    are, though the softmax scale of these heads is no power of two."""
+    params = SplaParameters(page_size=32, selection_block=32, budget_blocks=4, residual="linear")
+    layer = Layer(Shape(params, 2, 2, head_size, False, 2.0, 0), [300], dtype=dtype)
+    layer.write((0, 0, 300))
+    (got,) = layer.forward([(0, 0, 300)])
+    errors = []
+    for position in range(params.whole_tokens, 300, 7):
+        want = layer.reference(0, position, layer.stored_statistics(0, position // params.page_size))
+        if not near_tie(want, position, params):
+            errors.append(relative_error(got[position], want.output))
+    assert len(errors) > 10
+    assert max(errors) < torch.finfo(dtype).eps / 2, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_compiled_code_reads_every_number(dtype: torch.dtype) -> None:
     """All bit patterns of the small dtypes, subnormal numbers, infinities and NaN among them."""
     cache = FlatCache.of(torch.arange(1 << 16).to(torch.uint16).view(dtype).view(1, 1, 256, 256))

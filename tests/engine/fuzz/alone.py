@@ -12,8 +12,8 @@ from spla_backend.kernels.interface import Layer, Limits, PagedAttention, Step
 
 from .settings import NUM_HEADS, NUM_KV_HEADS
 from .tokens import Hashes, Vectors
-from .worker import Computed, WrongAnswer
-from .world import World
+from .worker import Computed
+from .world import World, WrongAnswer
 
 # Of a head's output, relative to its length: of its own dtype's rounding, and of the two RMSNorms' before it.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
@@ -59,12 +59,8 @@ class Alone:
         Raises:
             WrongAnswer: Something differs by more than rounding.
         """
-        hashes = Hashes()
-        hashes.extend(computed.tokens)
         for index in range(len(self.ops)):
-            query, key, value = self.vectors.of(hashes[: len(hashes)], index)
-            self._fill(index, key, value)
-            one = _Layer(self, computed, index, query, key, value)
+            one = self._layer(computed, index)
             for as_prompt in (False, True):
                 chosen = np.flatnonzero(computed.as_prompt == as_prompt)
                 if len(chosen):
@@ -73,6 +69,25 @@ class Alone:
             sparse = np.flatnonzero(~computed.as_prompt | (computed.positions >= below))
             if len(sparse) and draw.random() < 0.5:
                 one.compare_with_reference(int(draw.choice(sparse)))
+
+    def excuse(self, computed: Computed, wrong: torch.Tensor) -> None:
+        """Outputs of the first layer that are not what they should be `[n, H]`.
+
+        Raises:
+            WrongAnswer: One of them is not right for a query that differs by rounding, either.
+        """
+        if bool(wrong.any()):
+            one = self._layer(computed, 0)
+            for i, head in wrong.nonzero().tolist():
+                if not one.is_near_tie(i, head):
+                    raise WrongAnswer(f"{one.name(i, head)}: {one.error_of(i, head):.1e} from the reference")
+
+    def _layer(self, computed: Computed, index: int) -> "_Layer":
+        hashes = Hashes()
+        hashes.extend(computed.tokens)
+        query, key, value = self.vectors.of(hashes[: len(hashes)], index)
+        self._fill(index, key, value)
+        return _Layer(self, computed, index, query, key, value)
 
     def _fill(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         cache = self.caches[index].fill_(torch.nan)
@@ -124,8 +139,8 @@ class _Layer:
             error[exact] = torch.where(equal[exact], error[exact], torch.inf)
         wrong = ~(error < self.alone.tolerance)
         for n, head in wrong.nonzero().tolist():
-            if not self._is_near_tie(int(chosen[n]), head):
-                raise WrongAnswer(f"{self._name(int(chosen[n]), head)}: {error[n, head]:.1e} from what it is alone")
+            if not self.is_near_tie(int(chosen[n]), head):
+                raise WrongAnswer(f"{self.name(int(chosen[n]), head)}: {error[n, head]:.1e} from what it is alone")
         self._note("alone", error[~wrong])
 
     def compare_with_reference(self, i: int) -> None:
@@ -134,8 +149,8 @@ class _Layer:
         self.alone.counts["outputs_against_reference"] += len(error)
         wrong = ~(error < self.alone.tolerance)
         for head in wrong.nonzero().flatten().tolist():
-            if not self._is_near_tie(i, head):
-                raise WrongAnswer(f"{self._name(i, head)}: {error[head]:.1e} from the reference")
+            if not self.is_near_tie(i, head):
+                raise WrongAnswer(f"{self.name(i, head)}: {error[head]:.1e} from the reference")
         self._note("reference", error[~wrong])
 
     def _reference(self, i: int, noise: torch.Tensor | float = 0.0) -> TokenResult:
@@ -150,7 +165,7 @@ class _Layer:
             statistics=self.op.page_layout.statistics(pages).transpose(1, 2).flatten(0, 1).double(),
         )
 
-    def _is_near_tie(self, i: int, head: int) -> bool:
+    def is_near_tie(self, i: int, head: int) -> bool:
         """Whether the output is right for a query that differs by rounding: it selects other blocks, whose scores
         float32 cannot tell from those of the first."""
         generator = torch.Generator().manual_seed(0)
@@ -162,11 +177,15 @@ class _Layer:
                 return True
         return False
 
+    def error_of(self, i: int, head: int) -> float:
+        """Of the computed position number `i`, against the reference."""
+        return float(self._error(self.computed.outputs[i, self.index, head], self._reference(i).output[head]))
+
     @staticmethod
     def _error(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
         return (got.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
 
-    def _name(self, i: int, head: int) -> str:
+    def name(self, i: int, head: int) -> str:
         done = self.computed
         return (
             f"{done.name}, layer {self.index}, head {head}, position {done.positions[i]} of {len(done.tokens)} tokens, "

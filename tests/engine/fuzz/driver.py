@@ -5,7 +5,9 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
+import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
@@ -14,14 +16,15 @@ from vllm.v1.request import Request, RequestStatus
 from .alone import Alone
 from .settings import Settings
 from .tokens import VOCABULARY
-from .worker import Worker, WrongAnswer
-from .world import World, quiet
+from .worker import Worker
+from .world import World, WrongAnswer, quiet
 
 
 @dataclass
 class Failure:
     """Where a world went wrong."""
 
+    kind: "type[Run]"
     seed: int
     steps: int  # with arrivals
     step: int
@@ -30,25 +33,28 @@ class Failure:
 
     def __str__(self) -> str:
         only = "" if self.only is None else f" --only {' '.join(map(str, sorted(self.only)))}"
-        again = f"python -m tests.engine.fuzz --seed {self.seed} --steps {self.steps}{only}"
-        return f"seed {self.seed}, step {self.step}: {self.message}\n  {Settings.draw(self.seed)}\n  again: {again}"
+        again = f"python -m {self.kind.module} --seed {self.seed} --steps {self.steps}{only}"
+        settings = self.kind.settings_of(self.seed)
+        return f"seed {self.seed}, step {self.step}: {self.message}\n  {settings}\n  again: {again}"
 
 
 @dataclass
 class Run:
     """One world from its first step to the last request's end."""
 
+    module: ClassVar[str] = "tests.engine.fuzz"  # what runs worlds of this kind
+    report: ClassVar[str] = "fuzz"  # the kind of its report
     seed: int
     only: frozenset[int] | None = None  # requests that arrive, by number; None: all
     counts: Counter[str] = field(default_factory=Counter)
     step: int = 0
 
     def __post_init__(self) -> None:
-        self.settings = Settings.draw(self.seed)
+        self.settings = self.settings_of(self.seed)
         with quiet():
             self.world = World(self.settings, self.seed)
         self.scheduler = self.world.scheduler
-        self.worker = Worker(self.world, self.seed, self.counts)
+        self.worker = self._make_worker()
         self.alone = Alone(self.world, self.worker.vectors, self.counts)
         self.arrived = 0
         self.aborts: dict[str, int] = {}  # by request, the step of its abort
@@ -56,6 +62,13 @@ class Run:
         draw = random.Random(f"stems of {self.seed}")
         longest = self.settings.max_model_len
         self._stems = [[draw.randrange(VOCABULARY) for _ in range(longest)] for _ in range(3)]
+
+    @staticmethod
+    def settings_of(seed: int) -> Settings:
+        return Settings.draw(seed)
+
+    def _make_worker(self) -> Worker:
+        return Worker(self.world, self.seed, self.counts)
 
     def steps(self, count: int) -> None:
         """Steps with arrivals, then steps until no request is left, and the count of blocks."""
@@ -117,6 +130,7 @@ class Run:
         if settings.num_drafts and not settings.asynchronous:
             self._draft(draw)
         self._check()
+        self.world.check_counts()
         self.step += 1
 
     def _arrive(self) -> None:
@@ -126,13 +140,8 @@ class Run:
         settings, name = self.settings, f"request {index}"
         draw = random.Random(f"{self.seed}, {name}")
         longest = settings.max_model_len - 1
-        stem = draw.choice(self._stems)
-        size = settings.page_size
-        at_page = draw.randint(0, longest // size) * size + draw.choice((-1, 0, 1))
-        cut = draw.choice((0, draw.randint(0, longest), at_page, at_page))
-        own = min(draw.choice((1, 2, size, draw.randint(1, longest))), longest)
-        prompt = [*stem[: max(0, cut)], *[draw.randrange(VOCABULARY) for _ in range(own)]][:longest]
-        most = draw.choice((1, 5, 3 * size, longest))
+        prompt = self._prompt(draw, index)
+        most = draw.choice((1, 5, 3 * settings.page_size, longest))
         sampling = SamplingParams(max_tokens=most, ignore_eos=True, temperature=0)
         request = Request(name, prompt, sampling, None, block_hasher=self.world.block_hasher)
         self.scheduler.add_request(request)
@@ -141,6 +150,20 @@ class Run:
             self.aborts[name] = self.step + draw.randint(0, 60)
         if draw.random() < 0.3:  # an answer that is sent back, or a prompt of the same begin
             self._stems[draw.randrange(len(self._stems))] = [*prompt, *[draw.randrange(VOCABULARY)] * longest][:longest]
+
+    def _cut(self, draw: random.Random) -> int:
+        """A length to cut at, below that of the longest prompt: anywhere, or beside the end of a page."""
+        longest, size = self.settings.max_model_len - 1, self.settings.page_size
+        at_page = draw.randint(0, longest // size) * size + draw.choice((-1, 0, 1))
+        return max(0, draw.choice((0, draw.randint(0, longest), at_page, at_page)))
+
+    def _prompt(self, draw: random.Random, index: int) -> list[int]:
+        """Of request number `index`: a stem, cut, and tokens of its own."""
+        longest = self.settings.max_model_len - 1
+        stem = draw.choice(self._stems)
+        cut = self._cut(draw)
+        own = min(draw.choice((1, 2, self.settings.page_size, draw.randint(1, longest))), longest)
+        return [*stem[:cut], *[draw.randrange(VOCABULARY) for _ in range(own)]][:longest]
 
     def _abort(self, names: list[str]) -> None:
         for name in names:
@@ -162,15 +185,18 @@ class Run:
         self.worker.unchecked.clear()
 
 
-def run(seed: int, steps: int, counts: Counter[str], only: frozenset[int] | None = None) -> tuple[Run, Failure | None]:
+@torch.inference_mode()  # as vLLM runs its models
+def run(
+    seed: int, steps: int, counts: Counter[str], only: frozenset[int] | None = None, kind: type[Run] = Run
+) -> tuple[Run, Failure | None]:
     """A world of `steps` steps and those that its last requests need."""
-    this = Run(seed, only, counts)
+    this = kind(seed, only, counts)
     try:
         this.steps(steps)
     except Exception as error:  # whatever breaks, in vLLM's scheduler or here
         where = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno}: {where.line})"
-        return this, Failure(seed, min(steps, this.step + 1), this.step, message, only)
+        return this, Failure(kind, seed, min(steps, this.step + 1), this.step, message, only)
     return this, None
 
 
@@ -178,13 +204,13 @@ def shrink(failure: Failure) -> Failure:
     """A failure of the same world with as few requests as halving finds."""
     needed = failure.only
     if needed is None:
-        needed = frozenset(range(run(failure.seed, failure.steps, Counter())[0].arrived))
+        needed = frozenset(range(run(failure.seed, failure.steps, Counter(), None, failure.kind)[0].arrived))
     size = len(needed)
     while size := size // 2:
         parts = sorted(needed)
         for start in range(0, len(parts), size):
             fewer = needed - frozenset(parts[start : start + size])
-            _, smaller = run(failure.seed, failure.steps, Counter(), fewer)
+            _, smaller = run(failure.seed, failure.steps, Counter(), fewer, failure.kind)
             if smaller is not None:
                 failure, needed = smaller, fewer
     return failure

@@ -89,5 +89,9 @@ class Settings:
             options["layer_budgets"] = {0: 2 * self.budget}
         return options
 
+    def groups(self) -> list[str]:
+        """What a report counts steps by."""
+        return [self.options]
+
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in asdict(self).items())

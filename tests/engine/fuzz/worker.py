@@ -13,11 +13,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from .settings import NUM_HEADS
 from .tokens import VOCABULARY, Hashes, Vectors
-from .world import World
-
-
-class WrongAnswer(AssertionError):
-    """What a step computed is not what it should be."""
+from .world import World, WrongAnswer
 
 
 @dataclass
@@ -87,21 +83,10 @@ class Worker:
     def _update(self, scheduled: SchedulerOutput) -> dict[str, int]:
         """Take over what is new; returns where each row begins, as the scheduler has it."""
         begins = {}
-        settings = self.world.settings
         self.finish(scheduled.finished_req_ids)
         for new in scheduled.scheduled_new_reqs:
-            hashes = Hashes()
-            hashes.extend(list(new.prompt_token_ids))
-            shape = (settings.max_model_len, settings.num_layers, NUM_HEADS, settings.head_size)
-            self.sequences[new.req_id] = Sequence(
-                hashes,
-                len(hashes),
-                f"{self.seed}, {new.req_id}",
-                tuple(list(ids) for ids in new.block_ids),
-                torch.empty(shape, dtype=self.world.dtype),
-                np.full(settings.max_model_len, -1),
-                np.zeros(settings.max_model_len, bool),
-            )
+            blocks = tuple(list(ids) for ids in new.block_ids)
+            self.sequences[new.req_id] = self._sequence(new.req_id, list(new.prompt_token_ids), blocks)
             begins[new.req_id] = new.num_computed_tokens
             self.counts["prefix_hits"] += new.num_computed_tokens > 0
         old = scheduled.scheduled_cached_reqs
@@ -123,6 +108,21 @@ class Worker:
                 sequence.hashes.cut(len(known))
             begins[name] = computed
         return begins
+
+    def _sequence(self, name: str, prompt: list[int], blocks: tuple[list[int], ...]) -> Sequence:
+        settings = self.world.settings
+        hashes = Hashes()
+        hashes.extend(prompt)
+        shape = (settings.max_model_len, settings.num_layers, NUM_HEADS, settings.head_size)
+        return Sequence(
+            hashes,
+            len(hashes),
+            f"{self.seed}, {name}",
+            blocks,
+            torch.empty(shape, dtype=self.world.dtype),
+            np.full(settings.max_model_len, -1),
+            np.zeros(settings.max_model_len, bool),
+        )
 
     def finish(self, names: set[str]) -> None:
         """Requests that ended or were aborted."""
@@ -191,7 +191,6 @@ class Worker:
             slots.append(tables[world.of_pages][i, page].astype(np.int64) * size + offset)
         self._check_ownership(rows, tables, slots)
         slot_mapping = torch.from_numpy(np.concatenate(slots))
-        hashes = np.concatenate([row.sequence.hashes[row.start : row.end] for row in rows])
         none = [0] * padding
         starts = torch.tensor([0, *map(len, rows), *none]).cumsum(0).int()
         metadata = {}
@@ -213,12 +212,16 @@ class Worker:
         outputs = []
         with set_forward_context(metadata, world.config):
             for index, layer in enumerate(world.layers):
-                query, key, value = self.vectors.of(hashes, index)
+                query, key, value = self._vectors_of(rows, index)
                 out = torch.full(query.shape, torch.nan, dtype=query.dtype)
                 layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slot_mapping)
                 layer.impl.forward(layer, query, key, value, layer.kv_cache, metadata[layer.layer_name], out)
                 outputs.append(out)
         return torch.stack(outputs, 1)
+
+    def _vectors_of(self, rows: list[Row], layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries `[tokens, H, d]`, keys and values `[tokens, G, d]` of a step."""
+        return self.vectors.of(np.concatenate([row.sequence.hashes[row.start : row.end] for row in rows]), layer)
 
     def _check_ownership(self, rows: list[Row], tables: list[np.ndarray], slots: list[np.ndarray]) -> None:
         """Nobody else holds what a row writes: pages of its new tokens, and its state."""
@@ -247,10 +250,11 @@ class Worker:
         What was computed is kept to be checked."""
         sampled = []
         behind_prompt = False
-        for row, out in zip(rows, outputs.split([len(row) for row in rows]), strict=True):
-            finite = out.isfinite().flatten(1).all(1)
-            if not bool(finite.all()):
-                bad = [row.start + i for i in (~finite).nonzero().flatten().tolist()]
+        finite = outputs.isfinite().flatten(1).all(1).numpy()  # [tokens]
+        where = np.cumsum([0, *map(len, rows)])
+        for row, first, out in zip(rows, where, outputs.split([len(row) for row in rows]), strict=False):
+            if not finite[first : first + len(row)].all():
+                bad = (row.start + np.flatnonzero(~finite[first : first + len(row)])).tolist()
                 raise WrongAnswer(f"{row.name}: outputs of positions {bad} are not finite")
             is_long = len(row) > 1 + self.world.settings.num_drafts
             behind_prompt |= is_long

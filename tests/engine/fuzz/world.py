@@ -40,6 +40,10 @@ from .settings import NUM_HEADS, NUM_KV_HEADS, Settings
 from .tokens import VOCABULARY
 
 
+class WrongAnswer(AssertionError):
+    """What a step computed, or which blocks it holds, is not what it should be."""
+
+
 @functools.cache
 def _model_folder(num_layers: int, head_size: int) -> tempfile.TemporaryDirectory:
     """A folder with the configuration of a model that nobody loads; it goes when the process does."""
@@ -169,6 +173,25 @@ class World:
             block_size=block_size,
             hash_block_size=hash_block_size,
         )
+
+    def check_counts(self) -> None:
+        """Every block is held as often as tables of requests name it, or it is free.
+
+        Raises:
+            WrongAnswer: One is not.
+        """
+        manager = self.scheduler.kv_cache_manager
+        tables = [m.req_to_blocks for m in manager.coordinator.single_type_managers]
+        named = Counter(block.block_id for table in tables for held in table.values() for block in held)
+        pool = manager.block_pool
+        wrong = [b.block_id for b in pool.blocks if b.ref_cnt != named[b.block_id] and not b.is_null]
+        num_free = pool.get_num_free_blocks()
+        strangers = {name for table in tables for name, held in table.items() if held} - self.scheduler.requests.keys()
+        if wrong or strangers or num_free != self.num_free - len(named):
+            raise WrongAnswer(
+                f"leak: {wrong} are not held as often as tables name them, {num_free} of {self.num_free} blocks are "
+                f"free beside {len(named)} that are named, {sorted(strangers)} have blocks and are no requests"
+            )
 
     def leaks(self) -> str | None:
         """What is still held though no request is left."""
