@@ -39,7 +39,8 @@ from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.algorithm.reference import TokenResult, candidate_voters_of, select_blocks, spla_token, voters_of
 from spla_backend.algorithm.two_level import coarse_parameters
 from spla_backend.kernels.gpu.layer import GpuLayer
-from spla_backend.kernels.gpu.prefill.passes import SCRATCH_BYTES, PrefillPasses, PrefillTuning
+from spla_backend.kernels.gpu.prefill.passes import SCRATCH_BYTES, PrefillPasses
+from spla_backend.kernels.gpu.prefill.sizes import PrefillTuning
 from spla_backend.kernels.gpu.store import Store
 from spla_backend.kernels.interface import Limits
 

@@ -90,7 +90,8 @@ class GpuAttention:
     @property
     def plan_key(self) -> Hashable:
         """See `PagedAttention.plan_key`. Passes are as large as the scratch, which all layers share, allows."""
-        return self.passes.dense_below, self.passes.tile, self.passes.group_tokens
+        params = self.passes.params
+        return self.passes.dense_below, params.tile, params.coarse_tile
 
     def plan(self, step: Step) -> GpuPlan:
         """See `PagedAttention.plan`."""

@@ -21,7 +21,8 @@ from spla_backend.algorithm.reference import (
 from spla_backend.algorithm.two_level import coarse_parameters
 from spla_backend.kernels.gpu.layer import GpuLayer
 from spla_backend.kernels.gpu.prefill.attend import address_unit
-from spla_backend.kernels.gpu.prefill.passes import NARROW, PrefillPasses, PrefillTuning
+from spla_backend.kernels.gpu.prefill.passes import PrefillPasses
+from spla_backend.kernels.gpu.prefill.sizes import NARROW, PrefillTuning
 from spla_backend.kernels.interface import Layer
 from spla_backend.kernels.layout import STATE_MAGIC
 

@@ -62,6 +62,12 @@ class Pass:
     max_complete: int  # at least the selection blocks of every tile's complete pages
     launches: "Launches" = field(default_factory=dict, compare=False)
 
+    @property
+    def in_two_streams(self) -> bool:
+        """Whether states are made beside the scores: to change streams takes 70 us of a processor, which waits for the
+        device in long passes only."""
+        return self.num_tokens >= SHORT_STEP
+
 
 @dataclass(frozen=True)
 class Folds:

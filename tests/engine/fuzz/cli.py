@@ -9,8 +9,6 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 from tqdm import tqdm
 
 from spla_backend.evaluate import report

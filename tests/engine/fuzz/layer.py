@@ -4,11 +4,15 @@ As `python -m tests.engine.fuzz`, but requests read and go on with texts of `tex
 the very step that made it. Options are drawn each by itself (`combinations.py`).
 """
 
+import os
 import random
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported
 
 import numpy as np
 import torch
