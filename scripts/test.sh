@@ -9,11 +9,12 @@ source .venv/bin/activate
 status=0
 if ! (($#)); then
     # Kernel tests in a process of their own: Triton must know that it interprets before vLLM imports it. Beside all
-    # else, which takes as long; what it says comes at the end. One thread each: threads that wait for one another on a
-    # core that is busy with the other process take ten times as long.
+    # else, with some of the algorithm's, so that both take as long; what it says comes at the end. One thread each:
+    # threads that wait for one another on a core that is busy with the other process take ten times as long.
     export OMP_NUM_THREADS=1
     log=$(mktemp)
-    pytest --durations=20 tests/kernels >"$log" 2>&1 &
+    beside=(tests/kernels tests/algorithm/test_sequence.py tests/algorithm/test_tiles.py)
+    pytest --durations=20 "${beside[@]}" >"$log" 2>&1 &
     kernels=$!
     trap 'kill "$kernels" 2>/dev/null || true; rm -f "$log"' EXIT
 fi
@@ -23,7 +24,7 @@ mypy || status=1
 if (($#)); then
     pytest "$@" || status=1
 else
-    pytest --durations=20 --ignore=tests/kernels || status=1
+    pytest --durations=20 "${beside[@]/#/--ignore=}" || status=1
     wait "$kernels" || status=1
     cat "$log"
 fi

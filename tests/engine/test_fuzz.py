@@ -38,7 +38,7 @@ EVENTS = """
 def test_every_token_has_the_answer_that_it_has_alone():
     counts: Counter[str] = Counter()
     for seed in SEEDS:
-        _, failure = run(seed, 60, counts)
+        _, failure = run(seed, 40, counts)
         assert failure is None, f"\n{failure}"
     assert counts["worlds"] == len(OPTIONS)
     assert [event for event in EVENTS.split() if not counts[event]] == []
@@ -49,7 +49,7 @@ def test_what_differs_by_rounding_is_no_failure(monkeypatch):
     by rounding; nothing else is let pass, as the tests below show."""
     monkeypatch.setitem(TOLERANCE, torch.float32, 1e-12)
     counts: Counter[str] = Counter()
-    _, failure = run(SEEDS[list(OPTIONS).index("top-p")], 5, counts)
+    _, failure = run(SEEDS[list(OPTIONS).index("top-p")], 3, counts)
     assert failure is None, f"\n{failure}"
     assert counts["near_ties"] > 0
 
