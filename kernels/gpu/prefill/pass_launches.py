@@ -1,52 +1,33 @@
 """The launches of a pass, from scores to outputs, in the order in which they are made."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 
 from ..launch import Join, Launch
-from ..layer import GpuLayer
 from ..residual import RESIDUAL_CODES
 from .attend import Attend, address_unit, prompt_gather_kernel
+from .bound import BoundLayer
 from .combine import prompt_combine_kernel, prompt_rest_kernel
 from .decode_statistics import KINDS, prompt_statistics_kernel
 from .plan import Pass
 from .score import MODES, prompt_mass_kernel, prompt_score_kernel
 from .select import prompt_candidates_kernel, prompt_fine_kernel, prompt_select_kernel
-from .sizes import PrefillSizes
 
 
 class PassLaunches:
-    """Launches for all layers that are alike.
+    """Launches of the pass `step` for all layers that are alike, `bound` one of them."""
 
-    Args:
-        layer: One of them.
-        sizes: Its sizes.
-        scratch: Its scratch.
-        step: The pass.
-        own: The layer's tensors.
-        alike: What is equal for layers that may share a launch.
-    """
-
-    def __init__(
-        self,
-        layer: GpuLayer,
-        sizes: PrefillSizes,
-        scratch: Mapping[str, torch.Tensor],
-        step: Pass,
-        own: Mapping[str, torch.Tensor],
-        alike: tuple,
-    ) -> None:
-        self._layer, self._sizes, self._scratch, self._step, self._alike = layer, sizes, scratch, step, alike
-        params, kv, query, output = sizes.params, own["kv"], own["query"], own["output"]
+    def __init__(self, bound: BoundLayer, step: Pass) -> None:
+        self._bound, self._step = bound, step
+        self._layer, self._sizes, self._scratch = layer, sizes, scratch = bound.layer, bound.sizes, bound.scratch
+        params, kv, query, output = sizes.params, bound.own["kv"], bound.own["query"], bound.own["output"]
         self._heads = layer.num_kv_heads
         self._groups, self._tiles = len(step.groups), len(step.groups) * sizes.tiles
         self._max_units = step.max_complete  # of this pass: scratch is laid out anew each time
         self._slots = params.budget_blocks * sizes.per_unit
-        self._fine_splits = self._mass_splits = 1
         # Arguments of several kernels.
         self._queries: dict[str, Any] = {
             "query_ptr": "query",
@@ -61,14 +42,12 @@ class PassLaunches:
         }
         self._table: dict[str, Any] = {
             "block_table_ptr": "block_table",
-            "block_table_stride": own["block_table"].stride(0),
+            "block_table_stride": bound.own["block_table"].stride(0),
             "last_page": len(kv) - 1,
         }
         self._pages: dict[str, Any] = {
             **self._table,
-            "kv_ptr": "kv",
-            "page_stride": kv.stride(0),
-            "head_stride": kv.stride(1),
+            **bound.pages,
             "decoded_ptr": scratch.get("decoded"),
             "group_place_ptr": step.group_place,
             "num_places": step.num_places,
@@ -120,17 +99,38 @@ class PassLaunches:
         """Of loops of so many steps: a program for every multiprocessor, if each has two steps or more."""
         return max(1, min(self._sizes.tuning.most_splits, self._layer.num_sms // programs, steps // 2))
 
-    def _launch(
-        self, kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any]
-    ) -> Launch:
-        return Launch(kernel, grid, arguments, constants, self._alike)
+    @property
+    def _fine_splits(self) -> int:
+        """Of the loop over the candidates' keys."""
+        sizes = self._sizes
+        if not sizes.candidates:
+            return 1
+        steps = sizes.candidates * sizes.params.selection_block // sizes.fine_keys
+        return self._splits(self._groups * self._heads, steps)
+
+    @property
+    def _mass_tokens(self) -> int:
+        """Of a program that sums masses."""
+        return max(1, min(self._sizes.params.tile, self._sizes.tuning.mass_rows // self._layer.group_p))
+
+    @property
+    def _mass_programs(self) -> int:
+        """For each kv head and split."""
+        return self._tiles * (self._sizes.params.tile // self._mass_tokens)
+
+    @property
+    def _mass_splits(self) -> int:
+        """Of the loop over what is left out."""
+        if not self._layer.has_mass:
+            return 1
+        return self._splits(self._mass_programs * self._heads, self._max_units // self._sizes.tuning.mass_chunk)
 
     # Scores -----------------------------------------------------------------------------------------------------
 
     def _decode_statistics(self, formats: tuple[tuple[str, int], ...]) -> Launch:
         """Statistics that are bytes, decoded."""
         units = 16  # of a program
-        return self._launch(
+        return self._bound.launch(
             prompt_statistics_kernel,
             (triton.cdiv(self._max_units, units), self._heads, len(self._step.runs)),
             {**self._pages, "groups_ptr": self._step.groups, "runs_ptr": self._step.runs},
@@ -150,7 +150,7 @@ class PassLaunches:
         """Scores of selection blocks: what each token's are normalised by, then what the tokens share."""
         layer, sizes, tuning = self._layer, self._sizes, self._sizes.tuning
         splits = self._splits(self._groups * self._heads, self._max_units // tuning.score_chunk)
-        return self._launch(
+        return self._bound.launch(
             prompt_score_kernel,
             (self._groups, self._heads, splits),
             {
@@ -171,13 +171,9 @@ class PassLaunches:
                 "MODE": MODES[mode],
                 "CHUNK": tuning.score_chunk,
                 "STAGES": tuning.score_stages,
-                "num_warps": self._warps_of_voters(sizes.voters),
+                "num_warps": sizes.voter_warps,
             },
         )
-
-    @staticmethod
-    def _warps_of_voters(voters: int) -> int:
-        return max(4, min(8, voters // 16))
 
     # Selection --------------------------------------------------------------------------------------------------
 
@@ -185,7 +181,7 @@ class PassLaunches:
         """Selection blocks among which fine blocks are chosen."""
         sizes, params = self._sizes, self._sizes.params
         units_p = max(16, triton.next_power_of_2(self._max_units))
-        return self._launch(
+        return self._bound.launch(
             prompt_candidates_kernel,
             (self._groups, self._heads),
             {
@@ -207,10 +203,7 @@ class PassLaunches:
     def _score_fine_blocks(self) -> Launch:
         """Masses of the candidates' fine blocks, from their keys."""
         sizes, params = self._sizes, self._sizes.params
-        keys = sizes.fine_blocks * params.attended_block
-        steps = sizes.candidates * params.selection_block // keys
-        self._fine_splits = self._splits(self._groups * self._heads, steps)
-        return self._launch(
+        return self._bound.launch(
             prompt_fine_kernel,
             (self._groups, self._heads, self._fine_splits),
             {
@@ -229,9 +222,9 @@ class PassLaunches:
                 "UNIT": params.selection_block,
                 "FINE": params.attended_block,
                 "MOST": sizes.candidates,
-                "KEYS": keys,
+                "KEYS": sizes.fine_keys,
                 "STAGES": sizes.tuning.fine_stages,
-                "num_warps": self._warps_of_voters(sizes.voters),
+                "num_warps": sizes.voter_warps,
             },
         )
 
@@ -239,7 +232,7 @@ class PassLaunches:
         """What a tile attends to."""
         layer, sizes, params = self._layer, self._sizes, self._sizes.params
         units_p = max(16, triton.next_power_of_2(sizes.candidates or self._max_units))
-        return self._launch(
+        return self._bound.launch(
             prompt_select_kernel,
             (self._tiles, self._heads),
             {
@@ -276,27 +269,24 @@ class PassLaunches:
 
     def _mass_of_rest(self) -> Launch:
         """The mass, for each token, of what its tile left out."""
-        layer, tile, tuning = self._layer, self._sizes.params.tile, self._sizes.tuning
-        tokens = max(1, min(tile, tuning.mass_rows // layer.group_p))
-        programs = self._tiles * (tile // tokens)
-        self._mass_splits = self._splits(programs * self._heads, self._max_units // tuning.mass_chunk)
-        return self._launch(
+        tuning = self._sizes.tuning
+        return self._bound.launch(
             prompt_mass_kernel,
-            (programs, self._heads, self._mass_splits),
+            (self._mass_programs, self._heads, self._mass_splits),
             {
                 **self._queries,
                 **self._pages,
                 "left_ptr": self._scratch["left"],
                 "mass_ptr": self._scratch["mass"],
                 "max_units": self._max_units,
-                "scale": layer.scale,
+                "scale": self._layer.scale,
             },
             {
                 **self._shape,
                 **self._tiling,
                 **self._units,
                 **self._statistics,
-                "TM": tokens,
+                "TM": self._mass_tokens,
                 "CHUNK": tuning.mass_chunk,
                 "STAGES": tuning.mass_stages,
                 "num_warps": tuning.mass_warps,
@@ -309,7 +299,7 @@ class PassLaunches:
         """Queries by kv head, as FlashAttention takes them."""
         size = self._sizes.params.coarse_tile
         tokens = max(1, min(size, 32 // self._layer.group_p))
-        return self._launch(
+        return self._bound.launch(
             prompt_gather_kernel,
             (self._groups, self._heads, size // tokens),
             {
@@ -335,7 +325,7 @@ class PassLaunches:
         """The state less the selected."""
         layer, sizes, params, tuning = self._layer, self._sizes, self._sizes.params, self._sizes.tuning
         features = layer.dp if sizes.linear else min(layer.dp, tuning.rest_slice)
-        return self._launch(
+        return self._bound.launch(
             prompt_rest_kernel,
             (self._tiles, self._heads, layer.dp // features),
             {
@@ -369,7 +359,7 @@ class PassLaunches:
         """The output."""
         layer, sizes, params, tuning = self._layer, self._sizes, self._sizes.params, self._sizes.tuning
         tokens = max(1, min(params.tile, tuning.combine_rows // layer.group_p))
-        return self._launch(
+        return self._bound.launch(
             prompt_combine_kernel,
             (self._tiles * (params.tile // tokens), self._heads),
             {

@@ -32,6 +32,7 @@ from ..launch import Beside, Join, Launch, current_stream, layer_of
 from ..layer import GpuLayer
 from ..scratch import Shapes, shared_scratch
 from .attend import Attend, attend_blocks
+from .bound import BoundLayer
 from .pass_launches import PassLaunches
 from .plan import Folds, Pass, Planner, round_up_units
 from .sizes import PrefillSizes, PrefillTuning
@@ -79,14 +80,14 @@ class PrefillPasses:
         self._max_pages = -(-limits.max_model_len // params.page_size)
         self._most_units = self._max_pages * params.blocks_per_page
         self._max_units = round_up_units(self._most_units)
-        self._max_num_rows = max_num_rows = limits.max_num_rows
-        limit = -(-limits.max_num_tokens // params.coarse_tile) + 2 * max_num_rows  # candidate tiles of a step
+        self._max_num_rows = limits.max_num_rows
+        limit = -(-limits.max_num_tokens // params.coarse_tile) + 2 * limits.max_num_rows  # candidate tiles of a step
         row = self._max_units * layer.num_kv_heads * layer.page_layout.statistics_stride * 2  # bytes
-        self._max_places = max(1, DECODED_BYTES // row) * self._max_units
+        max_places = max(1, DECODED_BYTES // row) * self._max_units
         per_group = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._group_shapes(1).values())
-        self._max_groups = max(1, min(limit, scratch_bytes // per_group))
+        max_groups = max(1, min(limit, scratch_bytes // per_group))
         self.planner = Planner(
-            params, layer.num_kv_heads, limits, layer.device, max_groups=self._max_groups, max_places=self._max_places,
+            params, layer.num_kv_heads, limits, layer.device, max_groups=max_groups, max_places=max_places,
             fold_programs=sizes.fold_programs, fold_pages=sizes.tuning.fold_pages,
         )  # fmt: skip
         self._sparse = limits.max_model_len > self.dense_below
@@ -145,9 +146,9 @@ class PrefillPasses:
             return folding
         layout = self.layer.page_layout
         if layout.fp8_statistics:
-            decoded = self.layer.num_kv_heads * self._max_places, layout.statistics_stride
+            decoded = self.layer.num_kv_heads * self.planner.max_places, layout.statistics_stride
             folding["decoded"] = decoded, torch.float16
-        return folding | self._group_shapes(self._max_groups)
+        return folding | self._group_shapes(self.planner.max_groups)
 
     def _group_shapes(self, groups: int) -> Shapes:
         """What grows with the candidate tiles of a pass, for so many of them."""
@@ -281,11 +282,12 @@ class PrefillPasses:
         self, step: Pass | Folds, own: dict[str, torch.Tensor], alike: tuple
     ) -> Iterator[Launch | Beside | Join | Attend]:
         """The launches for all layers of which `alike` is true (`layer_of`), `own` one of them's tensors."""
-        states = StateLaunches(self.layer, self.sizes, self.scratch, own, alike)
+        bound = BoundLayer(self.layer, self.sizes, self.scratch, own, alike)
+        states = StateLaunches(bound)
         if isinstance(step, Folds):
             yield from states.of_rows(step)
             return
         if self.params.residual != "none":
             launch = states.at_every_page(step)
             yield Beside(launch, self.device) if step.in_two_streams else launch
-        yield from PassLaunches(self.layer, self.sizes, self.scratch, step, own, alike)
+        yield from PassLaunches(bound, step)

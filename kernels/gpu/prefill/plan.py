@@ -164,7 +164,7 @@ class Planner:
         size = params.coarse_tile
         self.dense_below = -(-max(limits.prefill_dense_below, params.whole_tokens) // size) * size
         self._where_it_pays = limits.where_it_pays
-        self.max_groups, self._max_places = max_groups, max_places
+        self.max_groups, self.max_places = max_groups, max_places
         self.fold_programs, self._fold_pages = fold_programs, fold_pages
 
     def plan(self, first_row: int, starts: list[int], seq_lens: list[int]) -> PrefillPlan:
@@ -243,7 +243,7 @@ class Planner:
             another = bool(some) and some[-1][0] != group[0]
             before = self._units(some[-1]) if another else 0
             units = others + before + self._units(group)
-            if some and (len(some) == self.max_groups or round_up_units(units) > self._max_places):
+            if some and (len(some) == self.max_groups or round_up_units(units) > self.max_places):
                 yield some
                 some, others, before = [], 0, 0
             some.append(group)

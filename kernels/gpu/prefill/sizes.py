@@ -78,6 +78,7 @@ class PrefillSizes:
         per_unit: Attended blocks of a selection block.
         candidates: Selection blocks, of two levels; 0 with one.
         fine_blocks: Fine blocks at a time.
+        fine_keys: Their keys.
         linear: Whether the residual is linear attention.
         state_rows: Rows of a state's S.
         fold_slice: Features of a program that sums pages.
@@ -95,12 +96,18 @@ class PrefillSizes:
         # A power of two, as the sizes of fine blocks are.
         keys = math.gcd(self.tuning.fine_keys, params.selection_block)
         self.fine_blocks = max(1, keys // params.attended_block)
+        self.fine_keys = self.fine_blocks * params.attended_block
         self.linear = params.residual == "linear"
         self.state_rows = layer.state_layout.s_rows
         # A program of `linear` takes few features: each needs all of a key.
         self.fold_slice = min(16 if self.linear else self.tuning.fold_slice, layer.dp)
         self.fold_slices = triton.cdiv(layer.head_size, self.fold_slice)
         self.fold_programs = layer.num_sms * (2 if self.linear else 1) // self.fold_slices
+
+    @property
+    def voter_warps(self) -> int:
+        """Of a program that multiplies with the voters."""
+        return max(4, min(8, self.voters // 16))
 
     def select_warps(self, blocks: int) -> int:
         """Of a program that chooses among so many blocks."""
