@@ -391,10 +391,14 @@ class VectorisedAttention:
 
     def grouped(self, query: torch.Tensor, tile: Tile) -> torch.Tensor:
         """Scaled float32 queries `[requests, tokens * group, head_size]`."""
-        q = query[tile.tokens].float() * self.scale  # [rows * tokens, heads, head_size]
+        return self._in_groups(query, tile).float() * self.scale
+
+    def _in_groups(self, query: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """Queries of a tile as they came `[requests, tokens * group, head_size]`."""
+        q = query[tile.tokens]  # [rows * tokens, heads, head_size]
         if tile.num_tokens == 1:
-            return q.view(-1, self.group, self.head_size)
-        q = q.view(-1, tile.num_tokens, self.num_kv_heads, self.group, self.head_size).transpose(1, 2)
+            return q.reshape(-1, self.group, self.head_size)
+        q = q.reshape(-1, tile.num_tokens, self.num_kv_heads, self.group, self.head_size).transpose(1, 2)
         return q.reshape(-1, tile.num_tokens * self.group, self.head_size)
 
     def _statistics(self, kv_cache: torch.Tensor, tile: Tile) -> torch.Tensor:
@@ -602,7 +606,7 @@ class VectorisedAttention:
         # The kv heads are its batch, so that a group shares its keys. It is the one torch kernel with an LSE. It takes
         # queries as they came: the scale need not be a power of two, and in 16 bits they would be rounded once more.
         exact, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            (q / self.scale).to(keys.dtype).unsqueeze(1),
+            self._in_groups(query, tile).to(keys.dtype).unsqueeze(1),
             keys.contiguous(),
             values.contiguous(),
             attn_mask=torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf).unsqueeze(1),
