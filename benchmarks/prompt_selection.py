@@ -31,7 +31,7 @@ from two_models import FIRST, PAGE_SIZE, arguments, chosen, missing
 from spla_backend.algorithm.parameters import SplaParameters
 from spla_backend.evaluate import report
 from spla_backend.evaluate.capture import AttentionInputs
-from spla_backend.evaluate.fidelity import attention
+from spla_backend.evaluate.fidelity import attention_in_pieces
 from spla_backend.evaluate.variants import ModelShape, Variant, layers_of
 from spla_backend.options import SplaOptions
 
@@ -41,6 +41,7 @@ PARAMETERS = ("tile", "tile_step", "candidate_tile", "fine_dtype")
 """Of these, what the algorithm's parameters hold."""
 ONE = {"tile": 32, "budget": 2048, "fine_block_size": 0, "statistics_dtype": "auto"}
 TWO = {**ONE, "fine_block_size": 16, "candidates": 8192, "fine_source": "keys"}
+SHARED = {**TWO, "candidate_tile": 64, "statistics_dtype": "fp8"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "token, 2048 of 64": {**ONE, "tile": 1},
     **{f"tile {t}, 2048 of 64": {**ONE, "tile": t} for t in (16, 32, 64)},
@@ -92,11 +93,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     **{
         f"tile 32, every {n}, candidates of 64, x{c}, 2048 of 16, dense below 8192": {
-            **TWO,
+            **SHARED,
             "tile_step": n,
-            "candidate_tile": 64,
             "candidates": 2048 * c,
-            "statistics_dtype": "fp8",
             "dense_below": 8192,
         }
         for n, c in ((2, 4), (4, 4), (4, 6))
@@ -104,11 +103,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # What the kernels of a GPU compute, from the first position that leaves something out.
     **{
         f"tile 32, every 4, candidates of 64, 8192 candidates, {b} of 16": {
-            **TWO,
+            **SHARED,
             "budget": b,
             "tile_step": 4,
-            "candidate_tile": 64,
-            "statistics_dtype": "fp8",
         }
         for b in (2048, 1024)
     },
@@ -141,17 +138,8 @@ class Prompt:
             return None
         chunk = self.chunk or length
         edges = [0, dense, *range((dense // chunk + 1) * chunk, length, chunk), length]
-        outputs = []
-        for start, end in itertools.pairwise(edges):
-            q, k, v = inputs.q[:, start:end], inputs.k[:, :end], inputs.v[:, :end]
-            if end <= dense:
-                attend = torch.nn.functional.scaled_dot_product_attention
-                outputs.append(attend(q[None], k[None], v[None], is_causal=True, scale=1.0, enable_gqa=True)[0])
-            else:
-                output = attention(AttentionInputs(inputs.layer, q, k, v), params)
-                assert output is not None
-                outputs.append(output)
-        return torch.cat(outputs, 1)
+        pieces = [(start, end, None if end <= dense else params) for start, end in itertools.pairwise(edges)]
+        return attention_in_pieces(inputs, pieces)
 
 
 def costs(variant: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ query sees exactly the tokens before it, as in decoding.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -267,6 +267,39 @@ def attention(
         chunk=chunk,
     )
     return output[0]
+
+
+def attention_in_pieces(
+    inputs: AttentionInputs, pieces: Iterable[tuple[int, int, SplaParameters | None]]
+) -> torch.Tensor:
+    """As `attention`, of one layer of one document whose tokens come in pieces.
+
+    Args:
+        inputs: Of the layer.
+        pieces: First token, end and what to compute, one after the other from the first token to the last. None is
+            dense attention, for a piece that begins with the document. Pieces of no tokens are left out.
+
+    Returns:
+        `[num_heads, length, head_size]` float32.
+
+    Raises:
+        ValueError: A dense piece that begins elsewhere.
+    """
+    outputs = []
+    for start, end, params in pieces:
+        if start == end:
+            continue
+        q, k, v = inputs.q[:, start:end], inputs.k[:, :end], inputs.v[:, :end]
+        if params is not None:
+            output = attention(AttentionInputs(inputs.layer, q, k, v), params)
+            assert output is not None
+            outputs.append(output)
+        elif start:
+            raise ValueError(f"a dense piece begins at {start}, and its mask is that of a document's beginning")
+        else:
+            attend = torch.nn.functional.scaled_dot_product_attention
+            outputs.append(attend(q[None], k[None], v[None], is_causal=True, scale=1.0, enable_gqa=True)[0].float())
+    return torch.cat(outputs, 1)
 
 
 def sample_positions(start: int, length: int, count: int, seed: int = 0) -> torch.Tensor:

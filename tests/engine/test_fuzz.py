@@ -1,7 +1,6 @@
 """A short run of the fuzzer, and faults that it finds. A long run: `python -m tests.engine.fuzz`."""
 
 from collections import Counter
-from collections.abc import Iterable
 
 import pytest
 import torch
@@ -14,10 +13,10 @@ if not current_platform.is_cpu():
     pytest.skip("the fuzzer drives vLLM's CPU engine", allow_module_level=True)
 
 from spla_backend.engine.state import RecurrentStateManager
-from spla_backend.kernels.cpu.vectorised import VectorisedAttention
 
 from .fuzz.alone import TOLERANCE
-from .fuzz.driver import Failure, run, shrink
+from .fuzz.driver import Run, run, shrink
+from .fuzz.planted import first_failure, stamps_without_content, statistics_made_once
 from .fuzz.settings import OPTIONS, Settings
 
 pytestmark = pytest.mark.engine
@@ -54,30 +53,17 @@ def test_what_differs_by_rounding_is_no_failure(monkeypatch):
     assert counts["near_ties"] > 0
 
 
-def first_failure(steps: int, seeds: Iterable[int] = SEEDS) -> Failure:
-    failures = (run(seed, steps, Counter())[1] for seed in seeds)
-    return next(failure for failure in failures if failure is not None)
-
-
 def test_stamps_that_do_not_name_the_content_are_found(monkeypatch):
     """A request then takes another one's state for its own, whose pages had the same numbers. One world in a hundred
     has such a request within 60 steps; these were found by trying."""
-    never = property(lambda self: 0, lambda self, value: None)
-    monkeypatch.setattr(VectorisedAttention, "_counter", never, raising=False)
-    assert "from what it is alone" in first_failure(60, (342, 180)).message
+    stamps_without_content(monkeypatch)
+    assert "from what it is alone" in first_failure(Run, 60, (342, 180)).message
 
 
 def test_statistics_of_a_rejected_draft_are_found(monkeypatch):
     """Those of a page that is completed twice, first by a draft, are made once."""
-    original = VectorisedAttention._write_statistics
-
-    def once(self: VectorisedAttention, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
-        done = (self._stamp(kv_cache, pages)[:, 0, :2] == self._salt).all(-1)
-        if not done.all():
-            original(self, kv_cache, pages[~done])
-
-    monkeypatch.setattr(VectorisedAttention, "_write_statistics", once)
-    assert "from what it is alone" in first_failure(60).message
+    statistics_made_once(monkeypatch)
+    assert "from what it is alone" in first_failure(Run, 60, SEEDS).message
 
 
 def test_a_leak_is_found_and_made_small(monkeypatch):
@@ -89,7 +75,7 @@ def test_a_leak_is_found_and_made_small(monkeypatch):
         return [] if int(request_id.split()[-1]) % 2 else blocks
 
     monkeypatch.setattr(RecurrentStateManager, "pop_blocks_for_free", leaky)
-    failure = first_failure(10)
+    failure = first_failure(Run, 10, SEEDS)
     assert "leak: " in failure.message
     smaller = shrink(failure)
     assert "leak: " in smaller.message

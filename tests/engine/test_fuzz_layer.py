@@ -1,7 +1,6 @@
 """A short run of the fuzzer on texts, and faults that it finds. A long run: `python -m tests.engine.fuzz.layer`."""
 
 from collections import Counter
-from collections.abc import Iterable
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ if not current_platform.is_cpu():
     pytest.skip("the fuzzer drives vLLM's CPU engine", allow_module_level=True)
 
 from spla_backend.engine.state import RecurrentStateManager
-from spla_backend.kernels.cpu.vectorised import VectorisedAttention
 
 from .fuzz.alone import TOLERANCE
 from .fuzz.combinations import Combination
-from .fuzz.driver import Failure, run, shrink
+from .fuzz.driver import run, shrink
 from .fuzz.layer import ReadingRun
+from .fuzz.planted import first_failure, stamps_without_content, statistics_made_once
 
 pytestmark = pytest.mark.engine
 
@@ -58,30 +57,17 @@ def test_what_differs_by_rounding_is_no_failure(monkeypatch):
     assert 0 < counts["near_ties"] < counts["outputs_compared"] // 10
 
 
-def first_failure(steps: int, seeds: Iterable[int] = SEEDS) -> Failure:
-    failures = (run(seed, steps, Counter(), kind=ReadingRun)[1] for seed in seeds)
-    return next(failure for failure in failures if failure is not None)
-
-
 def test_stale_states_are_found(monkeypatch):
     """Stamps do not name the content: a request then takes another one's state for its own, whose pages had the same
     numbers. One world in a hundred has such a request; this one was found by trying."""
-    never = property(lambda self: 0, lambda self, value: None)
-    monkeypatch.setattr(VectorisedAttention, "_counter", never, raising=False)
-    assert "from the reference" in first_failure(210, (109,)).message
+    stamps_without_content(monkeypatch)
+    assert "from the reference" in first_failure(ReadingRun, 210, (109,)).message
 
 
 def test_stale_statistics_are_found_and_made_small(monkeypatch):
     """Those of a page are not made again where there are some, of another request or of a rejected draft."""
-    original = VectorisedAttention._write_statistics
-
-    def once(self: VectorisedAttention, kv_cache: torch.Tensor, pages: torch.Tensor) -> None:
-        done = (self._stamp(kv_cache, pages)[:, 0, :2] == self._salt).all(-1)
-        if not done.all():
-            original(self, kv_cache, pages[~done])
-
-    monkeypatch.setattr(VectorisedAttention, "_write_statistics", once)
-    failure = first_failure(60)
+    statistics_made_once(monkeypatch)
+    failure = first_failure(ReadingRun, 60, SEEDS)
     assert "from the reference" in failure.message
     smaller = shrink(failure)
     assert smaller.only is not None and "python -m tests.engine.fuzz.layer --seed" in str(smaller)
@@ -103,5 +89,5 @@ def test_a_leak_is_found_in_the_step_that_leaks(monkeypatch):
 
     monkeypatch.setattr(RecurrentStateManager, "pop_blocks_for_free", leaky)
     # A reset would come upon the leak first, and vLLM end it.
-    failure = first_failure(60, (seed for seed in SEEDS if not Combination.draw(seed).resets))
+    failure = first_failure(ReadingRun, 60, (seed for seed in SEEDS if not Combination.draw(seed).resets))
     assert f"leak: {sorted(leaked)} are not held as often as tables name them" in failure.message

@@ -363,8 +363,7 @@ def test_double_rmsnorm_served_as_trained(tmp_path):
 def prompt_then_answer(inputs, layers, prompt):
     """What the kernels compute of a layer: so many tokens of a prompt, whose tiles select, and tokens that were
     generated, each of which does."""
-    from spla_backend.evaluate.capture import AttentionInputs
-    from spla_backend.evaluate.fidelity import attention
+    from spla_backend.evaluate.fidelity import attention_in_pieces
     from spla_backend.kernels.gpu.prefill.plan import prompt_parameters
 
     if inputs.layer not in layers:
@@ -372,14 +371,8 @@ def prompt_then_answer(inputs, layers, prompt):
     decode = layers[inputs.layer]
     tiles = prompt_parameters(decode, inputs.q.shape[0] // inputs.k.shape[0])
     dense = min(prompt, -(-tiles.whole_tokens // tiles.coarse_tile) * tiles.coarse_tile)
-    attend = torch.nn.functional.scaled_dot_product_attention
-    q, k, v = inputs.q[:, :dense], inputs.k[:, :dense], inputs.v[:, :dense]
-    outputs = [attend(q[None], k[None], v[None], is_causal=True, scale=1.0, enable_gqa=True)[0].float()]
-    for start, end, params in ((dense, prompt, tiles), (prompt, inputs.q.shape[1], decode)):
-        if start < end:
-            seen = AttentionInputs(inputs.layer, inputs.q[:, start:end], inputs.k[:, :end], inputs.v[:, :end])
-            outputs.append(attention(seen, params))
-    return torch.cat(outputs, 1)
+    pieces = [(0, dense, None), (dense, prompt, tiles), (prompt, inputs.q.shape[1], decode)]
+    return attention_in_pieces(inputs, pieces)
 
 
 @pytest.mark.parametrize(
